@@ -1,0 +1,253 @@
+"""Every default, once. An experiment file starts from get_default() and sets what differs.
+
+Durations take any unit: "300 steps", "3 epochs", "50_000 examples", "2e6 tokens", "10%", or a bare
+number of steps; see `duration`.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A config file, key or value that is wrong; the message says where and what to write."""
+
+
+def get_default() -> ConfigDict:
+    """The whole tree, locked: setting a key that is not here is an error."""
+    c = ConfigDict()
+    c.seed = 0
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face directory, hub id, or (with init="random") a config.json
+    c.model.init = "pretrained"  # pretrained | random
+    c.model.dtype = "bfloat16"  # of activations and matmuls
+    c.model.param_dtype = "float32"  # of trained parameters and their moments
+    c.model.frozen_dtype = "bfloat16"  # of frozen parameters
+    c.model.remat = "none"  # none | dots | full | a name in jax.checkpoint_policies
+    c.model.attention = "xla"  # a backend of sftjax.ops.attention
+    c.model.scan = True  # layers under lax.scan; False unrolls them
+    c.model.split = ()  # cut the stack of layers here, so that rules can tell the parts apart
+
+    c.data = ConfigDict()
+    c.data.train = ""  # path, glob, directory, or hub id; several with commas
+    c.data.validation = ""  # sets whose loss is measured during the run, named by file stem
+    c.data.test = ""  # set answered by generation before and after the run (exact match)
+    c.data.limit = 0  # use the first so many training records; 0 = all
+    c.data.tokenizer = ""  # directory or hub id; "" = model.path
+    c.data.template = ""  # a jinja chat template that replaces the tokenizer's
+    c.data.system = ""  # system prompt for conversations that have none
+    c.data.fields = ConfigDict(
+        dict(prompt="", completion="", system="", messages="", text="")
+    )  # your column names; "" = found by their usual names
+    c.data.train_on = "assistant"  # assistant | last | all | roles with commas
+    c.data.stop_token = "turn"  # train the stop token of: trained turns | all | last | none
+    c.data.max_length = 1024  # tokens in a row
+    c.data.overlong = "truncate_end"  # truncate_end | drop | split | error
+    c.data.packing = "bfd"  # bfd | bfd_split | wrapped | none
+    c.data.eval_packing = "none"  # the same, for the validation sets
+    c.data.cache_dir = ""  # tokenised data; "" = <workdir>/cache
+    c.data.workers = 0  # loader processes; 0 = threads
+    c.data.prefetch = 2  # batches kept ready on the device
+
+    c.train = ConfigDict()
+    c.train.batch_size = 32  # rows in a step, over all devices and micro-batches
+    c.train.micro_batches = 1
+    c.train.duration = "1 epoch"
+    c.train.log_every = "10 steps"
+    c.train.checkpoint_every = "25%"
+    c.train.keep = 2  # newest checkpoints kept, beside the best
+    c.train.export = True  # write a Hugging Face directory at the end
+    c.train.tensorboard = True
+
+    c.loss = ConfigDict()
+    c.loss.normalise = "tokens"  # tokens | documents
+    c.loss.label_smoothing = 0.0
+    c.loss.z_loss = 0.0
+    c.loss.chunk_tokens = 4096  # positions whose logits exist at a time
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw | adam | sgd | adafactor | lion | muon
+    c.optim.lr = 2e-5
+    c.optim.schedule = "cosine"  # constant | linear | cosine | inverse_sqrt | wsd
+    c.optim.warmup = "3%"
+    c.optim.decay_phase = "20%"  # length of wsd's last phase
+    c.optim.floor = 0.0  # lowest learning rate, as a share of lr
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.momentum = 0.9  # of sgd and muon
+    c.optim.clip = 1.0  # global gradient norm; 0 = none
+    c.optim.weight_decay = 0.0
+    # Ordered (regex over the whole parameter name, value): the first match wins.
+    c.optim.trainable = ((".*", True),)
+    c.optim.lr_multipliers = ((".*", 1.0),)
+    c.optim.decay = ((r".*(norm/scale|/b)", 0.0), (".*", 1.0))
+
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1, expert=1))
+    c.mesh.coordinator = ""  # host:port of process 0, or "auto" on a cluster JAX knows
+    c.mesh.processes = 1
+    c.mesh.process_id = 0
+
+    c.eval = ConfigDict()
+    c.eval.every = "20%"  # validation loss; also at the end
+    c.eval.batch_size = 32
+    c.eval.best = ""  # metric that chooses the best checkpoint: "<set>/loss"; "" = none
+    c.eval.patience = 0  # stop after so many evaluations without a better eval.best; 0 = never
+    c.eval.samples = 3  # answers of the test set shown before and after
+    c.eval.test_limit = 0  # use the first so many test records; 0 = all
+
+    c.generate = ConfigDict()
+    c.generate.max_new_tokens = 64
+    c.generate.batch_size = 64
+    c.generate.temperature = 0.0  # 0 = greedy
+    c.generate.top_k = 0  # 0 = all
+    c.generate.top_p = 1.0
+    return c.lock()
+
+
+# ---- reading -------------------------------------------------------------------------------
+
+
+def load(spec: str) -> ConfigDict:
+    """The config of "path/to/file.py" or "file.py:argument", given to its get_config."""
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={spec}: file {path} does not exist")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path} has no function get_config(arg='')")
+        return module.get_config(argument) if argument else module.get_config()
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: {' '.join(str(e.args[0]).split())}") from e
+
+
+def parse(argv, **flags):
+    """(config, namespace) of a command line.
+
+    --config=FILE[:ARG] is required; --config.a.b=VALUE overrides one key; `flags` are further
+    options as {name: default} (None = required), returned in the namespace.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="FILE.py or FILE.py:ARG")
+    for name, default in flags.items():
+        kind = type(default) if default is not None else str
+        required = default is None
+        parser.add_argument(f"--{name}", type=kind, default=default, required=required)
+    known, rest = parser.parse_known_args(argv)
+    config = load(known.config)
+    i = 0
+    while i < len(rest):
+        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", rest[i], re.DOTALL)
+        if not match:
+            options = ["--config", *(f"--{n}" for n in flags)]
+            raise ConfigError(f"unknown option {rest[i]}; the options are {', '.join(options)}")
+        value = match[2]
+        if value is None:
+            i += 1
+            if i == len(rest):
+                raise ConfigError(f"--config.{match[1]} needs a value")
+            value = rest[i]
+        override(config, match[1], value)
+        i += 1
+    return config, known
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Set config.<key> from text, cast to the type of the present value."""
+    *parents, last = key.split(".")
+    node = config
+    for i, part in enumerate([*parents, last]):
+        if not isinstance(node, ConfigDict) or part not in node:
+            siblings = list(node) if isinstance(node, ConfigDict) else []
+            where = ".".join(["config", *key.split(".")[:i]])
+            near = difflib.get_close_matches(part, siblings, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(siblings) or 'none'}"
+            raise ConfigError(f"--config.{key}: {where} has no key {part!r}; {hint}")
+        if i < len(parents):
+            node = node[part]
+    old = node[last]
+    if isinstance(old, ConfigDict):
+        raise ConfigError(f"--config.{key} is a group; set one of {', '.join(old)}")
+    node[last] = _cast(text, old, key)
+
+
+def _cast(text, old, key):
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, (list, int)):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if type(value) is not type(old):
+        expected = type(old).__name__
+        raise ConfigError(f"--config.{key}={text}: expected {expected}, like {old!r}")
+    return value
+
+
+def to_dict(config) -> dict:
+    """Plain nested dict (tuples as lists), for config.json."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+# ---- durations -----------------------------------------------------------------------------
+
+UNITS = ("steps", "epochs", "examples", "tokens", "%")
+
+
+def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_row=None) -> int:
+    """Whole steps of "300 steps", "2 epochs", "1000 examples", "5e6 tokens", "10%" or "300".
+
+    total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch;
+    per_row: (examples, tokens) in a row on average. Rounded up, so that "1 epoch" sees every row.
+    Raises ConfigError, naming the key `what`, for anything else.
+    """
+    match = re.fullmatch(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*(%|[a-z]*)\s*", str(text))
+    unit = match and ((match[2] or "steps").rstrip("s") + "s" if match[2] != "%" else "%")
+    if not match or unit not in UNITS:
+        raise ConfigError(
+            f"{what}={text!r} is no duration; write a number and one of {', '.join(UNITS)}"
+        )
+    try:
+        n = float(match[1])
+    except ValueError:
+        raise ConfigError(f"{what}={text!r}: {match[1]!r} is not a number") from None
+    known = {"total": total, "batch": batch, "epoch_rows": epoch_rows, "per_row": per_row}
+    need = {"%": ["total"], "epochs": ["batch", "epoch_rows"]}
+    need |= {"examples": ["batch", "per_row"], "tokens": ["batch", "per_row"]}
+    if any(known[k] is None for k in need.get(unit, [])):
+        raise ConfigError(f"{what}={text!r}: {unit} has no meaning here; write steps")
+    if unit == "steps":
+        steps = n
+    elif unit == "%":
+        steps = n / 100 * total
+    elif unit == "epochs":
+        steps = n * epoch_rows / batch
+    else:
+        steps = n / (per_row[unit == "tokens"] * batch)
+    return math.ceil(round(steps, 9))
+
+
+def main(main_fn, argv=None):
+    """Run a command, turning errors made for people into one message and exit status 1."""
+    try:
+        main_fn(sys.argv[1:] if argv is None else argv)
+    except (ValueError, FileNotFoundError, RuntimeError, OSError) as e:
+        if type(e).__module__.startswith("jax"):
+            raise
+        raise SystemExit(f"{type(e).__name__}: {e}") from e

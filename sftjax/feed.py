@@ -1,0 +1,187 @@
+"""The run's data: training rows, validation sets and test questions, put on the mesh."""
+
+import itertools
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sftjax import config as config_lib
+from sftjax import data as data_lib
+from sftjax import sharding
+from sftjax.config import ConfigError
+from sftjax.models import hf
+
+BATCH_KEYS = ("tokens", "targets", "weights", "positions", "segments")
+
+
+def load_tokenizer(config):
+    """The tokenizer of data.tokenizer, or of the model's directory."""
+    from transformers import AutoTokenizer
+
+    path = hf.resolve(config.data.tokenizer or config.model.path)
+    try:
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"no tokenizer could be loaded from {path} (data.tokenizer, else model.path): {e}"
+        ) from e
+
+
+def policy(config) -> dict:
+    """The arguments of data.encode that the config sets."""
+    d = config.data
+    template = None
+    if d.template:
+        if not Path(d.template).is_file():
+            raise ConfigError(f"data.template={d.template!r} does not exist")
+        template = Path(d.template).read_text()
+    return dict(
+        train_on=d.train_on,
+        stop_token=d.stop_token,
+        template=template,
+        fields={k: v for k, v in d.fields.items() if v},
+        system=d.system,
+    )
+
+
+def sets(text: str) -> dict[str, str]:
+    """{"name": path} of a comma-separated list of evaluation sets; the name is the file's stem."""
+    paths = [p.strip() for p in text.split(",") if p.strip()]
+    names = {Path(p).stem: p for p in paths}
+    if len(names) < len(paths):
+        raise ConfigError(f"data.validation={text!r}: two sets have the same file name")
+    return names
+
+
+class Feed:
+    """Everything read from the config's data, and the batches made from it."""
+
+    def __init__(self, config, tokenizer, workdir, mesh):
+        d, self.config, self.mesh = config.data, config, mesh
+        if not d.train:
+            raise ConfigError("data.train is empty; give a file, a glob or a hub data set id")
+        self.policy, self.tokenizer = policy(config), tokenizer
+        self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
+        self.store = self._store(d.train, d.limit)
+        self.batch_size = config.train.batch_size
+        self.wait = 0.0  # seconds the last step waited for its batch
+        self._plan()
+        self.sets = {n: self._store(p, 0) for n, p in sets(d.validation).items()}
+        self.test = self._questions(d.test, config.eval.test_limit) if d.test else []
+
+    def _store(self, path, limit):
+        d = self.config.data
+        return data_lib.build_store(
+            data_lib.open_source(path, limit),
+            self.tokenizer,
+            self.policy,
+            max_length=d.max_length,
+            overlong=d.overlong,
+            cache_dir=self.cache,
+        )
+
+    def _plan(self):
+        """Know the number of steps before the first one."""
+        d, t, B = self.config.data, self.config.train, self.batch_size
+        lengths = self.store.lengths.astype(np.int64)
+        make = lambda total: data_lib.Rows(  # noqa: E731
+            self.store, d.max_length, d.packing, self.config.seed, total
+        )
+        self.per_epoch = make(1).per_epoch
+        per_row = (len(lengths) / self.per_epoch, lengths.sum() / self.per_epoch)
+        # Model FLOPs count pairs of tokens that see each other, inside documents.
+        self.pairs_per_row = float((lengths * (lengths + 1) // 2).sum()) / self.per_epoch
+        self.trained_per_row = self.store.report["trained_tokens"] / self.per_epoch
+        self.tokens_per_row = per_row[1]
+        known = dict(batch=B, epoch_rows=self.per_epoch, per_row=per_row)
+        self.steps = config_lib.duration(t.duration, "train.duration", **known)
+        if self.steps < 1:
+            raise ConfigError(f"train.duration={t.duration!r} is no step at all")
+        self._known = known | {"total": self.steps}
+        whole = str(t.duration).strip().rstrip("s").endswith("epoch")
+        rows = round(float(str(t.duration).split()[0]) * self.per_epoch) if whole else 0
+        self.rows = make(rows or self.steps * B)
+
+    def _questions(self, path, limit):
+        source = data_lib.open_source(path, limit)
+        policy = {k: v for k, v in self.policy.items() if k not in ("train_on", "stop_token")}
+        return [
+            data_lib.prompt_and_answer(source[i], self.tokenizer, where=source.where(i), **policy)
+            for i in range(len(source))
+        ]
+
+    def every(self, text, what) -> int:
+        """Steps between two events of duration `text`; 0 = never."""
+        return config_lib.duration(text, what, **self._known)
+
+    def due(self, step, text, what) -> bool:
+        every = self.every(text, what)
+        return bool(every) and (step % every == 0 or step == self.steps)
+
+    def abstract_batch(self) -> dict:
+        """A global training batch as ShapeDtypeStructs with shardings."""
+        shape = (self.batch_size, self.config.data.max_length)
+        layout = sharding.named(self.mesh, "batch", "seq")
+        return {
+            k: jax.ShapeDtypeStruct(
+                shape, np.float32 if k == "weights" else np.int32, sharding=layout
+            )
+            for k in BATCH_KEYS
+        }
+
+    def batches(self, start: int):
+        """Global batches of steps start, start+1, ... on the mesh, a few made ahead."""
+        d = self.config.data
+        local = sharding.local_rows(self.mesh, self.batch_size)
+        host = data_lib.loader(
+            self.rows,
+            self.batch_size,
+            local=local,
+            start_step=start,
+            stop_step=self.steps,
+            workers=d.workers,
+            prefetch=d.prefetch,
+        )
+        on_device = (sharding.put_batch(self.mesh, b, self.batch_size) for b in host)
+        ready = deque(itertools.islice(on_device, d.prefetch))
+        while ready:
+            began = time.monotonic()
+            batch = ready.popleft()
+            ready.extend(itertools.islice(on_device, 1))
+            self.wait = time.monotonic() - began
+            yield batch
+
+    def eval_batches(self, name):
+        """Every row of a validation set once, in order; the last batch is filled with blank rows."""
+        d, size = self.config.data, self.config.eval.batch_size
+        shards = sharding.axis_size(self.mesh, sharding.RULES["batch"])
+        size = -(-size // shards) * shards
+        total = data_lib.Rows(
+            self.sets[name], d.max_length, d.eval_packing, 0, 1, shuffle=False
+        ).per_epoch
+        rows = data_lib.Rows(
+            self.sets[name], d.max_length, d.eval_packing, 0, total, shuffle=False
+        )
+        local = sharding.local_rows(self.mesh, size)
+        steps = -(-total // size)
+        for batch in data_lib.loader(rows, size, local=local, stop_step=steps):
+            yield sharding.put_batch(self.mesh, batch, size)
+
+    def summary(self) -> str:
+        """What is trained, in a few lines."""
+        r = self.store.report
+        stop = r.get("stop_token") or "none"
+        lines = [
+            f"data      {len(self.store)} documents of {r['examples']} examples, {r['tokens']:,}"
+            f" tokens, {r['trained_fraction']:.1%} trained; stop token {stop}",
+            f"rows      {self.per_epoch} an epoch of {self.config.data.max_length} tokens,"
+            f" packing {self.config.data.packing}, {self.rows.efficiency:.1%} full",
+            f"steps     {self.steps} of {self.batch_size} rows"
+            f" ({self.steps * self.batch_size / self.per_epoch:.2f} epochs)",
+        ]
+        if r.get("truncated") or r.get("dropped"):
+            lines.insert(1, f"          {r['truncated']} truncated, dropped: {r['dropped']}")
+        return "\n".join(lines)

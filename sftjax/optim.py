@@ -1,0 +1,162 @@
+"""Schedules and optimizers by name, and the ordered regex rules that differ per parameter.
+
+An optimizer here is the part that turns a gradient into a direction; clipping, weight decay,
+per-parameter learning-rate multipliers and the schedule are put around it alike for all.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sftjax import params as params_lib
+
+# ---- schedules -----------------------------------------------------------------------------
+# Each is (t, steps, floor, warmup, decay) -> share of the peak learning rate, t steps after the
+# warm-up of a decay that spans `steps`. The formulas are those of transformers.
+
+
+def _constant(t, steps, floor, warmup, decay):
+    return jnp.ones_like(t)
+
+
+def _linear(t, steps, floor, warmup, decay):
+    return 1 - (1 - floor) * t / steps
+
+
+def _cosine(t, steps, floor, warmup, decay):
+    return floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * t / steps))
+
+
+def _inverse_sqrt(t, steps, floor, warmup, decay):
+    return jnp.maximum(jnp.sqrt(max(warmup, 1) / (t + max(warmup, 1))), floor)
+
+
+def _wsd(t, steps, floor, warmup, decay):
+    """Warm-up, stable, then a linear decay over the last `decay` steps."""
+    return 1 - (1 - floor) * jnp.clip((t - (steps - decay)) / max(decay, 1), 0, 1)
+
+
+SCHEDULES = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "inverse_sqrt": _inverse_sqrt,
+    "wsd": _wsd,
+}
+
+
+def schedule(name: str, lr: float, total: int, warmup: int = 0, decay: int = 0, floor=0.0):
+    """A function step -> float32 learning rate.
+
+    It rises linearly from 0 at step 0 to lr at step `warmup`, then follows the named shape until
+    `total`; floor is the lowest share of lr; decay is the length of wsd's last phase, in steps.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"optim.schedule={name!r}; known: {', '.join(SCHEDULES)}")
+    steps = max(total - warmup, 1)
+
+    def at(step):
+        step = jnp.asarray(step, jnp.float32)
+        t = jnp.clip(step - warmup, 0, steps)
+        factor = SCHEDULES[name](t, steps, floor, warmup, decay)
+        return lr * jnp.where(step < warmup, step / max(warmup, 1), factor)
+
+    return at
+
+
+# ---- optimizers: gradient -> direction ------------------------------------------------------
+
+
+def _adam(c, abstract):
+    return optax.scale_by_adam(c.b1, c.b2, c.eps)
+
+
+def _sgd(c, abstract):
+    return optax.trace(c.momentum) if c.momentum else optax.identity()
+
+
+def _lion(c, abstract):
+    return optax.scale_by_lion(c.b1, c.b2)
+
+
+def _adafactor(c, abstract):
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+
+def _muon(c, abstract):
+    """Muon for the matrices inside the layers, Adam for embeddings, head, norms and biases.
+
+    consistent_rms 0.2 gives Muon's update the size of Adam's, so that one lr serves both
+    (Liu et al., Muon is Scalable for LLM Training, arXiv 2502.16982).
+    """
+    dims = {name: _matrix(name, p) for name, p in params_lib.flatten(abstract).items()}
+    muon = optax.contrib.muon(
+        1.0,
+        beta=c.momentum,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        eps=c.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda p: params_lib.map_named(lambda n, _: dims[n], p),
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # undo its sign: here it is a direction
+
+
+def _matrix(name, p):
+    """Which dimensions of a stacked weight are its input and its output; None = not a matrix."""
+    if p.axes[0] != "layers" or not name.endswith("/w"):
+        return None
+    axes = p.axes[1:]
+    first_out = 1 if axes[0] == "embed" else len(axes) - 1  # [embed, ...out] or [...in, embed]
+    dims = tuple(range(1, len(p.axes)))
+    return optax.contrib.MuonDimensionNumbers(dims[:first_out], dims[first_out:])
+
+
+OPTIMIZERS = {
+    "adamw": _adam,
+    "adam": _adam,
+    "sgd": _sgd,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
+
+
+def make(c, lr, params, trainable, abstract=None):
+    """The optax transformation of config.optim, for the trained part of `params`.
+
+    lr: step -> learning rate. params: the whole tree (arrays or Params), whose leaf names the rules
+    of c.lr_multipliers and c.decay match. Decay is decoupled: lr * multiplier * weight_decay *
+    factor * parameter is taken off, for every optimizer that has weight decay.
+    """
+    if c.name not in OPTIMIZERS:
+        raise ValueError(f"optim.name={c.name!r}; known: {', '.join(OPTIMIZERS)}")
+    if c.name == "adam" and c.weight_decay:
+        raise ValueError("optim.name='adam' has no weight decay; use 'adamw', or weight_decay=0")
+    if c.name == "muon" and abstract is None:
+        raise ValueError("optim.name='muon' needs the model's abstract parameters")
+
+    def factors(rules, what):
+        tree = params_lib.match_rules(rules, params, what)
+        return params_lib.partition(tree, trainable)[0]
+
+    multipliers = factors(c.lr_multipliers, "optim.lr_multipliers")
+    parts = [optax.clip_by_global_norm(c.clip)] if c.clip else []
+    parts.append(OPTIMIZERS[c.name](c, abstract))
+    if c.weight_decay:
+        decay = factors(c.decay, "optim.decay")
+        parts.append(
+            optax.stateless(
+                lambda u, p: jax.tree.map(lambda u, p, f: u + c.weight_decay * f * p, u, p, decay)
+            )
+        )
+    if any(m != 1 for m in jax.tree.leaves(multipliers)):
+        parts.append(
+            optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers))
+        )
+    parts.append(optax.scale_by_learning_rate(lr))
+    return optax.chain(*parts)

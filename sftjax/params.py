@@ -1,0 +1,153 @@
+"""One abstract tree describes a model's parameters; everything else is derived from it.
+
+A tree is any pytree. Leaves are named by their path, joined with "/": "layers/0-11/attn/q/w".
+Trained and frozen parameters are two trees of the same structure, with None where a leaf belongs
+to the other tree: None is an empty subtree to JAX, so the optimizer and the gradient never see it.
+"""
+
+import dataclasses
+import re
+import zlib
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One parameter before it exists: its shape, the logical axis of each dimension, its init.
+
+    init is called as init(key, shape, dtype), as in jax.nn.initializers.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Callable = jax.nn.initializers.normal(0.02)
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"Param has shape {self.shape} but axes {self.axes}")
+
+
+def is_param(x) -> bool:
+    return isinstance(x, Param)
+
+
+def path_name(path) -> str:
+    """The "/"-joined name of a jax.tree_util key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def flatten(tree) -> dict[str, Any]:
+    """{name: leaf} in tree order; None is no leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def map_named(fn, tree, *rest):
+    """tree_map whose function gets the leaf's name first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest, is_leaf=is_param
+    )
+
+
+# ---- from the abstract tree ----------------------------------------------------------------
+
+
+def init(abstract, rng, dtype=jnp.float32, shardings=None):
+    """Initialise every parameter, each from its own key, so that adding one changes no other."""
+
+    def make(rng):
+        def one(name, p):
+            return p.init(jax.random.fold_in(rng, zlib.crc32(name.encode())), p.shape, dtype)
+
+        return map_named(one, abstract)
+
+    return jax.jit(make, out_shardings=shardings)(rng)
+
+
+def shapes(abstract, dtype=jnp.float32, shardings=None):
+    """jax.ShapeDtypeStruct of every parameter, for restore targets and ahead-of-time compiles."""
+    if shardings is None:
+        return map_named(lambda _, p: jax.ShapeDtypeStruct(p.shape, dtype), abstract)
+    return map_named(
+        lambda _, p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), abstract, shardings
+    )
+
+
+def count(tree) -> int:
+    """Number of scalars in a tree of Params or arrays."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree, is_leaf=is_param))
+
+
+def nbytes(tree) -> int:
+    """Bytes of a tree of arrays or ShapeDtypeStructs."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def table(params, trainable) -> str:
+    """What is trained and what is not: a line for each parameter with shape, dtype and count."""
+    rows = [("parameter", "shape", "dtype", "count", "trained")]
+    for (name, leaf), on in zip(flatten(params).items(), jax.tree.leaves(trainable), strict=True):
+        shape = "x".join(map(str, leaf.shape))
+        rows.append((name, shape, str(leaf.dtype), f"{leaf.size:,}", "yes" if on else "frozen"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+
+
+# ---- ordered regex rules -------------------------------------------------------------------
+
+
+def match_rules(rules, tree, what: str):
+    """A tree like `tree` of the values of the first rule whose regex matches the whole leaf name.
+
+    rules: ordered (regex, value) pairs. Raises ValueError for a leaf that no rule covers and for a
+    rule that matches no leaf: both are nearly always typing errors that would train the wrong thing.
+    """
+    names = list(flatten(tree))
+    hit = dict.fromkeys(range(len(rules)), False)
+    for i, (pattern, _) in enumerate(rules):
+        try:
+            hit[i] = any(re.fullmatch(pattern, n) for n in names)
+        except re.error as e:
+            raise ValueError(f"{what}: rule {pattern!r} is not a regular expression: {e}") from None
+        if not hit[i]:
+            raise ValueError(
+                f"{what}: rule {pattern!r} matches no parameter. Rules match whole names; the names"
+                f" here are: {_some(names)}"
+            )
+
+    def value(name, _):
+        for pattern, v in rules:
+            if re.fullmatch(pattern, name):
+                return v
+        raise ValueError(
+            f"{what}: no rule covers parameter {name!r}; end the rules with ('.*', value) for the"
+            " rest"
+        )
+
+    return map_named(value, tree)
+
+
+def _some(names, most=12):
+    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---- trained and frozen --------------------------------------------------------------------
+
+
+def partition(tree, trainable):
+    """(trained, frozen): two trees of the structure of `tree`, None where the other has the leaf."""
+    trained = jax.tree.map(lambda x, t: x if t else None, tree, trainable)
+    frozen = jax.tree.map(lambda x, t: None if t else x, tree, trainable)
+    return trained, frozen
+
+
+def combine(trained, frozen):
+    """The whole tree again; the inverse of `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
+    )

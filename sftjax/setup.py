@@ -1,0 +1,192 @@
+"""What a run needs before its first step: workdir, model, schedule, sharded state."""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sftjax import config as config_lib
+from sftjax import optim, sharding
+from sftjax import params as params_lib
+from sftjax.config import ConfigError
+from sftjax.models import hf
+from sftjax.step import TrainState
+
+# Keys that may change between a run and its resumption: they do not change what is learned.
+FREE = ("mesh.", "data.cache_dir", "data.workers", "data.prefetch", "train.log_every")
+FREE += ("train.keep", "train.export", "train.tensorboard", "eval.samples", "model.remat")
+
+
+def prepare_workdir(config, workdir) -> Path:
+    """Make the workdir, or check that the one found is this config's; write config and env."""
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as e:
+        raise OSError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
+    new, file = config_lib.to_dict(config), workdir / "config.json"
+    if file.exists():
+        _same_config(json.loads(file.read_text()), new, workdir)
+    if jax.process_index() == 0:
+        file.write_text(json.dumps(new, indent=2) + "\n")
+        (workdir / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    return workdir
+
+
+def _same_config(old, new, workdir):
+    old, new = _flat(old), _flat(new)
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    keys = [k for k in keys if not k.startswith(FREE)]
+    if keys:
+        lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys[:10])
+        raise ConfigError(
+            f"--workdir={workdir} belongs to a run with another config:\n{lines}\nUse another"
+            " workdir, or the same settings to resume that run."
+        )
+
+
+def _flat(tree, prefix="") -> dict:
+    out = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
+def environment() -> dict:
+    """Versions, devices and the command, for env.json."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def find(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: find(p) for p in (*packages, "transformers", "numpy")},
+        "devices": [str(d.device_kind) for d in jax.devices()],
+        "processes": jax.process_count(),
+        "commit": commit or None,
+    }
+
+
+# ---- model and state -----------------------------------------------------------------------
+
+
+def make_model(config, tokenizer):
+    """(Model, tree of bools: is each parameter trained); reads no weights."""
+    m = config.model
+    if not m.path:
+        raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
+    if m.init not in ("pretrained", "random"):
+        raise ConfigError(f"model.init={m.init!r}; expected 'pretrained' or 'random'")
+    model = hf.load_model(
+        m.path,
+        dtype=m.dtype,
+        remat=m.remat,
+        attention=m.attention,
+        scan=m.scan,
+        split=tuple(m.split),
+    )
+    if len(tokenizer) > model.config.vocab:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only"
+            f" {model.config.vocab} rows: they do not belong together (model.path, data.tokenizer)"
+        )
+    trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
+    return model, trainable
+
+
+def dtypes(config, trainable):
+    """Tree of parameter dtypes: trained parameters in param_dtype, frozen ones in frozen_dtype."""
+    m = config.model
+    return jax.tree.map(lambda t: jnp.dtype(m.param_dtype if t else m.frozen_dtype), trainable)
+
+
+def make_schedule(config, steps):
+    """step -> learning rate, from config.optim."""
+    c = config.optim
+    warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
+    decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
+    return optim.schedule(c.schedule, c.lr, steps, warmup, decay, c.floor)
+
+
+def abstract_state(config, model, trainable, tx, mesh):
+    """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
+
+    A leaf of the optimizer state whose name ends in a parameter's name and has its shape is laid
+    out like that parameter; all others are replicated.
+    """
+    shardings = sharding.param_shardings(mesh, model.abstract)
+    shapes = jax.tree.map(
+        lambda p, d: jax.ShapeDtypeStruct(p.shape, d),
+        model.abstract,
+        dtypes(config, trainable),
+        is_leaf=params_lib.is_param,
+    )
+    state = jax.eval_shape(lambda p: _create(config, p, trainable, tx), shapes)
+    by_name = {
+        name: (p.shape, s)
+        for (name, p), s in zip(
+            params_lib.flatten(model.abstract).items(), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(name, x):
+        for tail in _tails(name):
+            shape, s = by_name.get(tail, (None, None))
+            if shape == x.shape:
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+
+    return params_lib.map_named(place, state)
+
+
+def _tails(name):
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def _create(config, params, trainable, tx):
+    return TrainState.create(
+        params=params, tx=tx, trainable=trainable, rng=jax.random.key(config.seed)
+    )
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def first_state(config, model, trainable, tx, target, mesh):
+    """(model, TrainState at step 0): pretrained weights read, or random ones drawn, in place."""
+    kinds = dtypes(config, trainable)
+    if config.model.init == "pretrained":
+        model, params = hf.load_params(model, hf.resolve(config.model.path), kinds, mesh)
+    else:
+        shardings = sharding.param_shardings(mesh, model.abstract)
+        params = params_lib.init(
+            model.abstract, jax.random.key(config.seed), shardings=shardings
+        )
+        params = jax.tree.map(lambda x, d: x.astype(d), params, kinds)
+    create = jax.jit(
+        lambda p: _create(config, p, trainable, tx),
+        donate_argnums=0,
+        out_shardings=shardings_of(target),
+    )
+    return model, create(params)

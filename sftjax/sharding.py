@@ -1,0 +1,210 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+Model code names logical axes only. The five mesh axes are always present, size 1 unless set, so
+one program serves a laptop and a pod. GSPMD inserts the collectives.
+"""
+
+import logging
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sftjax import params as params_lib
+
+AXES = ("data", "fsdp", "context", "tensor", "expert")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp", "expert"),
+    "seq": "context",
+    "act_embed": None,
+    # parameters (and activations that have the same dimension)
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    "expert": "expert",
+}
+
+
+class MeshError(ValueError):
+    """A mesh, or an array on it, that cannot be laid out as asked."""
+
+
+def make_mesh(sizes=None, devices=None) -> Mesh:
+    """A mesh of the five axes. sizes: {axis: size}; one size may be -1 and takes what is left.
+
+    Several TPU slices (devices with different slice_index) become the leading factor of `data`, so
+    that only data-parallel traffic crosses the data-centre network.
+    """
+    sizes = dict(sizes or {})
+    devices = list(jax.devices() if devices is None else devices)
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise MeshError(f"unknown mesh axis {sorted(unknown)}; the axes are {', '.join(AXES)}")
+    shape = [int(sizes.get(a, 1)) for a in AXES]
+    asked = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise MeshError(f"mesh {asked}: sizes must be positive, and at most one may be -1")
+    fixed = math.prod(n for n in shape if n != -1)
+    n = len(devices)
+    if n % fixed or (-1 not in shape and fixed != n):
+        raise MeshError(
+            f"mesh {asked} needs {'a multiple of ' if -1 in shape else ''}{fixed} devices, found"
+            f" {n}; set mesh.* so that their product is {n}, or one of them to -1"
+        )
+    shape = [n // fixed if s == -1 else s for s in shape]
+    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(shape, devices) -> np.ndarray:
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    if len(slices) > 1:
+        if shape[0] % len(slices):
+            raise MeshError(
+                f"mesh data={shape[0]} does not divide over {len(slices)} slices; only the data"
+                " axis may cross slices"
+            )
+        inner = [shape[0] // len(slices), *shape[1:]]
+        outer = [len(slices), *(1 for _ in shape[1:])]
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices)
+    return np.array(devices).reshape(shape)
+
+
+def spec(axes, rules=None) -> P:
+    """The PartitionSpec of logical `axes`. Two dimensions on one mesh axis are an error."""
+    rules = rules or RULES
+    used, out = {}, []
+    for axis in axes:
+        if axis is not None and axis not in rules:
+            raise MeshError(f"unknown logical axis {axis!r}; the table has {', '.join(rules)}")
+        mesh_axes = rules[axis] if axis is not None else None
+        for m in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+            if m in used:
+                raise MeshError(
+                    f"logical axes {used[m]!r} and {axis!r} of one array both map to mesh axis"
+                    f" {m!r}"
+                )
+            used[m] = axis
+        out.append(mesh_axes)
+    return P(*out)
+
+
+def named(mesh, *axes) -> NamedSharding:
+    """NamedSharding of logical axes."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def param_shardings(mesh, abstract):
+    """A NamedSharding for every Param; a dimension that does not divide is an error, by name."""
+
+    def one(name, p):
+        sharding = named(mesh, *p.axes)
+        for size, axis, part in zip(p.shape, p.axes, sharding.spec, strict=True):
+            parts = axis_size(mesh, part)
+            if size % parts:
+                raise MeshError(
+                    f"parameter {name}: dimension {axis}={size} does not divide over mesh axis"
+                    f" {part}={parts}; choose a size of mesh.{part} that divides {size}"
+                )
+        return sharding
+
+    return params_lib.map_named(one, abstract)
+
+
+def axis_size(mesh, part) -> int:
+    """Number of shards of one PartitionSpec entry (None, a mesh axis, or several)."""
+    names = () if part is None else (part,) if isinstance(part, str) else part
+    return math.prod(mesh.shape[n] for n in names)
+
+
+def constrain(x, *axes):
+    """Pin an activation's layout inside jit; does nothing when no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+# ---- batches -------------------------------------------------------------------------------
+
+
+def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
+    """Raise MeshError unless the batch splits over micro-batches, mesh and processes."""
+    shards = axis_size(mesh, RULES["batch"])
+    if batch_size % micro_batches:
+        raise MeshError(
+            f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches"
+        )
+    if (batch_size // micro_batches) % shards:
+        raise MeshError(
+            f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size},"
+            f" micro_batches={micro_batches}) does not divide over the {shards} batch shards of"
+            f" the mesh (data x fsdp x expert)"
+        )
+    if length % mesh.shape["context"]:
+        raise MeshError(f"data.max_length={length} does not divide over mesh.context")
+
+
+def local_rows(mesh, batch_size: int) -> tuple[int, int]:
+    """The contiguous rows [start, stop) of a global batch that this process must read."""
+    sharding = named(mesh, "batch", None)
+    rows = [
+        s[0].indices(batch_size)[:2]
+        for s in sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    ]
+    return min(r[0] for r in rows), max(r[1] for r in rows)
+
+
+def put_batch(mesh, batch, batch_size: int):
+    """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh."""
+
+    def put(x):
+        axes = ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)
+        return jax.make_array_from_process_local_data(
+            named(mesh, *axes), x, (batch_size, *x.shape[1:])
+        )
+
+    return {k: put(np.asarray(v)) for k, v in batch.items()}
+
+
+# ---- several processes ---------------------------------------------------------------------
+
+
+def initialize(coordinator="", processes=0, process_id=-1, timeout=300):
+    """Start JAX's distributed runtime when this is one of several processes, and say what it found.
+
+    With no arguments the cluster (Cloud TPU, Slurm, ...) is detected by JAX itself; "auto" as the
+    coordinator asks for that, "" means one process.
+    """
+    if not coordinator:
+        return
+    known = {}
+    if coordinator != "auto":
+        known = dict(
+            coordinator_address=coordinator, num_processes=processes, process_id=process_id
+        )
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout, **known)
+    except Exception as e:
+        raise RuntimeError(
+            f"process {process_id} of {processes} could not join {coordinator} within {timeout} s:"
+            f" {e}. Start all processes with the same mesh.coordinator and mesh.processes, each"
+            " with its own mesh.process_id (0 is the coordinator)."
+        ) from e
+    logging.getLogger("sftjax").info(
+        "process %d of %d, %d local of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )

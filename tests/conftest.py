@@ -1,0 +1,33 @@
+"""Eight forced CPU devices, a compile cache and the fixtures directory, for every test."""
+
+import os
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Before jax is imported anywhere: these are read once, at its start. Subprocesses inherit them.
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The directory of models and data that tests read: `def test_x(fixtures): fixtures / "gsm8k"`.
+
+    $SFTJAX_FIXTURES, or ../shared/fixtures beside the repository. Where it is absent the test is
+    skipped, and failed when SFTJAX_REQUIRE_FIXTURES=1 (as in .ci/run).
+    """
+    path = Path(os.environ.get("SFTJAX_FIXTURES") or REPO.parent / "shared" / "fixtures")
+    if path.is_dir():
+        return path
+    reason = f"no fixtures directory at {path}; set SFTJAX_FIXTURES to where it lies"
+    if os.environ.get("SFTJAX_REQUIRE_FIXTURES") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)

@@ -1,0 +1,42 @@
+"""A small random Llama and batches for it, shared by the tests."""
+
+import jax
+import numpy as np
+
+from sftjax import params as params_lib
+from sftjax.models import decoder
+
+CONFIG = decoder.Config(
+    vocab=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp=64, init_std=0.1
+)
+
+
+def model(**changes) -> decoder.Model:
+    return decoder.Model(CONFIG).replace(**changes)
+
+
+def params(m, seed=0):
+    return params_lib.init(m.abstract, jax.random.key(seed))
+
+
+def batch(rows=8, length=32, seed=0, share=0.4):
+    """A packed batch with unequal documents, padding and unequal trained-token counts."""
+    rng = np.random.default_rng(seed)
+    out = {k: np.zeros((rows, length), np.int32) for k in ("tokens", "positions", "segments")}
+    out["tokens"] = rng.integers(1, 64, (rows, length)).astype(np.int32)
+    for r in range(rows):
+        at, segment = 0, 1
+        while at < length - rng.integers(1, 6):
+            n = min(int(rng.integers(3, 14)), length - at)
+            out["segments"][r, at : at + n] = segment
+            out["positions"][r, at : at + n] = np.arange(n)
+            at, segment = at + n, segment + 1
+    out["tokens"] = np.where(out["segments"] > 0, out["tokens"], 0)
+    inside = np.zeros((rows, length), bool)
+    inside[:, :-1] = (out["segments"][:, 1:] == out["segments"][:, :-1]) & (
+        out["segments"][:, :-1] > 0
+    )
+    out["targets"] = np.where(inside, np.roll(out["tokens"], -1, 1), 0).astype(np.int32)
+    shares = share * rng.uniform(0, 2, (rows, 1))  # some rows train much, some little
+    out["weights"] = (inside & (rng.uniform(size=inside.shape) < shares)).astype(np.float32)
+    return out

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -53,7 +54,7 @@ def get_default() -> ConfigDict:
     c.data.max_length = 1024  # tokens in a row
     c.data.overlong = "truncate_end"  # truncate_end | drop | split | error
     c.data.packing = "bfd"  # bfd | bfd_split | wrapped | none
-    c.data.eval_packing = "none"  # the same, for the validation sets
+    c.data.eval_packing = "bfd"  # the same, for the validation sets; the loss does not depend on it
     c.data.cache_dir = ""  # tokenised data; "" = <workdir>/cache
     c.data.workers = 0  # loader processes; 0 = threads
     c.data.prefetch = 2  # batches kept ready on the device
@@ -243,11 +244,22 @@ def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_ro
     return math.ceil(round(steps, 9))
 
 
-def main(main_fn, argv=None):
-    """Run a command, turning errors made for people into one message and exit status 1."""
+def epochs(text) -> float | None:
+    """The number in a duration of epochs; None for another unit."""
+    number, _, unit = str(text).strip().partition(" ")
+    return float(number) if unit.strip().rstrip("s") == "epoch" else None
+
+
+def run(main_fn, argv=None):
+    """Run a command; an error that sftjax itself raised is shown as one message, no traceback."""
     try:
         main_fn(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FileNotFoundError, RuntimeError, OSError) as e:
-        if type(e).__module__.startswith("jax"):
+    except (ValueError, OSError, RuntimeError) as e:
+        frames = [f.filename for f in traceback.extract_tb(e.__traceback__)]
+        if Path(frames[-1]).parent not in _PACKAGE:
             raise
         raise SystemExit(f"{type(e).__name__}: {e}") from e
+
+
+_HERE = Path(__file__).parent
+_PACKAGE = {_HERE, *(p for p in _HERE.iterdir() if p.is_dir())}

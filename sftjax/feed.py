@@ -85,25 +85,26 @@ class Feed:
 
     def _plan(self):
         """Know the number of steps before the first one."""
-        d, t, B = self.config.data, self.config.train, self.batch_size
+        d, t, size = self.config.data, self.config.train, self.batch_size
         lengths = self.store.lengths.astype(np.int64)
-        make = lambda total: data_lib.Rows(  # noqa: E731
-            self.store, d.max_length, d.packing, self.config.seed, total
-        )
-        self.per_epoch = make(1).per_epoch
-        per_row = (len(lengths) / self.per_epoch, lengths.sum() / self.per_epoch)
-        # Model FLOPs count pairs of tokens that see each other, inside documents.
-        self.pairs_per_row = float((lengths * (lengths + 1) // 2).sum()) / self.per_epoch
-        self.trained_per_row = self.store.report["trained_tokens"] / self.per_epoch
-        self.tokens_per_row = per_row[1]
-        known = dict(batch=B, epoch_rows=self.per_epoch, per_row=per_row)
-        self.steps = config_lib.duration(t.duration, "train.duration", **known)
+        self.rows = data_lib.Rows(self.store, d.max_length, d.packing, self.config.seed)
+        epoch = self.rows.per_epoch
+        per_row = (len(lengths) / epoch, lengths.sum() / epoch)
+        self._units = dict(batch=size, epoch_rows=epoch, per_row=per_row)
+        self.steps = config_lib.duration(t.duration, "train.duration", **self._units)
         if self.steps < 1:
             raise ConfigError(f"train.duration={t.duration!r} is no step at all")
-        self._known = known | {"total": self.steps}
-        whole = str(t.duration).strip().rstrip("s").endswith("epoch")
-        rows = round(float(str(t.duration).split()[0]) * self.per_epoch) if whole else 0
-        self.rows = make(rows or self.steps * B)
+        # Whole epochs end with their last row: the last batch is then filled with blank rows.
+        epochs = self.steps * size / epoch
+        exact = config_lib.epochs(t.duration)
+        self.rows.total = self.steps * size if exact is None else round(exact * epoch)
+        self.epochs = epochs if exact is None else exact
+        # Model FLOPs count pairs of tokens that see each other, inside documents.
+        self.per_row = {
+            "tokens": per_row[1],
+            "trained": self.store.report["trained_tokens"] / epoch,
+            "pairs": float((lengths * (lengths + 1) // 2).sum()) / epoch,
+        }
 
     def _questions(self, path, limit):
         source = data_lib.open_source(path, limit)
@@ -113,12 +114,9 @@ class Feed:
             for i in range(len(source))
         ]
 
-    def every(self, text, what) -> int:
-        """Steps between two events of duration `text`; 0 = never."""
-        return config_lib.duration(text, what, **self._known)
-
     def due(self, step, text, what) -> bool:
-        every = self.every(text, what)
+        """Is an event of every `text` (a duration; 0 = never) due after this step?"""
+        every = config_lib.duration(text, what, total=self.steps, **self._units)
         return bool(every) and (step % every == 0 or step == self.steps)
 
     def abstract_batch(self) -> dict:
@@ -159,29 +157,23 @@ class Feed:
         d, size = self.config.data, self.config.eval.batch_size
         shards = sharding.axis_size(self.mesh, sharding.RULES["batch"])
         size = -(-size // shards) * shards
-        total = data_lib.Rows(
-            self.sets[name], d.max_length, d.eval_packing, 0, 1, shuffle=False
-        ).per_epoch
         rows = data_lib.Rows(
-            self.sets[name], d.max_length, d.eval_packing, 0, total, shuffle=False
+            self.sets[name], d.max_length, d.eval_packing, shuffle=False
         )
         local = sharding.local_rows(self.mesh, size)
-        steps = -(-total // size)
-        for batch in data_lib.loader(rows, size, local=local, stop_step=steps):
+        for batch in data_lib.loader(rows, size, local=local):
             yield sharding.put_batch(self.mesh, batch, size)
 
     def summary(self) -> str:
         """What is trained, in a few lines."""
         r = self.store.report
-        stop = r.get("stop_token") or "none"
         lines = [
-            f"data      {len(self.store)} documents of {r['examples']} examples, {r['tokens']:,}"
-            f" tokens, {r['trained_fraction']:.1%} trained; stop token {stop}",
-            f"rows      {self.per_epoch} an epoch of {self.config.data.max_length} tokens,"
+            f"data      {r['examples']} examples, {r['tokens']:,} tokens,"
+            f" {r['trained_fraction']:.1%} trained; stop token {r.get('stop_token')}",
+            f"rows      {self.rows.per_epoch} an epoch, of {self.config.data.max_length} tokens,"
             f" packing {self.config.data.packing}, {self.rows.efficiency:.1%} full",
-            f"steps     {self.steps} of {self.batch_size} rows"
-            f" ({self.steps * self.batch_size / self.per_epoch:.2f} epochs)",
+            f"steps     {self.steps} of {self.batch_size} rows, {self.epochs:.2f} epochs",
         ]
-        if r.get("truncated") or r.get("dropped"):
-            lines.insert(1, f"          {r['truncated']} truncated, dropped: {r['dropped']}")
+        if r["truncated"] or r["dropped"]:
+            lines.insert(1, f"          {r['truncated']} truncated; dropped: {r['dropped']}")
         return "\n".join(lines)

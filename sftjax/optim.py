@@ -126,22 +126,20 @@ OPTIMIZERS = {
 }
 
 
-def make(c, lr, params, trainable, abstract=None):
-    """The optax transformation of config.optim, for the trained part of `params`.
+def make(c, lr, abstract, trainable):
+    """The optax transformation of config.optim, for the trained part of the parameters.
 
-    lr: step -> learning rate. params: the whole tree (arrays or Params), whose leaf names the rules
-    of c.lr_multipliers and c.decay match. Decay is decoupled: lr * multiplier * weight_decay *
-    factor * parameter is taken off, for every optimizer that has weight decay.
+    lr: step -> learning rate. abstract: the whole tree of Params, whose names the rules of
+    c.lr_multipliers and c.decay match. trainable: tree of bools. Decay is decoupled: lr *
+    multiplier * weight_decay * factor * parameter is taken off, for every optimizer but adam.
     """
     if c.name not in OPTIMIZERS:
         raise ValueError(f"optim.name={c.name!r}; known: {', '.join(OPTIMIZERS)}")
     if c.name == "adam" and c.weight_decay:
         raise ValueError("optim.name='adam' has no weight decay; use 'adamw', or weight_decay=0")
-    if c.name == "muon" and abstract is None:
-        raise ValueError("optim.name='muon' needs the model's abstract parameters")
 
     def factors(rules, what):
-        tree = params_lib.match_rules(rules, params, what)
+        tree = params_lib.match_rules(rules, abstract, what)
         return params_lib.partition(tree, trainable)[0]
 
     multipliers = factors(c.lr_multipliers, "optim.lr_multipliers")

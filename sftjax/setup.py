@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sftjax import checkpoint
 from sftjax import config as config_lib
 from sftjax import optim, sharding
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
-from sftjax.models import hf
+from sftjax.models import decoder, hf
 from sftjax.step import TrainState
 
 # Keys that may change between a run and its resumption: they do not change what is learned.
@@ -54,11 +55,39 @@ def _same_config(old, new, workdir):
         )
 
 
+def manifest(config, feed) -> dict:
+    """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template)."""
+    return checkpoint.make_manifest(
+        config_lib.to_dict(config), {"tokenised data": feed.store.folder.name}
+    )
+
+
 def _flat(tree, prefix="") -> dict:
     out = {}
     for k, v in tree.items():
         out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return out
+
+
+def compile_cache(workdir) -> None:
+    """Keep compiled programs in the workdir, unless the user has named another place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "xla"))
+
+
+def say(what: str, text: str) -> None:
+    """One labelled line (or several, aligned) on standard output, from process 0 only."""
+    if jax.process_index() == 0:
+        print(f"{what:<10}" + text.replace("\n", "\n" + " " * 10), flush=True)
+
+
+def compiled_text(compiled, seconds) -> str:
+    """How long the compile took, and the program's bytes a device (0: not known there)."""
+    m = compiled.memory_analysis()
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    peak -= m.alias_size_in_bytes
+    cache = jax.config.jax_compilation_cache_dir
+    return f"in {seconds:.1f} s, peak {peak / 2**20:,.0f} MiB a device; cache {cache}"
 
 
 def environment() -> dict:
@@ -167,6 +196,20 @@ def _create(config, params, trainable, tx):
     return TrainState.create(
         params=params, tx=tx, trainable=trainable, rng=jax.random.key(config.seed)
     )
+
+
+def flops_per_step(model, trainable, feed) -> float:
+    """Model FLOPs of an average step; see decoder.train_flops."""
+    flops = decoder.train_flops(model.config, trainable)
+    row = feed.per_row
+    return flops(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
+
+
+def with_dtypes(config, model):
+    """The model with the dtypes of its pretrained files, so that export writes them again."""
+    if config.model.init == "random":
+        return model
+    return hf.with_dtypes(model, hf.resolve(config.model.path))
 
 
 def shardings_of(tree):

@@ -3,28 +3,24 @@
 python -m sftjax.train --config=configs/chat.py --workdir=runs/mine --config.optim.lr=1e-4
 
 A workdir belongs to one config. Started again in the same workdir, a run goes on where its last
-checkpoint left it, with the same batches it would have seen.
+checkpoint left it, with the batches it would have seen.
 """
 
 import functools
-import itertools
-import json
-import sys
 import time
-from collections import deque
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from sftjax import checkpoint as checkpoint_lib
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import evaluate, losses, metrics, optim, sharding
+from sftjax import losses, optim, report, setup, sharding
 from sftjax import params as params_lib
-from sftjax.models import decoder, hf
-from sftjax.step import TrainState, eval_step, train_step
+from sftjax.checkpoint import Checkpointer
+from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
+from sftjax.feed import Feed, load_tokenizer
+from sftjax.log import Log
+from sftjax.models import hf
+from sftjax.step import train_step
 
 
 def main(argv):
@@ -33,97 +29,107 @@ def main(argv):
 
 
 def train(config, workdir) -> dict:
-    """Run the whole job and return its report: {"before", "after", "steps", ...}."""
+    """Run the whole job; returns {"before", "after", "steps"}, each evaluation as Evaluator.full."""
     # ==== Machine and workdir ====
     m = config.mesh
     sharding.initialize(m.coordinator, m.processes, m.process_id)
-    mesh = sharding.make_mesh({a: m[a] for a in sharding.AXES})
+    mesh = sharding.make_mesh({axis: m[axis] for axis in sharding.AXES})
     sharding.check_batch(
         mesh, config.train.batch_size, config.train.micro_batches, config.data.max_length
     )
-    workdir = prepare_workdir(config, workdir)
-    say(f"devices   {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {mesh_text(mesh)}")
+    workdir = setup.prepare_workdir(config, workdir)
+    setup.compile_cache(workdir)
+    say = setup.say
+    say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
     with jax.set_mesh(mesh):
         # ==== Data ====
-        tokenizer = data_lib.load_tokenizer(config)
-        stop_ids = data_lib.stop_ids(tokenizer, data_lib.read_template(config))
-        data = Data(config, tokenizer, workdir, mesh)
-        say(data.summary())
+        tokenizer = load_tokenizer(config)
+        feed = Feed(config, tokenizer, workdir, mesh)
+        stop_ids = data_lib.stop_ids(tokenizer, feed.policy["template"])
+        say("data", feed.summary())
 
         # ==== Model, optimizer, state ====
-        model, trainable = make_model(config, tokenizer)
-        lr = make_schedule(config, data)
-        tx = optim.make(config.optim, lr, model.abstract, trainable, model.abstract)
-        checkpoints = checkpoint_lib.Checkpointer(
-            workdir / "checkpoints", keep=config.train.keep, best_metric=config.eval.best
+        model, trainable = setup.make_model(config, tokenizer)
+        lr = setup.make_schedule(config, feed.steps)
+        tx = optim.make(config.optim, lr, model.abstract, trainable)
+        target = setup.abstract_state(config, model, trainable, tx, mesh)
+        checkpoints = Checkpointer(
+            workdir / "checkpoints",
+            manifest=setup.manifest(config, feed),
+            keep=config.train.keep,
+            best_metric=config.eval.best,
+            best_mode="min" if lower_is_better(config.eval.best) else "max",
         )
-        target = abstract_state(config, model, trainable, tx, mesh)
         if checkpoints.latest_step() is None:
-            model, state = first_state(config, model, trainable, tx, target, mesh)
-            extra = {"before": None, "stopper": None}
+            model, state = setup.first_state(config, model, trainable, tx, target, mesh)
+            extra = {"before": None, "early_stop": None}
         else:
+            model = setup.with_dtypes(config, model)
             state, extra = checkpoints.restore(target)
-            say(f"resumed   step {int(state.step)} from {workdir / 'checkpoints'}")
-        say(params_lib.table(model.abstract, trainable, config.model))
+            say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
+        say("model", params_lib.table(state.all_params, trainable))
 
-        # ==== Compile: once, before the first batch ====
-        loss = config.loss
-        loss_fn = losses.causal_lm(
-            model,
-            normalise=loss.normalise,
-            label_smoothing=loss.label_smoothing,
-            z_loss=loss.z_loss,
-            chunk_tokens=loss.chunk_tokens,
-        )
+        # ==== Compile: once, for the one batch shape there is ====
+        loss_fn = losses.causal_lm(model, **config.loss.to_dict())
         step_fn = functools.partial(
             train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
         )
-        say("compile   the training step ...", end=" ")
-        started = time.monotonic()
-        compiled = (
-            jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings_of(target), None))
-            .lower(target, data.abstract_batch())
-            .compile()
+        began = time.monotonic()
+        step_fn = jax.jit(
+            step_fn, donate_argnums=0, out_shardings=(setup.shardings_of(target), None)
         )
-        say(f"{time.monotonic() - started:.1f} s")
-        evaluator = Evaluator(config, model, tokenizer, stop_ids, data, mesh)
+        step_fn = step_fn.lower(target, feed.abstract_batch()).compile()
+        say("compiled", setup.compiled_text(step_fn, time.monotonic() - began))
 
         # ==== Before ====
+        evaluator = Evaluator(config, model, tokenizer, stop_ids, feed, mesh)
         if extra["before"] is None:
             extra["before"] = evaluator.full(state.all_params)
 
         # ==== The loop ====
-        writer = metrics.Writer(
-            workdir, data.steps, jax.process_index(), config.train.tensorboard
-        )
-        log = Log(config, model, trainable, data, lr, writer)
-        stopper = EarlyStop(config.eval.best, config.eval.patience, extra["stopper"])
-        step = int(state.step)
-        for batch in data.batches(start=step):
-            with jax.transfer_guard("disallow"):
-                state, on_device = compiled(state, batch)
-            step += 1
-            log.step(step, on_device, data.wait)
-            values = None
-            if data.due(step, config.eval.every, "eval.every"):
-                values = evaluator.losses(state.all_params)
-                writer.write(step, values)
-                stopper.update(values)
-            if data.due(step, config.train.checkpoint_every, "train.checkpoint_every") or values:
-                extra["stopper"] = stopper.state
-                checkpoints.save(step, state, extra, values)
-            if stopper.stop:
-                say(f"stopped   {config.eval.best} has not improved for {stopper.bad} evaluations")
+        log = Log(config, workdir, feed, lr, setup.flops_per_step(model, trainable, feed))
+        early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
+        step = checkpoints.latest_step() or 0
+        log.start(step)
+        for batch in feed.batches(start=step):
+            if early_stop.stop:
+                say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, batch)
+            step += 1
+            log.step(step, metrics, feed.wait)
+            values = None
+            if feed.sets and feed.due(step, config.eval.every, "eval.every"):
+                with log.pause():
+                    values = evaluator.losses(state.all_params)
+                log.write(step, values)
+                early_stop.update(values)
+                extra["early_stop"] = early_stop.state
+            if feed.due(step, config.train.checkpoint_every, "train.checkpoint_every") or (
+                values and config.eval.best
+            ):
+                with log.pause():
+                    checkpoints.save(step, state, extra, values)
         log.close()
         checkpoints.close()
 
         # ==== After ====
-        report = {"before": extra["before"], "after": evaluator.full(state.all_params), "steps": step}
+        after = evaluator.full(state.all_params)
         if config.train.export:
             hf.save_pretrained(
                 workdir / "export", model, state.all_params, tokenizer, stop_ids=stop_ids
             )
-        finish(config, workdir, report, writer)
-    return report
+        result = {"before": extra["before"], "after": after, "steps": step}
+        report.finish(config, workdir, feed, tokenizer, result)
+    return result
+
+
+def mesh_text(mesh) -> str:
+    sizes = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1]
+    return f"mesh {' x '.join(sizes) or 'of one device'}"
+
+
+if __name__ == "__main__":
+    config_lib.run(main)

@@ -116,7 +116,7 @@ def abstract(config: Config) -> dict:
     return tree
 
 
-def train_flops(config: Config, trainable: dict) -> str | Any:
+def train_flops(config: Config, trainable: dict):
     """A function (tokens, trained_tokens, pairs) -> model FLOPs of one training step.
 
     Forward 2 FLOPs per matmul weight and token; backward 2 more for the activations, down to the

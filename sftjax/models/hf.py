@@ -203,8 +203,14 @@ def load_params(model, path, dtype=jnp.float32, mesh=None):
         for name, files, layout in _tensors(model)
     }
     params = params_lib.map_named(lambda name, _: leaves[name], model.abstract)
+    return with_dtypes(model, path), params
+
+
+def with_dtypes(model, path):
+    """The model, its source knowing the dtypes of the files in `path`; reads headers only."""
+    reader = Reader(path)
     dtypes = {n: reader.dtype(n) for n in reader.entries}
-    return decoder.Model(model.config, dataclasses.replace(model.source, dtypes=dtypes)), params
+    return decoder.Model(model.config, dataclasses.replace(model.source, dtypes=dtypes))
 
 
 def _load_leaf(reader, files, layout, p, dtype, sharding):

@@ -1,0 +1,28 @@
+"""Pretrain the quickstart's base model from random weights on generated plain text.
+
+Differs from the default: random weights of base_model/config.json, text records, every token
+trained. experiments/quickstart/pretrain.sh runs it after writing the text:
+
+    python -m sftjax.train --config=configs/pretrain_quickstart.py --workdir=runs/pretrain
+"""
+
+from sftjax.config import get_default
+
+
+def get_config(arg=""):
+    c = get_default()
+    c.model.path = "experiments/quickstart/base_model"
+    c.model.init = "random"
+    c.model.dtype = "float32"
+    c.data.train = "runs/pretrain_text/train.jsonl"
+    c.data.max_length = 256
+    c.train.batch_size = 32
+    c.train.duration = "2 epochs"
+    c.train.log_every = "50 steps"
+    c.train.checkpoint_every = "20%"
+    c.optim.lr = 2e-3
+    c.optim.b2 = 0.98
+    c.optim.weight_decay = 0.05
+    c.optim.warmup = "2%"
+    c.optim.floor = 0.05
+    return c

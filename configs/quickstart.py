@@ -1,0 +1,29 @@
+"""The main job: teach a 0.9M-parameter Llama to follow instructions, on a CPU in minutes.
+
+Differs from the default: the embedded base model and data, float32 (a CPU's best), a learning rate
+for a model of this size, and a test set answered by generation before and after.
+
+    python -m sftjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Expect exact match on the test set to go from 0% to above 90%.
+"""
+
+from sftjax.config import get_default
+
+
+def get_config(arg=""):
+    c = get_default()
+    c.model.path = "experiments/quickstart/base_model"
+    c.model.dtype = "float32"
+    c.data.train = "experiments/quickstart/data/train.jsonl"
+    c.data.validation = "experiments/quickstart/data/validation.jsonl"
+    c.data.test = "experiments/quickstart/data/test.jsonl"
+    c.data.max_length = 256
+    c.train.batch_size = 16
+    c.train.duration = "6 epochs"
+    c.optim.lr = 2e-3
+    c.optim.b2 = 0.98
+    c.optim.warmup = "5%"
+    c.generate.max_new_tokens = 64
+    c.generate.batch_size = 128
+    return c

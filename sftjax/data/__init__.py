@@ -1,0 +1,22 @@
+"""Data: records -> conversations -> tokens and weights -> packed rows -> batches."""
+
+from sftjax.data.chat import Encoded, encode, prompt_and_answer, stop_ids
+from sftjax.data.pack import make_batch, pack, shift
+from sftjax.data.pipeline import Rows, TokenStore, build_store, loader
+from sftjax.data.sources import DataError, open_source
+
+__all__ = [
+    "DataError",
+    "Encoded",
+    "Rows",
+    "TokenStore",
+    "build_store",
+    "encode",
+    "loader",
+    "make_batch",
+    "open_source",
+    "pack",
+    "prompt_and_answer",
+    "shift",
+    "stop_ids",
+]

@@ -1,0 +1,316 @@
+"""Records by index: JSONL, JSON, Parquet, CSV and TSV files, folders, globs, hub data sets.
+
+Random access (index -> dict) is what makes shuffling and resuming a matter of arithmetic.
+A new format is one function `path -> reader` and one line in `READERS`. A reader has a length,
+gives the record at an index, and says by `where` which line or row of the file that is.
+"""
+
+import csv
+import glob
+import hashlib
+import json
+import mmap
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by its content
+
+
+class DataError(ValueError):
+    """Data that can't be used. The message names the file, the row, what is wrong and the fix."""
+
+
+class Source(Sequence):
+    """The records of several files, one after the other."""
+
+    def __init__(self, readers, limit: int = 0):
+        self.readers = readers
+        self._ends = np.cumsum([len(r) for r in readers]).tolist()
+        self._length = min(self._ends[-1], limit or self._ends[-1])
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, i: int) -> dict:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        reader, row = self._locate(i)
+        record = reader[row]
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{reader.where(row)}: the row is {_excerpt(record)} ({type(record).__name__}), "
+                'expected an object such as {"prompt": "...", "completion": "..."}'
+            )
+        return record
+
+    def where(self, i: int) -> str:
+        """The file and line (text) or row number, both from 1, of record `i`: "file.jsonl:17"."""
+        reader, row = self._locate(i)
+        return reader.where(row)
+
+    def fingerprint(self) -> str:
+        """A hash of what all files hold (of path, size and time for files over 1 GB)."""
+        digest = hashlib.sha256()
+        for reader in self.readers:
+            digest.update(_file_hash(reader.path).encode())
+        return digest.hexdigest()
+
+    def _locate(self, i):
+        i = i + len(self) if i < 0 else i
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        part = bisect_right(self._ends, i)
+        return self.readers[part], i - (self._ends[part - 1] if part else 0)
+
+
+def open_source(spec: str, limit: int = 0) -> Source:
+    """Open records for random access.
+
+    Args:
+      spec: comma-separated files, globs, folders, or a hub data set id `org/name`, with `:split`
+        where it isn't `train`. Of a folder, all data files are read.
+      limit: use only the first so many records; 0 = all.
+
+    Raises: DataError if a file is absent, empty, malformed or of an unknown kind.
+    """
+    paths = [path for part in str(spec or "").split(",") if part.strip() for path in _find(part)]
+    if not paths:
+        raise DataError("no data file is named: set data.train=FILE (JSONL, JSON, Parquet, CSV)")
+    return Source([_open(path) for path in paths], limit)
+
+
+def _find(part) -> list[Path]:
+    part = part.strip()
+    path = Path(part).expanduser()
+    if path.is_dir():
+        return _folder_files(path)
+    if path.exists():
+        return [path]
+    found = sorted(glob.glob(str(path), recursive=True))
+    if found:
+        return [Path(f) for f in found]
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", part)
+    if is_hub_id and path.suffix not in READERS:
+        return _hub_files(*part.partition(":")[::2])
+    raise DataError(f"{part}: no such file; check data.train and data.validation")
+
+
+def _data_files(folder):
+    files = sorted(folder.rglob("*"))
+    return [f for f in files if f.suffix in READERS and not f.name.startswith(".")]
+
+
+def _folder_files(folder):
+    files = _data_files(folder)
+    names = ", ".join(f.name for f in files[:8])
+    if not files:
+        raise DataError(f"{folder}: no data file in this folder (known: {', '.join(READERS)})")
+    if len({_split_of(f.name) for f in files}) > 1:
+        raise DataError(f"{folder} holds several splits ({names}): name the files to use")
+    return files
+
+
+def _split_of(name):
+    """Which split a file's name tells: mixing test rows into training must not happen unseen."""
+    splits = ("train", "test", "validation", "valid", "val", "dev", "eval")
+    return next((w for w in re.split(r"[^a-z]+", name.lower()) if w in splits), "")
+
+
+def _hub_files(repo, split):
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*" + extension for extension in READERS]
+        folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
+    except Exception as error:
+        raise DataError(
+            f"{repo}: no such local file, and as a hub data set it can't be fetched: {error}"
+        ) from error
+    files = _data_files(Path(folder))
+    names = [str(f.relative_to(folder)) for f in files]
+    known = ("train", "") if not split else ()
+    pairs = zip(files, names, strict=True)
+    wanted = [f for f, n in pairs if _split_of(n) in known or (split and split in n)]
+    if not wanted:
+        names = ", ".join(names[:8])
+        raise DataError(f"{repo}: no file of split {split or 'train'!r}; it holds: {names}")
+    return wanted
+
+
+def _open(path):
+    if path.suffix.lower() not in READERS:
+        raise DataError(
+            f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(READERS)}"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    reader = READERS[path.suffix.lower()](path)
+    if len(reader) == 0:
+        raise DataError(f"{path}: the file holds no row")
+    return reader
+
+
+class JsonLines:
+    """One JSON object a line, found through an index of line starts; blank lines are skipped."""
+
+    def __init__(self, path):
+        self.path = path
+        with open(path, "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        starts = _line_starts(self._bytes)
+        stops = np.append(starts[1:], len(self._bytes))
+        first = np.frombuffer(self._bytes, np.uint8)[starts]
+        filled = np.ones(len(starts), bool)
+        for line in np.flatnonzero(np.isin(first, list(b" \t\r\n"))):
+            filled[line] = bool(self._bytes[starts[line] : stops[line]].strip())
+        self._lines = np.flatnonzero(filled)
+        self._starts, self._stops = starts[filled], stops[filled]
+
+    def __len__(self):
+        return len(self._lines)
+
+    def __getitem__(self, i):
+        line = self._bytes[self._starts[i] : self._stops[i]]
+        try:
+            return json.loads(line.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise DataError(_malformed(self.where(i), error)) from None
+        except UnicodeDecodeError as error:
+            raise DataError(_not_utf8(self.where(i), error)) from None
+
+    def where(self, i):
+        return f"{self.path}:{self._lines[i] + 1}"
+
+
+def _line_starts(data, chunk=1 << 26):
+    starts = [np.zeros(1, np.int64)]
+    for at in range(0, len(data), chunk):
+        block = np.frombuffer(data, np.uint8, min(chunk, len(data) - at), at)
+        starts.append(np.flatnonzero(block == ord("\n")) + at + 1)
+    starts = np.concatenate(starts)
+    return starts[starts < len(data)]
+
+
+class Table:
+    """Rows in memory, with what `where` says of each."""
+
+    def __init__(self, path, rows, places=None):
+        self.path, self._rows, self._places = path, rows, places
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, i):
+        return self._rows[i]
+
+    def where(self, i):
+        return f"{self.path}:{self._places[i] if self._places else i + 1}"
+
+
+def _read_json(path):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        data = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, error)) from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
+            return JsonLines(path)  # JSON lines under the name .json, as many tools write them
+        raise DataError(_malformed(f"{path}:{error.lineno}", error)) from None
+    lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise DataError(
+            f"{path}: expected a list of objects, or an object with one list such as "
+            f'{{"data": [...]}}; found {_excerpt(data)}. One object per line belongs in .jsonl'
+        )
+    return Table(path, lists[0])
+
+
+class Parquet:
+    """A Parquet file, memory-mapped; a row becomes a dict when it is asked for."""
+
+    def __init__(self, path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            self._table = pq.read_table(path, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+
+    def __len__(self):
+        return self._table.num_rows
+
+    def __getitem__(self, i):
+        columns = zip(self._table.column_names, self._table.columns, strict=True)
+        return {name: column[i].as_py() for name, column in columns}
+
+    def where(self, i):
+        return f"{self.path}:{i + 1}"
+
+
+def _read_table(path, **dialect):
+    csv.field_size_limit(1 << 30)  # the library's 128 kB is shorter than some documents
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True, **dialect)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: malformed: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, error)) from None
+    names = lines[0][1] if lines else []
+    for line, row in lines[1:]:
+        if len(row) != len(names):
+            raise DataError(
+                f"{path}:{line}: {len(row)} fields, but the header has {len(names)} "
+                f"({', '.join(names)}); the row begins {_excerpt(row[0])}"
+            )
+    rows = [dict(zip(names, row, strict=True)) for _, row in lines[1:]]
+    return Table(path, rows, [line for line, _ in lines[1:]])
+
+
+def _read_tsv(path):
+    # A tab-separated file has no quoting: in GLUE's files a field may begin with a lone quote.
+    return _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+READERS = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": _read_json,
+    ".parquet": Parquet,
+    ".csv": _read_table,
+    ".tsv": _read_tsv,
+}
+
+
+def _malformed(where, error):
+    near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip("\r\n")
+    return (
+        f"{where}: malformed JSON at column {error.colno}: {error.msg}, near {near!r}; "
+        "expected JSON, in .jsonl one object per line"
+    )
+
+
+def _not_utf8(where, error):
+    return f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8"
+
+
+def _excerpt(value, width=60):
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return repr(text if len(text) <= width else text[:width] + "…")
+
+
+def _file_hash(path):
+    stat = path.stat()
+    if stat.st_size > BIG_FILE:
+        known = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        return hashlib.sha256(known.encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""The loop's log: device metrics are fetched one log interval late, so the loop never waits."""
+
+import contextlib
+import time
+
+import jax
+
+from sftjax import metrics
+
+COUNTS = ("cells", "tokens", "trained_tokens")
+
+
+class Log:
+    """Collects each step's metrics and writes a line every config.train.log_every.
+
+    A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
+    cells/s, tokens/s and trained_tokens/s (all positions, those that are not padding, those
+    trained), step_time, data_wait (the share of time spent waiting for a batch), mfu.
+    """
+
+    def __init__(self, config, workdir, feed, lr, flops):
+        self.writer = metrics.Writer(
+            workdir, feed.steps, jax.process_index(), config.train.tensorboard
+        )
+        self.due = lambda step: feed.due(step, config.train.log_every, "train.log_every")
+        self.lr, self.flops = lr, flops
+        self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
+        self._window, self._waited = [], 0.0
+
+    def start(self, step: int) -> None:
+        """Begin timing; lines of later steps that a killed run left behind are removed."""
+        self.writer.resume(step)
+        self._last = time.monotonic()
+
+    def step(self, step: int, on_device: dict, waited: float) -> None:
+        self._window.append(on_device)
+        self._waited += waited
+        if self.due(step):
+            self._cut(step)
+            while len(self._lines) > 1:
+                self._write_line()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Evaluation and saving inside this are not counted as training time."""
+        while self._lines:
+            self._write_line()
+        if self._window:  # wait for the steps still running, so that their time is theirs
+            jax.block_until_ready(self._window[-1])
+        began = time.monotonic()
+        yield
+        self._last += time.monotonic() - began
+
+    def write(self, step: int, values: dict) -> None:
+        self.writer.write(step, values)
+
+    def close(self) -> None:
+        while self._lines:
+            self._write_line()
+        self.writer.close()
+
+    def _cut(self, step):
+        self._lines.append((step, self._window, self._waited))
+        self._window, self._waited = [], 0.0
+
+    def _write_line(self):
+        step, window, waited = self._lines.pop(0)
+        window = jax.device_get(window)  # waits until its last step is done
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        values = {k: float(v) for k, v in window[-1].items() if k not in COUNTS}
+        values["lr"] = float(self.lr(step - 1))  # the rate that this step used
+        values |= {f"{k}/s": sum(float(m[k]) for m in window) / seconds for k in COUNTS}
+        values["step_time"] = seconds / len(window)
+        values["data_wait"] = waited / seconds
+        mfu = metrics.mfu(
+            self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count()
+        )
+        values |= {} if mfu is None else {"mfu": mfu}
+        values["peak_memory"] = metrics.peak_memory()[0]
+        self.writer.write(step, values)

@@ -1,0 +1,226 @@
+"""The decoder: documents in a row are alone, the cache and the scan change nothing, real weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import sftjax
+from sftjax import params as params_lib
+from sftjax.generate import generate
+from sftjax.models import decoder
+from sftjax.ops import rope
+from sftjax.ops.attention import BACKENDS, attention, check
+
+
+@pytest.fixture(scope="module")
+def setup():
+    model = tiny.model(qkv_bias=True)
+    return model, tiny.params(model), tiny.batch()
+
+
+def alone(batch, row, segment):
+    here = batch["segments"][row] == segment
+    return {k: v[row][here][None] for k, v in batch.items()} | {
+        "segments": np.ones((1, here.sum()), np.int32)
+    }, here
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_c10_packed_logits_and_gradients_equal_each_document_alone(setup, backend):
+    model, params, batch = setup
+    model = model.replace(attention=backend)
+    row = {k: v[:1] for k, v in batch.items()}
+    loss_fn = sftjax.losses.causal_lm(model)
+    packed = jax.grad(lambda p: loss_fn(p, row, None).sum)(params)
+    logits, parts = model.apply(params, row)[0], []
+    for segment in range(1, row["segments"].max() + 1):
+        document, here = alone(batch, 0, segment)
+        np.testing.assert_allclose(
+            logits[here], model.apply(params, document)[0], rtol=1e-5, atol=1e-5
+        )
+        parts.append(jax.grad(lambda p: loss_fn(p, document, None).sum)(params))  # noqa: B023
+    assert len(parts) > 1
+    total = jax.tree.map(lambda *g: sum(g), *parts)
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(total), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_c12_changing_one_document_leaves_the_others_bit_equal(setup, backend):
+    model, params, batch = setup
+    model = model.replace(attention=backend)
+    before = model.apply(params, batch)
+    first = (batch["segments"] == 1) & (batch["positions"] == 1)
+    changed = batch | {"tokens": np.where(first, (batch["tokens"] + 7) % 64, batch["tokens"])}
+    after = model.apply(params, changed)
+    others = batch["segments"] > 1
+    np.testing.assert_array_equal(before[others], after[others])
+    assert np.abs(before - after)[batch["segments"] == 1].max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "how", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "dots_saveable"}],
+    ids=str,
+)  # fmt: skip
+def test_scan_and_remat_change_no_gradient(setup, how):
+    model, params, batch = setup
+
+    def grads(m):
+        loss_fn = sftjax.losses.causal_lm(m)
+        return jax.jit(jax.grad(lambda p: loss_fn(p, batch, None).sum))(params)
+
+    for a, b in zip(
+        jax.tree.leaves(grads(model)), jax.tree.leaves(grads(model.replace(**how))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+
+
+def test_a_split_stack_is_the_same_model(setup):
+    model, params, batch = setup
+    split = model.replace(split=(1, 3))
+    stack = params["layers"]["0-3"]
+    cut = {
+        name: jax.tree.map(lambda x, a=a, b=b: x[a:b], stack)
+        for name, (a, b) in {"0-0": (0, 1), "1-2": (1, 3), "3-3": (3, 4)}.items()
+    }
+    np.testing.assert_allclose(
+        model.apply(params, batch), split.apply(params | {"layers": cut}, batch), atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"model.split=\(3, 1\) must rise"):
+        decoder.stacks(model.replace(split=(3, 1)).config)
+
+
+def test_remat_and_attention_names_are_checked(setup):
+    model, params, batch = setup
+    with pytest.raises(ValueError, match="model.remat='ful' is none of"):
+        model.replace(remat="ful").apply(params, batch)
+    with pytest.raises(ValueError, match="model.attention='flash' is unknown; the backends are"):
+        check("flash")
+
+
+def test_attention_equals_float64():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 12, n, 8)) for n in (4, 2, 2))
+    segments = np.repeat([[1] * 5 + [2] * 4 + [0] * 3], 2, 0)
+    positions = np.repeat([[*range(5), *range(4), 0, 0, 0]], 2, 0)
+    for window, softcap in [(0, 0.0), (3, 0.0), (0, 2.0)]:
+        out = attention(
+            *map(jnp.float32, (q, k, v)), segments=segments, positions=positions,
+            window=window, softcap=softcap,
+        )  # fmt: skip
+        for b in range(2):
+            for n in range(4):
+                scores = q[b, :, n] @ k[b, :, n // 2].T / np.sqrt(8)
+                scores = softcap * np.tanh(scores / softcap) if softcap else scores
+                i, j = np.mgrid[:12, :12]
+                ok = (segments[b][i] == segments[b][j]) & (positions[b][i] >= positions[b][j])
+                ok &= (positions[b][i] - positions[b][j] < window) if window else True
+                e = np.where(ok, np.exp(scores), 0)
+                expected = e / e.sum(1, keepdims=True) @ v[b, :, n // 2]
+                np.testing.assert_allclose(out[b, :9, n], expected[:9], atol=2e-6)
+
+
+def test_rope_variants():
+    base = rope.frequencies(10_000.0, 8)
+    np.testing.assert_allclose(base, [1, 0.1, 0.01, 0.001], rtol=1e-6)
+    linear = rope.frequencies(10_000.0, 8, (("factor", 4.0), ("rope_type", "linear")))
+    np.testing.assert_allclose(linear, base / 4, rtol=1e-6)
+    scaling = dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=128,
+    )  # fmt: skip
+    llama3 = rope.frequencies(10_000.0, 8, tuple(scaling.items()))
+    # Wavelengths 6.3 (kept), 63 (between: 128/63 = 2.04 turns), 628 and 6283 (divided by 8).
+    ramp = (128 * 0.1 / (2 * np.pi) - 1) / 3
+    expected = [1, (1 - ramp) * 0.1 / 8 + ramp * 0.1, 0.01 / 8, 0.001 / 8]
+    np.testing.assert_allclose(llama3, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="rope type 'twisted' is not supported; known: default"):
+        rope.frequencies(1e4, 8, (("rope_type", "twisted"),))
+
+
+def test_greedy_generation_with_a_cache_equals_recomputing_everything(setup):
+    model, params, _ = setup
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, 64, n).tolist() for n in (3, 17, 1, 9, 70)]
+    answers = generate(model, params, prompts, max_new_tokens=12, batch_size=2)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = list(prompt)
+        for _ in range(12):
+            logits = model.apply(params, {"tokens": jnp.array([tokens])})
+            tokens.append(int(jnp.argmax(logits[0, -1])))
+        assert answer == tokens[len(prompt) :]
+    stop = answers[1][4]
+    cut = generate(model, params, prompts[1:2], max_new_tokens=12, stop_ids=[stop])[0]
+    assert cut == answers[1][: answers[1].index(stop)]
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        generate(model, params, [[]])
+
+
+def test_sampling_follows_temperature_top_k_and_top_p(setup):
+    model, params, _ = setup
+    from sftjax.generate import sample
+
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
+    share = lambda **k: np.bincount(  # noqa: E731
+        sample(logits, jax.random.key(0), **({"top_k": 0, "top_p": 1.0} | k)), minlength=4
+    ) / len(logits)
+    np.testing.assert_allclose(share(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(share(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(share(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.03)
+    assert share(temperature=0)[0] == 1
+    twice = [
+        generate(model, params, [[1, 2]], temperature=1.0, seed=3, max_new_tokens=8)
+        for _ in range(2)
+    ]
+    assert twice[0] == twice[1]
+
+
+def test_flops_formula_counts_what_xla_counts():
+    model = tiny.model(scan=False, layers=2)
+    params, batch = tiny.params(model), tiny.batch()
+    batch = batch | {"weights": np.zeros_like(batch["weights"])}  # without the head
+    loss_fn = sftjax.losses.causal_lm(model)
+    step = jax.jit(jax.grad(lambda p: loss_fn(p, batch, None).sum))
+    flops = step.lower(params).compile().cost_analysis()["flops"]
+    cells = batch["tokens"].size
+    everything = jax.tree.map(lambda _: True, model.abstract, is_leaf=params_lib.is_param)
+    mine = decoder.train_flops(model.config, everything)(cells, 0, cells * 32)
+    assert 0.8 < mine / flops < 1.05  # XLA counts norms, softmax and the like too
+
+
+@pytest.mark.fixtures
+def test_stories260k_reproduces_the_reference_facts(fixtures):
+    from transformers import AutoTokenizer
+
+    path = fixtures / "stories260K-hf"
+    model, params = sftjax.load_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompt = tokenizer("Once upon a time").input_ids
+    logits = model.apply(params, {"tokens": jnp.array([prompt])})[0, -1]
+    top = {tokenizer.convert_ids_to_tokens(int(i)): float(logits[i]) for i in jnp.argsort(-logits)[:3]}
+    assert list(top) == [",", "▁there", "▁in"]
+    np.testing.assert_allclose(list(top.values()), [17.7994, 14.2813, 9.7097], atol=1e-3)
+    out = generate(model, params, [[tokenizer.bos_token_id]], max_new_tokens=60)[0]
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert tokenizer.decode(out).strip().startswith(story)
+
+
+@pytest.mark.fixtures
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama105-hf"])
+def test_import_and_export_reproduce_every_tensor_bit_for_bit(fixtures, name, tmp_path):
+    from safetensors.numpy import load_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(fixtures / name)
+    model, params = sftjax.load_pretrained(fixtures / name)
+    sftjax.save_pretrained(tmp_path, model, params, tokenizer)
+    before = load_file(fixtures / name / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype
+        np.testing.assert_array_equal(value, after[key])
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids

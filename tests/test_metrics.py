@@ -1,0 +1,227 @@
+"""Metrics: what is written, when it is fetched, and the arithmetic of speed."""
+
+import io
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sftjax import metrics
+from sftjax.metrics import Late, Throughput, Writer, curve_svg, mfu, nice_ticks, peak_memory
+
+
+def read(workdir):
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+# ---- writer --------------------------------------------------------------------------------
+
+
+def test_one_json_object_a_line_also_for_nan_and_arrays(tmp_path):
+    with Writer(tmp_path, 10, tensorboard=False, progress=False) as writer:
+        writer.write(1, {"loss": jnp.float32(0.5), "tokens": 7, "lr": np.float64(0.25)})
+        writer.write(2, {"loss": float("nan"), "a": float("inf"), "b": -math.inf})
+        with pytest.raises(TypeError, match="metric 'bad' is .* expected one number"):
+            writer.write(3, {"bad": np.ones(2)})
+    assert read(tmp_path) == [
+        {"step": 1, "loss": 0.5, "tokens": 7, "lr": 0.25},
+        {"step": 2, "loss": None, "a": None, "b": None},
+    ]
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+    with Writer(tmp_path, 10, tensorboard=False, progress=False) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"loss": step})
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "lo')  # torn by a kill
+    with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=3) as writer:
+        for step in range(4, 7):
+            writer.write(step, {"loss": -step})
+    assert [(x["step"], x["loss"]) for x in read(tmp_path)] == [
+        (1, 1), (2, 2), (3, 3), (4, -4), (5, -5), (6, -6)
+    ]  # fmt: skip
+
+
+def test_only_process_0_writes(tmp_path, capsys):
+    with Writer(tmp_path / "run", 10, process_index=1) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.say("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_has_the_values(tmp_path):
+    with Writer(tmp_path, 10, progress=False) as writer:
+        writer.write(3, {"val/loss": 0.5})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"val/loss" in events.read_bytes()
+
+
+def test_plain_lines_when_stderr_is_no_terminal(tmp_path, capsys):
+    with Writer(tmp_path, 200, tensorboard=False) as writer:
+        writer.write(10, {"loss": 1.25, "lr": 1e-4, "tokens_per_s": 12345.6, "grad_norm": 1})
+        writer.write(10, {"val/loss": 1.5, "val/accuracy": 0.25})
+        writer.write(200, {"loss": 1.0})
+    out, err = capsys.readouterr()
+    first, second, third = err.splitlines()
+    assert out == ""
+    assert first.startswith("step 10/200  loss 1.2500  lr 1.00e-04  tok/s 12,346  eta 00:")
+    assert second.startswith("step 10/200  val/loss 1.5  val/accuracy 0.25  eta")
+    assert third == "step 200/200  loss 1.0000"
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with Writer(tmp_path, 200, tensorboard=False, start_step=100) as writer:
+        writer.write(110, {"loss": 1.25})
+        writer.say("a message")
+    shown = terminal.getvalue()
+    assert "step 110/200 |" in shown and "loss 1.2500" in shown
+    assert "a message\n" in shown
+
+
+# ---- late fetch ----------------------------------------------------------------------------
+
+
+def test_late_metrics_come_one_push_later_in_order():
+    written = []
+    late = Late(lambda step, values: written.append((step, values)))
+    late.push(1, {"loss": jnp.float32(0.5)}, lr=0.1)
+    assert written == []
+    late.push(2, {"loss": jnp.float32(0.25)}, lr=0.2)
+    assert written == [(1, {"loss": 0.5, "lr": 0.1})]
+    late.flush()
+    late.flush()
+    assert written[1:] == [(2, {"loss": 0.25, "lr": 0.2})]
+    assert all(type(v) is float for _, values in written for v in values.values())
+
+
+def test_push_does_not_wait_for_the_device():
+    release = []
+
+    def slow(x):
+        while not release:
+            pass
+        return x
+
+    @jax.jit
+    def step(x):
+        return jax.pure_callback(slow, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    written = []
+    late = Late(lambda *a: written.append(a))
+    late.push(1, {"loss": step(jnp.float32(1.0))})  # would hang here if it waited
+    release.append(True)
+    late.flush()
+    assert written == [(1, {"loss": 1.0})]
+
+
+# ---- speed and memory ----------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_throughput_leaves_out_the_first_step_and_pauses():
+    clock = Clock()
+    speed = Throughput(clock)
+    clock.now = 100.0  # compilation
+    speed.step(1000, 900, 500, wait=50.0)
+    assert speed.read() == {}
+    for _ in range(4):
+        clock.now += 0.5
+        speed.step(1000, 900, 500, wait=0.125)
+    with speed.paused():
+        clock.now += 1000.0
+    assert speed.read() == {
+        "cells_per_s": 2000.0,
+        "tokens_per_s": 1800.0,
+        "trained_tokens_per_s": 1000.0,
+        "step_time": 0.5,
+        "data_wait": 0.25,
+    }
+    assert speed.read() == {}
+    clock.now += 2.0
+    speed.step(1000, 900, 500)
+    assert speed.read()["cells_per_s"] == 500.0
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459),
+        ("TPU v6 lite", 918), ("TPU7x", 1153.5), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA B200", 2250), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_mfu_knows_the_device(kind, tflops):
+    if tflops is None:
+        assert mfu(1e12, 1.0, kind, 8) is None
+    else:
+        assert mfu(tflops * 1e12, 0.5, kind, 4) == pytest.approx(0.5)
+
+
+def test_peak_memory_says_what_it_measured(monkeypatch):
+    size, source = peak_memory()
+    assert source == "process" and 50e6 < size < 100e9
+
+    class Device:
+        def __init__(self, peak):
+            self.peak = peak
+
+        def memory_stats(self):
+            return {"peak_bytes_in_use": self.peak}
+
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device(5), Device(7)])
+    assert peak_memory() == (7, "device")
+
+
+# ---- the curve -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "low, high, count, want",
+    [
+        (0, 1, 6, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 600, 8, [0, 100, 200, 300, 400, 500, 600]),
+        (0, 2.7, 6, [0, 0.5, 1, 1.5, 2, 2.5, 3]),
+        (3, 3, 6, [3, 3.5]),
+    ],
+)
+def test_ticks_are_round_and_span_the_values(low, high, count, want):
+    assert nice_ticks(low, high, count) == want
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 500])
+def test_curve_is_one_svg_inside_its_frame(tmp_path, n):
+    lines = [{"step": i + 1, "loss": 3 / (i + 1)} for i in range(n)]
+    lines += [{"step": n, "val<1>/loss": 1.0, "val<1>/perplexity": 9}, {"step": n, "loss": None}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if n))
+    curve_svg(path, tmp_path / "curve.svg", "a & b")
+    root = ElementTree.parse(tmp_path / "curve.svg").getroot()
+    texts = [e.text for e in root.iter("{*}text")]
+    assert "a & b" in texts and "step" in texts and "loss" in texts
+    assert any(t.startswith("train ") for t in texts) == (n > 0)
+    assert ("val<1> 1" in texts) == (n > 0)
+    _, _, width, height = map(float, root.get("viewBox").split())
+    for dot in root.iter("{*}circle"):
+        assert 0 < float(dot.get("cx")) < width and 0 < float(dot.get("cy")) < height

@@ -168,12 +168,12 @@ class Feed:
         """What is trained, in a few lines."""
         r = self.store.report
         lines = [
-            f"data      {r['examples']} examples, {r['tokens']:,} tokens,"
+            f"{r['examples']} examples, {r['tokens']:,} tokens,"
             f" {r['trained_fraction']:.1%} trained; stop token {r.get('stop_token')}",
-            f"rows      {self.rows.per_epoch} an epoch, of {self.config.data.max_length} tokens,"
+            f"{self.rows.per_epoch} rows an epoch, of {self.config.data.max_length} tokens,"
             f" packing {self.config.data.packing}, {self.rows.efficiency:.1%} full",
-            f"steps     {self.steps} of {self.batch_size} rows, {self.epochs:.2f} epochs",
+            f"{self.steps} steps of {self.batch_size} rows, {self.epochs:.2f} epochs",
         ]
         if r["truncated"] or r["dropped"]:
-            lines.insert(1, f"          {r['truncated']} truncated; dropped: {r['dropped']}")
+            lines.insert(1, f"{r['truncated']} truncated; dropped: {r['dropped']}")
         return "\n".join(lines)

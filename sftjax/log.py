@@ -14,22 +14,20 @@ class Log:
     """Collects each step's metrics and writes a line every config.train.log_every.
 
     A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
-    cells/s, tokens/s and trained_tokens/s (all positions, those that are not padding, those
+    cells_per_s, tokens_per_s and trained_tokens_per_s (all positions, those that are not padding, those
     trained), step_time, data_wait (the share of time spent waiting for a batch), mfu.
     """
 
-    def __init__(self, config, workdir, feed, lr, flops):
+    def __init__(self, config, workdir, feed, lr, flops, start: int):
+        # Lines of steps after `start`, which a killed run left behind, are dropped.
+        board = config.train.tensorboard
         self.writer = metrics.Writer(
-            workdir, feed.steps, jax.process_index(), config.train.tensorboard
+            workdir, feed.steps, jax.process_index(), board, start_step=start
         )
         self.due = lambda step: feed.due(step, config.train.log_every, "train.log_every")
         self.lr, self.flops = lr, flops
         self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
         self._window, self._waited = [], 0.0
-
-    def start(self, step: int) -> None:
-        """Begin timing; lines of later steps that a killed run left behind are removed."""
-        self.writer.resume(step)
         self._last = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:
@@ -70,7 +68,7 @@ class Log:
         seconds, self._last = now - self._last, now
         values = {k: float(v) for k, v in window[-1].items() if k not in COUNTS}
         values["lr"] = float(self.lr(step - 1))  # the rate that this step used
-        values |= {f"{k}/s": sum(float(m[k]) for m in window) / seconds for k in COUNTS}
+        values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in COUNTS}
         values["step_time"] = seconds / len(window)
         values["data_wait"] = waited / seconds
         mfu = metrics.mfu(

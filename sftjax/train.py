@@ -88,10 +88,10 @@ def train(config, workdir) -> dict:
             extra["before"] = evaluator.full(state.all_params)
 
         # ==== The loop ====
-        log = Log(config, workdir, feed, lr, setup.flops_per_step(model, trainable, feed))
-        early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
         step = checkpoints.latest_step() or 0
-        log.start(step)
+        flops = setup.flops_per_step(model, trainable, feed)
+        log = Log(config, workdir, feed, lr, flops, start=step)
+        early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
         for batch in feed.batches(start=step):
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")

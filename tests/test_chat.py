@@ -230,8 +230,7 @@ def test_messages_say_themselves_whether_they_are_trained():
 
 
 def test_contents_that_look_like_anything():
-    contents = ["a1", " x ", "<|im_start|>user\na1", "{{ m }}", "日本 ✓\u200d", "sftjax0z", "a\n\n"]
-    for content in contents:
+    for content in "a1| x |a\n\n|<s>user\na1|{{ m }}|日本 ✓\u200d|sftjax0z|a</think>".split("|"):
         record = {M: [user(content), assistant(content), user("a1"), assistant("a1")]}
         assert trained(record) == [content + END, "a1" + END]
 

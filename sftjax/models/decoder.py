@@ -216,8 +216,8 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     ctx = {
         "positions": positions,
         "segments": segments,
-        "kv_positions": positions,
-        "kv_segments": segments,
+        "kv_positions": None,
+        "kv_segments": None,
         "angles": rope.angles(positions, freqs),
     }
     if cache is not None:

@@ -39,6 +39,42 @@ def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
     return seen
 
 
+BLOCK = 64  # queries of blockwise attention handled together
+
+
+def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale):
+    """Block by block of queries, each with the keys up to the block's end only.
+
+    Needs queries and keys at the same places of the row (no cache), where a document's later tokens
+    stand later; then causality by position is causality by place, and half the scores are never
+    formed. Falls to the reference's own arithmetic within a block.
+    """
+    B, S, N, H = q.shape
+    K = k.shape[2]
+    q = (q * scale).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)
+    bias = jnp.where(seen, 0.0, NEG_INF)[:, None, None]  # [B, 1, 1, S, S]
+    out = []
+    for start in range(0, S, BLOCK):
+        stop = min(start + BLOCK, S)
+        end = stop if causal else S
+        block = q[:, :, :, start:stop].reshape(B, K, -1, H)
+        scores = jnp.einsum("bkqh,bkth->bkqt", block, k[:, :, :end])
+        scores = scores.reshape(B, K, N // K, stop - start, end).astype(jnp.float32)
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = scores + bias[..., start:stop, :end]
+        # Normalised after the product with v, which is smaller than the scores.
+        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        weights = weights.astype(v.dtype).reshape(B, K, -1, end)
+        o = jnp.einsum("bkqt,bkth->bkqh", weights, v[:, :, :end])
+        out.append(o.reshape(B, K, N // K, stop - start, H) / total.astype(o.dtype))
+    return jnp.concatenate(out, 3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     fn: Callable
@@ -46,7 +82,12 @@ class Backend:
     features: frozenset = frozenset({"segments", "window", "softcap", "cache", "bidirectional"})
 
 
-BACKENDS = {"xla": Backend(xla)}
+BACKENDS = {
+    "xla": Backend(xla),
+    "blockwise": Backend(
+        blockwise, features=frozenset({"segments", "window", "softcap", "bidirectional"})
+    ),
+}
 
 
 def check(backend: str, features=()) -> None:
@@ -83,6 +124,8 @@ def attention(
     segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
     None). window: a query sees itself and window-1 keys before it; 0 = all. softcap: 0 = none.
     """
+    if kv_segments is not None and "cache" not in BACKENDS[backend].features:
+        backend = "xla"  # decoding: a training backend need not know the cache
     return BACKENDS[backend].fn(
         q,
         k,

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,11 +51,12 @@ def make_state(step=3, devices=None, shape=(1,), rng="typed"):
     key = jax.random.key(step) if rng == "typed" else jax.random.PRNGKey(step)
     state = State(jnp.int32(step), params, frozen, opt_state, key)
 
-    def place(x):
+    def sharding(x):
         spec = PartitionSpec(*mesh.axis_names) if x.ndim == 2 else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return NamedSharding(mesh, spec)
 
-    return jax.tree.map(place, state)
+    # Through jit, since devices may belong to several processes.
+    return jax.jit(lambda s: s, out_shardings=jax.tree.map(sharding, state))(state)
 
 
 def raw(x):
@@ -369,3 +371,60 @@ def wait_for_step(path, step, process, seconds=60):
             return
         time.sleep(0.01)
     pytest.fail(f"no step {step} after {seconds} s; the saving process: {process.poll()}")
+
+
+TWO_PROCESSES = """
+import sys, jax
+jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
+sys.path.insert(0, {tests!r})
+from test_checkpoint import Checkpointer, abstract_like, assert_same_here, make_state, make_manifest
+assert jax.device_count() == 4 and jax.local_device_count() == 2
+state = make_state(3, jax.devices(), (4,))
+with Checkpointer({path!r}, keep=1, manifest=make_manifest({{}}, {{"model": "a"}})) as ckpt:
+    ckpt.save(2, state, {{"row": 1}})
+    ckpt.save(3, state, {{"row": 2}})
+    ckpt.wait()
+    target = abstract_like(make_state(0, jax.devices(), (2, 2)))
+    got, extra = ckpt.restore(target)
+    assert extra["row"] == 2 and ckpt.all_steps() == [3]
+    assert_same_here(got, make_state(3, jax.devices(), (2, 2)))
+print("same")
+"""
+
+
+def assert_same_here(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        for s, t in zip(x.addressable_shards, y.addressable_shards, strict=True):
+            assert s.index == t.index and raw(s.data).tobytes() == raw(t.data).tobytes()
+
+
+@pytest.mark.multiprocess
+def test_two_processes_save_one_checkpoint_that_one_process_restores(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    code = TWO_PROCESSES.format(
+        address=address, tests=str(Path(__file__).parent), path=str(tmp_path)
+    )
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(i)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.endswith("same\n"), err
+    with Checkpointer(tmp_path) as ckpt:
+        got, extra = ckpt.restore(abstract_like(make_state()))
+    assert_same(got, make_state(3))
+    assert extra["row"] == 2 and extra["manifest"]["identity"] == {"model": "a"}

@@ -5,6 +5,8 @@ for a model of this size, and a test set answered by generation before and after
 
     python -m sftjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
+With the argument "shuffled" (configs/quickstart.py:shuffled) the answers belong to other prompts: the
+control that must learn nothing; experiments/quickstart/README.md says how to make its data.
 Expect exact match on the test set to go from 0% to above 90%.
 """
 
@@ -15,7 +17,8 @@ def get_config(arg=""):
     c = get_default()
     c.model.path = "experiments/quickstart/base_model"
     c.model.dtype = "float32"
-    c.data.train = "experiments/quickstart/data/train.jsonl"
+    name = "train_shuffled" if arg == "shuffled" else "train"
+    c.data.train = f"experiments/quickstart/data/{name}.jsonl"
     c.data.validation = "experiments/quickstart/data/validation.jsonl"
     c.data.test = "experiments/quickstart/data/test.jsonl"
     c.data.max_length = 256

@@ -97,6 +97,7 @@ def get_default() -> ConfigDict:
     c.mesh.coordinator = ""  # host:port of process 0, or "auto" on a cluster JAX knows
     c.mesh.processes = 1
     c.mesh.process_id = 0
+    c.mesh.timeout = 300  # seconds to wait for the other processes
 
     c.eval = ConfigDict()
     c.eval.every = "20%"  # validation loss; also at the end

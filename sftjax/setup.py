@@ -1,6 +1,7 @@
 """What a run needs before its first step: workdir, model, schedule, sharded state."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -38,9 +39,16 @@ def prepare_workdir(config, workdir) -> Path:
     if file.exists():
         _same_config(json.loads(file.read_text()), new, workdir)
     if jax.process_index() == 0:
-        file.write_text(json.dumps(new, indent=2) + "\n")
-        (workdir / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        _write_json(file, new)
+        _write_json(workdir / "env.json", environment())
     return workdir
+
+
+def _write_json(file, value):
+    """Whole or not at all: other processes may be reading it."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)
 
 
 def _same_config(old, new, workdir):

@@ -32,7 +32,7 @@ def train(config, workdir) -> dict:
     """Run the whole job; returns {"before", "after", "steps"}, each evaluation as Evaluator.full."""
     # ==== Machine and workdir ====
     m = config.mesh
-    sharding.initialize(m.coordinator, m.processes, m.process_id)
+    sharding.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
     mesh = sharding.make_mesh({axis: m[axis] for axis in sharding.AXES})
     sharding.check_batch(
         mesh, config.train.batch_size, config.train.micro_batches, config.data.max_length

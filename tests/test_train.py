@@ -204,7 +204,8 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
 
     monkeypatch.setattr(evaluate_lib, "answer", reading_options)
     variants = [
-        {"optim__weight_decay": 0.1, "optim__schedule": "wsd"},
+        {"optim__weight_decay": 0.1, "optim__schedule": "wsd",
+         "optim__trainable": "(('embed/w', False), ('.*', True))"},
         {"optim__name": "muon", "eval__best": "validation/loss", "eval__patience": 1},
     ]
     for i, overrides in enumerate(variants):

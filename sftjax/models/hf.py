@@ -27,6 +27,8 @@ FAMILIES = {"llama": llama}
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)")
 
+BLOCK_BYTES = 2 * 2**20  # read, checked and converted at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -214,25 +216,42 @@ def with_dtypes(model, path):
 
 
 def _load_leaf(reader, files, layout, p, dtype, sharding):
-    stacked = p.axes[0] == "layers"
+    """One parameter on its devices. In host memory: this process's part of it, and one block."""
+    stacked, made = p.axes[0] == "layers", {}
 
-    def read(name, index):
-        x = _read(reader, name, layout, p.shape[stacked:], index)
-        if not np.isfinite(x).all():
-            raise WeightsError(f"{reader.entries[name][0]}: tensor {name} holds NaN or infinity")
-        return x
+    def fill(out, name, index):
+        for part, place in _blocks(layout, p.shape[stacked:], index, reader.dtype(name)):
+            x = _read(reader, name, layout, p.shape[stacked:], part)
+            if not np.isfinite(x).all():
+                file = reader.entries[name][0]
+                raise WeightsError(f"{file}: tensor {name} holds NaN or infinity")
+            out[place] = x
 
     def callback(index):
-        if not stacked:
-            return read(files[0], index).astype(dtype)
-        layers = range(*index[0].indices(p.shape[0]))
-        shape = [len(range(*i.indices(n))) for i, n in zip(index, p.shape, strict=True)]
-        out = np.empty(shape, dtype)  # filled a layer at a time: one tensor in memory beside it
-        for j, i in enumerate(layers):
-            out[j] = read(files[i], index[1:])
-        return out
+        key = tuple(i.indices(n)[:2] for i, n in zip(index, p.shape, strict=True))
+        if key not in made:  # devices with the same part share it
+            made[key] = out = np.empty([b - a for a, b in key], dtype)
+            if stacked:
+                for j, i in enumerate(range(*key[0])):
+                    fill(out[j], files[i], index[1:])
+            else:
+                fill(out, files[0], index)
+        return made[key]
 
-    return jax.make_array_from_callback(p.shape, sharding, callback)
+    # Waits for the transfer, so that never two parameters are in host memory.
+    return jax.block_until_ready(jax.make_array_from_callback(p.shape, sharding, callback))
+
+
+def _blocks(layout, shape, index, dtype):
+    """Cut `index` into (index of a block, its place in the result) along the file's rows."""
+    groups, letters = _parse(layout)
+    axis = letters.index(groups[0][0])
+    start, stop, _ = index[axis].indices(shape[axis])
+    rows = max(1, BLOCK_BYTES * shape[axis] // (int(np.prod(shape)) * dtype.itemsize))
+    for a in range(start, stop, rows):
+        b = min(a + rows, stop)
+        place = (slice(None),) * axis + (slice(a - start, b - start),)
+        yield (*index[:axis], slice(a, b), *index[axis + 1 :]), place
 
 
 def _compare(model, reader, path):

@@ -86,7 +86,10 @@ class EarlyStop:
             raise ValueError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
         new, best = values[self.metric], self.state["best"]
         better = best is None or (new < best if lower_is_better(self.metric) else new > best)
-        self.state = {"best": new if better else best, "bad": 0 if better else self.state["bad"] + 1}
+        self.state = {
+            "best": new if better else best,
+            "bad": 0 if better else self.state["bad"] + 1,
+        }
 
     @property
     def stop(self) -> bool:

@@ -12,6 +12,7 @@ from sftjax import config as config_lib
 from sftjax import data as data_lib
 from sftjax import sharding
 from sftjax.config import ConfigError
+from sftjax.data.conversation import to_conversation
 from sftjax.models import hf
 
 BATCH_KEYS = ("tokens", "targets", "weights", "positions", "segments")
@@ -114,6 +115,12 @@ class Feed:
             for i in range(len(source))
         ]
 
+    def question(self, i: int) -> str:
+        """The last user turn of a test question."""
+        source = data_lib.open_source(self.config.data.test)
+        keys = {k: self.policy[k] for k in ("fields", "system")}
+        return to_conversation(source[i], **keys)["messages"][-2]["content"]
+
     def due(self, step, text, what) -> bool:
         """Is an event of every `text` (a duration; 0 = never) due after this step?"""
         every = config_lib.duration(text, what, total=self.steps, **self._units)
@@ -157,9 +164,7 @@ class Feed:
         d, size = self.config.data, self.config.eval.batch_size
         shards = sharding.axis_size(self.mesh, sharding.RULES["batch"])
         size = -(-size // shards) * shards
-        rows = data_lib.Rows(
-            self.sets[name], d.max_length, d.eval_packing, shuffle=False
-        )
+        rows = data_lib.Rows(self.sets[name], d.max_length, d.eval_packing, shuffle=False)
         local = sharding.local_rows(self.mesh, size)
         for batch in data_lib.loader(rows, size, local=local):
             yield sharding.put_batch(self.mesh, batch, size)

@@ -1,5 +1,6 @@
 """Batched sampling with a key/value cache: one prefill, then one token a step for all rows."""
 
+import argparse
 import functools
 
 import jax
@@ -72,8 +73,8 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
         jnp.zeros((B, new), jnp.int32),
         cache,
     )
-    _, _, done, count, out, _ = jax.lax.while_loop(going, body, start)
-    return out, count, done
+    *_, count, out, _ = jax.lax.while_loop(going, body, start)
+    return out, count
 
 
 def generate(
@@ -109,7 +110,7 @@ def generate(
             tokens[j, : len(prompts[i])] = prompts[i]
             lengths[j] = len(prompts[i])
         key = jax.random.fold_in(jax.random.key(seed), start)
-        out, count, _ = _run(
+        out, count = _run(
             model,
             params,
             *_replicated(mesh, tokens, lengths, key),
@@ -137,3 +138,38 @@ def _fetch(x):
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def main(argv):
+    """sftjax generate --model=DIR --prompt=TEXT: one answer, for a look at an exported model."""
+    parser = argparse.ArgumentParser(prog="sftjax generate")
+    parser.add_argument("--model", required=True, help="Hugging Face directory, such as an export")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--system", default="")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    from transformers import AutoTokenizer
+
+    from sftjax.data import DataError, stop_ids
+    from sftjax.models import hf
+
+    path = hf.resolve(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise DataError(f"--model={path}: its tokenizer has no chat template")
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages.append({"role": "user", "content": args.prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    model, params = hf.load_pretrained(path)
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    out = generate(model, params, [prompt], stop_ids=stop_ids(tokenizer), **options)
+    print(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    from sftjax import config
+
+    config.run(main)

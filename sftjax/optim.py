@@ -153,8 +153,6 @@ def make(c, lr, abstract, trainable):
             )
         )
     if any(m != 1 for m in jax.tree.leaves(multipliers)):
-        parts.append(
-            optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers))
-        )
+        parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers)))
     parts.append(optax.scale_by_learning_rate(lr))
     return optax.chain(*parts)

@@ -8,7 +8,8 @@ to the other tree: None is an empty subtree to JAX, so the optimizer and the gra
 import dataclasses
 import re
 import zlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,8 @@ def table(params, trainable) -> str:
         shape = "x".join(map(str, leaf.shape))
         rows.append((name, shape, str(leaf.dtype), f"{leaf.size:,}", "yes" if on else "frozen"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    return "\n".join(lines)
 
 
 # ---- ordered regex rules -------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """What a run shows at its end: the table before and after, samples, and where things lie."""
 
 import json
+import os
+import sys
 from pathlib import Path
+from shlex import quote
 
 import jax
 
@@ -78,6 +81,10 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
     (workdir / "result.json").write_text(text + "\n")
     for what, name in places(config, workdir):
         print(f"  {what:<22}{name}")
+    if config.train.export and feed.test:
+        python, export = os.path.relpath(sys.executable), os.path.relpath(workdir / "export")
+        print("\nAsk the trained model:")
+        print(f"  {python} -m sftjax.generate --model={export} --prompt={quote(feed.question(0))}")
 
 
 def places(config, workdir: Path) -> list[tuple[str, Path]]:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import checkpoint
+from sftjax import checkpoint, optim, sharding
 from sftjax import config as config_lib
-from sftjax import optim, sharding
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
 from sftjax.models import decoder, hf
@@ -206,6 +205,19 @@ def _create(config, params, trainable, tx):
     )
 
 
+def state_text(state, flops) -> str:
+    """Counts, bytes and FLOPs of the whole, under the table of parameters."""
+    trained, frozen = params_lib.count(state.params), params_lib.count(state.frozen)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    kinds = sorted({str(x.dtype) for x in moments}) or ["none"]
+    mib = lambda tree: f"{params_lib.nbytes(tree) / 2**20:,.1f} MiB"  # noqa: E731
+    return (
+        f"{trained + frozen:,} parameters, {trained:,} trained; trained {mib(state.params)},"
+        f" frozen {mib(state.frozen)}, optimizer {mib(moments)} ({', '.join(kinds)})\n"
+        f"{flops / 1e12:.4g} TFLOP a step; MFU = that / (step time x devices x peak FLOP/s)"
+    )
+
+
 def flops_per_step(model, trainable, feed) -> float:
     """Model FLOPs of an average step; see decoder.train_flops."""
     flops = decoder.train_flops(model.config, trainable)
@@ -231,9 +243,7 @@ def first_state(config, model, trainable, tx, target, mesh):
         model, params = hf.load_params(model, hf.resolve(config.model.path), kinds, mesh)
     else:
         shardings = sharding.param_shardings(mesh, model.abstract)
-        params = params_lib.init(
-            model.abstract, jax.random.key(config.seed), shardings=shardings
-        )
+        params = params_lib.init(model.abstract, jax.random.key(config.seed), shardings=shardings)
         params = jax.tree.map(lambda x, d: x.astype(d), params, kinds)
     create = jax.jit(
         lambda p: _create(config, p, trainable, tx),

@@ -91,7 +91,7 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
     metrics = {
         "loss": _ratio(loss.sum, loss.weight),
         "grad_norm": optax.tree.norm(grads),
-        "update_ratio": _ratio(optax.tree.norm(updates), optax.global_norm(params)),
+        "update_ratio": _ratio(optax.tree.norm(updates), optax.tree.norm(params)),
     }
     metrics |= {k: _ratio(*v) for k, v in loss.metrics.items()} | _counts(batch)
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)

@@ -68,7 +68,9 @@ def train(config, workdir) -> dict:
             model = setup.with_dtypes(config, model)
             state, extra = checkpoints.restore(target)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
+        flops = setup.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
+        say("state", setup.state_text(state, flops))
 
         # ==== Compile: once, for the one batch shape there is ====
         loss_fn = losses.causal_lm(model, **config.loss.to_dict())
@@ -89,7 +91,6 @@ def train(config, workdir) -> dict:
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        flops = setup.flops_per_step(model, trainable, feed)
         log = Log(config, workdir, feed, lr, flops, start=step)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
         for batch in feed.batches(start=step):

@@ -163,9 +163,11 @@ def test_sampling_follows_temperature_top_k_and_top_p(setup):
     from sftjax.generate import sample
 
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
-    share = lambda **k: np.bincount(  # noqa: E731
-        sample(logits, jax.random.key(0), **({"top_k": 0, "top_p": 1.0} | k)), minlength=4
-    ) / len(logits)
+
+    def share(temperature, top_k=0, top_p=1.0):
+        ids = sample(logits, jax.random.key(0), temperature, top_k, top_p)
+        return np.bincount(ids, minlength=4) / len(ids)
+
     np.testing.assert_allclose(share(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
     np.testing.assert_allclose(share(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(share(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.03)
@@ -199,11 +201,14 @@ def test_stories260k_reproduces_the_reference_facts(fixtures):
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompt = tokenizer("Once upon a time").input_ids
     logits = model.apply(params, {"tokens": jnp.array([prompt])})[0, -1]
-    top = {tokenizer.convert_ids_to_tokens(int(i)): float(logits[i]) for i in jnp.argsort(-logits)[:3]}
+    top = {
+        tokenizer.convert_ids_to_tokens(int(i)): float(logits[i]) for i in jnp.argsort(-logits)[:3]
+    }
     assert list(top) == [",", "▁there", "▁in"]
     np.testing.assert_allclose(list(top.values()), [17.7994, 14.2813, 9.7097], atol=1e-3)
     out = generate(model, params, [[tokenizer.bos_token_id]], max_new_tokens=60)[0]
-    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    story = "Once upon a time, there was a little girl named Lily. "
+    story += "She loved to play outside in the park."
     assert tokenizer.decode(out).strip().startswith(story)
 
 

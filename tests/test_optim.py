@@ -74,9 +74,7 @@ def test_adamw_equals_optax_adamw_and_decays_neither_norms_nor_biases():
     grads = jax.tree.map(jnp.cos, params)
     c = settings(name="adamw", weight_decay=0.1, clip=0.0)
     tx = optim.make(c, lambda _: 1e-2, model.abstract, everything(model.abstract))
-    mask = params_lib.map_named(
-        lambda name, _: not name.endswith(("norm/scale", "/b")), params
-    )
+    mask = params_lib.map_named(lambda name, _: not name.endswith(("norm/scale", "/b")), params)
     assert sum(not m for m in jax.tree.leaves(mask)) == 2 + 1 + 3
     reference = optax.adamw(1e-2, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=0.1, mask=mask)
     for t in (tx, reference):
@@ -91,9 +89,7 @@ def test_learning_rate_multipliers_and_clipping():
     model = tiny.model()
     params = tiny.params(model)
     grads = jax.tree.map(jnp.ones_like, params)
-    c = settings(
-        name="sgd", momentum=0.0, clip=1.0, lr_multipliers=(("embed/w", 0.1), (".*", 1.0))
-    )
+    c = settings(name="sgd", momentum=0.0, clip=1.0, lr_multipliers=(("embed/w", 0.1), (".*", 1.0)))
     tx = optim.make(c, lambda _: 1.0, model.abstract, everything(model.abstract))
     update, _ = tx.update(grads, tx.init(params), params)
     named = params_lib.flatten(update)
@@ -138,9 +134,7 @@ def test_a_frozen_prefix_costs_no_backward_by_compiled_flops():
         params, batch = tiny.params(model), tiny.batch()
         tx = optax.sgd(0.1)
         state = sftjax.TrainState.create(params=params, tx=tx, trainable=rules)
-        step = functools.partial(
-            sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx
-        )
+        step = functools.partial(sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx)
         return jax.jit(step).lower(state, batch).compile().cost_analysis()["flops"]
 
     forward_share = 1 / 3

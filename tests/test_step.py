@@ -61,7 +61,9 @@ def close(a, b, tolerance=1e-5):
 def test_every_mesh_gives_the_same_losses_over_20_steps(setup, reference, sizes):
     out, state = train(*setup, mesh=sharding.make_mesh(sizes))
     close(out, reference[0])
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True
+    ):
         close(a, b, 1e-4)
 
 
@@ -145,7 +147,9 @@ def test_errors(setup):
     model, params, (batch, *_) = setup
     tx = optax.sgd(0.1)
     with pytest.raises(ValueError, match="rule 'layer/.*' matches no parameter.*embed/w"):
-        sftjax.TrainState.create(params=params, tx=tx, trainable=(("layer/.*", True), (".*", False)))
+        sftjax.TrainState.create(
+            params=params, tx=tx, trainable=(("layer/.*", True), (".*", False))
+        )
     with pytest.raises(ValueError, match="no rule covers parameter"):
         sftjax.TrainState.create(params=params, tx=tx, trainable=(("layers/.*", True),))
     with pytest.raises(ValueError, match="every parameter is frozen"):

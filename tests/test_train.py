@@ -93,7 +93,9 @@ def test_a_run_leaves_what_it_promises(straight):
         "prompt", "reference", "before", "after",
     }  # fmt: skip
     assert result["steps"] == 12
-    assert result["after"]["losses"]["validation/loss"] < result["before"]["losses"]["validation/loss"]
+    assert (
+        result["after"]["losses"]["validation/loss"] < result["before"]["losses"]["validation/loss"]
+    )
     kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [9, 12]
 
@@ -204,8 +206,11 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
 
     monkeypatch.setattr(evaluate_lib, "answer", reading_options)
     variants = [
-        {"optim__weight_decay": 0.1, "optim__schedule": "wsd",
-         "optim__trainable": "(('embed/w', False), ('.*', True))"},
+        {
+            "optim__weight_decay": 0.1,
+            "optim__schedule": "wsd",
+            "optim__trainable": "(('embed/w', False), ('.*', True))",
+        },
         {"optim__name": "muon", "eval__best": "validation/loss", "eval__patience": 1},
     ]
     for i, overrides in enumerate(variants):
@@ -237,7 +242,9 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_kept(files, tmp_path):
         optim__warmup=0, optim__schedule="constant", train__keep=1, optim__clip=0.0,
     )  # fmt: skip
     result = train_lib.train(config, tmp_path / "run")
-    values = {x["step"]: x["validation/loss"] for x in lines(tmp_path / "run") if "validation/loss" in x}
+    values = {
+        x["step"]: x["validation/loss"] for x in lines(tmp_path / "run") if "validation/loss" in x
+    }
     assert result["steps"] < 12
     best = min(values, key=values.get)
     assert result["steps"] == best + 2
@@ -249,7 +256,14 @@ def test_early_stop_by_a_scripted_series():
     from sftjax.evaluate import EarlyStop
 
     stop = EarlyStop("v/loss", 2)
-    for value, stopped in [(3, False), (2, False), (2.5, False), (1.9, False), (2, False), (2, True)]:
+    for value, stopped in [
+        (3, False),
+        (2, False),
+        (2.5, False),
+        (1.9, False),
+        (2, False),
+        (2, True),
+    ]:
         stop.update({"v/loss": value})
         assert stop.stop is stopped
     resumed = EarlyStop("v/loss", 2, stop.state)

@@ -6,7 +6,7 @@ serves padded rows, packed rows and a KV cache (where an unwritten slot has segm
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

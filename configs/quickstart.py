@@ -5,8 +5,8 @@ for a model of this size, and a test set answered by generation before and after
 
     python -m sftjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-With the argument "shuffled" (configs/quickstart.py:shuffled) the answers belong to other prompts: the
-control that must learn nothing; experiments/quickstart/README.md says how to make its data.
+With the argument "shuffled" (configs/quickstart.py:shuffled) the answers belong to other prompts:
+the control that must learn nothing; experiments/quickstart/README.md says how to make its data.
 Expect exact match on the test set to go from 0% to above 90%.
 """
 

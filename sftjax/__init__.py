@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from sftjax import losses
+from sftjax import data, losses
 from sftjax.models.decoder import Model
 from sftjax.models.hf import load_pretrained, save_pretrained
 from sftjax.step import Loss, TrainState, eval_step, train_step

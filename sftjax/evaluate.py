@@ -68,9 +68,10 @@ class Evaluator:
 
 
 class EarlyStop:
-    """Stop after `patience` evaluations without a better value of `metric` (lower loss, else higher).
+    """Stop after `patience` evaluations without a better value of `metric`.
 
-    state is JSON-able and goes into the checkpoint, so that a resumed run stops where it would have.
+    Better is lower for a loss or perplexity, else higher. state is JSON-able and goes into the
+    checkpoint, so that a resumed run stops where it would have.
     """
 
     def __init__(self, metric: str, patience: int, state=None):

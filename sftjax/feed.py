@@ -160,7 +160,7 @@ class Feed:
             yield batch
 
     def eval_batches(self, name):
-        """Every row of a validation set once, in order; the last batch is filled with blank rows."""
+        """Every row of a validation set once, in order; blank rows fill the last batch."""
         d, size = self.config.data, self.config.eval.batch_size
         shards = sharding.axis_size(self.mesh, sharding.RULES["batch"])
         size = -(-size // shards) * shards

@@ -14,8 +14,8 @@ class Log:
     """Collects each step's metrics and writes a line every config.train.log_every.
 
     A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
-    cells_per_s, tokens_per_s and trained_tokens_per_s (all positions, those that are not padding, those
-    trained), step_time, data_wait (the share of time spent waiting for a batch), mfu.
+    cells_per_s, tokens_per_s and trained_tokens_per_s (all positions, those that are not padding,
+    those trained), step_time, data_wait (the share of time spent waiting for a batch), mfu.
     """
 
     def __init__(self, config, workdir, feed, lr, flops, start: int):

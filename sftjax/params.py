@@ -106,7 +106,7 @@ def match_rules(rules, tree, what: str):
     """A tree like `tree` of the values of the first rule whose regex matches the whole leaf name.
 
     rules: ordered (regex, value) pairs. Raises ValueError for a leaf that no rule covers and for a
-    rule that matches no leaf: both are nearly always typing errors that would train the wrong thing.
+    rule that matches no leaf: nearly always typing errors that would train the wrong thing.
     """
     names = list(flatten(tree))
     hit = dict.fromkeys(range(len(rules)), False)
@@ -142,7 +142,7 @@ def _some(names, most=12):
 
 
 def partition(tree, trainable):
-    """(trained, frozen): two trees of the structure of `tree`, None where the other has the leaf."""
+    """(trained, frozen): two trees shaped like `tree`, None where the other has the leaf."""
     trained = jax.tree.map(lambda x, t: x if t else None, tree, trainable)
     frozen = jax.tree.map(lambda x, t: None if t else x, tree, trainable)
     return trained, frozen

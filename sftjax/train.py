@@ -29,7 +29,7 @@ def main(argv):
 
 
 def train(config, workdir) -> dict:
-    """Run the whole job; returns {"before", "after", "steps"}, each evaluation as Evaluator.full."""
+    """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full."""
     # ==== Machine and workdir ====
     m = config.mesh
     sharding.initialize(m.coordinator, m.processes, m.process_id, m.timeout)

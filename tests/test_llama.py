@@ -1,4 +1,4 @@
-"""The decoder: documents in a row are alone, the cache and the scan change nothing, real weights."""
+"""The decoder: documents in a row are alone, cache and scan change nothing, real weights."""
 
 import jax
 import jax.numpy as jnp

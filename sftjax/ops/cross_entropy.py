@@ -44,7 +44,7 @@ def _chunk(opts, h, w, targets, weights):
 
 
 def _compact(h, targets, weights, chunk):
-    """Trained positions first in each row, padded to whole chunks; also how many chunks hold any."""
+    """Trained positions first in each row, in whole chunks; and how many chunks hold any."""
     trained = weights != 0
     order = jnp.argsort(~trained, axis=1, stable=True)
     pad = -order.shape[1] % chunk

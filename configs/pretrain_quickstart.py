@@ -16,7 +16,6 @@ def get_config(arg=""):
     c.model.dtype = "float32"
     c.data.train = "runs/pretrain_text/train.jsonl"
     c.data.max_length = 256
-    c.model.attention = "blockwise"
     c.model.scan = False
     c.train.batch_size = 8
     c.train.duration = "3 epochs"

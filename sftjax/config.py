@@ -34,7 +34,7 @@ def get_default() -> ConfigDict:
     c.model.param_dtype = "float32"  # of trained parameters and their moments
     c.model.frozen_dtype = "bfloat16"  # of frozen parameters
     c.model.remat = "none"  # none | dots | full | a name in jax.checkpoint_policies
-    c.model.attention = "xla"  # a backend of sftjax.ops.attention
+    c.model.attention = "blockwise"  # blockwise | xla: the backends of sftjax.ops.attention
     c.model.scan = True  # layers under lax.scan; False unrolls them
     c.model.split = ()  # cut the stack of layers here, so that rules can tell the parts apart
 

@@ -1,13 +1,12 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line, speed, memory and the curve."""
 
-import contextlib
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -146,82 +145,7 @@ def _lines(path):
                 yield line, parsed
 
 
-class Late:
-    """Passes metrics on one call late, so that no log step waits for the device.
-
-    push starts the copy of this step's device scalars to the host and hands the previous ones,
-    which have long been computed, to write(step, {name: float}). flush at the end, and before
-    anything that must follow them.
-    """
-
-    def __init__(self, write: Callable[[int, dict], None]):
-        self._write, self._pending = write, None
-
-    def push(self, step: int, on_device: Mapping, **on_host) -> None:
-        for value in on_device.values():
-            if isinstance(value, jax.Array):
-                value.copy_to_host_async()
-        self.flush()
-        self._pending = step, on_device, on_host
-
-    def flush(self) -> None:
-        if self._pending is not None:
-            (step, on_device, on_host), self._pending = self._pending, None
-            values = {name: float(value) for name, value in jax.device_get(on_device).items()}
-            self._write(step, values | on_host)
-
-
 # ---- speed and memory ----------------------------------------------------------------------
-
-
-class Throughput:
-    """Host-side speed of the steps since the last read. No device value is touched.
-
-    Call step() once after each step with the counts of its global batch. The first one only
-    starts the clock: it holds compilation and warm-up.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._since = clock, None
-        self._reset()
-
-    def _reset(self):
-        self._steps, self._wait, self._counts = 0, 0.0, [0, 0, 0]
-
-    def step(self, cells: int = 0, tokens: int = 0, trained: int = 0, wait: float = 0.0) -> None:
-        """cells: all positions, tokens: non-padding, trained: with a loss; wait: seconds the loop
-        stood still for data."""
-        if self._since is None:
-            self._since = self._clock()
-            return
-        self._steps += 1
-        self._wait += wait
-        self._counts = [a + b for a, b in zip(self._counts, (cells, tokens, trained), strict=True)]
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time inside does not count: evaluation, checkpoints."""
-        begun = self._clock()
-        try:
-            yield
-        finally:
-            if self._since is not None:
-                self._since += self._clock() - begun
-
-    def read(self) -> dict:
-        """{cells,tokens,trained_tokens}_per_s, step_time in seconds, data_wait as a share of the
-        time; {} when no step but the first was made. Begins a new window."""
-        if not self._steps:
-            return {}
-        now = self._clock()
-        seconds = max(now - self._since, 1e-9)
-        names = ("cells_per_s", "tokens_per_s", "trained_tokens_per_s")
-        result = {n: c / seconds for n, c in zip(names, self._counts, strict=True)}
-        result |= {"step_time": seconds / self._steps, "data_wait": self._wait / seconds}
-        self._since = now
-        self._reset()
-        return result
-
 
 # Peak dense bf16 TFLOP/s of one JAX device, by a part of its device_kind; the first match counts.
 PEAK_TFLOPS = (

@@ -66,7 +66,8 @@ def make_mesh(sizes=None, devices=None) -> Mesh:
 
 
 def _arrange(shape, devices) -> np.ndarray:
-    slices = {getattr(d, "slice_index", 0) for d in devices}
+    tpu = devices[0].platform == "tpu"  # elsewhere each host may call itself a slice
+    slices = {getattr(d, "slice_index", 0) for d in devices} if tpu else {0}
     if len(slices) > 1:
         if shape[0] % len(slices):
             raise MeshError(
@@ -76,7 +77,7 @@ def _arrange(shape, devices) -> np.ndarray:
         inner = [shape[0] // len(slices), *shape[1:]]
         outer = [len(slices), *(1 for _ in shape[1:])]
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    if devices[0].platform == "tpu":
+    if tpu:
         return mesh_utils.create_device_mesh(shape, devices)
     return np.array(devices).reshape(shape)
 
@@ -141,7 +142,7 @@ def constrain(x, *axes):
 def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
     """Raise MeshError unless the batch splits over micro-batches, mesh and processes."""
     shards = axis_size(mesh, RULES["batch"])
-    if batch_size % micro_batches:
+    if micro_batches < 1 or batch_size % micro_batches:
         raise MeshError(
             f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches"
         )

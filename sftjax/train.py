@@ -100,6 +100,7 @@ def train(config, workdir) -> dict:
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, batch)
             step += 1
+            checkpoints.check()  # a save that failed behind the loop ends it now
             log.step(step, metrics, feed.wait)
             values = None
             if feed.sets and feed.due(step, config.eval.every, "eval.every"):

@@ -31,12 +31,12 @@ def alone(batch, row, segment):
 def test_c10_packed_logits_and_gradients_equal_each_document_alone(setup, backend):
     model, params, batch = setup
     model = model.replace(attention=backend)
-    row = {k: v[:1] for k, v in batch.items()}
+    row = tiny.batch(rows=1, length=160)  # more than one block of the blockwise backend
     loss_fn = sftjax.losses.causal_lm(model)
     packed = jax.grad(lambda p: loss_fn(p, row, None).sum)(params)
     logits, parts = model.apply(params, row)[0], []
     for segment in range(1, row["segments"].max() + 1):
-        document, here = alone(batch, 0, segment)
+        document, here = alone(row, 0, segment)
         np.testing.assert_allclose(
             logits[here], model.apply(params, document)[0], rtol=1e-5, atol=1e-5
         )
@@ -50,7 +50,7 @@ def test_c10_packed_logits_and_gradients_equal_each_document_alone(setup, backen
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_c12_changing_one_document_leaves_the_others_bit_equal(setup, backend):
     model, params, batch = setup
-    model = model.replace(attention=backend)
+    model, batch = model.replace(attention=backend), tiny.batch(rows=2, length=160)
     before = model.apply(params, batch)
     first = (batch["segments"] == 1) & (batch["positions"] == 1)
     changed = batch | {"tokens": np.where(first, (batch["tokens"] + 7) % 64, batch["tokens"])}
@@ -100,26 +100,26 @@ def test_remat_and_attention_names_are_checked(setup):
         check("flash")
 
 
-def test_attention_equals_float64():
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 12, n, 8)) for n in (4, 2, 2))
-    segments = np.repeat([[1] * 5 + [2] * 4 + [0] * 3], 2, 0)
-    positions = np.repeat([[*range(5), *range(4), 0, 0, 0]], 2, 0)
-    for window, softcap in [(0, 0.0), (3, 0.0), (0, 2.0)]:
-        out = attention(
-            *map(jnp.float32, (q, k, v)), segments=segments, positions=positions,
-            window=window, softcap=softcap,
-        )  # fmt: skip
-        for b in range(2):
-            for n in range(4):
-                scores = q[b, :, n] @ k[b, :, n // 2].T / np.sqrt(8)
-                scores = softcap * np.tanh(scores / softcap) if softcap else scores
-                i, j = np.mgrid[:12, :12]
-                ok = (segments[b][i] == segments[b][j]) & (positions[b][i] >= positions[b][j])
-                ok &= (positions[b][i] - positions[b][j] < window) if window else True
-                e = np.where(ok, np.exp(scores), 0)
-                expected = e / e.sum(1, keepdims=True) @ v[b, :, n // 2]
-                np.testing.assert_allclose(out[b, :9, n], expected[:9], atol=2e-6)
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (30, 0.0), (0, 2.0)])
+def test_attention_equals_float64(backend, window, softcap):
+    rng, S = np.random.default_rng(0), 150
+    q, k, v = (rng.normal(size=(2, S, n, 8)) for n in (4, 2, 2))
+    segments = np.repeat([[1] * 70 + [2] * 60 + [0] * 20], 2, 0)
+    positions = np.repeat([[*range(70), *range(60), *[0] * 20]], 2, 0)
+    out = attention(
+        *map(jnp.float32, (q, k, v)), segments=segments, positions=positions,
+        window=window, softcap=softcap, backend=backend,
+    )  # fmt: skip
+    i, j = np.mgrid[:S, :S]
+    for b, n in np.ndindex(2, 4):
+        scores = q[b, :, n] @ k[b, :, n // 2].T / np.sqrt(8)
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
+        ok = (segments[b][i] == segments[b][j]) & (positions[b][i] >= positions[b][j])
+        ok &= (positions[b][i] - positions[b][j] < window) if window else True
+        e = np.where(ok, np.exp(scores), 0)
+        expected = e / e.sum(1, keepdims=True) @ v[b, :, n // 2]
+        np.testing.assert_allclose(out[b, :130, n], expected[:130], atol=2e-6)
 
 
 def test_rope_variants():

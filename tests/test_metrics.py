@@ -1,17 +1,16 @@
-"""Metrics: what is written, when it is fetched, and the arithmetic of speed."""
+"""Metrics: what is written, and the arithmetic of speed."""
 
 import io
 import json
 import math
 import xml.etree.ElementTree as ElementTree
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sftjax import metrics
-from sftjax.metrics import Late, Throughput, Writer, curve_svg, mfu, nice_ticks, peak_memory
+from sftjax.metrics import Writer, curve_svg, mfu, nice_ticks, peak_memory
 
 
 def read(workdir):
@@ -92,66 +91,6 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     shown = terminal.getvalue()
     assert "step 110/200 |" in shown and "loss 1.2500" in shown
     assert "a message\n" in shown
-
-
-# ---- late fetch ----------------------------------------------------------------------------
-
-
-def test_late_metrics_come_one_push_later_in_order():
-    written = []
-    late = Late(lambda step, values: written.append((step, values)))
-    late.push(1, {"loss": jnp.float32(0.5)}, lr=0.1)
-    assert written == []
-    late.push(2, {"loss": jnp.float32(0.25)}, lr=0.2)
-    assert written == [(1, {"loss": 0.5, "lr": 0.1})]
-    late.flush()
-    late.flush()
-    assert written[1:] == [(2, {"loss": 0.25, "lr": 0.2})]
-    assert all(type(v) is float for _, values in written for v in values.values())
-
-
-def test_push_fetches_nothing_but_the_step_before(monkeypatch):
-    fetched, get = [], jax.device_get
-    monkeypatch.setattr(metrics.jax, "device_get", lambda x: (fetched.append(x), get(x))[1])
-    late = Late(lambda *_: None)
-    steps = [{"loss": jnp.float32(i)} for i in range(3)]
-    for i, values in enumerate(steps):
-        late.push(i, values)
-        assert fetched == steps[:i]
-
-
-# ---- speed and memory ----------------------------------------------------------------------
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_throughput_leaves_out_the_first_step_and_pauses():
-    clock = Clock()
-    speed = Throughput(clock)
-    clock.now = 100.0  # compilation
-    speed.step(1000, 900, 500, wait=50.0)
-    assert speed.read() == {}
-    for _ in range(4):
-        clock.now += 0.5
-        speed.step(1000, 900, 500, wait=0.125)
-    with speed.paused():
-        clock.now += 1000.0
-    assert speed.read() == {
-        "cells_per_s": 2000.0,
-        "tokens_per_s": 1800.0,
-        "trained_tokens_per_s": 1000.0,
-        "step_time": 0.5,
-        "data_wait": 0.25,
-    }
-    assert speed.read() == {}
-    clock.now += 2.0
-    speed.step(1000, 900, 500)
-    assert speed.read()["cells_per_s"] == 500.0
 
 
 @pytest.mark.parametrize(

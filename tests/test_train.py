@@ -120,19 +120,25 @@ def test_the_export_is_the_trained_model(straight, files):
     assert (workdir / "export" / "chat_template.jinja").exists()
 
 
-def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files, tmp_path):
-    """kill -9 at some step, then the same command again."""
-    workdir = tmp_path / "run"
+def run_command(files, tmp_path, workdir):
+    """The command line of the run that `make` describes."""
     config_file = tmp_path / "config.py"
     config_file.write_text(
         f"import sys\nsys.path.insert(0, {str(REPO / 'tests')!r})\n"
         f"import pathlib, test_train\n"
         f"def get_config(arg=''):\n  return test_train.make(pathlib.Path({str(files)!r}))\n"
     )
-    command = [sys.executable, "-m", "sftjax.train", f"--config={config_file}"]
+    python = [sys.executable, "-m", "sftjax.train"]
+    return [*python, f"--config={config_file}", f"--workdir={workdir}"]
+
+
+def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files, tmp_path):
+    """kill -9 at some step, then the same command again."""
+    workdir = tmp_path / "run"
+    command = run_command(files, tmp_path, workdir)
     env = os.environ | {"PYTHONPATH": str(REPO)}
     run = subprocess.Popen(
-        [*command, f"--workdir={workdir}"], env=env, cwd=tmp_path,
+        command, env=env, cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 240
@@ -141,9 +147,7 @@ def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files,
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    done = subprocess.run(
-        [*command, f"--workdir={workdir}"], env=env, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stdout
     assert losses(workdir) == losses(straight[0])
@@ -151,6 +155,18 @@ def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files,
     assert a.read_bytes() == b.read_bytes()
     before = json.loads((workdir / "result.json").read_text())["before"]
     assert before == json.loads((straight[0] / "result.json").read_text())["before"]
+
+
+def test_one_device_gives_the_losses_of_eight(straight, files, tmp_path):
+    done = subprocess.run(
+        run_command(files, tmp_path, tmp_path / "run"), cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 x cpu, mesh of one device" in done.stdout
+    one, eight = losses(tmp_path / "run"), losses(straight[0])
+    assert one.keys() == eight.keys()
+    np.testing.assert_allclose(list(one.values()), list(eight.values()), rtol=1e-5)
 
 
 def test_a_finished_run_started_again_trains_no_further(straight):
@@ -295,7 +311,10 @@ def test_early_stop_by_a_scripted_series():
         ({"model__attention": "flash"}, "model.attention='flash' is unknown"),
         ({"data__overlong": "cut"}, "data.overlong='cut'"),
         ({"data__packing": "tight"}, "tight"),
-        ({"mesh__tensor": 8, "mesh__fsdp": 1}, "heads=4 does not divide over mesh axis tensor=8"),
+        (
+            {"mesh__tensor": 8, "mesh__fsdp": 1},
+            "kv_heads=2 does not divide over mesh axis tensor=8",
+        ),
         ({"data__validation": "a/x.jsonl,b/x.jsonl"}, "two sets have the same file name"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -304,6 +323,29 @@ def test_a_wrong_setting_is_refused_before_training(files, tmp_path, overrides, 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train_lib.train(make(files, **overrides), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["chat.py", "freeze.py:1"])
+def test_the_shipped_configs_train_a_users_model_on_a_users_data(files, tmp_path, name):
+    exported = tmp_path / "model"
+    config = make(files, train__duration="1 step", data__test="", data__validation="")
+    train_lib.train(config, tmp_path / "made")
+    (tmp_path / "made" / "export").rename(exported)
+    c = config_lib.load(f"{REPO}/configs/{name}")
+    for key, value in {
+        "model.path": exported, "data.train": files / "train.jsonl", "data.max_length": "128",
+        "train.batch_size": "8", "train.duration": "2 steps", "optim.lr": "0.01",
+        "optim.warmup": "0", "optim.schedule": "constant",
+    }.items():  # fmt: skip
+        config_lib.override(c, key, str(value))
+    train_lib.train(c, tmp_path / "run")
+    before, after = (
+        sftjax.params.flatten(sftjax.load_pretrained(d, split=(1,))[1])
+        for d in (exported, tmp_path / "run" / "export")
+    )
+    changed = {k for k in before if (before[k] != after[k]).any()}
+    expected = {k for k in before if k.startswith(("layers/1-1", "norm"))}
+    assert changed == (expected if "freeze" in name else set(before))
 
 
 def test_the_workdir_of_another_config_is_refused(straight, files):

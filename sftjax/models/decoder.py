@@ -46,7 +46,7 @@ class Config:
     # how it is run
     dtype: str = "float32"  # of activations and matmuls
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "blockwise"
     scan: bool = True
     split: tuple[int, ...] = ()
 

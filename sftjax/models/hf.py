@@ -105,6 +105,9 @@ def _check(c, file):
         rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
+    except KeyError as e:
+        kind = dict(c.rope_scaling)["rope_type"]
+        raise ValueError(f"{file}: rope type {kind!r} needs the field {e}") from None
 
 
 def _json(file) -> dict:
@@ -224,7 +227,9 @@ def _load_leaf(reader, files, layout, p, dtype, sharding):
             x = _read(reader, name, layout, p.shape[stacked:], part)
             if not np.isfinite(x).all():
                 file = reader.entries[name][0]
-                raise WeightsError(f"{file}: tensor {name} holds NaN or infinity")
+                raise WeightsError(
+                    f"{file}: tensor {name} holds NaN or infinity; take an intact checkpoint"
+                )
             out[place] = x
 
     def callback(index):

@@ -6,6 +6,7 @@ slice asked for, so host memory follows the slice and not the file.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -48,12 +49,20 @@ class Reader:
                 self.entries[name] = (file, *entry)
 
     def _files(self):
+        single = self.directory / "model.safetensors"
         index = self.directory / "model.safetensors.index.json"
+        if single.exists():  # beside other safetensors files, as transformers chooses
+            return [single]
         if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise WeightsError(f"{index}: damaged index: {e!r}. Download it again.") from None
             missing = [f for f in files if not (self.directory / f).exists()]
             if missing:
-                raise WeightsError(f"{index} names files that are absent: {missing}")
+                raise WeightsError(
+                    f"{index} names files that are absent: {missing}. Download them too."
+                )
             return [self.directory / f for f in files]
         files = sorted(self.directory.glob("*.safetensors"))
         if files:
@@ -90,23 +99,35 @@ def _header(file) -> dict:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or n > size - 8:
             raise WeightsError(f"{file} is not a safetensors file, or is cut short ({size} bytes)")
-        try:
-            header = json.loads(f.read(n))
-        except ValueError as e:
-            raise WeightsError(f"{file}: damaged safetensors header: {e}") from None
+        text = f.read(n)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {
+            k: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for k, e in header.items()
+        }
+        sizes = {k: stop - start for k, (_, _, start, stop) in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(
+            f"{file}: damaged safetensors header: {e!r}. Download it again."
+        ) from None
     out = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{file}: tensor {name} has unsupported dtype {entry['dtype']}")
-        start, stop = entry["data_offsets"]
+    for name, (code, shape, start, stop) in entries.items():
+        if code not in DTYPES:
+            raise WeightsError(f"{file}: tensor {name} has unsupported dtype {code}")
+        dtype = np.dtype(DTYPES[code])
+        need = math.prod(shape) * dtype.itemsize
+        if start < 0 or sizes[name] != need:
+            raise WeightsError(
+                f"{file}: damaged safetensors header: tensor {name} has bytes {start} to {stop},"
+                f" {code} {list(shape)} needs {need}. Download it again."
+            )
         if 8 + n + stop > size:
             raise WeightsError(
                 f"{file} is cut short: tensor {name} ends at byte {8 + n + stop}, the file at"
                 f" {size}. Download it again."
             )
-        out[name] = (np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + n + start)
+        out[name] = (dtype, shape, 8 + n + start)
     return out
 
 

@@ -39,7 +39,7 @@ def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
     return seen
 
 
-BLOCK = 64  # queries of blockwise attention handled together
+BLOCK, BLOCKS = 64, 8  # blockwise: at least so many queries in a block, at most so many blocks
 
 
 def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale):
@@ -47,7 +47,7 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
 
     Needs queries and keys at the same places of the row (no cache), where a document's later tokens
     stand later; then causality by position is causality by place, and half the scores are never
-    formed. Falls to the reference's own arithmetic within a block.
+    formed.
     """
     B, S, N, H = q.shape
     K = k.shape[2]
@@ -55,9 +55,9 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
     seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)
     bias = jnp.where(seen, 0.0, NEG_INF)[:, None, None]  # [B, 1, 1, S, S]
-    out = []
-    for start in range(0, S, BLOCK):
-        stop = min(start + BLOCK, S)
+    out, size = [], max(BLOCK, -(-S // BLOCKS))
+    for start in range(0, S, size):
+        stop = min(start + size, S)
         end = stop if causal else S
         block = q[:, :, :, start:stop].reshape(B, K, -1, H)
         scores = jnp.einsum("bkqh,bkth->bkqt", block, k[:, :, :end])
@@ -117,7 +117,7 @@ def attention(
     window=0,
     softcap=0.0,
     scale=None,
-    backend="xla",
+    backend="blockwise",
 ):
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 

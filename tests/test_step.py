@@ -55,6 +55,7 @@ def close(a, b, tolerance=1e-5):
         {"tensor": 2, "fsdp": 4},
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"data": 4, "tensor": 2},
+        {"data": 2, "context": 2, "tensor": 2},
     ],
     ids=str,
 )

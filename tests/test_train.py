@@ -159,7 +159,8 @@ def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files,
 
 def test_one_device_gives_the_losses_of_eight(straight, files, tmp_path):
     done = subprocess.run(
-        run_command(files, tmp_path, tmp_path / "run"), cwd=tmp_path, capture_output=True, text=True,
+        run_command(files, tmp_path, tmp_path / "run"),
+        cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(REPO), "XLA_FLAGS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,62 @@
+"""What the README says is true: its loop runs, its keys, files and commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sftjax import config as config_lib
+from sftjax import data, losses, optim
+from sftjax.cli import COMMANDS
+from sftjax.models.hf import FAMILIES
+from sftjax.ops import rope
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = [REPO / "README.md", REPO / "docs" / "architecture.md", REPO / "experiments" / "README.md"]
+TEXT = PAGES[0].read_text()
+
+
+def test_the_loop_is_short_and_runs(monkeypatch, capsys, tmp_path):
+    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    assert len([x for x in code.splitlines() if x.strip()]) <= 20
+    monkeypatch.chdir(REPO)
+    code = code.replace('"runs/loop"', repr(str(tmp_path)))
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102 (our own page)
+    assert 0 < float(capsys.readouterr().out) < 3.0  # about 4.7 before training
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_files_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for file in re.findall(r"--config=([\w/]+\.py)", text):
+        assert (REPO / file).exists(), file
+
+
+def test_keys_and_modules_exist():
+    for key in re.findall(r"--config\.([\w.]+)", TEXT):
+        node = config_lib.get_default()
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+    for module in re.findall(r"python -m (sftjax\.\w+)", TEXT):
+        assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
+    for module in COMMANDS.values():
+        assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def test_the_table_of_features_is_the_tables_of_the_code():
+    rows = {r[0]: r[1] for r in re.findall(r"^\| (\w+) \| (.*) \|$", TEXT, re.MULTILINE)}
+    for name in optim.OPTIMIZERS:
+        assert name in rows["optimizers"]
+    names = rows["schedules"].replace("inverse square root", "inverse_sqrt")
+    for name in optim.SCHEDULES:
+        assert name in names.replace("warmup-stable-decay", "wsd")
+    for name in rope.FREQUENCIES:
+        assert f"`{name}`" in rows["models"]
+    assert list(FAMILIES) == ["llama"], "name the new family in the README"
+    for strategy in ("bfd", "bfd_split", "wrapped", "none"):
+        assert f"`{strategy}`" in rows["lengths"] and data.pack([1], 4, strategy)
+    assert losses.causal_lm

@@ -45,7 +45,7 @@ def test_splits_have_every_kind_and_share_no_prompt(splits):
         assert len(prompts[split]) == len(rows) == make_data.ROWS[split]
         shares = Counter(row["kind"] for row in rows)
         print(split, {kind: f"{n / len(rows):.1%}" for kind, n in shares.items()})
-        assert set(shares) == set(tasks.KINDS)
+        assert set(shares) == set(tasks.ASKED)
         assert all(len(row["prompt"]) <= tasks.MAX_PROMPT for row in rows)
         assert all(0 < len(row["completion"]) <= tasks.MAX_ANSWER for row in rows)
     assert not prompts["train"] & prompts["validation"]

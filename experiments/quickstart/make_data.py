@@ -20,7 +20,7 @@ from random import Random
 import tasks
 
 DATA = Path(__file__).parent / "data"
-ROWS = {"train": 8060, "validation": 403, "test": 403}  # multiples of the number of kinds
+ROWS = {"train": 7000, "validation": 350, "test": 350}  # multiples of the number of kinds
 MAX_MISSES = 20_000  # draws without a new prompt before a kind counts as exhausted
 
 Row = dict[str, str]
@@ -50,9 +50,9 @@ def rows_of(kind: str, split: str, rng: Random) -> Iterator[Row]:
 
 def make_split(split: str, seed: int = 0) -> list[Row]:
     """The rows of one split: as many of each kind, in random order."""
-    per_kind = ROWS[split] // len(tasks.KINDS)
+    per_kind = ROWS[split] // len(tasks.ASKED)
     rows = []
-    for kind in tasks.KINDS:
+    for kind in tasks.ASKED:
         source = rows_of(kind, split, Random(f"{seed} {split} {kind}"))
         rows += [next(source) for _ in range(per_kind)]
     Random(f"{seed} {split}").shuffle(rows)

@@ -244,6 +244,11 @@ KINDS = {
 }  # fmt: skip
 
 
+# The kinds that become instructions. The corpus states the others too, but a model of this size
+# does not get them right: sums (one in four after fine-tuning) and letters counted (two in three).
+ASKED = tuple(kind for kind in KINDS if kind not in ("add", "subtract", "count_letter"))
+
+
 def phrase(kind: str, fields: Fields, rng: Random) -> str:
     return rng.choice(KINDS[kind].phrasings).format(**fields)
 
@@ -255,5 +260,5 @@ def make_task(kind: str, rng: Random) -> tuple[str, str, str]:
 
 
 TASKS: dict[str, Callable[[Random], tuple[str, str, str]]] = {
-    kind: (lambda rng, kind=kind: make_task(kind, rng)) for kind in KINDS
+    kind: (lambda rng, kind=kind: make_task(kind, rng)) for kind in ASKED
 }

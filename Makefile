@@ -12,7 +12,7 @@ quickstart: .venv/installed
 	.venv/bin/python -m sftjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/installed-test
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

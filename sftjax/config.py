@@ -32,7 +32,7 @@ def get_default() -> ConfigDict:
     c.model.init = "pretrained"  # pretrained | random
     c.model.dtype = "bfloat16"  # of activations and matmuls
     c.model.param_dtype = "float32"  # of trained parameters and their moments
-    c.model.frozen_dtype = "bfloat16"  # of frozen parameters
+    c.model.frozen_dtype = ""  # of frozen parameters; "" = as in the files, so nothing is lost
     c.model.remat = "none"  # none | dots | full | a name in jax.checkpoint_policies
     c.model.attention = "blockwise"  # blockwise | xla: the backends of sftjax.ops.attention
     c.model.scan = True  # layers under lax.scan; False unrolls them

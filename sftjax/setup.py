@@ -18,6 +18,7 @@ from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
 from sftjax.models import decoder, hf
+from sftjax.ops import attention
 from sftjax.step import TrainState
 
 # Keys that may change between a run and its resumption: they do not change what is learned.
@@ -140,6 +141,9 @@ def make_model(config, tokenizer):
         scan=m.scan,
         split=tuple(m.split),
     )
+    attention.check(m.attention, {"segments"})
+    if m.init == "pretrained":
+        model = hf.with_dtypes(model, hf.resolve(m.path))
     if len(tokenizer) > model.config.vocab:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only"
@@ -149,10 +153,15 @@ def make_model(config, tokenizer):
     return model, trainable
 
 
-def dtypes(config, trainable):
-    """Tree of parameter dtypes: trained parameters in param_dtype, frozen ones in frozen_dtype."""
+def dtypes(config, model, trainable):
+    """Tree of parameter dtypes: trained ones in param_dtype, frozen ones in frozen_dtype."""
     m = config.model
-    return jax.tree.map(lambda t: jnp.dtype(m.param_dtype if t else m.frozen_dtype), trainable)
+    stored = hf.stored_dtypes(model)
+
+    def one(name, on):
+        return jnp.dtype(m.param_dtype if on else m.frozen_dtype or stored.get(name, m.param_dtype))
+
+    return params_lib.map_named(one, trainable)
 
 
 def make_schedule(config, steps):
@@ -173,7 +182,7 @@ def abstract_state(config, model, trainable, tx, mesh):
     shapes = jax.tree.map(
         lambda p, d: jax.ShapeDtypeStruct(p.shape, d),
         model.abstract,
-        dtypes(config, trainable),
+        dtypes(config, model, trainable),
         is_leaf=params_lib.is_param,
     )
     state = jax.eval_shape(lambda p: _create(config, p, trainable, tx), shapes)
@@ -225,22 +234,15 @@ def flops_per_step(model, trainable, feed) -> float:
     return flops(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
 
 
-def with_dtypes(config, model):
-    """The model with the dtypes of its pretrained files, so that export writes them again."""
-    if config.model.init == "random":
-        return model
-    return hf.with_dtypes(model, hf.resolve(config.model.path))
-
-
 def shardings_of(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def first_state(config, model, trainable, tx, target, mesh):
-    """(model, TrainState at step 0): pretrained weights read, or random ones drawn, in place."""
-    kinds = dtypes(config, trainable)
+    """TrainState at step 0: pretrained weights read, or random ones drawn, in place."""
+    kinds = dtypes(config, model, trainable)
     if config.model.init == "pretrained":
-        model, params = hf.load_params(model, hf.resolve(config.model.path), kinds, mesh)
+        _, params = hf.load_params(model, hf.resolve(config.model.path), kinds, mesh)
     else:
         shardings = sharding.param_shardings(mesh, model.abstract)
         params = params_lib.init(model.abstract, jax.random.key(config.seed), shardings=shardings)
@@ -250,4 +252,4 @@ def first_state(config, model, trainable, tx, target, mesh):
         donate_argnums=0,
         out_shardings=shardings_of(target),
     )
-    return model, create(params)
+    return create(params)

@@ -62,10 +62,9 @@ def train(config, workdir) -> dict:
             best_mode="min" if lower_is_better(config.eval.best) else "max",
         )
         if checkpoints.latest_step() is None:
-            model, state = setup.first_state(config, model, trainable, tx, target, mesh)
+            state = setup.first_state(config, model, trainable, tx, target, mesh)
             extra = {"before": None, "early_stop": None}
         else:
-            model = setup.with_dtypes(config, model)
             state, extra = checkpoints.restore(target)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
         flops = setup.flops_per_step(model, trainable, feed)

@@ -32,7 +32,7 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
     config = config_lib.load(f"configs/{name}")
     if not Path(config.model.path or "none").exists():  # a hub id, or the user's to give
         (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
-        config.model.path = str(tmp_path)
+        config.model.path, config.model.init = str(tmp_path), "random"
     mesh = sharding.make_mesh({a: config.mesh[a] for a in sharding.AXES})
     with jax.set_mesh(mesh):
         model, trainable = setup.make_model(config, tokenizer=range(100))

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.parity
 
 BASE = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1,
+    eos_token_id=2, tie_word_embeddings=False, attn_implementation="eager",
 )  # fmt: skip
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -69,11 +69,16 @@ def make(tmp_path_factory):
                 one = 1.0 if "norm" in key else 0.0
                 std = 0.1 if p.ndim == 1 else 0.7 * p.shape[1] ** -0.5
                 p.copy_(one + std * torch.randn_like(p))
+        reference.generation_config.eos_token_id = None  # generate() would take it from there
         path = tmp_path_factory.mktemp(name)
         reference.save_pretrained(path, safe_serialization=True)
         return reference, path, *sftjax.load_pretrained(path)
 
     return case
+
+
+def logits_of(model, params, tokens):
+    return jax.jit(model.apply)(params, {"tokens": tokens})
 
 
 def random_tokens(vocab, rows=4, length=48, seed=0):
@@ -131,30 +136,26 @@ def reference_loss(reference, batch, **how):
 def test_logits(make, name):
     reference, _, model, params = make(name)
     tokens = random_tokens(model.config.vocab)
-    close(model.apply(params, {"tokens": tokens}), reference_logits(reference, tokens), 1e-5)
+    close(logits_of(model, params, tokens), reference_logits(reference, tokens), 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_in_bfloat16(make, name):
-    """The reference is transformers in fp32 on the same bf16 weights: what rounding may cost."""
-    reference, path, model, _ = make(name)
+    """The first choices agree wherever fp32 has one: where its two best logits are not a tie.
+
+    transformers' own bf16 and fp32 first choices agree at only 98% of all positions here.
+    """
+    _, path, *_ = make(name)
     rounded = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     model, params = sftjax.load_pretrained(path, dtype=jnp.bfloat16)
     tokens = random_tokens(model.config.vocab, rows=8, length=64)
-    ours = model.replace(dtype="bfloat16").apply(params, {"tokens": tokens})
+    ours = np.asarray(logits_of(model.replace(dtype="bfloat16"), params, tokens))
     theirs = reference_logits(rounded, tokens)
-    exact = reference_logits(rounded.float(), tokens)
-    print(
-        name,
-        [
-            np.abs(a - b).max() / np.abs(b).max()
-            for a, b in [(ours, theirs), (ours, exact), (theirs, exact)]
-        ],
-        [
-            (a.argmax(-1) == b.argmax(-1)).mean()
-            for a, b in [(ours, theirs), (ours, exact), (theirs, exact)]
-        ],
-    )
+    close(ours, theirs, 2e-2)
+    exact = np.sort(reference_logits(rounded.float(), tokens), -1)
+    clear = exact[..., -1] - exact[..., -2] > 5e-3 * np.abs(exact).max()
+    agree = (ours.argmax(-1) == theirs.argmax(-1))[clear].mean()
+    assert clear.mean() > 0.9 and agree >= 0.99
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -173,7 +174,7 @@ def test_gradients_of_every_parameter(make, name, tmp_path):
         out = sftjax.losses.causal_lm(model)(params, batch, None)
         return out.sum / out.weight
 
-    value, ours = jax.value_and_grad(mean)(params)
+    value, ours = jax.jit(jax.value_and_grad(mean))(params)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     close_norms(ours, expected, 1e-4)
 
@@ -182,7 +183,8 @@ def test_label_smoothing(make):
     reference, _, model, params = make("gqa")
     batch = padded(np.random.default_rng(2), 64, [40, 12, 33])
     for smoothing in (0.1, 0.5):
-        out = sftjax.losses.causal_lm(model, label_smoothing=smoothing)(params, batch, None)
+        loss_fn = jax.jit(sftjax.losses.causal_lm(model, label_smoothing=smoothing))
+        out = loss_fn(params, batch, None)
         expected = reference_loss(reference, batch, label_smoothing=smoothing).item()
         np.testing.assert_allclose(out.sum / out.weight, expected, rtol=1e-5)
 
@@ -196,7 +198,7 @@ def test_greedy_text_in_an_uneven_batch(make, name):
     settings = dict(max_new_tokens=64, do_sample=False, pad_token_id=0)
     for prompt, answer in zip(prompts, ours, strict=True):
         tokens = torch.tensor([prompt])
-        config = transformers.GenerationConfig(**settings, eos_token_id=None)
+        config = transformers.GenerationConfig(**settings)
         expected = reference.generate(tokens, generation_config=config)[0, len(prompt) :].tolist()
         assert len(answer) == 64 and answer == expected
     stop = ours[0][5]  # and it stops where transformers does
@@ -246,10 +248,11 @@ def test_transformers_reads_what_a_train_step_made(make, name, tmp_path):
     tx = optax.adamw(1e-2)
     state = sftjax.TrainState.create(params=params, tx=tx)
     batch = padded(np.random.default_rng(4), vocab, [40, 22])
-    state, _ = sftjax.train_step(state, batch, loss_fn=sftjax.losses.causal_lm(model), tx=tx)
+    step = functools.partial(sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx)
+    state, _ = jax.jit(step)(state, batch)
     sftjax.save_pretrained(tmp_path, model, state.all_params)
     tokens = random_tokens(vocab)
-    ours = model.apply(state.all_params, {"tokens": tokens})
+    ours = logits_of(model, state.all_params, tokens)
     close(ours, reference_logits(reload(tmp_path), tokens), 1e-5)
     assert np.abs(ours - reference_logits(reference, tokens)).max() > 0.1
 
@@ -273,9 +276,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_steps(name):
     changes, kind, theirs = OPTIMIZERS[name]
-    abstract = {"a": Param((5, 3), (None, None)), "b": Param((7,), (None,))}
+    normal = jax.nn.initializers.normal(1.0)
+    abstract = {"a": Param((5, 3), (None, None), normal), "b": Param((7,), (None,), normal)}
     c = settings(name=name, clip=0.0, decay=((".*", 1.0),), **changes)
-    everything = jax.tree.map(lambda _: True, abstract, is_leaf=params_lib.is_param)
+    everything = params_lib.map_named(lambda *_: True, abstract)
     tx = optim.make(c, lambda _: 0.01, abstract, everything)
     params = params_lib.init(abstract, jax.random.key(0))
     copies = {k: torch.nn.Parameter(torch.tensor(np.asarray(v))) for k, v in params.items()}
@@ -289,7 +293,7 @@ def test_optimizer_steps(name):
             p.grad = torch.tensor(grads[k])
         optimizer.step()
         for k, p in copies.items():
-            np.testing.assert_allclose(params[k], p.detach().numpy(), rtol=1e-6, atol=1e-7)
+            close(params[k], p.detach().numpy(), 1e-6)
 
 
 def unpack(batch):
@@ -336,9 +340,7 @@ def test_ten_training_steps(make, name):
     unpacked = [unpack(b) for b in packed]
     expected = torch_curve(path, unpacked, c, warmup)
     lr = optim.schedule("cosine", c.lr, steps, warmup)
-    everything = jax.tree.map(lambda _: True, model.abstract, is_leaf=params_lib.is_param)
-    if name == "tied":  # no biases: the rule for norms and biases still matches the norms
-        assert not any(n.endswith("/b") for n in params_lib.flatten(model.abstract))
+    everything = params_lib.map_named(lambda *_: True, model.abstract)
     for batches, micro in [(packed, 1), (packed, 4), (unpacked, 1)]:
         tx = optim.make(c, lr, model.abstract, everything)
         loss_fn = sftjax.losses.causal_lm(model)
@@ -350,4 +352,3 @@ def test_ten_training_steps(make, name):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert expected[-1] != expected[0]

@@ -218,6 +218,16 @@ def with_dtypes(model, path):
     return decoder.Model(model.config, dataclasses.replace(model.source, dtypes=dtypes))
 
 
+def stored_dtypes(model) -> dict:
+    """{parameter name: dtype of its tensors in the files, the widest}; {} for one not loaded."""
+    known = model.source.dtypes
+    return {
+        path: max((known[n] for n in names if n in known), key=lambda d: d.itemsize)
+        for path, names, _ in _tensors(model)
+        if any(n in known for n in names)
+    }
+
+
 def _load_leaf(reader, files, layout, p, dtype, sharding):
     """One parameter on its devices. In host memory: this process's part of it, and one block."""
     stacked, made = p.axes[0] == "layers", {}

@@ -19,33 +19,29 @@ BATCH_KEYS = ("tokens", "targets", "weights", "positions", "segments")
 
 
 def load_tokenizer(config):
-    """The tokenizer of data.tokenizer, or of the model's directory."""
+    """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set."""
     from transformers import AutoTokenizer
 
-    path = hf.resolve(config.data.tokenizer or config.model.path)
+    d = config.data
+    path = hf.resolve(d.tokenizer or config.model.path)
     try:
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
     except (OSError, ValueError) as e:
         raise ConfigError(
             f"no tokenizer could be loaded from {path} (data.tokenizer, else model.path): {e}"
         ) from e
+    if d.template:  # the export then carries it too
+        if not Path(d.template).is_file():
+            raise ConfigError(f"data.template={d.template!r} does not exist")
+        tokenizer.chat_template = Path(d.template).read_text()
+    return tokenizer
 
 
 def policy(config) -> dict:
     """The arguments of data.encode that the config sets."""
     d = config.data
-    template = None
-    if d.template:
-        if not Path(d.template).is_file():
-            raise ConfigError(f"data.template={d.template!r} does not exist")
-        template = Path(d.template).read_text()
-    return dict(
-        train_on=d.train_on,
-        stop_token=d.stop_token,
-        template=template,
-        fields={k: v for k, v in d.fields.items() if v},
-        system=d.system,
-    )
+    fields = {k: v for k, v in d.fields.items() if v}
+    return dict(train_on=d.train_on, stop_token=d.stop_token, fields=fields, system=d.system)
 
 
 def sets(text: str) -> dict[str, str]:

@@ -68,7 +68,8 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
     if jax.process_index():
         return
     before, after = result["before"], result["after"]
-    print(f"\nAfter {result['steps']} steps:\n{table(before, after)}\n")
+    if feed.test or feed.sets:
+        print(f"\nAfter {result['steps']} steps:\n{table(before, after)}\n")
     if feed.test:
         write_answers(workdir / "samples" / "test.jsonl", feed.test, before, after, tokenizer)
         print(samples(feed.test, before, after, config.eval.samples, tokenizer))
@@ -79,22 +80,28 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
     (workdir / "result.json").write_text(text + "\n")
-    for what, name in places(config, workdir):
-        print(f"  {what:<22}{name}")
+    for what, path in places(workdir):
+        print(f"  {what:<22}{path}")
     if config.train.export and feed.test:
         python, export = os.path.relpath(sys.executable), os.path.relpath(workdir / "export")
         print("\nAsk the trained model:")
         print(f"  {python} -m sftjax.generate --model={export} --prompt={quote(feed.question(0))}")
 
 
-def places(config, workdir: Path) -> list[tuple[str, Path]]:
+def places(workdir: Path) -> list[tuple[str, Path]]:
     """(what, where) of everything the run has left."""
-    out = [("loss curve", workdir / "curve.svg"), ("metrics", workdir / "metrics.jsonl")]
-    if config.train.tensorboard:
-        out.append(("TensorBoard log", workdir / "tensorboard"))
-    out.append(("checkpoints", workdir / "checkpoints"))
-    if config.data.test:
-        out.append(("answers to the test", workdir / "samples" / "test.jsonl"))
-    if config.train.export:
-        out.append(("exported model", workdir / "export"))
-    return out
+    names = {
+        "loss curve": "curve.svg",
+        "metrics": "metrics.jsonl",
+        "TensorBoard log": "tensorboard",
+        "checkpoints": "checkpoints",
+        "answers to the test": "samples/test.jsonl",
+        "exported model": "export",
+    }
+    return [(what, workdir / name) for what, name in names.items() if _filled(workdir / name)]
+
+
+def _filled(path: Path) -> bool:
+    return path.is_file() or (
+        path.is_dir() and any(p.name != "manifest.json" for p in path.iterdir())
+    )

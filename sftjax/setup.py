@@ -1,5 +1,6 @@
 """What a run needs before its first step: workdir, model, schedule, sharded state."""
 
+import contextlib
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -77,10 +79,19 @@ def _flat(tree, prefix="") -> dict:
     return out
 
 
-def compile_cache(workdir) -> None:
+@contextlib.contextmanager
+def compile_cache(workdir):
     """Keep compiled programs in the workdir, unless the user has named another place."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "xla"))
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "xla"))
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def say(what: str, text: str) -> None:

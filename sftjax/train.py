@@ -38,15 +38,14 @@ def train(config, workdir) -> dict:
         mesh, config.train.batch_size, config.train.micro_batches, config.data.max_length
     )
     workdir = setup.prepare_workdir(config, workdir)
-    setup.compile_cache(workdir)
     say = setup.say
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
-    with jax.set_mesh(mesh):
+    with setup.compile_cache(workdir), jax.set_mesh(mesh):
         # ==== Data ====
         tokenizer = load_tokenizer(config)
         feed = Feed(config, tokenizer, workdir, mesh)
-        stop_ids = data_lib.stop_ids(tokenizer, feed.policy["template"])
+        stop_ids = data_lib.stop_ids(tokenizer)
         say("data", feed.summary())
 
         # ==== Model, optimizer, state ====

@@ -349,6 +349,18 @@ def test_the_shipped_configs_train_a_users_model_on_a_users_data(files, tmp_path
     assert changed == (expected if "freeze" in name else set(before))
 
 
+def test_a_template_of_the_config_goes_into_the_export(files, tmp_path):
+    template = tmp_path / "mine.jinja"
+    text = (files / "model" / "chat_template.jinja").read_text()
+    template.write_text("{# mine #}" + text)
+    config = make(files, train__duration="1 step", data__template=template, data__test="",
+                  data__validation="")  # fmt: skip
+    train_lib.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "export" / "chat_template.jinja").read_text() == "{# mine #}" + text
+    with pytest.raises(ValueError, match="data.template='absent.jinja' does not exist"):
+        train_lib.train(make(files, data__template="absent.jinja"), tmp_path / "other")
+
+
 def test_the_workdir_of_another_config_is_refused(straight, files):
     workdir, config, _ = straight
     with pytest.raises(ValueError, match=r"another config:\n  optim.lr: 0.003 there, 0.01 now"):

@@ -4,8 +4,10 @@ Model code names logical axes only. The five mesh axes are always present, size 
 one program serves a laptop and a pod. GSPMD inserts the collectives.
 """
 
-import logging
+import contextlib
 import math
+import socket
+import time
 
 import jax
 import numpy as np
@@ -184,28 +186,71 @@ def put_batch(mesh, batch, batch_size: int):
 def initialize(coordinator="", processes=0, process_id=-1, timeout=300):
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 
-    With no arguments the cluster (Cloud TPU, Slurm, ...) is detected by JAX itself; "auto" as the
-    coordinator asks for that, "" means one process.
+    coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,
+    Slurm, ...); "" for one process. Raises RuntimeError naming the processes that are missing after
+    `timeout` seconds.
     """
     if not coordinator:
         return
     known = {}
     if coordinator != "auto":
+        _meet(coordinator, processes, process_id, timeout)
         known = dict(
             coordinator_address=coordinator, num_processes=processes, process_id=process_id
         )
-    try:
-        jax.distributed.initialize(initialization_timeout=timeout, **known)
-    except Exception as e:
-        raise RuntimeError(
-            f"process {process_id} of {processes} could not join {coordinator} within {timeout} s:"
-            f" {e}. Start all processes with the same mesh.coordinator and mesh.processes, each"
-            " with its own mesh.process_id (0 is the coordinator)."
-        ) from e
-    logging.getLogger("sftjax").info(
-        "process %d of %d, %d local of %d devices",
-        jax.process_index(),
-        jax.process_count(),
-        jax.local_device_count(),
-        jax.device_count(),
-    )
+    jax.distributed.initialize(initialization_timeout=timeout, **known)
+    found = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices", flush=True)
+
+
+def _meet(coordinator, processes, me, timeout):
+    """Gather all processes at the coordinator's port before JAX uses it.
+
+    JAX ends a process without a name when another does not come; here it can be said who.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if not port.isdecimal() or not 0 <= me < processes:
+        raise MeshError(
+            f"mesh.coordinator={coordinator!r}, processes={processes}, process_id={me}: expected"
+            " host:port, and an id from 0 to processes - 1"
+        )
+    deadline = time.monotonic() + timeout
+    if me == 0:
+        _wait_for_all(int(port), processes, deadline, timeout)
+        return
+    while True:
+        with contextlib.suppress(OSError):
+            left = max(deadline - time.monotonic(), 0.1)
+            with socket.create_connection((host, int(port)), timeout=left) as peer:
+                peer.sendall(f"{me:08d}".encode())
+                if peer.recv(2) == b"go":
+                    return
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"process {me} of {processes} found no complete group at {coordinator} within"
+                f" {timeout} s: is process 0 running there, and are all others?"
+            )
+        time.sleep(0.2)
+
+
+def _wait_for_all(port, processes, deadline, timeout):
+    peers = {}
+    with socket.create_server(("", port)) as server:
+        while len(peers) < processes - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                peer, _ = server.accept()
+                peer.settimeout(5)
+                peers[int(peer.recv(8))] = peer
+            except ValueError:  # somebody else's connection
+                peer.close()
+            except TimeoutError:
+                missing = sorted(set(range(1, processes)) - set(peers))
+                raise RuntimeError(
+                    f"after {timeout} s, process {', '.join(map(str, missing))} of {processes} has"
+                    " not come. Start every process with the same mesh.coordinator and"
+                    " mesh.processes, each with its own mesh.process_id (0 is the coordinator)."
+                ) from None
+        for peer in peers.values():
+            peer.sendall(b"go")
+            peer.close()

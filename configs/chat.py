@@ -1,6 +1,6 @@
 """Full fine-tuning of a chat model on your own conversations.
 
-Differs from the default: rows of 2048 tokens, full remat, validation decides the best checkpoint.
+Differs from the default: rows of 2048 tokens, full remat.
 Every accelerator found is used (mesh.fsdp=-1).
 
     python -m sftjax.train --config=configs/chat.py --workdir=runs/mine \

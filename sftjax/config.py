@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -209,6 +210,7 @@ def to_dict(config) -> dict:
 
 # ---- durations -----------------------------------------------------------------------------
 
+_DURATION = re.compile(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*(%|[a-z]*)\s*")
 UNITS = ("steps", "epochs", "examples", "tokens", "%")
 
 
@@ -219,7 +221,7 @@ def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_ro
     per_row: (examples, tokens) in a row on average. Rounded up, so that "1 epoch" sees every row.
     Raises ConfigError, naming the key `what`, for anything else.
     """
-    match = re.fullmatch(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*(%|[a-z]*)\s*", str(text))
+    match = _DURATION.fullmatch(str(text))
     unit = match and ((match[2] or "steps").rstrip("s") + "s" if match[2] != "%" else "%")
     if not match or unit not in UNITS:
         raise ConfigError(
@@ -247,12 +249,14 @@ def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_ro
 
 def epochs(text) -> float | None:
     """The number in a duration of epochs; None for another unit."""
-    number, _, unit = str(text).strip().partition(" ")
-    return float(number) if unit.strip().rstrip("s") == "epoch" else None
+    match = _DURATION.fullmatch(str(text))
+    return float(match[1]) if match and match[2].rstrip("s") == "epoch" else None
 
 
 def run(main_fn, argv=None):
     """Run a command; an error that sftjax itself raised is shown as one message, no traceback."""
+    # transformers is here for tokenizers and templates; its advice to install torch is not wanted.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         main_fn(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, RuntimeError) as e:

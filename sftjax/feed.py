@@ -1,6 +1,7 @@
 """The run's data: training rows, validation sets and test questions, put on the mesh."""
 
 import itertools
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -23,7 +24,7 @@ def load_tokenizer(config):
     from transformers import AutoTokenizer
 
     d = config.data
-    path = hf.resolve(d.tokenizer or config.model.path)
+    path = hf.resolve(d.tokenizer or config.model.path, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
     except (OSError, ValueError) as e:
@@ -67,6 +68,7 @@ class Feed:
         self.wait = 0.0  # seconds the last step waited for its batch
         self._plan()
         self.sets = {n: self._store(p, 0) for n, p in sets(d.validation).items()}
+        self._check_best()
         self.test = self._questions(d.test, config.eval.test_limit) if d.test else []
 
     def _store(self, path, limit):
@@ -94,7 +96,7 @@ class Feed:
         # Whole epochs end with their last row: the last batch is then filled with blank rows.
         epochs = self.steps * size / epoch
         exact = config_lib.epochs(t.duration)
-        self.rows.total = self.steps * size if exact is None else round(exact * epoch)
+        self.rows.total = self.steps * size if exact is None else math.ceil(exact * epoch - 1e-9)
         self.epochs = epochs if exact is None else exact
         # Model FLOPs count pairs of tokens that see each other, inside documents.
         self.per_row = {
@@ -102,6 +104,19 @@ class Feed:
             "trained": self.store.report["trained_tokens"] / epoch,
             "pairs": float((lengths * (lengths + 1) // 2).sum()) / epoch,
         }
+
+    def _check_best(self):
+        """eval.best must be measured, or it would be ignored without a word."""
+        e = self.config.eval
+        kinds = ("loss", "perplexity", "accuracy")
+        names = [f"{name}/{kind}" for name in self.sets for kind in kinds]
+        if e.best and e.best not in names:
+            raise ConfigError(
+                f"eval.best={e.best!r} is not measured; there is {', '.join(names) or 'nothing'}"
+                " (data.validation)"
+            )
+        if e.best and not self.every(e.every, "eval.every"):
+            raise ConfigError("eval.best needs evaluations, but eval.every is 0")
 
     def _questions(self, path, limit):
         source = data_lib.open_source(path, limit)
@@ -117,9 +132,13 @@ class Feed:
         keys = {k: self.policy[k] for k in ("fields", "system")}
         return to_conversation(source[i], **keys)["messages"][-2]["content"]
 
+    def every(self, text, what) -> int:
+        """Steps between two events of duration `text`; 0 = never."""
+        return config_lib.duration(text, what, total=self.steps, **self._units)
+
     def due(self, step, text, what) -> bool:
         """Is an event of every `text` (a duration; 0 = never) due after this step?"""
-        every = config_lib.duration(text, what, total=self.steps, **self._units)
+        every = self.every(text, what)
         return bool(every) and (step % every == 0 or step == self.steps)
 
     def abstract_batch(self) -> dict:
@@ -144,10 +163,10 @@ class Feed:
             start_step=start,
             stop_step=self.steps,
             workers=d.workers,
-            prefetch=d.prefetch,
+            prefetch=max(d.prefetch, 1),
         )
         on_device = (sharding.put_batch(self.mesh, b, self.batch_size) for b in host)
-        ready = deque(itertools.islice(on_device, d.prefetch))
+        ready = deque(itertools.islice(on_device, max(d.prefetch, 1)))
         while ready:
             began = time.monotonic()
             batch = ready.popleft()

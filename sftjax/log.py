@@ -6,6 +6,7 @@ import time
 import jax
 
 from sftjax import metrics
+from sftjax.config import ConfigError
 
 COUNTS = ("cells", "tokens", "trained_tokens")
 
@@ -19,19 +20,22 @@ class Log:
     """
 
     def __init__(self, config, workdir, feed, lr, flops, start: int):
+        if not feed.every(config.train.log_every, "train.log_every"):
+            raise ConfigError("train.log_every is 0; write at least 1 step")
         # Lines of steps after `start`, which a killed run left behind, are dropped.
         board = config.train.tensorboard
         self.writer = metrics.Writer(
             workdir, feed.steps, jax.process_index(), board, start_step=start
         )
         self.due = lambda step: feed.due(step, config.train.log_every, "train.log_every")
-        self.lr, self.flops = lr, flops
+        self.lr, self.flops, self._at = lr, flops, start
         self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
         self._window, self._waited = [], 0.0
         self._last = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:
         self._window.append(on_device)
+        self._at = step
         self._waited += waited
         if self.due(step):
             self._cut(step)
@@ -53,6 +57,8 @@ class Log:
         self.writer.write(step, values)
 
     def close(self) -> None:
+        if self._window:
+            self._cut(self._at)
         while self._lines:
             self._write_line()
         self.writer.close()

@@ -85,7 +85,9 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
     if config.train.export and feed.test:
         python, export = os.path.relpath(sys.executable), os.path.relpath(workdir / "export")
         print("\nAsk the trained model:")
-        print(f"  {python} -m sftjax.generate --model={export} --prompt={quote(feed.question(0))}")
+        system = f" --system={quote(config.data.system)}" if config.data.system else ""
+        prompt = quote(feed.question(0))
+        print(f"  {python} -m sftjax.generate --model={export}{system} --prompt={prompt}")
 
 
 def places(workdir: Path) -> list[tuple[str, Path]]:

@@ -38,7 +38,11 @@ def prepare_workdir(config, workdir) -> Path:
     except OSError as e:
         raise OSError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
     new, file = config_lib.to_dict(config), workdir / "config.json"
-    if file.exists():
+    if not any(p.name.isdecimal() for p in (workdir / "checkpoints").glob("*")):
+        # Nothing trained yet: a first start that failed must not bind its workdir.
+        if jax.process_index() == 0:
+            (workdir / "checkpoints" / "manifest.json").unlink(missing_ok=True)
+    elif file.exists():
         _same_config(json.loads(file.read_text()), new, workdir)
     if jax.process_index() == 0:
         _write_json(file, new)
@@ -120,9 +124,12 @@ def environment() -> dict:
             return None
 
     packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+        commit = done.stdout.strip() or None
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -130,7 +137,7 @@ def environment() -> dict:
         "packages": {p: find(p) for p in (*packages, "transformers", "numpy")},
         "devices": [str(d.device_kind) for d in jax.devices()],
         "processes": jax.process_count(),
-        "commit": commit or None,
+        "commit": commit,
     }
 
 

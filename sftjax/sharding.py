@@ -158,14 +158,14 @@ def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
         raise MeshError(f"data.max_length={length} does not divide over mesh.context")
 
 
-def local_rows(mesh, batch_size: int) -> tuple[int, int]:
-    """The contiguous rows [start, stop) of a global batch that this process must read."""
+def local_rows(mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process must read, ascending.
+
+    Not always a range: on a TPU slice the mesh may alternate between hosts.
+    """
     sharding = named(mesh, "batch", None)
-    rows = [
-        s[0].indices(batch_size)[:2]
-        for s in sharding.addressable_devices_indices_map((batch_size, 1)).values()
-    ]
-    return min(r[0] for r in rows), max(r[1] for r in rows)
+    parts = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    return sorted({row for part in parts for row in range(*part[0].indices(batch_size))})
 
 
 def put_batch(mesh, batch, batch_size: int):
@@ -240,10 +240,6 @@ def _wait_for_all(port, processes, deadline, timeout):
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 peer, _ = server.accept()
-                peer.settimeout(5)
-                peers[int(peer.recv(8))] = peer
-            except ValueError:  # somebody else's connection
-                peer.close()
             except TimeoutError:
                 missing = sorted(set(range(1, processes)) - set(peers))
                 raise RuntimeError(
@@ -251,6 +247,20 @@ def _wait_for_all(port, processes, deadline, timeout):
                     " not come. Start every process with the same mesh.coordinator and"
                     " mesh.processes, each with its own mesh.process_id (0 is the coordinator)."
                 ) from None
+            number = _number(peer)
+            if 0 < number < processes:
+                peers[number] = peer
+            else:  # somebody else's connection
+                peer.close()
         for peer in peers.values():
             peer.sendall(b"go")
             peer.close()
+
+
+def _number(peer) -> int:
+    """The process id that a connection gives; -1 for one that gives none."""
+    peer.settimeout(5)
+    try:
+        return int(peer.recv(8))
+    except (ValueError, OSError):
+        return -1

@@ -282,7 +282,14 @@ def test_a_tied_checkpoint_may_hold_its_head_and_rotary_tables(tmp_path):
     )
     equal(params, sftjax.load_pretrained(bare)[1])
     sftjax.save_pretrained(tmp_path / "out", model, params)
-    assert stored(tmp_path / "out") == stored(bare)
+    kept = {k: v for k, v in stored(tmp_path / "in").items() if "rotary" not in k}
+    assert stored(tmp_path / "out") == kept and "lm_head.weight" in kept
+
+    def untie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    other = checkpoint(tmp_path / "other", change=untie, tie_word_embeddings=True)
+    refused(other, "lm_head.weight differs from model.embed_tokens.weight in rows 0 to 31")
 
 
 def test_other_safetensors_beside_model_safetensors_are_not_read(tmp_path):

@@ -122,6 +122,19 @@ def test_attention_equals_float64(backend, window, softcap):
         np.testing.assert_allclose(out[b, :130, n], expected[:130], atol=2e-6)
 
 
+def test_blockwise_scores_are_float32_in_bfloat16_too():
+    """Its error against float32 is the reference backend's, not a bf16 softmax's."""
+    rng, S = np.random.default_rng(0), 256
+    q, k, v = (jnp.bfloat16(3 * rng.normal(size=(1, S, 2, 128))) for _ in range(3))
+    where = dict(segments=jnp.ones((1, S), jnp.int32), positions=jnp.arange(S)[None])
+    exact = attention(*map(jnp.float32, (q, k, v)), **where, backend="xla")
+    error = {
+        name: float(jnp.linalg.norm(attention(q, k, v, **where, backend=name) - exact))
+        for name in ("xla", "blockwise")
+    }
+    assert error["blockwise"] < 1.2 * error["xla"]
+
+
 def test_rope_variants():
     base = rope.frequencies(10_000.0, 8)
     np.testing.assert_allclose(base, [1, 0.1, 0.01, 0.001], rtol=1e-6)

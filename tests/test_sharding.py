@@ -175,7 +175,7 @@ def test_batches_that_do_not_divide():
 
 def test_a_single_process_reads_every_row():
     for sizes in ({"data": 8}, {"fsdp": 4, "tensor": 2}, {"context": 8}, {"expert": 8}):
-        assert sharding.local_rows(make_mesh(sizes), 24) == (0, 24)
+        assert sharding.local_rows(make_mesh(sizes), 24) == list(range(24))
 
 
 def test_put_batch_keeps_the_values_and_lays_out_rows():
@@ -250,3 +250,18 @@ def test_loading_needs_its_own_shards_and_little_more_than_the_largest_tensor(la
     size = sum(f.stat().st_size for f in large.glob("*.safetensors")) / 2**20
     assert size > 190 and m["own"] > size * (1.9 if dtype == "float32" else 0.99)
     assert m["own"] * 0.95 < m["peak"] < m["own"] + 1.2 * m["largest"], m
+
+
+def test_local_rows_of_hosts_that_alternate_along_the_mesh(monkeypatch):
+    """On a TPU slice the mesh order is not the order of hosts; each reads exactly its own rows."""
+    mesh = make_mesh({"fsdp": 8})
+    mine = mesh.devices.reshape(-1)[::2]  # as if every other device were another host's
+
+    whole = sharding.named(mesh, "batch", None).devices_indices_map((16, 1))
+
+    class Layout:
+        def addressable_devices_indices_map(self, shape):
+            return {d: whole[d] for d in mine}
+
+    monkeypatch.setattr(sharding, "named", lambda *_: Layout())
+    assert sharding.local_rows(mesh, 16) == [0, 1, 4, 5, 8, 9, 12, 13]

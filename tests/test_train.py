@@ -317,6 +317,12 @@ def test_early_stop_by_a_scripted_series():
             "kv_heads=2 does not divide over mesh axis tensor=8",
         ),
         ({"data__validation": "a/x.jsonl,b/x.jsonl"}, "two sets have the same file name"),
+        (
+            {"eval__best": "val/loss"},
+            "eval.best='val/loss' is not measured; there is validation/loss",
+        ),
+        ({"eval__best": "validation/loss", "eval__every": 0}, "but eval.every is 0"),
+        ({"train__log_every": 0}, "train.log_every is 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -376,6 +382,13 @@ def test_other_data_under_the_same_name_is_refused(files, tmp_path):
     data.write_text(text + text.splitlines()[3].replace("a", "b") + "\n")
     with pytest.raises(RuntimeError, match="another run:\n  tokenised data"):
         train_lib.train(config, tmp_path / "run")
+
+
+def test_a_failed_first_start_does_not_bind_its_workdir(files, tmp_path):
+    quick = dict(train__duration="1 step", data__test="", data__validation="", data__prefetch=0)
+    with pytest.raises(ValueError, match="absent.jsonl"):
+        train_lib.train(make(files, data__train="absent.jsonl", **quick), tmp_path / "run")
+    assert train_lib.train(make(files, **quick), tmp_path / "run")["steps"] == 1
 
 
 def test_a_workdir_that_cannot_be_written_is_an_error(files, tmp_path):

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -346,7 +347,7 @@ def loader(
     rows: Rows,
     batch_size: int,
     *,
-    local: tuple[int, int] | None = None,
+    local: Sequence[int] | None = None,
     start_step: int = 0,
     stop_step: int | None = None,
     workers: int = 0,
@@ -354,8 +355,8 @@ def loader(
 ):
     """Batches in order, read ahead by threads, or by `workers` processes.
 
-    Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those of
-    `local` = (start, stop) within them, so that all processes together read what one would.
+    Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those
+    at the places `local` within them, so that all processes together read what one would.
 
     Args:
       start_step: the first step; nothing before it is read.
@@ -368,11 +369,11 @@ def loader(
 
     if stop_step is None:
         stop_step = -(-rows.total // batch_size)
-    start, stop = local or (0, batch_size)
-    if not 0 <= start < stop <= batch_size:
-        raise ValueError(f"local rows {(start, stop)} are not within a batch of {batch_size}")
+    local = range(batch_size) if local is None else local
+    if not local or min(local) < 0 or max(local) >= batch_size:
+        raise ValueError(f"local rows {local} are not within a batch of {batch_size}")
     steps = grain.MapDataset.range(start_step, max(stop_step, start_step))
-    batches = steps.map(_Read(rows, batch_size, start, stop))
+    batches = steps.map(_Read(rows, batch_size, local))
     options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
     batches = batches.to_iter_dataset(options)
     if workers:
@@ -392,9 +393,9 @@ def _settle_flags():
 class _Read:
     """Step -> batch. A class, not a closure: worker processes get it pickled."""
 
-    def __init__(self, rows, batch_size, start, stop):
-        self.rows, self.batch_size, self.start, self.stop = rows, batch_size, start, stop
+    def __init__(self, rows, batch_size, local):
+        self.rows, self.batch_size, self.local = rows, batch_size, local
 
     def __call__(self, step) -> Batch:
         first = int(step) * self.batch_size
-        return self.rows.batch(range(first + self.start, first + self.stop))
+        return self.rows.batch([first + at for at in self.local])

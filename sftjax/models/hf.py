@@ -40,8 +40,11 @@ class Source:
     dtypes: dict  # tensor name -> numpy dtype in the files
 
 
-def resolve(path_or_id: str) -> Path:
-    """A local path as it is; otherwise a hub id, downloaded (the only use of the network)."""
+def resolve(path_or_id: str, weights: bool = True) -> Path:
+    """A local path as it is; otherwise a hub id, downloaded (the only use of the network).
+
+    weights=False leaves the weights where they are.
+    """
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
@@ -50,7 +53,7 @@ def resolve(path_or_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except Exception as e:
         raise FileNotFoundError(
@@ -66,7 +69,7 @@ def load_model(path_or_id, **changes) -> decoder.Model:
 
     changes: fields of decoder.Config, such as dtype, remat, split.
     """
-    path = resolve(path_or_id)
+    path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
     hf = _json(file)
     if "model_type" not in hf:
@@ -289,6 +292,20 @@ def _compare(model, reader, path):
     if wrong:
         lines = "\n  ".join(wrong[:10] + [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10))
         raise WeightsError(f"{path}: the weights are not those of its config.json:\n  {lines}")
+    if model.config.tied and "lm_head.weight" in reader.entries:
+        _check_tied(reader, path)
+
+
+def _check_tied(reader, path, step=4096):
+    """A tied model's file may repeat the embedding as its head; it must be the same."""
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    for i in range(0, reader.shape(embed)[0], step):
+        a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, head))
+        if not np.array_equal(a, b):
+            raise WeightsError(
+                f"{path}: config.json says tie_word_embeddings, but {head} differs from {embed}"
+                f" in rows {i} to {i + len(a) - 1}; set tie_word_embeddings to false"
+            )
 
 
 # ---- weights out ---------------------------------------------------------------------------
@@ -308,8 +325,10 @@ def save_pretrained(
     main = jax.process_index() == 0
     directory.mkdir(parents=True, exist_ok=True)
     leaves = params_lib.flatten(params)
-    rows = []
-    for path, files, layout in _tensors(model):
+    rows, tensors = [], list(_tensors(model))
+    if model.config.tied and "lm_head.weight" in model.source.dtypes:
+        tensors.append(("embed/w", ["lm_head.weight"], "v d -> v d"))  # as it was read
+    for path, files, layout in tensors:
         leaf, stacked = leaves[path], path.startswith("layers/")
         shape = leaf.shape[stacked:]
         for i, name in enumerate(files):

@@ -51,7 +51,7 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
     """
     B, S, N, H = q.shape
     K = k.shape[2]
-    q = (q * scale).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, H]
+    q = q.reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
     seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)
     bias = jnp.where(seen, 0.0, NEG_INF)[:, None, None]  # [B, 1, 1, S, S]
@@ -60,8 +60,10 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
         stop = min(start + size, S)
         end = stop if causal else S
         block = q[:, :, :, start:stop].reshape(B, K, -1, H)
-        scores = jnp.einsum("bkqh,bkth->bkqt", block, k[:, :, :end])
-        scores = scores.reshape(B, K, N // K, stop - start, end).astype(jnp.float32)
+        scores = jnp.einsum(
+            "bkqh,bkth->bkqt", block, k[:, :, :end], preferred_element_type=jnp.float32
+        )
+        scores = scores.reshape(B, K, N // K, stop - start, end) * scale
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
         scores = scores + bias[..., start:stop, :end]
@@ -70,8 +72,11 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         weights = weights.astype(v.dtype).reshape(B, K, -1, end)
-        o = jnp.einsum("bkqt,bkth->bkqh", weights, v[:, :, :end])
-        out.append(o.reshape(B, K, N // K, stop - start, H) / total.astype(o.dtype))
+        o = jnp.einsum(
+            "bkqt,bkth->bkqh", weights, v[:, :, :end], preferred_element_type=jnp.float32
+        )
+        o = o.reshape(B, K, N // K, stop - start, H) / total
+        out.append(o.astype(v.dtype))
     return jnp.concatenate(out, 3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 

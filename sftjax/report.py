@@ -82,7 +82,7 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
     (workdir / "result.json").write_text(text + "\n")
     for what, path in places(workdir):
         print(f"  {what:<22}{path}")
-    if config.train.export and feed.test:
+    if config.train.export and feed.test and tokenizer.chat_template:
         python, export = os.path.relpath(sys.executable), os.path.relpath(workdir / "export")
         print("\nAsk the trained model:")
         system = f" --system={quote(config.data.system)}" if config.data.system else ""

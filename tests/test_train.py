@@ -132,6 +132,15 @@ def run_command(files, tmp_path, workdir):
     return [*python, f"--config={config_file}", f"--workdir={workdir}"]
 
 
+def test_the_printed_command_asks_the_exported_model(straight, capsys):
+    from sftjax import generate
+
+    workdir, _, result = straight
+    prompt = json.loads((QUICKSTART / "data" / "test.jsonl").read_text().splitlines()[0])["prompt"]
+    generate.main([f"--model={workdir / 'export'}", f"--prompt={prompt}", "--max_new_tokens=4"])
+    assert capsys.readouterr().out.strip() == result["after"]["answers"][0].strip()
+
+
 def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files, tmp_path):
     """kill -9 at some step, then the same command again."""
     workdir = tmp_path / "run"

@@ -37,6 +37,7 @@ def get_default() -> ConfigDict:
     c.model.remat = "none"  # none | dots | full | a name in jax.checkpoint_policies
     c.model.attention = "blockwise"  # blockwise | xla: the backends of sftjax.ops.attention
     c.model.scan = True  # layers under lax.scan; False unrolls them
+    c.model.vocab_multiple = 1  # pad the embedding's rows to a multiple, so that it can be sharded
     c.model.split = ()  # cut the stack of layers here, so that rules can tell the parts apart
 
     c.data = ConfigDict()
@@ -74,6 +75,7 @@ def get_default() -> ConfigDict:
     c.loss.normalise = "tokens"  # tokens | documents
     c.loss.label_smoothing = 0.0
     c.loss.z_loss = 0.0
+    c.loss.load_balance = 0.0  # coefficient of a mixture of experts' load-balancing loss
     c.loss.chunk_tokens = 4096  # positions whose logits exist at a time
 
     c.optim = ConfigDict()

@@ -54,6 +54,12 @@ def sets(text: str) -> dict[str, str]:
     return names
 
 
+def _pairs(lengths, window):
+    """(query, key) pairs of documents of these lengths; window 0 = all before."""
+    out = np.maximum(lengths - window, 0) if window else np.zeros_like(lengths)
+    return lengths * (lengths + 1) // 2 - out * (out + 1) // 2
+
+
 class Feed:
     """Everything read from the config's data, and the batches made from it."""
 
@@ -102,7 +108,7 @@ class Feed:
         self.per_row = {
             "tokens": per_row[1],
             "trained": self.store.report["trained_tokens"] / epoch,
-            "pairs": float((lengths * (lengths + 1) // 2).sum()) / epoch,
+            "pairs": lambda window: float(_pairs(lengths, window).sum()) / epoch,
         }
 
     def _check_best(self):

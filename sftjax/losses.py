@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sftjax.ops import moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from sftjax.step import Loss
 
@@ -13,13 +14,16 @@ def causal_lm(
     normalise="tokens",
     label_smoothing=0.0,
     z_loss=0.0,
+    load_balance=0.0,
     accuracy=False,
     chunk_tokens=CHUNK_TOKENS,
 ):
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
-    its length. accuracy adds the share of trained tokens that the model's first choice gets right.
+    its length. load_balance: coefficient of a mixture of experts' load-balancing loss, which is a
+    metric in any case and weighs as much as the batch's trained tokens do. accuracy adds the share
+    of trained tokens that the model's first choice gets right.
     """
     if normalise not in ("tokens", "documents"):
         raise ValueError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
@@ -29,8 +33,9 @@ def causal_lm(
         weights = batch["weights"].astype(jnp.float32)
         if normalise == "documents":
             weights = _per_document(weights, batch["segments"])
+        hidden, routing = model.outputs(params, batch)
         total, hits = linear_cross_entropy(
-            model.hidden(params, batch),
+            hidden,
             model.head(params),
             batch["targets"],
             weights,
@@ -38,11 +43,16 @@ def causal_lm(
             z_loss=z_loss,
             accuracy=accuracy,
             chunk_tokens=chunk_tokens,
+            **model.logit_options,
         )
-        metrics = {}
+        weight, metrics = jnp.sum(weights), {}
+        if routing is not None:
+            balance = moe.load_balance(routing) * weight
+            total = total + load_balance * balance
+            metrics["load_balance"] = (balance, weight)
         if accuracy:
             metrics["accuracy"] = (hits, jnp.sum(weights != 0, dtype=jnp.float32))
-        return Loss(total, jnp.sum(weights), metrics)
+        return Loss(total, weight, metrics)
 
     return loss_fn
 

@@ -19,7 +19,7 @@ from sftjax import checkpoint, optim, sharding
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
-from sftjax.models import decoder, hf
+from sftjax.models import flops, hf
 from sftjax.ops import attention
 from sftjax.step import TrainState
 
@@ -158,8 +158,10 @@ def make_model(config, tokenizer):
         attention=m.attention,
         scan=m.scan,
         split=tuple(m.split),
+        vocab_multiple=m.vocab_multiple,
     )
-    attention.check(m.attention, {"segments"})
+    attention.check(m.attention, {"segments"} | model.attention_features)
+    model.check_length(config.data.max_length, f"data.max_length={config.data.max_length}")
     if m.init == "pretrained":
         model = hf.with_dtypes(model, hf.resolve(m.path))
     if len(tokenizer) > model.config.vocab:
@@ -246,10 +248,10 @@ def state_text(state, flops) -> str:
 
 
 def flops_per_step(model, trainable, feed) -> float:
-    """Model FLOPs of an average step; see decoder.train_flops."""
-    flops = decoder.train_flops(model.config, trainable)
+    """Model FLOPs of an average step; see flops.train_flops."""
+    of = flops.train_flops(model.config, trainable)
     row = feed.per_row
-    return flops(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
+    return of(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
 
 
 def shardings_of(tree):

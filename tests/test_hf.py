@@ -18,6 +18,7 @@ from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax import setup, sharding
 from sftjax.models import hf as hf_lib
+from sftjax.models import layout
 from sftjax.models.safetensors_io import Reader, WeightsError
 
 HF = {
@@ -208,7 +209,7 @@ def test_tensors_are_read_in_blocks(tmp_path, monkeypatch):
     source = checkpoint(tmp_path / "in")
     _, whole = sftjax.load_pretrained(source)
     largest, read = [], Reader.read
-    monkeypatch.setattr(hf_lib, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 256)
     monkeypatch.setattr(Reader, "read", lambda *a: largest.append(read(*a).nbytes) or read(*a))
     equal(sftjax.load_pretrained(source)[1], whole)
     assert max(largest) == 8 * 16 * 4  # one head of a projection: 8 rows

@@ -7,6 +7,8 @@ layout "(n h) d -> d n h" is read in both directions, so import and export canno
 import contextlib
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 import os
 import re
@@ -18,16 +20,53 @@ import jax.numpy as jnp
 import numpy as np
 
 from sftjax import params as params_lib
-from sftjax.models import decoder, llama
+from sftjax.models import (
+    decoder,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    iquest,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from sftjax.models.layout import Layout
 from sftjax.models.safetensors_io import Reader, WeightsError, write
 from sftjax.ops import rope
 
-FAMILIES = {"llama": llama}
+FAMILIES = {
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "gpt_oss": gpt_oss,
+    "granite": granite,
+    "iquestcoder": llama,
+    "iquestloopcoder": iquest,
+    "llama": llama,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "olmo2": olmo2,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
 
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)")
-
-BLOCK_BYTES = 2 * 2**20  # read, checked and converted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +124,12 @@ def load_model(path_or_id, **changes) -> decoder.Model:
         method = hf["quantization_config"].get("quant_method")
         raise ValueError(f"{file}: quantised weights ({method}) are not supported")
     try:
-        config = FAMILIES[kind].config(hf)
+        config = dataclasses.replace(_family(hf).config(hf), **changes)
+        _check(config)
     except KeyError as e:
         raise ValueError(f"{file}: field {e} is missing") from None
-    config = dataclasses.replace(config, **changes)
-    _check(config, file)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file}: {e}") from None
     generation = file.parent / "generation_config.json"
     source = Source(
         str(file.parent), hf, _json(generation) if generation.exists() else {}, dtypes={}
@@ -97,20 +137,20 @@ def load_model(path_or_id, **changes) -> decoder.Model:
     return decoder.Model(config, source)
 
 
-def _check(c, file):
+def _check(c):
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if field.type is int and (not isinstance(value, int) or value < 0):
+            raise ValueError(f"{field.name} is {value!r}, expected a whole number")
     if c.activation not in decoder.ACTIVATIONS:
         known = ", ".join(decoder.ACTIVATIONS)
-        raise ValueError(f"{file}: hidden_act {c.activation!r} is not supported; known: {known}")
+        raise ValueError(f"hidden_act {c.activation!r} is not supported; known: {known}")
     if c.heads % c.kv_heads:
-        raise ValueError(f"{file}: {c.heads} heads do not divide over {c.kv_heads} kv heads")
+        raise ValueError(f"{c.heads} heads do not divide over {c.kv_heads} kv heads")
     decoder.stacks(c)
-    try:
-        rope.frequencies(c.rope_theta, c.head_dim, c.rope_scaling)
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
-    except KeyError as e:
-        kind = dict(c.rope_scaling)["rope_type"]
-        raise ValueError(f"{file}: rope type {kind!r} needs the field {e}") from None
+    for kind in c.kinds:
+        if kind.rope is not None:
+            rope.frequencies(kind.rope, c.head_dim)
 
 
 def _json(file) -> dict:
@@ -122,57 +162,48 @@ def _json(file) -> dict:
         raise ValueError(f"{file} is not valid JSON: {e}") from None
 
 
-# ---- layouts -------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------
 
 
-def _parse(layout):
-    """("(n h) d", "d n h") -> ([["n", "h"], ["d"]], ["d", "n", "h"])."""
-    left, right = layout.split("->")
-    groups = re.findall(r"\(([^)]*)\)|(\w+)", left)
-    return [(a or b).split() for a, b in groups], right.split()
-
-
-def _file_shape(layout, shape) -> tuple[int, ...]:
-    groups, letters = _parse(layout)
-    size = dict(zip(letters, shape, strict=True))
-    return tuple(int(np.prod([size[x] for x in g])) for g in groups)
-
-
-def _read(reader, name, layout, shape, index) -> np.ndarray:
-    """parameter[index] of the tensor `name`, reading only the rows it needs."""
-    groups, letters = _parse(layout)
-    size = dict(zip(letters, shape, strict=True))
-    want = {x: i.indices(size[x])[:2] for x, i in zip(letters, index, strict=True)}
-    cut, inner, part = [], [], {}
-    for group in groups:
-        first, rest = group[0], group[1:]
-        step = int(np.prod([size[x] for x in rest]))
-        cut.append(slice(want[first][0] * step, want[first][1] * step))
-        inner += [want[first][1] - want[first][0], *(size[x] for x in rest)]
-        part |= {x: slice(*want[x]) for x in rest} | {first: slice(None)}
-    x = reader.read(name, tuple(cut)).reshape(inner)
-    flat = [x for g in groups for x in g]
-    return x.transpose([flat.index(x) for x in letters])[tuple(part[x] for x in letters)]
-
-
-def _write_array(x, layout, shape) -> np.ndarray:
-    """The file's tensor of a parameter [shape]: the inverse of _read."""
-    groups, letters = _parse(layout)
-    flat = [a for g in groups for a in g]
-    return x.transpose([letters.index(a) for a in flat]).reshape(_file_shape(layout, shape))
+def _family(hf: dict):
+    """The family's module: by model_type, but the loop form may call itself a llama."""
+    if "IQuestLoopCoderForCausalLM" in (hf.get("architectures") or ()):
+        return FAMILIES["iquestloopcoder"]
+    return FAMILIES[hf["model_type"]]
 
 
 def _tensors(model):
-    """(parameter name, per-layer file names or one, layout) for every parameter of the model."""
-    family = FAMILIES[model.source.config["model_type"]]
-    for name, path, layout in family.names(model.config):
+    """(parameter, {leading index: name in the files}, Layout) of every parameter, or part of one.
+
+    The leading index is (), (layer of the stack,), or (layer, expert). Files of a bare model leave
+    out the first part of the names ("transformer.h.0..." is "h.0...").
+    """
+    c, known = model.config, model.source.dtypes
+
+    def in_files(name):
+        short = name.partition(".")[2]
+        return short if known and name not in known and short in known else name
+
+    for name, path, text, *part in _family(model.source.config).names(c):
+        layout = Layout.of(text, *part)
         if not path.startswith("layers/"):
-            yield path, [name], layout
+            yield path, {(): in_files(name)}, layout
             continue
-        for stack in decoder.stacks(model.config):
-            first, last = map(int, stack.split("-"))
-            files = [name.format(i) for i in range(first, last + 1)]
+        experts = name.count("{}") > 1
+        for stack, n in decoder.stacks(c).items():
+            first = int(stack.split("-")[0])
+            files = {
+                (i, e) if experts else (i,): in_files(name.format(first + i, e))
+                for i in range(n)
+                for e in range(c.experts if experts else 1)
+            }
             yield path.replace("layers/", f"layers/{stack}/", 1), files, layout
+
+
+def _visible(model, path, p, lead):
+    """A parameter's shape after its leading dimensions, as far as the files have it."""
+    rows = (model.config.vocab,) if path in ("embed/w", "head/w") else ()
+    return (*rows, *p.shape[lead + len(rows) :])
 
 
 # ---- weights in ----------------------------------------------------------------------------
@@ -192,7 +223,7 @@ def load_pretrained(path_or_id, dtype=jnp.float32, *, mesh=None, **changes):
 
 def load_params(model, path, dtype=jnp.float32, mesh=None):
     """(model with its source's dtypes, params): the weights of `path` for an existing Model."""
-    reader = Reader(path)
+    model, reader = with_dtypes(model, path), Reader(path)
     _compare(model, reader, path)
     abstract = params_lib.flatten(model.abstract)
     if isinstance(dtype, dict):
@@ -206,12 +237,14 @@ def load_params(model, path, dtype=jnp.float32, mesh=None):
         from sftjax.sharding import param_shardings
 
         shardings = params_lib.flatten(param_shardings(mesh, model.abstract))
-    leaves = {
-        name: _load_leaf(reader, files, layout, abstract[name], dtypes[name], shardings[name])
-        for name, files, layout in _tensors(model)
-    }
-    params = params_lib.map_named(lambda name, _: leaves[name], model.abstract)
-    return with_dtypes(model, path), params
+
+    def leaf(path, files, layout):
+        p, lead = abstract[path], len(next(iter(files)))
+        shape = _visible(model, path, p, lead)
+        return _load_leaf(reader, files, layout, p.shape, shape, dtypes[path], shardings[path])
+
+    leaves = {path: leaf(path, files, layout) for path, files, layout in _tensors(model)}
+    return model, params_lib.map_named(lambda name, _: leaves[name], model.abstract)
 
 
 def with_dtypes(model, path):
@@ -225,19 +258,22 @@ def stored_dtypes(model) -> dict:
     """{parameter name: dtype of its tensors in the files, the widest}; {} for one not loaded."""
     known = model.source.dtypes
     return {
-        path: max((known[n] for n in names if n in known), key=lambda d: d.itemsize)
-        for path, names, _ in _tensors(model)
-        if any(n in known for n in names)
+        path: max((known[n] for n in files.values() if n in known), key=lambda d: d.itemsize)
+        for path, files, _ in _tensors(model)
+        if any(n in known for n in files.values())
     }
 
 
-def _load_leaf(reader, files, layout, p, dtype, sharding):
-    """One parameter on its devices. In host memory: this process's part of it, and one block."""
-    stacked, made = p.axes[0] == "layers", {}
+def _load_leaf(reader, files, layout, full, shape, dtype, sharding):
+    """One parameter on its devices. In host memory: this process's part of it, and one block.
+
+    full: its whole shape; shape: that of one tensor, which may have fewer rows (the rest is zero).
+    """
+    lead, made = len(full) - len(shape), {}
 
     def fill(out, name, index):
-        for part, place in _blocks(layout, p.shape[stacked:], index, reader.dtype(name)):
-            x = _read(reader, name, layout, p.shape[stacked:], part)
+        for part, place in layout.blocks(shape, index, reader.dtype(name)):
+            x = layout.read(reader, name, shape, part)
             if not np.isfinite(x).all():
                 file = reader.entries[name][0]
                 raise WeightsError(
@@ -246,30 +282,19 @@ def _load_leaf(reader, files, layout, p, dtype, sharding):
             out[place] = x
 
     def callback(index):
-        key = tuple(i.indices(n)[:2] for i, n in zip(index, p.shape, strict=True))
+        key = tuple(i.indices(n)[:2] for i, n in zip(index, full, strict=True))
         if key not in made:  # devices with the same part share it
-            made[key] = out = np.empty([b - a for a, b in key], dtype)
-            if stacked:
-                for j, i in enumerate(range(*key[0])):
-                    fill(out[j], files[i], index[1:])
-            else:
-                fill(out, files[0], index)
+            made[key] = out = np.zeros([b - a for a, b in key], dtype)
+            inner = tuple(
+                slice(min(a, n), min(b, n)) for (a, b), n in zip(key[lead:], shape, strict=True)
+            )
+            for at in itertools.product(*(range(a, b) for a, b in key[:lead])):
+                place = tuple(i - a for i, (a, _) in zip(at, key[:lead], strict=True))
+                fill(out[place], files[at], inner)
         return made[key]
 
     # Waits for the transfer, so that never two parameters are in host memory.
-    return jax.block_until_ready(jax.make_array_from_callback(p.shape, sharding, callback))
-
-
-def _blocks(layout, shape, index, dtype):
-    """Cut `index` into (index of a block, its place in the result) along the file's rows."""
-    groups, letters = _parse(layout)
-    axis = letters.index(groups[0][0])
-    start, stop, _ = index[axis].indices(shape[axis])
-    rows = max(1, BLOCK_BYTES * shape[axis] // (int(np.prod(shape)) * dtype.itemsize))
-    for a in range(start, stop, rows):
-        b = min(a + rows, stop)
-        place = (slice(None),) * axis + (slice(a - start, b - start),)
-        yield (*index[:axis], slice(a, b), *index[axis + 1 :]), place
+    return jax.block_until_ready(jax.make_array_from_callback(full, sharding, callback))
 
 
 def _compare(model, reader, path):
@@ -277,13 +302,13 @@ def _compare(model, reader, path):
     abstract = params_lib.flatten(model.abstract)
     expected = {}
     for name, files, layout in _tensors(model):
-        p = abstract[name]
-        shape = _file_shape(layout, p.shape[p.axes[0] == "layers" :])
-        expected |= dict.fromkeys(files, shape)
+        shape = _visible(model, name, abstract[name], len(next(iter(files))))
+        expected |= dict.fromkeys(files.values(), layout.file_shape(shape))
+    embed, head = _ends(model)
     wrong = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in reader.entries]
     for name in reader.entries:
         if name not in expected:
-            tied = model.config.tied and name == "lm_head.weight"
+            tied = model.config.tied and name == head
             if not tied and not IGNORED.fullmatch(name):
                 wrong.append(f"unexpected {name} {list(reader.shape(name))}")
         elif reader.shape(name) != expected[name]:
@@ -292,13 +317,19 @@ def _compare(model, reader, path):
     if wrong:
         lines = "\n  ".join(wrong[:10] + [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10))
         raise WeightsError(f"{path}: the weights are not those of its config.json:\n  {lines}")
-    if model.config.tied and "lm_head.weight" in reader.entries:
-        _check_tied(reader, path)
+    if model.config.tied and head in reader.entries:
+        _check_tied(reader, path, embed, head)
 
 
-def _check_tied(reader, path, step=4096):
+def _ends(model):
+    """The names of embedding and head in the files, the head's also where it is tied."""
+    untied = decoder.Model(dataclasses.replace(model.config, tied=False), model.source)
+    names = {path: files[()] for path, files, _ in _tensors(untied) if () in files}
+    return names["embed/w"], names["head/w"]
+
+
+def _check_tied(reader, path, embed, head, step=4096):
     """A tied model's file may repeat the embedding as its head; it must be the same."""
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
     for i in range(0, reader.shape(embed)[0], step):
         a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, head))
         if not np.array_equal(a, b):
@@ -321,23 +352,25 @@ def save_pretrained(
     model's own. Tensors are written one at a time. In a multi-process run all processes must call
     this; process 0 writes.
     """
+    if model.source is None:
+        raise ValueError("save_pretrained: this Model has no source, the config.json to write")
     directory = Path(directory)
     main = jax.process_index() == 0
     directory.mkdir(parents=True, exist_ok=True)
-    leaves = params_lib.flatten(params)
-    rows, tensors = [], list(_tensors(model))
-    if model.config.tied and "lm_head.weight" in model.source.dtypes:
-        tensors.append(("embed/w", ["lm_head.weight"], "v d -> v d"))  # as it was read
+    leaves, tensors = params_lib.flatten(params), list(_tensors(model))
+    embed, head = _ends(model)
+    if model.config.tied and head in model.source.dtypes:  # as it was read
+        tensors += [("embed/w", {(): head}, layout) for p, _, layout in tensors if p == "embed/w"]
+    parts = {}  # name in the files -> its parameters
     for path, files, layout in tensors:
-        leaf, stacked = leaves[path], path.startswith("layers/")
-        shape = leaf.shape[stacked:]
-        for i, name in enumerate(files):
-            dtype = model.source.dtypes.get(name, np.dtype(leaf.dtype))
-
-            def get(leaf=leaf, i=i, stacked=stacked, layout=layout, shape=shape):
-                return _write_array(_to_host(leaf[i] if stacked else leaf), layout, shape)
-
-            rows.append((name, _file_shape(layout, shape), dtype, get))
+        shape = _visible(model, path, leaves[path], len(next(iter(files))))
+        for at, name in files.items():
+            parts.setdefault(name, []).append((leaves[path], at, layout, shape))
+    rows = []
+    for name, found in parts.items():
+        leaf, _, layout, shape = found[0]
+        dtype, shape = model.source.dtypes.get(name, np.dtype(leaf.dtype)), layout.file_shape(shape)
+        rows.append((name, shape, dtype, functools.partial(_tensor, found, shape)))
     if not main:  # the others only take part in the gathers, in the same order
         for row in rows:
             row[3]()
@@ -356,6 +389,15 @@ def save_pretrained(
         os.replace(file, directory / file.name)
     with contextlib.suppress(OSError):
         temporary.rmdir()
+
+
+def _tensor(parts, shape) -> np.ndarray:
+    """The file's tensor, made of its parameters."""
+    out = np.empty(shape, parts[0][0].dtype)
+    for leaf, at, layout, visible in parts:
+        x = _to_host(leaf[at] if at else leaf)
+        layout.write(out, x[: visible[0]])
+    return out
 
 
 def _to_host(x) -> np.ndarray:

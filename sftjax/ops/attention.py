@@ -14,7 +14,7 @@ import jax.numpy as jnp
 NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row with nothing to see gives no NaN
 
 
-def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale):
+def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     B, S, N, H = q.shape
     T, K = k.shape[1:3]
@@ -24,7 +24,10 @@ def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale
         scores = softcap * jnp.tanh(scores / softcap)
     seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)  # [B, S, T]
     scores = jnp.where(seen[:, None, None], scores, NEG_INF)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
+    probs = jax.nn.softmax(scores, axis=-1)[..., :T].astype(v.dtype)
     return jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
 
 
@@ -42,7 +45,7 @@ def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
 BLOCK, BLOCKS = 64, 8  # blockwise: at least so many queries in a block, at most so many blocks
 
 
-def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale):
+def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
     """Block by block of queries, each with the keys up to the block's end only.
 
     Needs queries and keys at the same places of the row (no cache), where a document's later tokens
@@ -68,9 +71,15 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
             scores = softcap * jnp.tanh(scores / softcap)
         scores = scores + bias[..., start:stop, :end]
         # Normalised after the product with v, which is smaller than the scores.
-        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        top = scores.max(-1, keepdims=True)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+            top = jnp.maximum(top, sink)
+        top = jax.lax.stop_gradient(top)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
+        if sinks is not None:
+            total = total + jnp.exp(sink - top)
         weights = weights.astype(v.dtype).reshape(B, K, -1, end)
         o = jnp.einsum(
             "bkqt,bkth->bkqh", weights, v[:, :, :end], preferred_element_type=jnp.float32
@@ -84,14 +93,12 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
 class Backend:
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    features: frozenset = frozenset({"segments", "window", "softcap", "cache", "bidirectional"})
+    features: frozenset = frozenset({"segments", "window", "softcap", "sinks", "bidirectional"})
 
 
 BACKENDS = {
-    "xla": Backend(xla),
-    "blockwise": Backend(
-        blockwise, features=frozenset({"segments", "window", "softcap", "bidirectional"})
-    ),
+    "xla": Backend(xla, features=Backend.features | {"cache"}),
+    "blockwise": Backend(blockwise),
 }
 
 
@@ -122,12 +129,15 @@ def attention(
     window=0,
     softcap=0.0,
     scale=None,
+    sinks=None,
     backend="blockwise",
 ):
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 
     segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
     None). window: a query sees itself and window-1 keys before it; 0 = all. softcap: 0 = none.
+    scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
+    softmax and gives nothing.
     """
     if kv_segments is not None and "cache" not in BACKENDS[backend].features:
         backend = "xla"  # decoding: a training backend need not know the cache
@@ -143,4 +153,5 @@ def attention(
         window=window,
         softcap=softcap,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sinks=sinks,
     )

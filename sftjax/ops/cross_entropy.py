@@ -14,17 +14,17 @@ import jax.numpy as jnp
 CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the whole batch
 
 
-def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0):
+def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0, real=None):
     """float32 loss of each token. logits [..., V] float32, targets int [...].
 
     label_smoothing spreads that share of the target mass evenly over the vocabulary; z_loss adds
-    z_loss * logsumexp^2.
+    z_loss * logsumexp^2. real: bool [V], where the vocabulary has tokens; None = everywhere.
     """
-    lse = jax.nn.logsumexp(logits, axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1, where=real)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = lse - target
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1))
+        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1, where=real))
     if z_loss:
         loss = loss + z_loss * lse**2
     return loss
@@ -32,13 +32,17 @@ def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0):
 
 def _chunk(opts, h, w, targets, weights):
     """(weighted loss sum, correct-prediction sum) of one chunk. h [B, C, D], w [V, D]."""
-    label_smoothing, z_loss, softcap, scale, accuracy = opts
+    label_smoothing, z_loss, softcap, scale, accuracy, vocab = opts
     logits = jnp.einsum("bcd,vd->bcv", h, w.astype(h.dtype), preferred_element_type=jnp.float32)
     if scale != 1.0:
         logits = logits * scale
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
-    loss = jnp.sum(token_loss(logits, targets, label_smoothing, z_loss) * weights)
+    real = None
+    if vocab and vocab < w.shape[0]:
+        real = jnp.arange(w.shape[0]) < vocab
+        logits = jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+    loss = jnp.sum(token_loss(logits, targets, label_smoothing, z_loss, real) * weights)
     hits = jnp.sum((jnp.argmax(logits, -1) == targets) * (weights > 0)) if accuracy else 0.0
     return loss, jnp.asarray(hits, jnp.float32)
 
@@ -132,14 +136,16 @@ def linear_cross_entropy(
     scale=1.0,
     accuracy=False,
     chunk_tokens=CHUNK_TOKENS,
+    vocab=0,
 ):
     """(sum of weights * loss, number of correct trained tokens), both float32 scalars.
 
     h [B, S, D] hidden states, w [V, D] head, targets int32 [B, S], weights float32 [B, S] (0 = not
-    trained; not differentiated). The logits are scale * h @ w.T, soft-capped when softcap > 0. The
-    second value is 0 unless `accuracy`. All weights zero gives 0 with zero gradients.
+    trained; not differentiated). The logits are scale * h @ w.T, soft-capped when softcap > 0; rows
+    of w from `vocab` on (0 = none) are padding, no tokens. The second value is 0 unless `accuracy`.
+    All weights zero gives 0 with zero gradients.
     """
     B, S = targets.shape
     chunk = min(S, max(1, -(-chunk_tokens // B)))
-    opts = (label_smoothing, z_loss, softcap, scale, accuracy)
+    opts = (label_smoothing, z_loss, softcap, scale, accuracy, vocab)
     return _fused(opts, chunk, h, w, targets, weights.astype(jnp.float32))

@@ -4,8 +4,22 @@ import jax
 import jax.numpy as jnp
 
 
-def rms_norm(x, scale, eps: float):
-    """x * rsqrt(mean(x^2) + eps) * scale over the last axis. x [..., D], scale [D]."""
+def rms_norm(x, scale, eps: float, offset: float = 0.0):
+    """x * rsqrt(mean(x^2) + eps) * (offset + scale), the mean over the dimensions of scale.
+
+    x [..., *scale.shape]. Gemma stores the scale less 1: offset=1.
+    """
     x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    axes = tuple(range(-scale.ndim, 0))
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+    if offset:
+        return (y * (offset + scale.astype(jnp.float32))).astype(x.dtype)
     return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(x, scale, bias, eps: float):
+    """(x - mean) * rsqrt(variance + eps) * scale + bias over the last axis; x [..., D]."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,94 @@
+"""How a tensor in a file and a parameter hold the same numbers, in one notation for both ways.
+
+"(n h) d -> d n h": the file's first dimension is heads x head width. A file may hold several
+parameters in one tensor; `part` says which of a letter's places are this one's, as
+{letter: (offset, size in the file)}: the keys of a fused "(n h) d" begin at head N of N + 2K. A
+letter that is missing on the right has one place of the file's: "(n c h) d -> d n h" with
+{"c": (1, 3)} is the second of three interleaved parts.
+"""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+BLOCK_BYTES = 2 * 2**20  # read, checked and converted at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    text: str
+    part: tuple[tuple[str, int, int], ...] = ()  # (letter, offset, size in the file)
+
+    @classmethod
+    def of(cls, text: str, part=None) -> "Layout":
+        return cls(text, tuple((k, *v) for k, v in (part or {}).items()))
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Letters of each file dimension."""
+        found = re.findall(r"\(([^)]*)\)|(\w+)", self.text.split("->")[0])
+        return [(a or b).split() for a, b in found]
+
+    @property
+    def letters(self) -> list[str]:
+        """Letter of each dimension of the parameter."""
+        return self.text.split("->")[1].split()
+
+    def _sizes(self, shape) -> dict[str, int]:
+        """{letter: places in the file} for a parameter of this shape."""
+        sizes = dict(zip(self.letters, shape, strict=True))
+        return sizes | {letter: size for letter, _, size in self.part}
+
+    def file_shape(self, shape) -> tuple[int, ...]:
+        sizes = self._sizes(shape)
+        return tuple(math.prod(sizes[x] for x in g) for g in self.groups)
+
+    def _places(self, shape, index) -> dict[str, tuple[int, int]]:
+        """{letter: (start, stop) in the file} of parameter[index]."""
+        offset = {letter: start for letter, start, _ in self.part}
+        places = {letter: (start, start + 1) for letter, start, _ in self.part}
+        for letter, size, i in zip(self.letters, shape, index, strict=True):
+            start, stop, _ = i.indices(size)
+            places[letter] = (start + offset.get(letter, 0), stop + offset.get(letter, 0))
+        return places
+
+    def read(self, reader, name, shape, index) -> np.ndarray:
+        """parameter[index] (slices) of the tensor `name`, reading only the rows it needs."""
+        sizes, places = self._sizes(shape), self._places(shape, index)
+        cut, inner, inside = [], [], []
+        for first, *rest in self.groups:
+            row = math.prod(sizes[x] for x in rest)
+            start, stop = places[first]
+            cut.append(slice(start * row, stop * row))
+            inner += [stop - start, *(sizes[x] for x in rest)]
+            inside += [slice(None), *(slice(*places[x]) for x in rest)]
+        x = reader.read(name, tuple(cut)).reshape(inner)[tuple(inside)]
+        return self._turn(x)
+
+    def _turn(self, x):
+        """An array with a dimension for each letter of the file -> the parameter's order."""
+        flat = [a for g in self.groups for a in g]
+        lone = tuple(i for i, a in enumerate(flat) if a not in self.letters)
+        left = [a for a in flat if a in self.letters]
+        return np.squeeze(x, lone).transpose([left.index(a) for a in self.letters])
+
+    def write(self, out, x) -> None:
+        """Put the parameter x into its places of the file's tensor `out`, a contiguous array."""
+        sizes = self._sizes(x.shape)
+        places = self._places(x.shape, [slice(None)] * x.ndim)
+        flat = [a for g in self.groups for a in g]
+        view = out.reshape([sizes[a] for a in flat])
+        target = self._turn(view[tuple(slice(*places[a]) for a in flat)])
+        target[...] = x
+
+    def blocks(self, shape, index, dtype):
+        """Cut `index` into (index of a block, its place in the result) along the file's rows."""
+        axis = self.letters.index(self.groups[0][0])
+        start, stop, _ = index[axis].indices(shape[axis])
+        rows = max(1, BLOCK_BYTES * shape[axis] // (math.prod(shape) * dtype.itemsize))
+        for a in range(start, stop, rows):
+            b = min(a + rows, stop)
+            place = (slice(None),) * axis + (slice(a - start, b - start),)
+            yield (*index[:axis], slice(a, b), *index[axis + 1 :]), place

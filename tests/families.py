@@ -1,0 +1,138 @@
+"""A small model of every family, exercising each of its features; shared by the tests.
+
+`write` makes its Hugging Face directory with numpy alone: the weights follow from the tensor names,
+so that stored golden numbers (tests/golden/make.py) need no stored weights.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from sftjax import params as params_lib
+from sftjax.models import hf as hf_lib
+
+BASE = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0, tie_word_embeddings=False,
+)  # fmt: skip
+ODD = dict(
+    hidden_size=27, head_dim=10, num_attention_heads=3, num_key_value_heads=1, intermediate_size=45,
+    vocab_size=67,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=24,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32,
+    beta_fast=8.0, beta_slow=1.0,
+)  # fmt: skip
+LONGROPE = dict(
+    rope_type="longrope", short_factor=[1.0, 1.1], long_factor=[1.5, 3.0], rope_theta=1e4,
+    partial_rotary_factor=0.5,
+)  # fmt: skip
+GPT2 = dict(
+    vocab_size=64, n_positions=256, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+SOFT = dict(query_pre_attn_scalar=12, final_logit_softcapping=3.0, attn_logit_softcapping=2.0)
+ROPES = dict(
+    full_attention=dict(rope_type="linear", factor=2.0, rope_theta=1e5),
+    sliding_attention=dict(rope_type="default", rope_theta=100.0),
+)
+
+
+def case(model_type, base=BASE, **fields):
+    return {"model_type": model_type, **base, **fields}
+
+
+CASES = {
+    "llama": case("llama", rms_norm_eps=1e-5),
+    "llama-mha": case("llama", num_key_value_heads=4),
+    "llama-tied": case("llama", tie_word_embeddings=True),
+    "llama-biases": case("llama", attention_bias=True, mlp_bias=True),
+    "llama-odd": case("llama", **ODD, attention_bias=True),
+    "llama-linear": case(
+        "llama", rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)
+    ),
+    "llama-llama3": case("llama", rope_parameters=LLAMA3),
+    "llama-yarn": case("llama", rope_parameters=YARN),
+    "llama-dynamic": case(
+        "llama",
+        max_position_embeddings=32,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+    ),
+    "mistral": case("mistral", sliding_window=9, head_dim=10),
+    "qwen2": case("qwen2", tie_word_embeddings=True),
+    "qwen2-window": case("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen3": case("qwen3", head_dim=10),
+    "qwen3-odd": case("qwen3", **ODD, attention_bias=True, tie_word_embeddings=True),
+    "gemma": case("gemma", head_dim=10, tie_word_embeddings=True),
+    "gemma2": case(
+        "gemma2", head_dim=10, num_hidden_layers=5, sliding_window=9, tie_word_embeddings=True,
+        **SOFT,
+    ),
+    "gemma3": case(
+        "gemma3_text", head_dim=10, num_hidden_layers=7, sliding_window=9, tie_word_embeddings=True,
+        query_pre_attn_scalar=12, rope_parameters=ROPES,
+        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["sliding_attention"],
+    ),
+    "phi3": case("phi3", sliding_window=30),
+    "phi3-longrope": case(
+        "phi3", original_max_position_embeddings=40, rope_parameters=LONGROPE
+    ),
+    "smollm3": case("smollm3", num_hidden_layers=5, tie_word_embeddings=True),
+    "smollm3-window": case(
+        "smollm3", no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=9
+    ),
+    "olmo2": case("olmo2"),
+    "gpt_neox": case(
+        "gpt_neox",
+        rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5, rope_theta=1e4),
+    ),
+    "gpt_neox-serial": case(
+        "gpt_neox", use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True
+    ),
+    "granite": case(
+        "granite", embedding_multiplier=3.0, logits_scaling=1.7, residual_multiplier=0.6,
+        attention_multiplier=0.2, attention_bias=True,
+    ),
+    "mixtral": case("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+    "qwen3_moe": case(
+        "qwen3_moe", head_dim=10, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20,
+        norm_topk_prob=False,
+    ),
+    "gpt_oss": case(
+        "gpt_oss", head_dim=10, num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=9, swiglu_limit=1.0, rope_parameters=YARN | {"truncate": False},
+    ),
+    "gpt2": case("gpt2", GPT2),
+    "gpt2-untied": case("gpt2", GPT2, n_inner=40, tie_word_embeddings=False),
+    "iquest": case("iquestcoder"),
+    "iquest-loop": case("iquestloopcoder", loop_num=2, loop_window_size=9),
+}  # fmt: skip
+
+
+def write(name, directory, dtype=np.float32) -> Path:
+    """The case's config.json and random weights, as large as trained ones, none at its neutral."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(CASES[name]))
+    model = hf_lib.load_model(directory)
+    abstract, shapes = params_lib.flatten(model.abstract), {}
+    for path, files, layout in hf_lib._tensors(model):
+        p, lead = abstract[path], len(next(iter(files)))
+        for file in files.values():
+            shapes[file] = (layout.file_shape(p.shape[lead:]), path, p.shape[lead:])
+    tensors = {}
+    for file, (shape, path, own) in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(f"{name} {file}".encode()))
+        one = path.endswith("norm/scale") and model.config.norm != "rms_plus_one"
+        std = 0.1 if len(own) == 1 or path.endswith("/b") else 0.7 * model.config.width**-0.5
+        tensors[file] = (one + std * rng.normal(size=shape)).astype(dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sftjax.ops import attention as attention_lib
 from sftjax.ops import moe, norms, rope
+from sftjax.ops.attention import attention
 from sftjax.ops.linear import project
 from sftjax.ops.rope import Rope
 from sftjax.params import Param
@@ -153,36 +153,29 @@ def _layer_params(c, n: int) -> dict:
             p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
         return p
 
-    heads, kv = ("heads", "head_dim"), ("kv_heads", "head_dim")
-    q, k = {"heads": c.heads, "head_dim": c.head_dim}, {"kv_heads": c.kv_heads}
-    k["head_dim"] = c.head_dim
+    q = {"heads": c.heads, "head_dim": c.head_dim}
+    kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
     attn = {
-        "q": linear(heads * c.qkv_bias, embed=c.width, **q),
-        "k": linear(kv * c.qkv_bias, embed=c.width, **k),
-        "v": linear(kv * c.qkv_bias, embed=c.width, **k),
+        "q": linear(tuple(q) * c.qkv_bias, embed=c.width, **q),
+        "k": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
+        "v": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
         "o": linear(("embed",) * c.out_bias, **q, embed=c.width),
     }
-    if c.qk_norm == "head":
-        for name in ("q_norm", "k_norm"):
-            attn[name] = _norm_params(c, lead, (c.head_dim,), ("head_dim",))
-    if c.qk_norm == "all":
-        attn["q_norm"] = _norm_params(c, lead, tuple(q.values()), heads)
-        attn["k_norm"] = _norm_params(c, lead, tuple(k.values()), kv)
+    if c.qk_norm != "none":
+        for name, sizes in (("q_norm", q), ("k_norm", kv)):
+            sizes = sizes if c.qk_norm == "all" else {"head_dim": c.head_dim}
+            attn[name] = _norm_params(c, lead, tuple(sizes.values()), tuple(sizes))
     if c.sinks:
         attn["sinks"] = Param((n, c.heads), ("layers", "heads"), zeros)
     if c.loops > 1:
-        attn["mix"] = {
-            "w": Param((n, c.heads, c.head_dim), ("layers", *heads), normal),
-            "b": Param((n, c.heads), ("layers", "heads"), zeros),
-        }
+        attn["mix"] = linear(("heads",), **q)
     e = {"expert": c.experts} if c.experts else {}
-    bias = lambda axis: (*e, axis) * c.mlp_bias  # noqa: E731
     mlp = {
-        "up": linear(bias("mlp"), **e, embed=c.width, mlp=c.mlp),
-        "down": linear(bias("embed"), **e, mlp=c.mlp, embed=c.width),
+        "up": linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp),
+        "down": linear((*e, "embed") * c.mlp_bias, **e, mlp=c.mlp, embed=c.width),
     }
     if c.gated:
-        mlp["gate"] = linear(bias("mlp"), **e, embed=c.width, mlp=c.mlp)
+        mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp)
     if c.experts:
         mlp["router"] = linear(("expert",) * c.mlp_bias, embed=c.width, expert=c.experts)
     names = {"pre": [""], "post": ["_post"], "both": ["", "_post"]}[c.norms]
@@ -235,7 +228,7 @@ def _norm(config, x, p):
 def _attention(config, kind, p, x, ctx, kv, first):
     """x [B, S, D] -> [B, S, D], and this layer's keys and values, the whole cache when decoding.
 
-    first: keys and values of this layer in the first pass, in later ones.
+    first: this layer's keys and values in the first pass, when in a later one.
     """
     q = _norm(config, project("bsd,dnh->bsnh", x, p["q"]), p.get("q_norm"))
     k = _norm(config, project("bsd,dkh->bskh", x, p["k"]), p.get("k_norm"))
@@ -251,26 +244,14 @@ def _attention(config, kind, p, x, ctx, kv, first):
             for old, new in zip(kv, (k, v), strict=True)
         )
 
-    def attend(k, v, window):
-        return attention_lib.attention(
-            q,
-            k,
-            v,
-            segments=ctx["segments"],
-            positions=ctx["positions"],
-            kv_segments=ctx["kv_segments"],
-            kv_positions=ctx["kv_positions"],
-            window=window,
-            softcap=config.attn_softcap,
-            scale=config.attn_scale or None,
-            sinks=p.get("sinks"),
-            backend=config.attention,
-        )
+    how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
+    attend = functools.partial(attention, q, **ctx["where"], **how, backend=config.attention)
 
     if first is None:
-        out = attend(k, v, kind.window)
+        out = attend(k, v, window=kind.window)
     else:
-        out = _mix(p["mix"], q, attend(*first, kind.window), attend(k, v, config.loop_window))
+        own = attend(k, v, window=config.loop_window)
+        out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
     return project("bsnh,nhd->bsd", out, p["o"]), (k, v)
 
 
@@ -297,7 +278,7 @@ def _mlp(config, p, x, ctx):
         k = config.experts_per_token
         chosen, weights, probs = moe.route(logits, k, config.renormalise)
         y = moe.mixture(x, chosen, weights, p, functools.partial(_glu, config))
-        return y, moe.routing_sums(chosen, probs, ctx["segments"] > 0)
+        return y, moe.routing_sums(chosen, probs, ctx["where"]["segments"] > 0)
     hidden = project("bsd,df->bsf", x, p["up"])
     if config.gated:
         hidden = _glu(config, project("bsd,df->bsf", x, p["gate"]), hidden)
@@ -332,21 +313,18 @@ def _stack(config, name, ctx, x, xs):
     kinds, n = period(config, name), stacks(config)[name]
     p = len(kinds)
 
-    def layer(j):
-        # The group's slice is taken inside, so that remat keeps the group and not its slices.
-        def run(x, xs):
-            return _layer(config, kinds[j], ctx, x, *jax.tree.map(lambda a: a[j], xs))
-
-        return _remat(config, run)
+    def layer(j, x, xs):
+        # The group's slice is taken in here, so that remat keeps the group and not its slices.
+        return _layer(
+            config, kinds[j], ctx, x, *(jax.tree.map(lambda a: a[j], xs) if p > 1 else xs)
+        )
 
     def body(x, xs):
-        if p == 1:
-            return _remat(config, functools.partial(_layer, config, kinds[0], ctx))(x, *xs)
         outs = []
         for j in range(p):
-            x, out = layer(j)(x, xs)
+            x, out = _remat(config, functools.partial(layer, j))(x, xs)
             outs.append(out)
-        return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *outs) if p > 1 else outs[0]
 
     if p > 1:
         xs = jax.tree.map(lambda a: a.reshape(n // p, p, *a.shape[1:]), xs)
@@ -368,16 +346,12 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     if config.learned_positions:
         x = x + params["positions"]["w"][positions].astype(x.dtype)
     x = constrain(x, "batch", "seq", "act_embed")
-    ctx = {
-        "positions": positions,
-        "segments": segments,
-        "kv_positions": None,
-        "kv_segments": None,
-    }
+    where, ctx = {"positions": positions, "segments": segments}, {}
     if cache is not None:
         cache = _write_places(cache, positions, segments)
-        ctx |= {k: cache[k] for k in ("slots", "kv_positions", "kv_segments")}
-    ctx["angles"] = _angles(config, ctx)
+        ctx["slots"] = cache["slots"]
+        where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
+    ctx |= {"where": where, "angles": _angles(config, **where)}
     kept, sums = {}, []
     for loop in range(config.loops):
         for name in stacks(config):
@@ -392,18 +366,16 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     return x, cache, routing
 
 
-def _angles(config, ctx):
+def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
     """{rope: (sin, cos)} of the kinds."""
     ropes = dict.fromkeys(k.rope for k in config.kinds if k.rope is not None)
     lengths = None
     if any(r.kind in rope.BY_LENGTH for r in ropes):
-        own = ctx["kv_segments"] is None
-        at = ctx["positions" if own else "kv_positions"]
-        segments = ctx["segments" if own else "kv_segments"]
-        n = at.shape[1] + 1
-        last = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, n))(at, segments)
-        lengths = jnp.take_along_axis(last, ctx["segments"], axis=1) + 1
-    return {r: rope.angles(r, config.head_dim, ctx["positions"], lengths) for r in ropes}
+        known = (positions, segments) if kv_segments is None else (kv_positions, kv_segments)
+        n = known[0].shape[1] + 1
+        last = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, n))(*known)
+        lengths = jnp.take_along_axis(last, segments, axis=1) + 1
+    return {r: rope.angles(r, config.head_dim, positions, lengths) for r in ropes}
 
 
 def init_cache(config: Config, batch: int, length: int) -> dict:

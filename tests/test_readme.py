@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from families import CASES
 
 from sftjax import config as config_lib
 from sftjax import data, losses, optim
@@ -12,7 +13,12 @@ from sftjax.models.hf import FAMILIES
 from sftjax.ops import rope
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = [REPO / "README.md", REPO / "docs" / "architecture.md", REPO / "experiments" / "README.md"]
+PAGES = [
+    REPO / "README.md",
+    REPO / "docs" / "architecture.md",
+    REPO / "docs" / "models.md",
+    REPO / "experiments" / "README.md",
+]
 TEXT = PAGES[0].read_text()
 
 
@@ -47,6 +53,14 @@ def test_keys_and_modules_exist():
         assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
 
 
+def test_every_family_and_rope_variant_is_in_the_page_of_models():
+    page = (REPO / "docs" / "models.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(FAMILIES)
+    assert {c["model_type"] for c in CASES.values()} == set(FAMILIES)  # and each is tested
+    for name in rope.FREQUENCIES:
+        assert f"`{name}`" in page
+
+
 def test_the_table_of_features_is_the_tables_of_the_code():
     rows = {r[0]: r[1] for r in re.findall(r"^\| (\w+) \| (.*) \|$", TEXT, re.MULTILINE)}
     for name in optim.OPTIMIZERS:
@@ -54,9 +68,6 @@ def test_the_table_of_features_is_the_tables_of_the_code():
     names = rows["schedules"].replace("inverse square root", "inverse_sqrt")
     for name in optim.SCHEDULES:
         assert name in names.replace("warmup-stable-decay", "wsd")
-    for name in rope.FREQUENCIES:
-        assert f"`{name}`" in rows["models"]
-    assert list(FAMILIES) == ["llama"], "name the new family in the README"
     for strategy in ("bfd", "bfd_split", "wrapped", "none"):
         assert f"`{strategy}`" in rows["lengths"] and data.pack([1], 4, strategy)
     assert losses.causal_lm

@@ -83,12 +83,22 @@ def one_by_one(lengths, capacity):
     return rows
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_bfd_places_as_document_by_document(seed):
-    rng = np.random.default_rng(seed)
-    capacity = int(rng.integers(1, 40))
-    lengths = rng.integers(0, capacity + 5, int(rng.integers(0, 150))).tolist()
-    assert pack(lengths, capacity, "bfd") == one_by_one(lengths, capacity)
+def test_bfd_needs_no_more_rows_than_best_fit_decreasing():
+    saved = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        capacity = int(rng.integers(1, 60))
+        lengths = rng.integers(0, capacity + 5, int(rng.integers(0, 150))).tolist()
+        rows, classic = pack(lengths, capacity, "bfd"), one_by_one(lengths, capacity)
+        assert len(rows) <= len(classic)
+        saved += len(classic) - len(rows)
+    assert saved > 0
+
+
+def test_bfd_packs_documents_that_are_all_short_of_a_row_almost_full():
+    lengths = np.clip(np.random.default_rng(0).normal(195, 60, 6500).astype(int), 78, 550)
+    rows = pack(lengths, 2048, "bfd")
+    assert lengths.sum() / (2048 * len(rows)) > 0.997  # best-fit decreasing: 0.991
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped", "none"])

@@ -91,58 +91,46 @@ STRATEGIES = {"bfd": _bfd, "bfd_split": _bfd_split, "wrapped": _wrapped, "none":
 
 
 def _best_fit(doc, start, stop, capacity):
-    """Best-fit decreasing: the longest piece first, into the row with the least room that fits.
+    """Best-fit decreasing, row by row: the longest piece that fits, until two more can fill a row.
 
-    Ties: equal pieces in the given order; of rows with equal room, the one that came to have it
-    first. All pieces of one length are placed together, which gives the same rows: the row with
-    the least room that fits a piece still is that row after it took one, until it is full.
+    These two are chosen together, to leave the least room; this closes most of the gap between
+    best-fit decreasing and full rows. Pieces of one length are taken in the given order.
     """
-    order = np.argsort(start - stop, kind="stable")
-    row_of = np.empty(len(order), np.int64)
-    rooms = _Rooms(capacity)
-    sizes, counts = np.unique((stop - start)[order], return_counts=True)
-    at = 0
-    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:
-            room, rows = rooms.take(size, count)
-            fit = room // size
-            placed = min(count, fit * len(rows))
-            row_of[at : at + placed] = np.repeat(rows, fit)[:placed]
-            at, count = at + placed, count - placed
-            short = len(rows) * fit - placed  # the last row may have been given fewer
-            full = len(rows) - (short > 0)
-            rooms.put(room - fit * size, rows[:full])
-            rooms.put(room - (fit - short) * size, rows[full:])
-    order = order[np.argsort(row_of, kind="stable")]
-    offsets = np.append(0, np.cumsum(np.bincount(row_of, minlength=rooms.made)))
-    return Plan(doc[order], start[order], stop[order], offsets)
+    lengths = stop - start
+    counts = np.bincount(lengths, minlength=capacity + 1).tolist()
+    there = bytearray(n > 0 for n in counts)  # is a piece of this length left; found by memchr
+    placed, offsets = [], [0]
+    while (smallest := there.find(1)) > 0:
+        room = capacity
+        while room >= smallest > 0:
+            longest = there.rfind(1, 0, room + 1)
+            pick = (longest,)
+            if 2 * smallest <= room < longest + 2 * smallest:
+                pick = _best_pair(there, counts, smallest, room, longest)
+            for length in pick:
+                counts[length] -= 1
+                there[length] = counts[length] > 0
+            placed += pick
+            room -= sum(pick)
+            smallest = there.find(1)
+        offsets.append(len(placed))
+    # The n-th placement of a length is the n-th piece of that length.
+    order = np.empty(len(placed), np.int64)
+    order[np.argsort(placed, kind="stable")] = np.argsort(lengths, kind="stable")
+    return Plan(doc[order], start[order], stop[order], np.array(offsets))
 
 
-class _Rooms:
-    """Rows by the room left in them: a first-in-first-out queue for each room."""
-
-    def __init__(self, capacity):
-        self.capacity, self.made = capacity, 0
-        self.queues = [[] for _ in range(capacity)]  # room -> list of arrays of rows
-        self.filled = bytearray(capacity)  # room -> is its queue not empty; found by memchr
-
-    def take(self, size, count):
-        """Rows for at most `count` pieces of `size` tokens, with the room that they share."""
-        room = self.filled.find(1, size)
-        if room < 0:
-            fresh = -(-count // (self.capacity // size))
-            self.made += fresh
-            return self.capacity, np.arange(self.made - fresh, self.made)
-        queue, needed = self.queues[room], -(-count // (room // size))
-        rows = np.concatenate(queue) if len(queue) > 1 else queue[0]
-        self.queues[room] = [rows[needed:]] if len(rows) > needed else []
-        self.filled[room] = bool(self.queues[room])
-        return room, rows[:needed]
-
-    def put(self, room, rows):
-        if room and len(rows):
-            self.queues[room].append(rows)
-            self.filled[room] = 1
+def _best_pair(there, counts, smallest, room, longest):
+    """Lengths of two pieces that leave the least of `room`, or of one that leaves no more."""
+    left = smallest + np.flatnonzero(np.frombuffer(there, np.uint8)[smallest : room - smallest + 1])
+    other = left[np.searchsorted(left, room - left, side="right") - 1]
+    for i in np.argsort(-(left + other), kind="stable"):
+        a, b = int(left[i]), int(other[i])
+        if a + b <= longest:
+            break
+        if a != b or counts[a] > 1:
+            return max(a, b), min(a, b)
+    return (longest,)
 
 
 def shift(tokens, weights) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from sftjax import config
 COMMANDS = {
     "train": "sftjax.train",
     "inspect": "sftjax.inspect_data",
+    "clean": "sftjax.clean",
     "generate": "sftjax.generate",
 }
 

@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 from sftjax import config as config_lib
-from sftjax import feed
+from sftjax import feed, prepare
 from sftjax.data import DataError, Rows, build_store, make_batch, open_source, pack
 from sftjax.data.chat import encode_batch
 from sftjax.data.pipeline import fit, mark_spans
+from sftjax.page import cells, page, table
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -50,34 +51,44 @@ def inspect(config, n: int = 5, format: str = "terminal", set: str = "train", co
 def collect(config, n, set="train") -> dict:
     """What the views show: {"set", "totals", "examples"}, of plain values."""
     tokenizer, policy = feed.load_tokenizer(config), feed.policy(config)
-    if not config.data[set]:
-        raise DataError(f"data.{set} is empty: give a file, a glob or a hub data set id")
-    source = open_source(config.data[set], config.data.limit if set == "train" else 0)
-    n = min(n, len(source))
-    wheres = [source.where(i) for i in range(n)]
-    encoded = encode_batch([source[i] for i in range(n)], wheres, tokenizer, **policy)
-    return dict(
-        set=config.data[set],
-        totals=_totals(config, source, tokenizer, policy),
-        examples=_examples(config, tokenizer, wheres, encoded),
-    )
-
-
-def _totals(config, source, tokenizer, policy):
-    data = config.data
     with tempfile.TemporaryDirectory() as temporary:  # where training's cache is not named
-        store = build_store(
-            source,
-            tokenizer,
-            policy,
-            max_length=data.max_length,
-            overlong=data.overlong,
-            cache_dir=data.cache_dir or temporary,
+        cache = config.data.cache_dir or temporary
+        source, policy = _source(config, set, tokenizer, policy, cache)
+        n = min(n, len(source))
+        wheres = [source.where(i) for i in range(n)]
+        encoded = encode_batch([source[i] for i in range(n)], wheres, tokenizer, **policy)
+        return dict(
+            set=config.data[set] or config.data.train,
+            totals=_totals(config, source, tokenizer, policy, cache),
+            examples=_examples(config, tokenizer, wheres, encoded),
         )
-        rows = Rows(store, data.max_length, data.packing, config.seed)
-        return store.report | dict(
-            rows=rows.per_epoch, row_length=data.max_length, packing_efficiency=rows.efficiency
-        )
+
+
+def _source(config, set, tokenizer, policy, cache):
+    """The records of a set, and how to encode them: as training would."""
+    held_out = set == "validation" and config.data.split.share
+    if not config.data[set] and not held_out:
+        raise DataError(f"data.{set} is empty: give a file, a glob or a hub data set id")
+    if set == "train" or held_out:
+        rows = prepare.training_rows(config, tokenizer, policy, cache)
+        return (rows.validation, policy) if held_out else (rows.train, rows.policy)
+    return open_source(config.data[set]), policy
+
+
+def _totals(config, source, tokenizer, policy, cache):
+    data = config.data
+    store = build_store(
+        source,
+        tokenizer,
+        policy,
+        max_length=data.max_length,
+        overlong=data.overlong,
+        cache_dir=cache,
+    )
+    rows = Rows(store, data.max_length, data.packing, config.seed)
+    return store.report | dict(
+        rows=rows.per_epoch, row_length=data.max_length, packing_efficiency=rows.efficiency
+    )
 
 
 def _examples(config, tokenizer, wheres, encoded):
@@ -153,29 +164,13 @@ def as_json(report, color):
     return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>sftjax inspect</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto;
-  max-width: 60rem; padding: 0 1rem }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: .7rem }}
-.trained {{ background: #b9efc4 }}
-table {{ border-collapse: collapse; font: 13px ui-monospace, monospace }}
-td, th {{ padding: 0 .8rem 0 0; text-align: right; white-space: pre }}
-td:first-child, th:first-child {{ text-align: left }}
-</style>
-<h1>{set}</h1>
-<table>{totals}</table>
-{examples}
-</html>
-"""
+STYLE = ".trained { background: #b9efc4 } td, th { text-align: right; white-space: pre }"
+STYLE += " td:first-child, th:first-child { text-align: left }"
 
 
 def as_html(report, color):
-    totals = "".join(f"<tr>{_cells((n, t), 'td')}</tr>" for n, t in _summary(report["totals"]))
     examples = "\n".join(_html_example(example) for example in report["examples"])
-    return PAGE.format(set=html.escape(report["set"]), totals=totals, examples=examples)
+    return page(report["set"], f"{table(_summary(report['totals']))}\n{examples}", STYLE)
 
 
 def _html_example(example):
@@ -187,19 +182,15 @@ def _html_example(example):
     text = "".join(pieces) + html.escape(example["text"][at:])
     rows = "".join(
         ('<tr class="trained">' if weight else "<tr>")
-        + f"{_cells((repr(word)[1:-1], i, f'{weight:g}', *place), 'td')}</tr>"
+        + f"{cells((repr(word)[1:-1], i, f'{weight:g}', *place), 'td')}</tr>"
         for word, i, weight, *place in example["tokens"]
     )
-    head = _cells(("token", "id", "weight", "segment", "position"), "th")
+    head = cells(("token", "id", "weight", "segment", "position"), "th")
     title = html.escape(_title(example))
     return (
         f"<h2>{title}</h2>\n<pre>{text}</pre>\n<details><summary>tokens</summary>"
         f"<table><tr>{head}</tr>{rows}</table></details>"
     )
-
-
-def _cells(values, tag):
-    return "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
 
 
 VIEWS = {"terminal": terminal, "json": as_json, "html": as_html}

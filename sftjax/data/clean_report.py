@@ -1,0 +1,112 @@
+"""What cleaning leaves behind: the clean rows, the rejects with reasons, one readable page."""
+
+import html
+import json
+from pathlib import Path
+
+from sftjax.data.clean import RULES, Findings
+from sftjax.data.conversation import to_conversation
+from sftjax.data.sources import DataError
+from sftjax.data.split import said
+from sftjax.page import page, table
+
+EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row
+
+
+def summary(findings: Findings) -> str:
+    """One line: what was removed, and why."""
+    gone = len(findings.removed)
+    counts = [f"{n} {rule}" for rule, n in findings.counts().items() if rule in findings.removes]
+    reasons = f" ({', '.join(counts)})" if counts else ""
+    return f"{gone:,} of {findings.rows:,} rows removed{reasons}"
+
+
+def write_rejects(path, source, findings: Findings) -> None:
+    """Every removed row as a JSON line: place, reason, note, the row it clashes with, itself."""
+    with _open(path) as file:
+        for i, finding in findings.removed.items():
+            line = dict(
+                where=source.where(i), reason=finding.rule, note=finding.note, other=finding.other
+            )
+            line["record"] = _record(source, i)
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+
+def write_records(path, source, rows) -> None:
+    """The records at `rows` to a .jsonl or .parquet file, in order. Raises: DataError."""
+    path = Path(path)
+    records = (source[i] for i in rows)
+    if path.suffix == ".jsonl":
+        with _open(path) as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    elif path.suffix == ".parquet":
+        _write_parquet(path, list(records))
+    else:
+        raise DataError(f"--out={path}: expected a name that ends in .parquet or .jsonl")
+
+
+def _write_parquet(path, records):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = dict.fromkeys(name for record in records for name in record)
+    try:
+        columns = {name: pa.array([record.get(name) for record in records]) for name in names}
+        pq.write_table(pa.table(columns), path)
+    except (pa.ArrowException, UnicodeError, TypeError) as error:
+        raise DataError(
+            f"{path}: these rows fit no Parquet table: {error}; write them to a .jsonl file"
+        ) from None
+
+
+def write_report(path, source, findings: Findings, title: str, form=None) -> None:
+    """The findings as one HTML page, rule by rule with every row; nothing in it is fetched.
+
+    form: the keywords of `to_conversation`, for the texts shown.
+    """
+    counts, kept = findings.counts(), len(findings.kept)
+    lines = [("rows", findings.rows, ""), ("kept", kept, "")]
+    lines += [
+        (rule, counts[rule], "removed" if rule in findings.removes else "reported only")
+        for rule in counts
+    ]
+    body = [table(lines), *(_section(rule, source, findings, form) for rule in counts)]
+    with _open(path) as file:
+        file.write(page(title, "\n".join(body)))
+
+
+def _section(rule, source, findings, form):
+    found = [f for f in findings.found if f.rule == rule]
+    rows = [(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form)) for f in found]
+    about = " ".join(RULES[rule].__doc__.split("\n\n")[0].split())
+    head = ("row", "found", "clashes with", "prompt", "answer")
+    opened = " open" if len(rows) <= 20 else ""
+    return (
+        f"<h2>{rule}: {len(rows)}</h2>\n<p>{html.escape(about)}</p>\n"
+        f"<details{opened}><summary>{len(rows)} rows</summary>\n{table(rows, head)}</details>"
+    )
+
+
+def _excerpts(source, i, form):
+    """(prompt, answer) in short; of a row that can't be read, its JSON."""
+    try:
+        chat = to_conversation(source[i], where=source.where(i), **(form or {}))
+        *prompt, answer = (said(m) for m in chat["messages"])
+        texts = ("\n".join(prompt), answer)
+    except DataError:
+        texts = (json.dumps(_record(source, i), ensure_ascii=False, default=str), "")
+    return [t if len(t) <= EXCERPT else t[: EXCERPT - 1] + "…" for t in texts]
+
+
+def _record(source, i):
+    try:
+        return source[i]
+    except DataError:  # malformed: the note says what is wrong with it
+        return None
+
+
+def _open(path):
+    """A lone surrogate, which is damage that gets here, is written as its escape."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "w", encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,84 @@
+"""The training rows of a config: cleaned, parted from validation, augmented; in that order."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from sftjax.config import ConfigError
+from sftjax.data import open_source
+from sftjax.data.augment import Augmented
+from sftjax.data.chat import encode_batch
+from sftjax.data.clean import find_once
+from sftjax.data.clean_report import summary, write_rejects, write_report
+from sftjax.data.pipeline import store_key
+from sftjax.data.split import Subset, split
+
+READING = ("fields", "roles")  # of an encoding policy: what says how to read a record
+FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
+
+
+class Prepared(NamedTuple):
+    train: Subset  # or another source of records
+    policy: dict  # how to encode them
+    validation: Subset | None  # rows held out of data.train; to be encoded by the config's policy
+    notes: list[str]  # what was done, a line each
+
+
+def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepared:
+    """The rows of data.train as data.clean, data.split and data.augment want them.
+
+    Args:
+      policy: the keywords of `encode` that the config sets.
+      cache_dir: where what cleaning found is kept, so that a restart does not look again.
+      workdir: where the rejects and the report of cleaning are written; None = not at all.
+    """
+    d, notes, held_out = config.data, [], None
+    if d.split.share and d.validation:
+        raise ConfigError(
+            "data.split.share takes validation rows from data.train, but data.validation is set "
+            "too: keep one of them"
+        )
+    source = open_source(d.train, d.limit)
+    if d.clean.rules:
+        key = store_key(source, tokenizer, policy, d.max_length, d.overlong)
+        options = clean_options(config, tokenizer, policy)
+        findings = find_once(cache_dir, key, source, tuple(d.clean.rules), **options)
+        notes.append(summary(findings))
+        if workdir is not None:
+            rejects, report = Path(workdir) / "rejects.jsonl", Path(workdir) / "clean_report.html"
+            write_rejects(rejects, source, findings)
+            write_report(report, source, findings, d.train, options["form"])
+            notes[-1] += f"; see {rejects} and {report.name}"
+        source = Subset(source, findings.kept)
+    if d.split.share:
+        by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by)
+        source, held_out = split(source, d.split.share, form=_only(policy, READING), **by)
+        notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
+    if d.augment:
+        form = _only(policy, FORM)
+        source = Augmented(source, d.augment, d.augment_copies, config.seed, form)
+        policy = {k: v for k, v in policy.items() if k not in FORM}  # the variants need none of it
+        notes.append(f"augmented by {', '.join(d.augment)}; copies of each row: {d.augment_copies}")
+    return Prepared(source, policy, held_out, notes)
+
+
+def clean_options(config, tokenizer, policy) -> dict:
+    """The keywords of `clean.find` that the config sets; tokenizer may be None."""
+    d, c = config.data, config.data.clean
+
+    def count_tokens(records, wheres):
+        return [len(e.tokens) for e in encode_batch(records, wheres, tokenizer, **policy)]
+
+    return dict(
+        form=_only(policy, READING),
+        near=c.near,
+        ngram=c.ngram,
+        evaluation=[open_source(paths) for paths in (d.validation, d.test) if paths],
+        max_tokens=c.max_tokens or d.max_length,
+        count_tokens=count_tokens if tokenizer is not None else None,
+        suspects=c.suspects,
+        remove_suspects=c.remove_suspects,
+    )
+
+
+def _only(policy, keys):
+    return {key: policy[key] for key in keys if key in policy}

@@ -37,26 +37,57 @@ def get_default() -> ConfigDict:
     c.model.remat = "none"  # none | dots | full | a name in jax.checkpoint_policies
     c.model.attention = "blockwise"  # blockwise | xla: the backends of sftjax.ops.attention
     c.model.scan = True  # layers under lax.scan; False unrolls them
-    c.model.vocab_multiple = 1  # pad the embedding's rows to a multiple, so that it can be sharded
+    c.model.vocab_multiple = 128  # embedding and head are padded to it, so they can be sharded
     c.model.split = ()  # cut the stack of layers here, so that rules can tell the parts apart
 
     c.data = ConfigDict()
     c.data.train = ""  # path, glob, directory, or hub id; several with commas
+    # Several sources, in place of train: (dict(path="a.jsonl", weight=0.7), dict(path=...)). Keys:
+    # path, name, one of weight (share of tokens) | count (documents) | replay (share of the whole),
+    # and those of data that differ for its rows: limit, fields, train_on, ...; see data/mix.py
+    c.data.sources = ()
+    c.data.temperature = 1.0  # sources without a weight share by size ** (1 / temperature)
+    c.data.phases = ()  # (dict(until="30%", weights=dict(a=0.9, b=0.1)), ..., dict(weights=...))
+    c.data.streaming = False  # read shards as a stream, tokenise nothing first; needs steps
+    c.data.shuffle_window = 10_000  # rows of a source shuffled together when streaming
     c.data.validation = ""  # sets whose loss is measured during the run, named by file stem
     c.data.test = ""  # set answered by generation before and after the run (exact match)
     c.data.limit = 0  # use the first so many training records; 0 = all
     c.data.tokenizer = ""  # directory or hub id; "" = model.path
+    c.data.add_tokens = ()  # special tokens that the tokenizer, and the model, get in addition
     c.data.template = ""  # a jinja chat template that replaces the tokenizer's
     c.data.system = ""  # system prompt for conversations that have none
+    c.data.template_kwargs = ""  # JSON for the template, such as {"enable_thinking": false}
     c.data.fields = ConfigDict(
-        dict(prompt="", completion="", system="", messages="", text="")
+        dict(prompt="", completion="", input="", system="", messages="", text="", tools="")
     )  # your column names; "" = found by their usual names
+    c.data.fields.role = ""  # of a message: your names of its keys
+    c.data.fields.content = ""
+    c.data.roles = ""  # your names of roles, beside the usual ones: "USER=user,SYSTEM=assistant"
     c.data.train_on = "assistant"  # assistant | last | all | roles with commas
     c.data.stop_token = "turn"  # train the stop token of: trained turns | all | last | none
+    # Reasoning before the last user's message, after it, and an empty think block:
+    # train | keep (in the text, not trained) | drop (taken out before rendering; not of empty)
+    c.data.reasoning = ConfigDict(dict(history="train", last="train", empty="keep"))
     c.data.max_length = 1024  # tokens in a row
-    c.data.overlong = "truncate_end"  # truncate_end | drop | split | error
+    c.data.overlong = "truncate_end"  # truncate_end | truncate_prompt | drop | split | error
     c.data.packing = "bfd"  # bfd | bfd_split | wrapped | none
     c.data.eval_packing = "bfd"  # the same, for the validation sets; the loss does not depend on it
+    c.data.clean = ConfigDict()  # see sftjax/data/clean.py; rejects and report go to the workdir
+    c.data.clean.rules = ()  # names of rules, or ("all",); () = off
+    c.data.clean.near = 0.7  # near_duplicate: least similarity of two rows, 0 to 1
+    c.data.clean.ngram = 13  # contamination: words in a row shared with data.validation or test
+    c.data.clean.max_tokens = 0  # too_long: more tokens than this; 0 = max_length
+    c.data.clean.suspects = 0.01  # label_suspects: the share of rows to list
+    c.data.clean.remove_suspects = False  # label_suspects: remove what is listed
+    c.data.split = ConfigDict()
+    c.data.split.share = 0.0  # of data.train, for validation, by a hash of the prompt; 0 = none
+    c.data.split.group_by = ""  # a field: rows with one value of it stay on one side
+    c.data.split.stratify_by = ""  # a field: hold the share within each of its values
+    c.data.augment = ()  # of training rows: names in sftjax/data/augment.py, one after the other
+    c.data.augment_copies = 1  # variants of each row; an epoch goes through all of them
+    c.data.on_error = "raise"  # of a bad row: raise | skip (to rejects.jsonl in the cache)
+    c.data.max_skipped = 0.01  # skip: the share of rows past which the run ends with an error
     c.data.cache_dir = ""  # tokenised data; "" = <workdir>/cache
     c.data.workers = 0  # loader processes; 0 = threads
     c.data.prefetch = 2  # batches kept ready on the device

@@ -24,7 +24,8 @@ def loss_over(step, params, batches) -> dict[str, float]:
         raise ValueError("the evaluation set has no trained token to measure")
     loss = float(total.sum / total.weight)
     out = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    return out | {k: float(s / w) if w else 0.0 for k, (s, w) in total.metrics.items()}
+    divide = lambda s, w: float(s if w is None else s / w if w else 0)  # noqa: E731
+    return out | {k: divide(*v) for k, v in total.metrics.items()}
 
 
 def answer(model, params, examples, tokenizer, **options) -> tuple[float, list[str]]:

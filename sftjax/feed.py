@@ -1,6 +1,7 @@
 """The run's data: training rows, validation sets and test questions, put on the mesh."""
 
 import itertools
+import json
 import math
 import time
 from collections import deque
@@ -11,8 +12,10 @@ import numpy as np
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import sharding
+from sftjax import prepare, sharding
 from sftjax.config import ConfigError
+from sftjax.data import lengths as lengths_lib
+from sftjax.data import mix, stream
 from sftjax.data.conversation import to_conversation
 from sftjax.models import hf
 
@@ -31,6 +34,8 @@ def load_tokenizer(config):
         raise ConfigError(
             f"no tokenizer could be loaded from {path} (data.tokenizer, else model.path): {e}"
         ) from e
+    if d.add_tokens:
+        _add_tokens(tokenizer, d.add_tokens, config.model.path)
     if d.template:  # the export then carries it too
         if not Path(d.template).is_file():
             raise ConfigError(f"data.template={d.template!r} does not exist")
@@ -38,11 +43,50 @@ def load_tokenizer(config):
     return tokenizer
 
 
+def _add_tokens(tokenizer, tokens, model):
+    """Special tokens, each of which needs a new row; it may be in the tokenizer without one."""
+    rows = hf.load_model(model).config.vocab if model else 0
+    ids = tokenizer.get_vocab()
+    for token in tokens:
+        if not isinstance(token, str) or not token:
+            raise ConfigError(f"data.add_tokens has {token!r}; expected strings, ('<a>', '<b>')")
+        if ids.get(token, rows) < rows:
+            raise ConfigError(
+                f"data.add_tokens: {token!r} is token {ids[token]} already, and the model has a row"
+                " for it; leave it out"
+            )
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+
+
 def policy(config) -> dict:
     """The arguments of data.encode that the config sets."""
     d = config.data
-    fields = {k: v for k, v in d.fields.items() if v}
-    return dict(train_on=d.train_on, stop_token=d.stop_token, fields=fields, system=d.system)
+    return dict(
+        train_on=d.train_on,
+        stop_token=d.stop_token,
+        reasoning=d.reasoning.to_dict(),
+        fields={k: v for k, v in d.fields.items() if v},
+        roles=_roles(d.roles),
+        system=d.system,
+        template_kwargs=_template_kwargs(d.template_kwargs),
+    )
+
+
+def _roles(text):
+    pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ConfigError(f"data.roles={text!r}: {wrong[0]!r} has no role; write {wrong[0]}=user")
+    return {name.strip(): role.strip() for name, _, role in pairs}
+
+
+def _template_kwargs(text):
+    try:
+        kwargs = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f'data.template_kwargs={text!r} is no JSON object, such as {{"x": true}}')
+    return kwargs
 
 
 def sets(text: str) -> dict[str, str]:
@@ -65,51 +109,118 @@ class Feed:
 
     def __init__(self, config, tokenizer, workdir, mesh):
         d, self.config, self.mesh = config.data, config, mesh
-        if not d.train:
-            raise ConfigError("data.train is empty; give a file, a glob or a hub data set id")
         self.policy, self.tokenizer = policy(config), tokenizer
         self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
-        self.store = self._store(d.train, d.limit)
+        self.sources = mix.sources(config)
+        self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
+        stream.check(config, self.sources)
+        self.notes, self.stores, self.sets = [], [], {}
+        for source in self.sources:
+            self._prepare(source, workdir)
         self.batch_size = config.train.batch_size
         self.wait = 0.0  # seconds the last step waited for its batch
         self._plan()
-        self.sets = {n: self._store(p, 0) for n, p in sets(d.validation).items()}
+        for name, path in sets(d.validation).items():
+            self.sets[name] = self._store(data_lib.open_source(path), self.policy, config)
         self._check_best()
         self.test = self._questions(d.test, config.eval.test_limit) if d.test else []
 
-    def _store(self, path, limit):
-        d = self.config.data
+    def _prepare(self, source, workdir):
+        """Tokenise a source's rows (of a stream, the first ones), and those held out of them."""
+        c, tokenizer, tag = source.config, self.tokenizer, ""
+        if self.names:
+            workdir, tag = workdir / "sources" / source.name, f"{source.name}: "
+        where = workdir if jax.process_index() == 0 else None
+        rows = prepare.training_rows(c, tokenizer, policy(c), self.cache, where)
+        self.notes += [tag + note for note in rows.notes]
+        self.stores.append(self._store(rows.train, rows.policy, c))
+        if rows.validation:
+            name = f"validation_{source.name}" if self.names else "validation"
+            self.sets[name] = self._store(rows.validation, policy(c), c)
+
+    def _store(self, source, policy, config):
+        d = config.data
         return data_lib.build_store(
-            data_lib.open_source(path, limit),
+            source,
             self.tokenizer,
-            self.policy,
+            policy,
             max_length=d.max_length,
             overlong=d.overlong,
             cache_dir=self.cache,
+            on_error=d.on_error,
+            max_skipped=d.max_skipped,
         )
 
     def _plan(self):
         """Know the number of steps before the first one."""
         d, t, size = self.config.data, self.config.train, self.batch_size
-        lengths = self.store.lengths.astype(np.int64)
-        self.rows = data_lib.Rows(self.store, d.max_length, d.packing, self.config.seed)
-        epoch = self.rows.per_epoch
-        per_row = (len(lengths) / epoch, lengths.sum() / epoch)
+        options = (d.max_length, d.packing, self.config.seed)
+        if self.names:
+            phases = mix.phases(self.config, self.sources, self.stores)
+            stores = dict(zip(self.names, self.stores, strict=True))
+            rows = data_lib.Mixture(stores, *options, phases=phases)
+        else:
+            phases, rows = (), data_lib.Rows(self.stores[0], *options)
+        self.rows, self.store = rows, rows.store
+        lengths = rows.store.lengths.astype(np.int64)
+        per_row = (rows.mean(np.ones(len(lengths))), rows.mean(lengths))
+        # Phases have cycles of their own, a stream has no end: then an epoch has no length.
+        epoch = None if len(phases) > 1 or d.streaming else rows.per_epoch
         self._units = dict(batch=size, epoch_rows=epoch, per_row=per_row)
         self.steps = config_lib.duration(t.duration, "train.duration", **self._units)
         if self.steps < 1:
             raise ConfigError(f"train.duration={t.duration!r} is no step at all")
         # Whole epochs end with their last row: the last batch is then filled with blank rows.
-        epochs = self.steps * size / epoch
         exact = config_lib.epochs(t.duration)
-        self.rows.total = self.steps * size if exact is None else math.ceil(exact * epoch - 1e-9)
-        self.epochs = epochs if exact is None else exact
+        rows.total = self.steps * size if exact is None else math.ceil(exact * epoch - 1e-9)
+        self.epochs = self.steps * size / rows.per_epoch if exact is None else exact
+        if phases:
+            rows.ends = self._phase_ends(phases)
+        trained = [np.full(len(s), s.report["trained_tokens"] / len(s)) for s in self.stores]
+        trained = np.concatenate(trained)
         # Model FLOPs count pairs of tokens that see each other, inside documents.
         self.per_row = {
-            "tokens": per_row[1],
-            "trained": self.store.report["trained_tokens"] / epoch,
-            "pairs": lambda window: float(_pairs(lengths, window).sum()) / epoch,
+            "tokens": rows.mean(lengths),
+            "trained": rows.mean(trained),
+            "pairs": lambda window: rows.mean(_pairs(lengths, window)),
         }
+
+    def _phase_ends(self, phases):
+        """The rows at which the phases end, all but the last's."""
+        steps = [
+            config_lib.duration(p.until, f"data.phases[{i}].until", total=self.steps, **self._units)
+            for i, p in enumerate(phases[:-1])
+        ]
+        borders = [0, *steps, self.steps]
+        if any(b <= a for a, b in itertools.pairwise(borders)):
+            raise ConfigError(
+                f"data.phases end at the steps {steps} of {self.steps}: each must have a step"
+            )
+        return tuple(step * self.batch_size for step in steps)
+
+    @property
+    def identity(self) -> str:
+        """What data this is: the stores' names, and the shards of a stream."""
+        parts = [store.folder.name for store in self.stores]
+        if self.config.data.streaming:
+            parts += [stream.identity(s.config.data.train) for s in self.sources]
+        return " ".join(parts)
+
+    def position(self, step) -> dict[str, float]:
+        """What each of several sources has given before `step`: documents, epochs; for the log."""
+        if not self.names or self.config.data.streaming:
+            return {}
+        given, out = self.rows.position(step * self.batch_size), {}
+        for (name, documents), store in zip(given.items(), self.stores, strict=True):
+            out |= {f"documents/{name}": documents, f"epochs/{name}": documents / len(store)}
+        return out
+
+    def state(self, step) -> dict:
+        """Where the data stand after the batch of the last step, `step`; for the checkpoint."""
+        if not self.config.data.streaming:
+            return self.position(step)
+        parts = dict(sharding.gather(self._state))  # of all processes
+        return {"stream": [parts[part] for part in sorted(parts)]}
 
     def _check_best(self):
         """eval.best must be measured, or it would be ignored without a word."""
@@ -135,7 +246,7 @@ class Feed:
     def question(self, i: int) -> str:
         """The last user turn of a test question."""
         source = data_lib.open_source(self.config.data.test)
-        keys = {k: self.policy[k] for k in ("fields", "system")}
+        keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
         return to_conversation(source[i], **keys)["messages"][-2]["content"]
 
     def every(self, text, what) -> int:
@@ -155,30 +266,81 @@ class Feed:
             k: jax.ShapeDtypeStruct(
                 shape, np.float32 if k == "weights" else np.int32, sharding=layout
             )
-            for k in BATCH_KEYS
+            for k in (*BATCH_KEYS, *(["sources"] if self.names else []))
         }
 
-    def batches(self, start: int):
-        """Global batches of steps start, start+1, ... on the mesh, a few made ahead."""
-        d = self.config.data
-        local = sharding.local_rows(self.mesh, self.batch_size)
-        host = data_lib.loader(
-            self.rows,
-            self.batch_size,
-            local=local,
-            start_step=start,
-            stop_step=self.steps,
-            workers=d.workers,
-            prefetch=max(d.prefetch, 1),
-        )
-        on_device = (sharding.put_batch(self.mesh, b, self.batch_size) for b in host)
-        ready = deque(itertools.islice(on_device, max(d.prefetch, 1)))
+    def batches(self, start: int, state=None):
+        """Global batches of steps start, start+1, ... on the mesh, a few made ahead.
+
+        state: what `state` returned at step `start`; a stream goes on from there, and for indexed
+        rows it must be what it would be now.
+        """
+        prefetch = max(self.config.data.prefetch, 1)
+        if self.config.data.streaming:
+            host = self._stream(start, state, prefetch)
+        else:
+            if state and state != self.position(start):
+                raise ConfigError(
+                    f"the data stood at {state} at step {start}, and would now at"
+                    f" {self.position(start)}: use another workdir"
+                )
+            host = ((batch, None) for batch in self._indexed(start, prefetch))
+        put = lambda batch: sharding.put_batch(self.mesh, batch, self.batch_size)  # noqa: E731
+        on_device = ((put(batch), state) for batch, state in host)
+        ready = deque(itertools.islice(on_device, prefetch))
         while ready:
             began = time.monotonic()
-            batch = ready.popleft()
+            batch, self._state = ready.popleft()
             ready.extend(itertools.islice(on_device, 1))
             self.wait = time.monotonic() - began
             yield batch
+
+    def _indexed(self, start, prefetch):
+        return data_lib.loader(
+            self.rows,
+            self.batch_size,
+            local=sharding.local_rows(self.mesh, self.batch_size),
+            start_step=start,
+            stop_step=self.steps,
+            workers=self.config.data.workers,
+            prefetch=prefetch,
+        )
+
+    def _stream(self, start, state, prefetch):
+        """(batch of this process, (its part, the stream's state after it)) of each step."""
+        parts = sharding.row_parts(self.mesh, self.batch_size)
+        local = sharding.local_rows(self.mesh, self.batch_size)
+        part = parts.index(local)
+        if state and len(state["stream"]) != len(parts):
+            raise ConfigError(
+                f"the stream was read in {len(state['stream'])} parts, and this mesh reads it in"
+                f" {len(parts)}: resume with as many processes, or use another workdir"
+            )
+        amounts = self.rows.phases[0].amounts if self.names else [1.0]
+        specs = [
+            stream.spec(s, policy(s.config), w) for s, w in zip(self.sources, amounts, strict=True)
+        ]
+        d = self.config.data
+        host = stream.batches(
+            specs,
+            self.tokenizer,
+            length=d.max_length,
+            rows=len(local),
+            packing=d.packing,
+            seed=self.config.seed,
+            window=d.shuffle_window,
+            part=part,
+            parts=len(parts),
+            prefetch=prefetch,
+            rejects=self.cache / f"stream.{part}.rejects.jsonl",
+        )
+        try:
+            if state:
+                host.set_state(state["stream"][part])
+            for _ in range(start, self.steps):
+                yield next(host), (part, host.get_state())
+        finally:
+            host.close()
 
     def eval_batches(self, name):
         """Every row of a validation set once, in order; blank rows fill the last batch."""
@@ -192,14 +354,20 @@ class Feed:
 
     def summary(self) -> str:
         """What is trained, in a few lines."""
-        r = self.store.report
-        lines = [
-            f"{r['examples']} examples, {r['tokens']:,} tokens,"
-            f" {r['trained_fraction']:.1%} trained; stop token {r.get('stop_token')}",
-            f"{self.rows.per_epoch} rows an epoch, of {self.config.data.max_length} tokens,"
-            f" packing {self.config.data.packing}, {self.rows.efficiency:.1%} full",
-            f"{self.steps} steps of {self.batch_size} rows, {self.epochs:.2f} epochs",
+        d, rows, lines = self.config.data, self.rows, list(self.notes)
+        for source, store in zip(self.sources, self.stores, strict=True):
+            tag = f"{source.name}: " * bool(self.names) + "a sample: " * d.streaming
+            r = store.report
+            lines += [
+                f"{tag}{r['examples']} examples, {r['tokens']:,} tokens,"
+                f" {r['trained_fraction']:.1%} trained; stop token {r.get('stop_token')}",
+                *lengths_lib.lines(r),
+            ]
+        lines += rows.describe() if self.names else []
+        epoch = "a stream" if d.streaming else f"{rows.per_epoch} rows an epoch"
+        epochs = "" if d.streaming else f", {self.epochs:.2f} epochs"
+        lines += [
+            f"{epoch}, of {d.max_length} tokens, packing {d.packing}, {rows.efficiency:.1%} full",
+            f"{self.steps} steps of {self.batch_size} rows{epochs}",
         ]
-        if r["truncated"] or r["dropped"]:
-            lines.insert(1, f"{r['truncated']} truncated; dropped: {r['dropped']}")
         return "\n".join(lines)

@@ -153,6 +153,7 @@ def main(argv):
     from transformers import AutoTokenizer
 
     from sftjax.data import DataError, stop_ids
+    from sftjax.data.template import load_template
     from sftjax.models import hf
 
     path = hf.resolve(args.model)
@@ -161,7 +162,8 @@ def main(argv):
         raise DataError(f"--model={path}: its tokenizer has no chat template")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    chat = dict(messages=messages, tools=None, options={})
+    [text] = load_template(tokenizer).render([chat], [f"--model={path}"], generate=True)
     model, params = hf.load_pretrained(path)
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)

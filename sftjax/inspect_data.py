@@ -1,199 +1,197 @@
-"""Show what is trained: python -m sftjax.inspect_data --config=FILE [--n=5] [--format=html].
+"""Show what is trained: python -m sftjax.inspect_data --config=FILE [--format=html --out=page.html]
 
-For n examples: the rendered text with its trained spans marked, and for each token its id, weight,
-segment and position in a packed row. Then totals over the whole set. Nothing is trained.
+For the first 5 rows of each source: the text with its trained spans marked and, beside it, each
+token with its id, weight, segment and position in a packed row. Then totals over the whole set.
+Nothing is trained.
+
+  --n=20 --start=100  so many rows of each source, from this one on (the first is 0)
+  --set=validation    train | validation | test
+  --source=NAME       one source only: a name in data.sources, or the stem of a validation file
+  --min_trained=0.1 --max_trained=0.5   rows of whose tokens this share is trained
+  --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained
+  --dropped=REASON    those lost for one reason
+  --against=OTHER.py  rows in which that config's data policy would train on something else
+  --format=html       one file for a browser, with filters, to be sent around; also: json
 """
 
-import html
-import json
+import shutil
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
-from sftjax import config as config_lib
-from sftjax import feed, prepare
-from sftjax.data import DataError, Rows, build_store, make_batch, open_source, pack
-from sftjax.data.chat import encode_batch
-from sftjax.data.pipeline import fit, mark_spans
-from sftjax.page import cells, page, table
+import numpy as np
 
-GREEN, PLAIN = "\033[32m", "\033[0m"
+from sftjax import config as config_lib
+from sftjax import feed
+from sftjax.data import DataError, Rows, build_store, make_batch, pack
+from sftjax.inspect_diff import compare
+from sftjax.inspect_rows import Wanted, parts_of, wanted_rows
+from sftjax.inspect_views import VIEWS
 
 
 def main(argv):
-    config, flags = config_lib.parse(argv, n=5, format="terminal", set="train", out="")
-    page = inspect(config, flags.n, flags.format, flags.set, color=not flags.out)
+    argv = ["--dropped=any" if arg == "--dropped" else arg for arg in argv]
+    options = dict(format="terminal", set="train", out="", against="")
+    config, flags = config_lib.parse(argv, **options, **Wanted()._asdict())
+    wanted = {name: getattr(flags, name) for name in Wanted._fields}
+    against = config_lib.load(flags.against) if flags.against else None
+    view, color = _view(flags.format), not flags.out
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
+    report = collect(config, Wanted(**wanted), flags.set, against)
+    # Damaged text may hold what UTF-8 can't: shown as its escape.
+    page = view(report, color, width).encode("utf-8", "backslashreplace")
     if flags.out:
-        Path(flags.out).write_text(page, encoding="utf-8")
+        Path(flags.out).write_bytes(page)
         print(f"written to {flags.out}")
+        if report["problem"]:
+            raise DataError(report["problem"])
     else:
-        sys.stdout.write(page)
+        sys.stdout.write(page.decode("utf-8"))
+        if report["problem"]:  # it is in what was shown
+            sys.exit(1)
 
 
-def inspect(config, n: int = 5, format: str = "terminal", set: str = "train", color=True) -> str:
+def inspect(
+    config, n=5, format="terminal", set="train", color=True, width=0, against=None, **wanted
+) -> str:
     """The report as a string.
 
     Args:
       config: an experiment config; its model is not read, its tokenizer is.
-      n: how many examples, from the first.
+      n: how many examples of each source, from the first that is wanted.
       format: "terminal" | "json" | "html" (one file, nothing fetched).
       set: "train" | "validation" | "test".
+      color, width: of a terminal; from 120 columns on, tokens stand beside the text.
+      against: another config: only rows are shown whose trained tokens differ under its policy.
+      wanted: the other fields of `Wanted`.
 
-    Raises: DataError, as training would.
+    Raises: DataError for a bad row among those looked at, or an option that there is not. What
+      training would raise for the whole set is in the report.
     """
+    view = _view(format)
+    return view(collect(config, Wanted(n, **wanted), set, against), color, width)
+
+
+def _view(format):
     if format not in VIEWS:
         raise DataError(f"--format={format}: expected {' | '.join(VIEWS)}")
+    return VIEWS[format]
+
+
+def collect(config, wanted: Wanted, set="train", against=None) -> dict:
+    """What the views show, of plain values.
+
+    Returns: {"set", "problem": what training would raise, "sources": {name: totals}, "totals",
+      "examples"}; with `against` {"set", "problem": "", "comparison", "differences"}.
+    """
+    wanted.check()
     if set not in ("train", "validation", "test"):
         raise DataError(f"--set={set}: expected train | validation | test")
-    return VIEWS[format](collect(config, n, set), color)
-
-
-def collect(config, n, set="train") -> dict:
-    """What the views show: {"set", "totals", "examples"}, of plain values."""
-    tokenizer, policy = feed.load_tokenizer(config), feed.policy(config)
+    tokenizer = feed.load_tokenizer(config)
     with tempfile.TemporaryDirectory() as temporary:  # where training's cache is not named
         cache = config.data.cache_dir or temporary
-        source, policy = _source(config, set, tokenizer, policy, cache)
-        n = min(n, len(source))
-        wheres = [source.where(i) for i in range(n)]
-        encoded = encode_batch([source[i] for i in range(n)], wheres, tokenizer, **policy)
-        return dict(
-            set=config.data[set] or config.data.train,
-            totals=_totals(config, source, tokenizer, policy, cache),
-            examples=_examples(config, tokenizer, wheres, encoded),
+        # Policies are compared on the rows as they are: an augmented one is in a form of its own.
+        parts = parts_of(config, set, wanted.source, tokenizer, cache, augment=against is None)
+        name = config.data[set] or config.data.train or ", ".join(part.name for part in parts)
+        if against is not None:
+            return dict(set=name, problem="") | compare(parts, config, against, wanted)
+        examples = []
+        for part in parts:
+            rows = islice(wanted_rows(part, tokenizer, wanted), wanted.n)
+            examples += _examples(part, list(rows), tokenizer)
+        totals, problem = {}, ""
+        for part in parts:
+            try:
+                totals[part.name] = _totals(part, tokenizer, cache)
+            except DataError as error:
+                problem = str(error)
+    return dict(
+        set=name, problem=problem, sources=totals, totals=_sum(totals.values()), examples=examples
+    )
+
+
+def _examples(part, rows, tokenizer) -> list[dict]:
+    """Rows with their tokens, packed as training packs; here only these few."""
+    data = part.config.data
+    docs = [(row, indices) for row in rows for indices in row.kept]
+    packed = pack([len(indices) for _, indices in docs], data.max_length, data.packing)
+    pairs = [(row.example.tokens[at], row.example.weights[at]) for row, at in docs]
+    batch = make_batch(pairs, data.max_length, packed)
+    places = {id(row): np.zeros((len(row.example.tokens), 2), int) for row in rows}
+    for r, pieces in enumerate(packed):
+        at = 0
+        for doc, start, stop in pieces:
+            (row, indices), cells = docs[doc], slice(at, at + stop - start)
+            place = batch["segments"][r, cells], batch["positions"][r, cells]
+            places[id(row)][indices[start:stop]] = np.stack(place, 1)
+            at = cells.stop
+    return [_example(part.name, row, places[id(row)].tolist(), tokenizer) for row in rows]
+
+
+def _example(name, row, places, tokenizer):
+    text, spans = row.example.text, row.example.spans
+    ids, weights = row.example.tokens.tolist(), row.example.weights.tolist()
+    tokens = [
+        dict(token=word, id=i, weight=weight, segment=segment or None)
+        | dict(position=position if segment else None)  # a token that is cut away has no place
+        for word, i, weight, (segment, position) in zip(
+            _words(tokenizer, ids), ids, weights, places, strict=True
         )
+    ]
+    return dict(
+        source=name,
+        where=row.where,
+        dropped=row.dropped,
+        note=row.note,
+        trained=round(row.trained, 4),
+        length=len(ids),
+        kept=sum(map(len, row.kept)),
+        text=text,
+        spans=[list(span) for span in spans],
+        tokens=tokens,
+    )
 
 
-def _source(config, set, tokenizer, policy, cache):
-    """The records of a set, and how to encode them: as training would."""
-    held_out = set == "validation" and config.data.split.share
-    if not config.data[set] and not held_out:
-        raise DataError(f"data.{set} is empty: give a file, a glob or a hub data set id")
-    if set == "train" or held_out:
-        rows = prepare.training_rows(config, tokenizer, policy, cache)
-        return (rows.validation, policy) if held_out else (rows.train, rows.policy)
-    return open_source(config.data[set]), policy
+def _words(tokenizer, ids):
+    return [tokenizer.decode([i]) for i in ids]
 
 
-def _totals(config, source, tokenizer, policy, cache):
-    data = config.data
+def _totals(part, tokenizer, cache):
+    data = part.config.data
     store = build_store(
-        source,
+        part.source,
         tokenizer,
-        policy,
+        part.policy,
         max_length=data.max_length,
         overlong=data.overlong,
         cache_dir=cache,
+        on_error=data.on_error,
+        max_skipped=data.max_skipped,
     )
-    rows = Rows(store, data.max_length, data.packing, config.seed)
+    rows = Rows(store, data.max_length, data.packing, part.config.seed)
+    removed = [finding.rule for finding in part.removed.values()]
     return store.report | dict(
-        rows=rows.per_epoch, row_length=data.max_length, packing_efficiency=rows.efficiency
+        removed={rule: removed.count(rule) for rule in dict.fromkeys(removed)},
+        rows=rows.per_epoch,
+        row_length=data.max_length,
+        packing_efficiency=rows.efficiency,
     )
 
 
-def _examples(config, tokenizer, wheres, encoded):
-    """Each example with the tokens left of it, packed as training packs; here only these few."""
-    data = config.data
-    pieces = [fit(e.tokens, e.weights, data.max_length, data.overlong) for e in encoded]
-    docs = [piece for example in pieces for piece in example]
-    owner = [i for i, example in enumerate(pieces) for _ in example]
-    packed = pack([len(tokens) for tokens, _ in docs], data.max_length, data.packing)
-    tables = [[] for _ in encoded]
-    if docs:
-        batch = make_batch(docs, data.max_length, packed)
-        for r, row in enumerate(packed):
-            at = 0
-            for doc, start, stop in row:
-                cells = slice(at, at + stop - start)
-                places = (batch[k][r, cells].tolist() for k in ("segments", "positions"))
-                ids, weights = (values[start:stop].tolist() for values in docs[doc])
-                words = [tokenizer.decode([i]) for i in ids]
-                tables[owner[doc]] += zip(words, ids, weights, *places, strict=True)
-                at = cells.stop
-    return [
-        dict(where=where, text=e.text, spans=e.spans, length=len(e.tokens), tokens=table)
-        for where, e, table in zip(wheres, encoded, tables, strict=True)
-    ]
+def _sum(totals) -> dict:
+    """The totals of one source, or what can be added up of those of several."""
+    first, *others = totals or [{}]
+    if not others:
+        return first
+    counts = ("examples", "documents", "truncated", "split", "tokens", "trained_tokens")
+    total = {name: sum(t[name] for t in totals) for name in counts}
+    for name in ("removed", "dropped", "skipped"):
+        reasons = dict.fromkeys(reason for t in totals for reason in t[name])
+        total[name] = {r: sum(t[name].get(r, 0) for t in totals) for r in reasons}
+    could = total["tokens"] - total["documents"]
+    return total | dict(trained_fraction=total["trained_tokens"] / max(could, 1))
 
-
-def _title(example):
-    kept = len(example["tokens"])
-    cut = "" if kept == example["length"] else f", {kept} kept" if kept else ", dropped"
-    return f"{example['where']}, {example['length']} tokens{cut}"
-
-
-def _summary(totals):
-    """The totals as (name, text) lines."""
-    dropped = ", ".join(f"{n} {reason}" for reason, n in totals["dropped"].items()) or "none"
-    stop = f"yes, {totals['stop_token']}" if totals["stop_token_trained"] else "no"
-    return [
-        ("examples", f"{totals['examples']:,}, {totals['documents']:,} documents kept"),
-        ("dropped", dropped),
-        ("truncated", f"{totals['truncated']:,}"),
-        ("tokens", f"{totals['tokens']:,}, longest document {totals['longest']:,}"),
-        ("trained", f"{totals['trained_tokens']:,} tokens, {totals['trained_fraction']:.1%}"),
-        ("stop token", f"trained: {stop}"),
-        ("packing", f"{totals['rows']:,} rows of {totals['row_length']:,}, "
-                    f"{totals['packing_efficiency']:.1%} full"),
-    ]  # fmt: skip
-
-
-# --- views: the collected report -> a page; a new format is a function and a line in VIEWS ------
-
-
-def terminal(report, color):
-    marks = (GREEN, PLAIN) if color else ("⟦", "⟧")
-    lines = []
-    for example in report["examples"]:
-        lines += [f"== {_title(example)}", ""]
-        lines += [mark_spans(example["text"], example["spans"], *marks), ""]
-        lines += [f"{'token':<24}{'id':>8}{'weight':>8}{'segment':>9}{'position':>10}"]
-        for word, i, weight, segment, position in example["tokens"]:
-            row = f"{repr(word)[1:-1]:<24}{i:>8}{weight:>8g}{segment:>9}{position:>10}"
-            lines.append(marks[0] + row + marks[1] if color and weight else row)
-        lines.append("")
-    lines += [f"== {report['set']}", ""]
-    lines += [f"{name:<12}{text}" for name, text in _summary(report["totals"])]
-    return "\n".join(lines) + "\n"
-
-
-def as_json(report, color):
-    names = ("token", "id", "weight", "segment", "position")
-    for example in report["examples"]:
-        example["tokens"] = [dict(zip(names, t, strict=True)) for t in example["tokens"]]
-    return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-
-
-STYLE = ".trained { background: #b9efc4 } td, th { text-align: right; white-space: pre }"
-STYLE += " td:first-child, th:first-child { text-align: left }"
-
-
-def as_html(report, color):
-    examples = "\n".join(_html_example(example) for example in report["examples"])
-    return page(report["set"], f"{table(_summary(report['totals']))}\n{examples}", STYLE)
-
-
-def _html_example(example):
-    pieces, at = [], 0
-    for start, stop in example["spans"]:
-        pieces.append(html.escape(example["text"][at:start]))
-        pieces.append(f'<span class="trained">{html.escape(example["text"][start:stop])}</span>')
-        at = stop
-    text = "".join(pieces) + html.escape(example["text"][at:])
-    rows = "".join(
-        ('<tr class="trained">' if weight else "<tr>")
-        + f"{cells((repr(word)[1:-1], i, f'{weight:g}', *place), 'td')}</tr>"
-        for word, i, weight, *place in example["tokens"]
-    )
-    head = cells(("token", "id", "weight", "segment", "position"), "th")
-    title = html.escape(_title(example))
-    return (
-        f"<h2>{title}</h2>\n<pre>{text}</pre>\n<details><summary>tokens</summary>"
-        f"<table><tr>{head}</tr>{rows}</table></details>"
-    )
-
-
-VIEWS = {"terminal": terminal, "json": as_json, "html": as_html}
 
 if __name__ == "__main__":
     config_lib.run(main)

@@ -17,6 +17,8 @@ class Log:
     A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
     cells_per_s, tokens_per_s and trained_tokens_per_s (all positions, those that are not padding,
     those trained), step_time, data_wait (the share of time spent waiting for a batch), mfu.
+    Of several sources each has, over all the line's steps, trained_tokens/<name> and the mean
+    loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
     """
 
     def __init__(self, config, workdir, feed, lr, flops, start: int):
@@ -27,6 +29,7 @@ class Log:
         self.writer = metrics.Writer(
             workdir, feed.steps, jax.process_index(), board, start_step=start
         )
+        self.sources, self.position = feed.names, feed.position
         self.due = lambda step: feed.due(step, config.train.log_every, "train.log_every")
         self.lr, self.flops, self._at = lr, flops, start
         self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
@@ -73,6 +76,7 @@ class Log:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         values = {k: float(v) for k, v in window[-1].items() if k not in COUNTS}
+        values |= self._by_source(window, values) | self.position(step)
         values["lr"] = float(self.lr(step - 1))  # the rate that this step used
         values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in COUNTS}
         values["step_time"] = seconds / len(window)
@@ -83,3 +87,16 @@ class Log:
         values |= {} if mfu is None else {"mfu": mfu}
         values["peak_memory"] = metrics.peak_memory()[0]
         self.writer.write(step, values)
+
+    def _by_source(self, window, values):
+        """A source may have no token in a step: its loss is the mean over the window's tokens."""
+        out = {}
+        for name in self.sources:
+            counts = [float(m[f"trained_tokens/{name}"]) for m in window]
+            losses = [float(m[f"loss/{name}"]) for m in window]
+            out[f"trained_tokens/{name}"] = sum(counts)
+            del values[f"loss/{name}"]
+            if any(counts):
+                total = sum(loss * n for loss, n in zip(losses, counts, strict=True))
+                out[f"loss/{name}"] = total / sum(counts)
+        return out

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sftjax.ops import moe
-from sftjax.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
+from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
 from sftjax.step import Loss
 
 
@@ -17,13 +17,15 @@ def causal_lm(
     load_balance=0.0,
     accuracy=False,
     chunk_tokens=CHUNK_TOKENS,
+    sources=(),
 ):
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
     its length. load_balance: coefficient of a mixture of experts' load-balancing loss, which is a
     metric in any case and weighs as much as the batch's trained tokens do. accuracy adds the share
-    of trained tokens that the model's first choice gets right.
+    of trained tokens that the model's first choice gets right. sources: names, to which the batch's
+    `sources` int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>.
     """
     if normalise not in ("tokens", "documents"):
         raise ValueError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
@@ -34,7 +36,8 @@ def causal_lm(
         if normalise == "documents":
             weights = _per_document(weights, batch["segments"])
         hidden, routing = model.outputs(params, batch)
-        total, hits = linear_cross_entropy(
+        groups = batch["sources"] if sources else None
+        total, hits, *by_source = linear_cross_entropy(
             hidden,
             model.head(params),
             batch["targets"],
@@ -43,6 +46,8 @@ def causal_lm(
             z_loss=z_loss,
             accuracy=accuracy,
             chunk_tokens=chunk_tokens,
+            groups=groups,
+            n_groups=len(sources),
             **model.logit_options,
         )
         weight, metrics = jnp.sum(weights), {}
@@ -52,6 +57,12 @@ def causal_lm(
             metrics["load_balance"] = (balance, weight)
         if accuracy:
             metrics["accuracy"] = (hits, jnp.sum(weights != 0, dtype=jnp.float32))
+        if sources:
+            shares = group_sums(weights, groups, len(sources))
+            counts = group_sums(jnp.float32(weights != 0), groups, len(sources))
+            for i, name in enumerate(sources):
+                metrics[f"loss/{name}"] = (by_source[0][i], shares[i])
+                metrics[f"trained_tokens/{name}"] = (counts[i], None)
         return Loss(total, weight, metrics)
 
     return loss_fn

@@ -10,13 +10,15 @@ td, th { padding: 0 .8rem 0 0; text-align: left; vertical-align: top; overflow-w
 """
 
 
-def page(title: str, body: str, style: str = "") -> str:
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole page; `body` is HTML, the title is text and its first heading."""
     title = html.escape(title)
+    script = f"<script>{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}{style}</style>\n<h1>{title}</h1>\n{body}\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}{style}</style>\n<h1>{title}</h1>\n{body}\n"
+        f"{script}</html>\n"
     )
 
 

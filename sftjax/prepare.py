@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sftjax.config import ConfigError
-from sftjax.data import open_source
+from sftjax.data import open_source, stream
 from sftjax.data.augment import Augmented
 from sftjax.data.chat import encode_batch
 from sftjax.data.clean import find_once
@@ -21,23 +21,26 @@ class Prepared(NamedTuple):
     policy: dict  # how to encode them
     validation: Subset | None  # rows held out of data.train; to be encoded by the config's policy
     notes: list[str]  # what was done, a line each
+    removed: dict  # {row of data.train: Finding}: what cleaning took out
 
 
 def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepared:
     """The rows of data.train as data.clean, data.split and data.augment want them.
+
+    Of a stream, only the first rows of its shards: see `data.stream.sample`.
 
     Args:
       policy: the keywords of `encode` that the config sets.
       cache_dir: where what cleaning found is kept, so that a restart does not look again.
       workdir: where the rejects and the report of cleaning are written; None = not at all.
     """
-    d, notes, held_out = config.data, [], None
+    d, notes, held_out, removed = config.data, [], None, {}
     if d.split.share and d.validation:
         raise ConfigError(
             "data.split.share takes validation rows from data.train, but data.validation is set "
             "too: keep one of them"
         )
-    source = open_source(d.train, d.limit)
+    source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
     if d.clean.rules:
         key = store_key(source, tokenizer, policy, d.max_length, d.overlong)
         options = clean_options(config, tokenizer, policy)
@@ -48,7 +51,7 @@ def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepare
             write_rejects(rejects, source, findings)
             write_report(report, source, findings, d.train, options["form"])
             notes[-1] += f"; see {rejects} and {report.name}"
-        source = Subset(source, findings.kept)
+        source, removed = Subset(source, findings.kept), findings.removed
     if d.split.share:
         by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by)
         source, held_out = split(source, d.split.share, form=_only(policy, READING), **by)
@@ -58,7 +61,7 @@ def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepare
         source = Augmented(source, d.augment, d.augment_copies, config.seed, form)
         policy = {k: v for k, v in policy.items() if k not in FORM}  # the variants need none of it
         notes.append(f"augmented by {', '.join(d.augment)}; copies of each row: {d.augment_copies}")
-    return Prepared(source, policy, held_out, notes)
+    return Prepared(source, policy, held_out, notes, removed)
 
 
 def clean_options(config, tokenizer, policy) -> dict:

@@ -19,7 +19,7 @@ from sftjax import checkpoint, optim, sharding
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
-from sftjax.models import flops, hf
+from sftjax.models import flops, hf, vocab
 from sftjax.ops import attention
 from sftjax.step import TrainState
 
@@ -71,9 +71,7 @@ def _same_config(old, new, workdir):
 
 def manifest(config, feed) -> dict:
     """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template)."""
-    return checkpoint.make_manifest(
-        config_lib.to_dict(config), {"tokenised data": feed.store.folder.name}
-    )
+    return checkpoint.make_manifest(config_lib.to_dict(config), {"tokenised data": feed.identity})
 
 
 def _flat(tree, prefix="") -> dict:
@@ -164,13 +162,24 @@ def make_model(config, tokenizer):
     model.check_length(config.data.max_length, f"data.max_length={config.data.max_length}")
     if m.init == "pretrained":
         model = hf.with_dtypes(model, hf.resolve(m.path))
-    if len(tokenizer) > model.config.vocab:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only"
-            f" {model.config.vocab} rows: they do not belong together (model.path, data.tokenizer)"
-        )
+    model = _with_rows(model, tokenizer, config.data.add_tokens)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
     return model, trainable
+
+
+def _with_rows(model, tokenizer, added):
+    """The model with a row for every token; only tokens of data.add_tokens may lack one."""
+    ids, rows = tokenizer.get_vocab(), model.config.vocab
+    size = max(ids.values()) + 1
+    lacking = sorted((i, token) for token, i in ids.items() if i >= rows and token not in added)
+    if lacking:
+        some = ", ".join(repr(token) for _, token in lacking[:5]) + ", ..." * (len(lacking) > 5)
+        raise ConfigError(
+            f"the tokenizer has {size} tokens, the model's embedding only {rows} rows; without a"
+            f" row: {some}. Take the model's own tokenizer (data.tokenizer), or list what the model"
+            " is to learn in data.add_tokens"
+        )
+    return model.replace(vocab=max(rows, size))
 
 
 def dtypes(config, model, trainable):
@@ -258,11 +267,27 @@ def shardings_of(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def first_state(config, model, trainable, tx, target, mesh):
+def _added_text(model, trainable, new) -> str:
+    """Which tokens are new, and where their rows will not be learned."""
+    text = f"{len(new)} added, {min(new)} to {max(new)} of {model.config.vocab}"
+    on = params_lib.flatten(trainable)
+    frozen = [name for name in ("embed/w", "head/w") if on.get(name) is False]
+    if frozen:
+        text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
+    return text
+
+
+def first_state(config, model, tokenizer, trainable, tx, target, mesh):
     """TrainState at step 0: pretrained weights read, or random ones drawn, in place."""
     kinds = dtypes(config, model, trainable)
+    new = tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
+    if new:
+        say("tokens", _added_text(model, trainable, new))
     if config.model.init == "pretrained":
-        _, params = hf.load_params(model, hf.resolve(config.model.path), kinds, mesh)
+        stored = model.replace(vocab=model.source.config["vocab_size"])
+        _, params = hf.load_params(stored, hf.resolve(config.model.path), kinds, mesh)
+        if new:
+            _, params = vocab.grow(stored, params, max(new) + 1, config.seed, first=min(new))
     else:
         shardings = sharding.param_shardings(mesh, model.abstract)
         params = params_lib.init(model.abstract, jax.random.key(config.seed), shardings=shardings)

@@ -5,13 +5,14 @@ one program serves a laptop and a pod. GSPMD inserts the collectives.
 """
 
 import contextlib
+import json
 import math
 import socket
 import time
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -116,9 +117,10 @@ def param_shardings(mesh, abstract):
         for size, axis, part in zip(p.shape, p.axes, sharding.spec, strict=True):
             parts = axis_size(mesh, part)
             if size % parts:
+                pad = f", or set model.vocab_multiple to a multiple of {parts}" * (axis == "vocab")
                 raise MeshError(
                     f"parameter {name}: dimension {axis}={size} does not divide over mesh axis"
-                    f" {part}={parts}; choose a size of mesh.{part} that divides {size}"
+                    f" {part}={parts}; choose a size of mesh.{part} that divides {size}{pad}"
                 )
         return sharding
 
@@ -166,6 +168,29 @@ def local_rows(mesh, batch_size: int) -> list[int]:
     sharding = named(mesh, "batch", None)
     parts = sharding.addressable_devices_indices_map((batch_size, 1)).values()
     return sorted({row for part in parts for row in range(*part[0].indices(batch_size))})
+
+
+def row_parts(mesh, batch_size: int) -> list[list[int]]:
+    """The rows of a global batch in parts; each process reads one, several may read the same."""
+    rows = {}
+    layout = named(mesh, "batch", None).devices_indices_map((batch_size, 1))
+    for device, part in layout.items():
+        own = rows.setdefault(device.process_index, set())
+        own.update(range(*part[0].indices(batch_size)))
+    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, parts)) != batch_size:
+        raise MeshError("data.streaming: processes share some rows of a batch; choose another mesh")
+    return [list(part) for part in parts]
+
+
+def gather(value) -> list:
+    """The value, anything JSON holds, of every process, by its id. All processes must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
+    return [json.loads(bytes(t[:n])) for t, n in zip(texts, sizes, strict=True)]
 
 
 def put_batch(mesh, batch, batch_size: int):

@@ -18,7 +18,7 @@ from sftjax import params as params_lib
 class Loss:
     """What a loss function returns; sums add over micro-batches, hosts and evaluation batches.
 
-    sum / weight is the loss. metrics: {name: (sum, weight)}.
+    sum / weight is the loss. metrics: {name: (sum, weight)}; weight None: a plain sum, a count.
     """
 
     sum: jax.Array
@@ -93,7 +93,8 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
         "grad_norm": optax.tree.norm(grads),
         "update_ratio": _ratio(optax.tree.norm(updates), optax.tree.norm(params)),
     }
-    metrics |= {k: _ratio(*v) for k, v in loss.metrics.items()} | _counts(batch)
+    ratios = {k: s if w is None else _ratio(s, w) for k, (s, w) in loss.metrics.items()}
+    metrics |= ratios | _counts(batch)
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, metrics
 

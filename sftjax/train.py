@@ -61,8 +61,8 @@ def train(config, workdir) -> dict:
             best_mode="min" if lower_is_better(config.eval.best) else "max",
         )
         if checkpoints.latest_step() is None:
-            state = setup.first_state(config, model, trainable, tx, target, mesh)
-            extra = {"before": None, "early_stop": None}
+            state = setup.first_state(config, model, tokenizer, trainable, tx, target, mesh)
+            extra = {"before": None, "early_stop": None, "data": None}
         else:
             state, extra = checkpoints.restore(target)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
@@ -71,7 +71,7 @@ def train(config, workdir) -> dict:
         say("state", setup.state_text(state, flops))
 
         # ==== Compile: once, for the one batch shape there is ====
-        loss_fn = losses.causal_lm(model, **config.loss.to_dict())
+        loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=feed.names)
         step_fn = functools.partial(
             train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
         )
@@ -91,7 +91,7 @@ def train(config, workdir) -> dict:
         step = checkpoints.latest_step() or 0
         log = Log(config, workdir, feed, lr, flops, start=step)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
-        for batch in feed.batches(start=step):
+        for batch in feed.batches(start=step, state=extra["data"]):
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break
@@ -111,6 +111,7 @@ def train(config, workdir) -> dict:
                 values and config.eval.best
             ):
                 with log.pause():
+                    extra["data"] = feed.state(step)
                     checkpoints.save(step, state, extra, values)
         log.close()
         checkpoints.close()

@@ -5,8 +5,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftjax.data import DataError, encode, open_source, prompt_and_answer, shift, stop_ids
 from sftjax.data.chat import encode_batch, token_weights
-from sftjax.data.conversation import to_conversation
-from sftjax.data.template import load_template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -73,115 +71,7 @@ def fails(record, tokenizer=TOKENIZER, **policy):
     return str(error.value)
 
 
-# --- record forms ---
-
-
-def roles_and_texts(record, **more):
-    chat = to_conversation(record, **more)
-    return chat["kind"], [(m["role"], m["content"]) for m in chat["messages"]]
-
-
-PAIR = [("user", "q"), ("assistant", "a")]
-FORMS = [
-    ({"messages": [user("q"), assistant("a")]}, "chat", PAIR),
-    ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
-     "chat", PAIR),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-     "chat", PAIR),
-    ({"messages": [user([{"type": "text", "text": "q"}]), assistant("a")]}, "chat", PAIR),
-    ({"prompt": "q", "completion": "a"}, "pair", PAIR),
-    ({"prompt": [user("q")], "completion": [assistant("a")]}, "chat", PAIR),
-    ({"prompt": [user("q")], "completion": "a"}, "chat", PAIR),
-    ({"instruction": "q", "input": "", "output": "a"}, "chat", PAIR),
-    ({"instruction": "q", "input": "i", "output": "a"}, "chat",
-     [("user", "q\n\ni"), ("assistant", "a")]),
-    ({"instruction": "q", "response": "a"}, "chat", PAIR),
-    ({"text": "t"}, "text", [("text", "t")]),
-    ({"messages": None, "prompt": "q", "completion": "a"}, "pair", PAIR),
-    ({"prompt": "q", "completion": "a", "system": "s"}, "pair", [("system", "s"), *PAIR]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("record, kind, expected", FORMS)
-def test_forms(record, kind, expected):
-    assert roles_and_texts(record) == (kind, expected)
-
-
-def test_field_map():
-    record = {"question": "q", "answer": "a", "sys": "s", "runs": [{"output": "o"}], "prompt": "x"}
-    fields = dict(prompt="question", completion="answer", text="", messages="", system="")
-    assert roles_and_texts(record, fields=fields) == ("pair", PAIR)
-    _, messages = roles_and_texts(record, fields=fields | {"system": "sys"}, system="default")
-    assert messages == [("system", "s"), *PAIR]
-    nested = dict(prompt="question", completion="runs.0.output")
-    assert roles_and_texts(record, fields=nested)[1][1] == ("assistant", "o")
-    assert roles_and_texts({"body": "t"}, fields=dict(text="body")) == ("text", [("text", "t")])
-    talk = {"talk": [user("q"), assistant("a")]}
-    assert roles_and_texts(talk, fields=dict(messages="talk")) == ("chat", PAIR)
-
-
-def test_system_default_only_where_there_is_none():
-    assert roles_and_texts(FORMS[0][0], system="d")[1] == [("system", "d"), *PAIR]
-    own = {"messages": [system("s"), user("q"), assistant("a")]}
-    assert roles_and_texts(own, system="d")[1] == [("system", "s"), *PAIR]
-
-
 M = "messages"
-BAD_RECORDS = [
-    ({"q": "x"}, "no known form in the fields 'q'; expected messages (or conversations)"),
-    ({"question": "x", "answer": "y"}, "data.fields.prompt=NAME data.fields.completion=NAME"),
-    ({"prompt": "x"}, "field 'completion' is missing; the row has 'prompt'; set data.fields"),
-    ({"prompt": "x", "completion": None}, "field 'completion' is null"),
-    ({"completion": "x"}, "field 'prompt' is missing"),
-    ({"instruction": "x"}, "field 'output' is missing"),
-    ({"prompt": "x", "completion": 3}, "'completion' is 3 (int), expected text or a list"),
-    ({"prompt": 3, "completion": "x"}, "'prompt' is 3 (int), expected text or a list"),
-    ({"text": ["x"]}, "'text' is ['x'] (list), expected text"),
-    ({"text": "x", "system": "s"}, None),
-    ({"prompt": "x", "completion": " \n"}, r"empty response: 'completion' is ' \n'"),
-    ({"text": " "}, "empty text: 'text' is ' '"),
-    ({M: [user("x"), assistant("")]}, "message 2: empty response: content is ''"),
-    ({M: []}, "'messages' is [] (list), expected a list of messages, not empty"),
-    ({M: "[{"}, "'messages' is not valid JSON"),
-    ({M: ["x"]}, "message 1: 'the message' is 'x' (str), expected an object"),
-    ({M: [user(3)]}, "message 1: 'content' is 3 (int), expected text"),
-    ({M: [user([{"type": "image"}])]}, "message 1: 'content' is [{'type': 'image'}] (list)"),
-    ({M: [{"role": "alien", "content": "x"}]}, "message 1: unknown role 'alien'; known roles: sys"),
-    ({M: [{"content": "x"}]}, "message 1: unknown role None"),
-    ({M: [{"role": ["x"], "content": "x"}]}, "message 1: unknown role ['x']"),
-    (
-        {M: [user("x"), user("y")]},
-        "out of order: message 2 is 'user' after 'user', where assistant",
-    ),
-    ({M: [assistant("x")]}, "message 1 is 'assistant' first, where system or developer or user"),
-    ({M: [user("x"), system("y")]}, "message 2 is 'system' after 'user'"),
-    ({M: [user("x")]}, "the last message is 'user', expected 'assistant': there is no answer"),
-    ({M: [user("x"), assistant("y", train="no")]}, "message 2: train='no', expected a bool"),
-    ({M: [user("x"), assistant("y", weight=-1)]}, "message 2: weight=-1, expected a number"),
-    ({M: [user("x"), assistant("y", weight=float("nan"))]}, "message 2: weight=nan"),
-]
-
-
-@pytest.mark.parametrize("record, message", BAD_RECORDS)
-def test_bad_record(record, message):
-    if message is None:
-        encode(record, TOKENIZER)
-    else:
-        assert message in fails(record)
-
-
-def test_bad_policy():
-    record = {"prompt": "x", "completion": "y"}
-    with pytest.raises(DataError, match="data.train_on='robot': unknown role 'robot'; expected as"):
-        encode(record, TOKENIZER, train_on="robot")
-    with pytest.raises(DataError, match="data.stop_token='yes': expected turn | all | last | none"):
-        encode(record, TOKENIZER, stop_token="yes")
-    with pytest.raises(DataError, match="data.template='none.jinja': no such file"):
-        encode(record, TOKENIZER, template="none.jinja")
-    assert "field 'q' is missing" in fails(record, fields=dict(prompt="q"))
-    assert "field 'q.0.z' is missing" in fails({"q": [{}]}, fields=dict(prompt="q.0.z"))
-    assert "plain text is no conversation" in fails({"text": "x"}, system="s")
-
 
 # --- masks ---
 
@@ -264,15 +154,17 @@ def test_generation_tags_where_marks_fail():
     assert "can't be found" in fails(TWO_TURNS, tokenizer, train_on="all")
 
 
-def test_search_where_marks_fail_and_only_without_ambiguity():
+def test_a_template_that_looks_into_the_other_texts():
+    """Marks in the trained messages alone: those in the prompt would change what is written."""
     tokenizer = make_tokenizer(
+        "{% if messages[0].content | length > 5 %}a mark is longer than that{% endif %}" + CHATML
+    )
+    record = {M: [user("one"), assistant("yes")]}
+    assert trained(record, tokenizer) == ["yes" + END]
+    looks_at_answers = make_tokenizer(
         "{% if messages[-1].content | length > 5 %}a mark is longer than that{% endif %}" + CHATML
     )
-    messages = [user("one"), assistant("yes")]
-    template = load_template(tokenizer)
-    assert template._by_sentinels(messages, None, template.render(messages)) is None
-    assert trained({M: messages}, tokenizer) == ["yes" + END]
-    assert "can't be found" in fails({M: [user("e"), assistant("s")]}, tokenizer)
+    assert "can't be found" in fails(record, looks_at_answers)
 
 
 def test_a_template_that_fails_names_the_row_and_its_message():
@@ -333,14 +225,14 @@ def test_thinking_is_trained_where_it_is_written_and_an_empty_one_is_not():
 def test_tool_calls_are_trained():
     template = CHATML.replace(
         "m.content }}",
-        "m.content }}{% for c in m.tool_calls or [] %}[{{ c.function }}]{% endfor %}",
+        "m.content }}{% for c in m.tool_calls or [] %}[{{ c.function | tojson }}]{% endfor %}",
     )
     calls = [{"function": {"name": "f", "arguments": {"x": 1}}}]
     for content in ("", "see"):
         turns = [user("q"), assistant(content, tool_calls=calls)]
         record = {M: [*turns, {"role": "tool", "content": "7"}, assistant("a")]}
         call, answer = trained(record, make_tokenizer(template))
-        assert call == content + "[{'name': 'f', 'arguments': {'x': 1}}]" + END
+        assert call == content + '[{"name": "f", "arguments": {"x": 1}}]' + END
         assert answer == "a" + END
 
 

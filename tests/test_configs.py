@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -35,7 +36,8 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
         config.model.path, config.model.init = str(tmp_path), "random"
     mesh = sharding.make_mesh({a: config.mesh[a] for a in sharding.AXES})
     with jax.set_mesh(mesh):
-        model, trainable = setup.make_model(config, tokenizer=range(100))
+        tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 99})
+        model, trainable = setup.make_model(config, tokenizer)
         lr = setup.make_schedule(config, 100)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         state = setup.abstract_state(config, model, trainable, tx, mesh)

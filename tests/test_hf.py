@@ -4,7 +4,13 @@ The checkpoints are written by the `safetensors` library, and read back by it.
 """
 
 import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import families
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,9 +20,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 import sftjax
-from sftjax import config as config_lib
 from sftjax import params as params_lib
-from sftjax import setup, sharding
+from sftjax import sharding
 from sftjax.models import hf as hf_lib
 from sftjax.models import layout
 from sftjax.models.safetensors_io import Reader, WeightsError
@@ -108,6 +113,13 @@ def stored(directory):
 def equal(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def refused(directory, message, error=WeightsError, **how):
+    with pytest.raises(error, match=message) as e:
+        sftjax.load_pretrained(directory, **how)
+    assert str(directory) in str(e.value)  # which one, whatever it is
+    return str(e.value)
 
 
 # ---- in and out ----------------------------------------------------------------------------
@@ -299,185 +311,75 @@ def test_other_safetensors_beside_model_safetensors_are_not_read(tmp_path):
     sftjax.load_pretrained(source)
 
 
-# ---- bad input -----------------------------------------------------------------------------
+# ---- host memory ---------------------------------------------------------------------------
+
+# Loads a small model of the family first: what importing and compiling takes is not counted.
+MEASURE = """
+import sys
+import jax, sftjax
+from sftjax import params, sharding
+
+def kib(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field))
+
+small, large, fsdp = *sys.argv[1:3], int(sys.argv[3])
+mesh = sharding.make_mesh({"fsdp": fsdp}) if fsdp > 1 else None
+sftjax.load_pretrained(small, mesh=mesh)
+before = kib("VmRSS")
+_, loaded = sftjax.load_pretrained(large, mesh=mesh)
+print(1024 * (kib("VmHWM") - before), params.nbytes(loaded))
+"""
+WIDE = dict(
+    hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, head_dim=64, pad_token_id=0,
+    max_position_embeddings=64,
+)  # fmt: skip
+LARGE = {  # 161 to 218 MB; the largest parameter is 1.5 to 4 times the largest tensor
+    "llama": dict(num_hidden_layers=4, intermediate_size=3072, vocab_size=3000, **WIDE),
+    "phi3": dict(num_hidden_layers=3, intermediate_size=3072, vocab_size=2000, **WIDE),
+    "mixtral": dict(
+        num_hidden_layers=2, intermediate_size=3072, vocab_size=2000, num_local_experts=2, **WIDE
+    ),
+}
 
 
-def refused(directory, message, error=WeightsError, **how):
-    with pytest.raises(error, match=message) as e:
-        sftjax.load_pretrained(directory, **how)
-    assert str(directory) in str(e.value)  # which one, whatever it is
-    return str(e.value)
+def written(directory, hf, shards):
+    """(directory, bytes of the largest tensor) of a checkpoint of any family."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(hf))
+    model = hf_lib.load_model(directory)
+    abstract, shapes = params_lib.flatten(model.abstract), {}
+    for path, files, one in hf_lib._tensors(model):
+        shape = one.file_shape(abstract[path].shape[len(next(iter(files))) :])
+        shapes |= dict.fromkeys(files.values(), shape)
+    names, rng, where = sorted(shapes), np.random.default_rng(0), {}
+    for i in range(shards):
+        tensors = {n: rng.random(shapes[n], np.float32) for n in names[i::shards]}
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(tensors, directory / file)
+        where |= dict.fromkeys(tensors, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return directory, max(4 * math.prod(s) for s in shapes.values())
 
 
-@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_weights_that_are_not_finite(tmp_path, value, kind, mesh):
-    def spoil(tensors):
-        tensors[Q][-1, -1] = value
-
-    source = checkpoint(tmp_path / "in", (kind,), 2, spoil)
-    message = (
-        rf"model-0000\d-of-00002.safetensors: tensor {Q} holds NaN or infinity; take an intact"
-    )
-    refused(source, message, mesh=mesh and sharding.make_mesh(mesh))
-
-
-def test_missing_extra_and_misshapen_tensors_are_listed(tmp_path):
-    def spoil(tensors):
-        del tensors["model.norm.weight"]
-        tensors["model.layers.3.mlp.up_proj.weight"] = np.ones((24, 16), np.float32)
-        tensors[Q] = tensors[Q][:, :-2].copy()
-
-    message = refused(checkpoint(tmp_path / "in", change=spoil), "are not those of its config.json")
-    assert sorted(message.splitlines()[1:]) == [
-        "  missing model.norm.weight [16]",
-        f"  {Q} has shape [32, 14], the config asks for [32, 16]",
-        "  unexpected model.layers.3.mlp.up_proj.weight [24, 16]",
-    ]
-
-
-def test_an_untied_model_without_a_head(tmp_path):
-    source = checkpoint(tmp_path / "in", change=lambda t: t.pop("lm_head.weight"))
-    refused(source, r"missing lm_head.weight \[32, 16\]$")
-
-
-def test_more_than_ten_differences_are_cut(tmp_path):
-    message = refused(checkpoint(tmp_path / "in", change=lambda t: t.clear()), "missing")
-    lines = message.splitlines()
-    assert len(lines) == 12
-    assert lines[-1] == f"  ... and {len(shapes(HF)) - 10} more"
-
-
-def weightless(tmp_path):
-    source = checkpoint(tmp_path / "in")
-    (source / "model.safetensors").unlink()
-    return source
-
-
-def test_pickles_are_refused(tmp_path):
-    source = weightless(tmp_path)
-    (source / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    message = r"holds only pickled weights \(pytorch_model.bin\); .* only safetensors .* Convert it"
-    refused(source, message)
-
-
-def test_directories_without_weights_or_config(tmp_path):
-    refused(weightless(tmp_path), r"has no \*.safetensors file")
-    (tmp_path / "empty").mkdir()
-    message = "config.json does not exist; a model directory needs a config.json"
-    refused(tmp_path / "empty", message, FileNotFoundError)
-
-
-def rewrite_header(file, change):
-    data = file.read_bytes()
-    n = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + n])
-    change(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
-
-
-def test_a_file_that_is_cut_short(tmp_path):
-    file = checkpoint(tmp_path / "in") / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    n = len(whole)
-    last = r"model.safetensors is cut short: tensor \S+ ends at byte"
-    refused(file.parent, rf"{last} {n}, the file at {n - 1}. Download it again")
-    for size in (5, 100):
-        file.write_bytes(whole[:size])
-        refused(file.parent, rf"not a safetensors file, or is cut short \({size} bytes\)")
-
-
-def test_a_damaged_header(tmp_path):
-    file = checkpoint(tmp_path / "in") / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:8] + b"\xff\xfe" + whole[10:])
-    refused(file.parent, "model.safetensors: damaged safetensors header: .* Download it again")
-    cases = {
-        "damaged safetensors header: KeyError": lambda e: e.pop("shape"),
-        r"has bytes \d+ to \d+, F32 \[32, 17\] needs 2176": lambda e: e.update(shape=[32, 17]),
-        f"tensor {Q} has unsupported dtype F4": lambda e: e.update(dtype="F4"),
-    }
-    for message, change in cases.items():
-        file.write_bytes(whole)
-        rewrite_header(file, lambda header: change(header[Q]))  # noqa: B023
-        refused(file.parent, rf"model.safetensors: .*{message}")
-    file.write_bytes((2).to_bytes(8, "little") + b"[]")
-    refused(file.parent, "damaged safetensors header")
-
-
-def test_a_damaged_index(tmp_path):
-    source = checkpoint(tmp_path / "in", shards=3)
-    (source / "model-00002-of-00003.safetensors").unlink()
-    message = r"index.json names files that are absent: \['model-00002-of-00003.safetensors'\]"
-    refused(source, message)
-    index = source / "model.safetensors.index.json"
-    for text in ("{", "[]", "{}"):
-        index.write_text(text)
-        refused(source, "index.json: damaged index: .* Download it again")
-    index.unlink()
-    save_file({Q: np.zeros(3, np.float32)}, source / "a.safetensors")
-    save_file({Q: np.zeros(3, np.float32)}, source / "b.safetensors")
-    refused(source, f"b.safetensors: tensor {Q} is also in a.safetensors")
-
-
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (dict(model_type=None), "has no model_type; the known ones are .*llama"),
-        (
-            dict(model_type="lama"),
-            "model_type 'lama' is not supported; known: .*nearest is 'llama'",
-        ),
-        (dict(model_type="zzz"), "model_type 'zzz' is not supported; known: .*llama"),
-        (dict(hidden_size=None), "field 'hidden_size' is missing"),
-        (
-            dict(hidden_act="gelu_banana"),
-            "hidden_act 'gelu_banana' is not supported; known: .*silu",
-        ),
-        (
-            dict(rope_scaling=dict(rope_type="twisted")),
-            "rope type 'twisted' is not supported; known",
-        ),
-        (dict(rope_scaling=dict(type="linear")), "rope type 'linear' needs the field 'factor'"),
-        (dict(rope_scaling=LLAMA3), "'llama3' needs the field 'original_max_position_embeddings'"),
-        (dict(quantization_config={"quant_method": "gptq"}), r"quantised weights \(gptq\) are not"),
-        (dict(num_key_value_heads=3), "4 heads do not divide over 3 kv heads"),
-    ],
-    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
-)
-def test_configs_that_are_refused_before_any_weight_is_read(tmp_path, fields, message):
-    hf = {k: v for k, v in (HF | fields).items() if v is not None}
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    refused(tmp_path, f"config.json:? .*{message}", ValueError)
-
-
-def test_a_config_that_is_not_json(tmp_path):
-    (tmp_path / "config.json").write_text("{'model_type': ")
-    refused(tmp_path, "config.json is not valid JSON: ", ValueError)
-
-
-def test_a_path_that_is_neither_directory_nor_hub_id(monkeypatch):
-    refused("/no/such/model", "does not exist, and is no hub id", FileNotFoundError)
-    import huggingface_hub
-
-    def offline(*a, **k):
-        raise OSError("no network here")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    message = "'no-such/model' is no local directory and could not be fetched from the hub: no netw"
-    refused("no-such/model", message, FileNotFoundError)
-
-
-def test_a_tokenizer_larger_than_the_embedding(tmp_path):
-    config = config_lib.get_default()
-    config.model.path = str(checkpoint(tmp_path / "in"))
-    setup.make_model(config, range(32))  # all that is asked of the tokenizer is its length
-    message = "the tokenizer has 33 tokens, the model's embedding only 32 rows: they do not belong"
-    with pytest.raises(config_lib.ConfigError, match=message):
-        setup.make_model(config, range(33))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LARGE)
+def test_loading_takes_its_own_part_and_not_a_tensor_more(tmp_path, family):
+    """Peak of resident memory, in a process of its own, on one device and on eight."""
+    hf = {"model_type": family, **LARGE[family]}
+    large, largest = written(tmp_path / "large", hf, shards=4)
+    small, _ = written(tmp_path / "small", families.CASES[family], shards=2)
+    for devices in (1, 8):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, small, large, str(devices)],
+            capture_output=True, text=True,
+            env=os.environ | {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            },
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        growth, own = map(int, done.stdout.split())
+        assert own > 150e6 and largest < own / 6
+        print(f"{family} on {devices}: own {own:,}, largest {largest:,}, peak {growth:,} bytes")
+        assert own < growth < own + 1.2 * largest

@@ -6,9 +6,11 @@ import sys
 import pytest
 from test_chat import make_tokenizer
 
+from sftjax import config as config_lib
 from sftjax.config import get_default
 from sftjax.data import DataError
-from sftjax.inspect_data import GREEN, PLAIN, inspect, main
+from sftjax.inspect_data import inspect, main
+from sftjax.inspect_views import GREEN, PLAIN, RED
 
 ROWS = [
     {"prompt": "what is two?", "completion": "two <script>alert(1)</script> & four"},
@@ -16,27 +18,55 @@ ROWS = [
     {"prompt": "long " * 100, "completion": "lost"},
     {"prompt": "z", "completion": "four"},
 ]
+SHORT = [{"prompt": "the cat sat on the mat " * 3, "completion": "a"}, {"prompt": "b"}]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
 
 
 @pytest.fixture
 def config(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     config = get_default()
     config.model.path = config.data.tokenizer = str(tmp_path / "tokenizer")
-    config.data.train = str(tmp_path / "d.jsonl")
+    config.data.train = write(tmp_path / "d.jsonl", ROWS)
     config.data.max_length = 128
     config.data.cache_dir = str(tmp_path / "cache")
     return config
 
 
+@pytest.fixture
+def two_sources(config, tmp_path):
+    entries = (
+        dict(path=config.data.train, name="first"),
+        dict(path=write(tmp_path / "e.jsonl", SHORT), name="second", on_error="skip")
+        | dict(max_skipped=1.0, overlong="drop"),
+    )
+    config.data.train, config.data.sources = "", entries
+    return config
+
+
+def examples(config, n=9, **options):
+    return json.loads(inspect(config, n, "json", **options))["examples"]
+
+
+def lines(config, n=9, **options):
+    return [int(e["where"].rsplit(":", 1)[1]) for e in examples(config, n, **options)]
+
+
+# --- what is shown ------------------------------------------------------------------------------
+
+
 def test_terminal(config):
     page = inspect(config, 3)
     assert f"assistant\n{GREEN}two <script>alert(1)</script> & four<|im_end|>{PLAIN}\n" in page
-    assert re.search(r"d.jsonl:1, \d+ tokens\n", page)
-    assert re.search(r"d.jsonl:3, \d+ tokens, dropped\n", page)
+    assert re.search(r"d.jsonl:1, \d+ tokens, \d+% trained\n", page)
+    assert re.search(r"d.jsonl:3, \d+ tokens, \d% trained, dropped: no_trained_token_left\n", page)
     assert re.search(rf"{re.escape(GREEN)}<\|im_end\|> +3 +1 +1 +\d+{re.escape(PLAIN)}\n", page)
     assert re.search(r"<\|im_start\|> +2 +0 +2 +0\n", page)  # the second document of the row
+    assert re.search(r"<\|im_start\|> +2 +0 +- +-\n", page)  # of the row that is dropped
     assert "examples    4, 3 documents kept" in page
     assert "dropped     1 no_trained_token_left" in page
     assert "stop token  trained: yes, <|im_end|>" in page
@@ -49,6 +79,23 @@ def test_without_colour(config):
     assert "⟦two <script>" in page and "\033" not in page
 
 
+def test_a_wide_terminal_has_the_tokens_beside_the_text(config, tmp_path):
+    said = "日本 " + "wide " * 20 + "\n\x1b[31mnot red"
+    config.data.train = write(tmp_path / "w.jsonl", [{"prompt": "q", "completion": said}])
+    page = inspect(config, 1, width=130)
+    block = page.split("\n\n")[1].splitlines()
+    plain = [re.sub(r"\033\[\d+m", "", line) for line in block]
+    assert {line.find("segment") for line in plain[:1]} == {68 + 3 + 24 + 8 + 8 + 2}
+    width = lambda text: len(text) + sum(c in "日本" for c in text)  # noqa: E731
+    left = [
+        next(t[:i] for i in range(len(t) + 1) if width(t[:i]) == 68 or i == len(t)) for t in plain
+    ]
+    text = "".join(left).replace(" ", "")
+    assert "assistant日本wide" in text and r"\x1b[31mnotred<|im_end|>" in text
+    assert all(line.count(GREEN) == line.count(PLAIN) for line in block)
+    assert page.count("\033[31m") == 0
+
+
 def test_json(config):
     report = json.loads(inspect(config, 2, "json"))
     assert report["totals"]["examples"] == 4
@@ -57,15 +104,31 @@ def test_json(config):
     (start, stop), = first["spans"]  # fmt: skip
     assert "".join(words) == first["text"][start:stop]
     assert [t["position"] for t in first["tokens"]] == list(range(first["length"]))
-    assert {t["segment"] for t in report["examples"][1]["tokens"]} != {0}
+    assert {t["segment"] for t in report["examples"][1]["tokens"]} != {None}
+    assert first["trained"] == round(len(words) / (first["length"] - 1), 4)
+
+
+@pytest.mark.parametrize("overlong", ["truncate_end", "truncate_prompt", "split"])
+def test_tokens_that_are_cut_have_no_place(config, overlong):
+    config.data.max_length, config.data.overlong = 20, overlong
+    for example in examples(config):
+        kept = [t for t in example["tokens"] if t["segment"] is not None]
+        assert len(kept) == example["kept"] and bool(kept) != bool(example["dropped"])
+        assert all((t["position"] is None) == (t["segment"] is None) for t in example["tokens"])
+    answer = examples(config)[2]["tokens"][-7:]
+    assert "".join(t["token"] for t in answer).endswith("lost<|im_end|>\n")
+    places = {t["position"] is None for t in answer[:-1]}
+    assert places == {overlong == "truncate_end"}
 
 
 def test_html_is_escaped_and_self_contained(config):
     page = inspect(config, 4, "html")
-    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; four" in page
+    assert page.count("<script") == 1  # the page's own, at its end
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; four" in page
     assert '<span class="trained">{{ y }} {0}&lt;|im_end|&gt;</span>' in page
     assert not re.search(r"(src|href|url|@import)\s*[=(]", page) and "http" not in page
-    assert page.count("<h2>") == 4 and page.count("<details>") == page.count("</details>") == 4
+    assert page.count("<article") == page.count("</article>") == 4
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
 
 
 def test_nothing_is_written_where_no_cache_is_named(config, tmp_path, monkeypatch):
@@ -76,29 +139,236 @@ def test_nothing_is_written_where_no_cache_is_named(config, tmp_path, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+# --- which rows ---------------------------------------------------------------------------------
+
+
+def test_filters(config):
+    assert lines(config, 2, start=1) == [2, 3]
+    shares = {e["where"][-1]: e["trained"] for e in examples(config)}
+    assert len(set(shares.values())) == 4
+    middle = sorted(shares.values())[2]
+    expected = [int(line) for line, share in shares.items() if share >= middle]
+    assert lines(config, min_trained=middle) == expected
+    assert lines(config, 1, min_trained=middle) == expected[:1]
+    assert lines(config, max_trained=middle - 1e-3) == [
+        n for n in (1, 2, 3, 4) if n not in expected
+    ]
+    assert lines(config, dropped="any") == lines(config, dropped="no_trained_token_left") == [3]
+    assert lines(config, dropped="too_long") == []
+    assert "no row is as wanted" in inspect(config, dropped="too_long")
+    config.data.overlong = "drop"
+    assert lines(config, dropped="too_long") == [3]
+
+
+def test_rows_that_cleaning_removes(config, tmp_path):
+    with open(config.data.train, "a") as file:
+        file.write('{"prompt": "no answer"}\n' + json.dumps(ROWS[0]) + "\nnot json\n")
+    config.data.clean.rules = ("missing", "markup", "exact_duplicate")
+    found = {e["where"][-1]: e for e in examples(config, dropped="any")}
+    reasons = {line: e["dropped"] for line, e in found.items()}
+    markup, missing = dict.fromkeys("16", "markup"), dict.fromkeys("57", "missing")
+    assert reasons == {"3": "no_trained_token_left"} | markup | missing
+    assert "HTML tag" in found["1"]["note"] and found["1"]["tokens"]  # would-be tokens
+    assert found["1"]["kept"] == 0 and found["1"]["trained"] > 0
+    assert "no answer" in found["5"]["text"] and not found["5"]["tokens"]
+    assert "JSON" in found["7"]["note"]
+    assert lines(config, dropped="missing") == [5, 7]
+    assert lines(config) == [2, 3, 4, 1, 5, 6, 7]  # those that cleaning removed come last
+    assert lines(config, 2, start=3) == [1, 5]
+    assert "cleaned     2 markup, 2 missing" in inspect(config, 1)
+
+
+def test_a_set_in_which_nothing_is_trained_is_shown_with_the_error(config):
+    config.data.train_on = "system"
+    assert "\nerror: nothing is trained in any of 4 rows" in inspect(config)
+    page = inspect(config, dropped="no_trained_token", format="html")
+    assert page.count("<article") == 4
+    assert '<p class="problem">nothing is trained in any of 4 rows' in page
+
+
+def test_sources(two_sources):
+    report = json.loads(inspect(two_sources, 9, "json"))
+    assert [e["source"] for e in report["examples"]] == ["first"] * 4 + ["second"] * 2
+    bad = report["examples"][-1]
+    assert bad["dropped"] == "skipped" and "completion" in bad["note"] and bad["text"]
+    assert set(report["sources"]) == {"first", "second"}
+    assert report["totals"]["examples"] == 5 and report["totals"]["documents"] == 4
+    assert len(report["totals"]["skipped"]) == 1
+    assert {e["source"] for e in examples(two_sources, source="second")} == {"second"}
+    two_sources.data.max_length = 24  # only the second drops what is longer
+    (dropped,) = examples(two_sources, dropped="too_long")
+    assert dropped["where"].endswith("e.jsonl:1")
+
+
+def test_totals_of_several_sources(two_sources):
+    page = inspect(two_sources)
+    assert "== second: " in page
+    first, second, both = re.findall(r"== (?:first|second|all)\n\nexamples +(.*)\n", page)
+    assert [first, second] == ["4, 3 documents kept", "1, 1 documents kept"]
+    assert both == "5, 4 documents kept"
+    page = inspect(two_sources, format="html")
+    assert all(f"<b>{name}</b><table>" in page for name in ("first", "second", "all"))
+    two_sources.data.max_length = 24
+    page = inspect(two_sources)
+    assert "== first\n" in page and "== second\n" not in page and "== all\n" not in page
+    assert "error: nothing is trained in any of 2 rows" in page
+
+
+def test_validation_rows_are_named_by_their_file(config, tmp_path):
+    rows = [{"prompt": "q", "completion": "kept out"}]
+    config.data.validation = write(tmp_path / "held.jsonl", rows) + "," + config.data.train
+    assert {e["source"] for e in examples(config, set="validation")} == {"held", "d"}
+    assert lines(config, set="validation", source="held") == [1]
+
+
 def test_bad_arguments(config):
-    with pytest.raises(DataError, match="--format=pdf: expected terminal | json | html"):
-        inspect(config, 1, "pdf")
-    with pytest.raises(DataError, match="--set=other: expected train | validation | test"):
-        inspect(config, 1, set="other")
-    with pytest.raises(DataError, match="data.validation is empty"):
-        inspect(config, 1, set="validation")
+    def fails(message, **options):
+        with pytest.raises(DataError, match=re.escape(message)):
+            inspect(config, **options)
+
+    fails("--format=pdf: expected terminal | json | html", format="pdf")
+    fails("--set=other: expected train | validation | test", set="other")
+    fails("data.validation is empty", set="validation")
+    fails("--source=other: expected train", source="other")
+    fails("--dropped=other: expected any | too_long | ", dropped="other")
+    fails("--min_trained=0.5 --max_trained=0.2: expected shares", min_trained=0.5, max_trained=0.2)
+    fails("--n=-1 --start=0: expected 0 or more", n=-1)
 
 
-def test_command(config, tmp_path):
-    file, out = tmp_path / "c.py", tmp_path / "page.html"
-    file.write_text(
+# --- two configs --------------------------------------------------------------------------------
+
+
+def changed(config, **values):
+    other = config.copy_and_resolve_references()
+    for key, value in values.items():
+        config_lib.override(other, f"data.{key}", str(value))
+    return other
+
+
+def against(config, other, n=9, **options):
+    return json.loads(inspect(config, n, "json", against=other, **options))
+
+
+def test_equal_policies(config):
+    page = inspect(config, against=changed(config, packing="none"))
+    assert "no difference in 4 rows" in page and "d.jsonl:" not in page
+    assert against(config, changed(config, packing="none"))["differences"] == []
+
+
+def test_masks_that_differ(config):
+    other = changed(config, stop_token="none")
+    report = against(config, other)
+    # The row of which nothing is left to train differs in nothing.
+    assert [d["where"][-1] for d in report["differences"]] == ["1", "2", "4"]
+    assert report["comparison"]["differ"] == 3 and report["comparison"]["other_tokens"] == 0
+    counts = report["comparison"]
+    assert counts["trained_here"] - counts["trained_there"] == 3
+    for difference in report["differences"]:
+        marked = [t for t in difference["tokens"] if t["mark"]]
+        assert [(t["mark"], t["token"], t["here"], t["there"]) for t in marked] == [
+            ("only-here", "<|im_end|>", 1, 0)
+        ]
+        assert (difference["only_here"], difference["only_there"]) == (1, 0)
+    back = against(other, config)["differences"][0]
+    assert (back["only_here"], back["only_there"]) == (0, 1)
+    page = inspect(config, 1, against=other)
+    assert re.search(rf"{re.escape(RED)}< <\|im_end\|> +3 +1 +0{re.escape(PLAIN)}\n", page)
+    assert "3 of 4 rows differ" in page and "tokenise differently" not in page
+    assert "\n  ...\n" in page  # the tokens far from any difference
+    page = inspect(config, against=other, format="html")
+    assert page.count("<article>") == page.count('<tr class="only-here">') == 3
+    assert "only-there" not in page.split("<article>", 1)[1]
+
+
+def test_tokens_that_differ(config, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    report = against(config, changed(config, template=template))
+    assert report["comparison"]["other_tokens"] == 3 and not report["comparison"]["tokenizers"]
+    for difference in report["differences"]:
+        marked = [(t["mark"], t["token"]) for t in difference["tokens"] if t["mark"]]
+        assert marked == [("only-here", "\n")] * 2  # after each turn
+    page = inspect(config, against=changed(config, template=template))
+    assert "the two tokenise differently: other tokens in 3 of 4 rows" in page
+
+
+def test_rows_that_only_one_config_drops(config):
+    report = against(config, changed(config, overlong="drop", max_length=24))
+    assert [d["where"][-1] for d in report["differences"]] == ["1", "2"]
+    there = report["differences"][0]["there"]
+    assert (there["dropped"], there["tokens"]) == ("too_long", 0)
+    page = inspect(config, against=changed(config, overlong="drop", max_length=24), format="html")
+    assert "dropped: too_long (data.max_length=24)" in page
+
+
+def test_weights_that_differ(config, tmp_path):
+    turns = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a", "weight": 0.5}]
+    config.data.train = write(
+        tmp_path / "m.jsonl", [{"a": turns, "b": turns[:1] + [turns[1] | {"weight": 2}]}]
+    )
+    config.data.fields.messages = "a"
+    (difference,) = against(config, changed(config, **{"fields.messages": "b"}))["differences"]
+    marked = {(t["mark"], t["here"], t["there"]) for t in difference["tokens"] if t["mark"]}
+    assert marked == {("weight", 0.5, 2)}
+
+
+def test_other_tokenizers_are_compared_by_text(config, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    page = inspect(config, against=changed(config, tokenizer=tmp_path / "other"))
+    assert "the tokenizers are different: " in page and "no difference in 4 rows" in page
+
+
+def test_bad_rows_of_the_other_config_say_so(config):
+    with pytest.raises(DataError, match=r"^--against: .*d.jsonl:1: "):
+        inspect(config, against=changed(config, **{"fields.prompt": "nowhere"}))
+
+
+def test_sources_are_matched_by_name(two_sources):
+    other = two_sources.copy_and_resolve_references()
+    first, second = other.data.sources
+    other.data.sources = (first, second | {"stop_token": "none"})
+    report = against(two_sources, other)
+    assert [d["source"] for d in report["differences"]] == ["second"]
+    assert report["comparison"]["rows"] == 6
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_command(config, tmp_path, capsys):
+    text = (
         "from sftjax.config import get_default\n"
         "def get_config(arg=''):\n"
         "    c = get_default()\n"
-        f"    c.data.tokenizer = {config.data.tokenizer!r}\n"
         f"    c.data.train = {config.data.train!r}\n"
-        "    return c\n"
+        "    c.data.train_on = arg or 'assistant'\n"
     )
+    tokenizer = f"    c.data.tokenizer = {config.data.tokenizer!r}\n"
+    file, other, out = (tmp_path / name for name in ("c.py", "other.py", "page.html"))
+    file.write_text(text + tokenizer + "    return c\n")
+    other.write_text(text + "    return c\n")  # of no tokenizer: then it is the first one's
     command = [sys.executable, "-m", "sftjax.inspect_data", f"--config={file}", "--n=1"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "examples    4, 4 documents kept" in shown
     main([*command[3:], "--format=html", f"--out={out}"])
     assert out.read_text().startswith("<!doctype html>")
+    capsys.readouterr()
+    main([*command[3:], f"--against={other}"])
+    assert "no difference in 4 rows" in capsys.readouterr().out
+    main([*command[3:], f"--against={other}:all"])
+    assert "4 of 4 rows differ" in capsys.readouterr().out
+    main([*command[3:], "--dropped", "--config.data.max_length=64"])
+    assert "d.jsonl:3, " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main([*command[3:], "--config.data.train_on=system"])
+    assert "dropped: no_trained_token" in capsys.readouterr().out
+    with pytest.raises(DataError, match="nothing is trained in any of 4 rows"):
+        main([*command[3:], "--config.data.train_on=system", f"--out={out}"])
+    assert "dropped: no_trained_token" in out.read_text()
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         main([*command[3:], "--config.data.train=none.jsonl"])

@@ -126,6 +126,36 @@ def test_a_folder_of_several_splits_is_refused(tmp_path):
         open_source(tmp_path)
 
 
+def test_a_record_for_each_element_of_nested_lists(tmp_path):
+    rows = [
+        {"title": "t", "parts": [{"context": "c", "qas": [{"q": 1}, {"q": 2}]}]},
+        {"title": "u", "parts": []},
+        {"title": "v", "parts": [{"context": "d", "qas": []}, {"context": "e", "qas": [{"q": 3}]}]},
+    ]
+    path = tmp_path / "a.jsonl"
+    write(path, "\n".join(map(json.dumps, rows)))
+    source = open_source(f"{path}#parts.qas")
+    assert records(source) == [
+        {"title": "t", "context": "c", "q": 1},
+        {"title": "t", "context": "c", "q": 2},
+        {"title": "v", "context": "e", "q": 3},
+    ]
+    assert source.where(2) == f"{path}:3#parts.1.qas.0"
+    assert [len(open_source(f"{path}{lists}")) for lists in ("", "#parts")] == [3, 3]
+    prints = {open_source(f"{path}{lists}").fingerprint() for lists in ("", "#parts", "#parts.qas")}
+    assert len(prints) == 3
+    with pytest.raises(DataError, match=r"a.jsonl:1: #part is 'null', expected a list of objects"):
+        open_source(f"{path}#part")
+    with pytest.raises(DataError, match="a.jsonl:1: 't' is no object|#title is 't', expected a l"):
+        open_source(f"{path}#title")
+    write(tmp_path / "empty.jsonl", json.dumps({"parts": []}))
+    with pytest.raises(DataError, match="empty.jsonl: #parts holds no element in any row"):
+        open_source(f"{tmp_path / 'empty.jsonl'}#parts")
+    named = tmp_path / "b#parts.jsonl"  # a file's own name counts first
+    write(named, json.dumps(rows[0]))
+    assert records(open_source(named)) == rows[:1]
+
+
 def hub(tmp_path, monkeypatch, names):
     import huggingface_hub
 

@@ -1,13 +1,16 @@
 """Data: records -> conversations -> tokens and weights -> packed rows -> batches."""
 
 from sftjax.data.chat import Encoded, encode, prompt_and_answer, stop_ids
+from sftjax.data.mix import Mixture
 from sftjax.data.pack import make_batch, pack, shift
-from sftjax.data.pipeline import Rows, TokenStore, build_store, loader
+from sftjax.data.pipeline import TokenStore, build_store
+from sftjax.data.rows import Rows, loader
 from sftjax.data.sources import DataError, open_source
 
 __all__ = [
     "DataError",
     "Encoded",
+    "Mixture",
     "Rows",
     "TokenStore",
     "build_store",

@@ -3,15 +3,12 @@
 A new record form is one function and one line in `_read_form`.
 """
 
-import json
+import re
 
+from sftjax.data.marks import THINK
+from sftjax.data.messages import known_roles, parse_json, read_messages, read_tools, wrong_type
 from sftjax.data.sources import DataError
 
-ROLES = {  # the names that data sets use -> the names that templates use
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **{"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"},
-    **{"bot": "assistant", "function": "tool", "observation": "tool", "ipython": "tool"},
-}
 MAY_FOLLOW = {
     "": ("system", "developer", "user"),
     "system": ("developer", "user"),
@@ -20,62 +17,112 @@ MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+FIELDS = ("prompt", "completion", "input", "system", "messages", "text", "tools")  # of a record
+MESSAGE_FIELDS = ("role", "content")  # of a message
 KNOWN_FORMS = (
-    "messages (or conversations) | prompt + completion | instruction (+ input) + output | text"
+    "messages (or conversations) | prompt + completion | instruction (+ input) + output | "
+    "segments | text"
 )
 
 
-def to_conversation(record: dict, *, fields=None, system: str = "", where: str = "") -> dict:
+def to_conversation(
+    record: dict,
+    *,
+    fields=None,
+    roles=None,
+    system: str = "",
+    template_kwargs=None,
+    where: str = "",
+) -> dict:
     """Bring a record of any known form into one form.
 
     Args:
       record: messages | conversations (from/value) | prompt + completion (text or message lists)
-        | instruction (+ input) + output | text.
-      fields: the record's own names for prompt, completion, system, messages or text; a dotted
-        name such as "instances.0.output" looks inside; an empty one is found by the known forms.
+        | instruction (+ input, history) + output | segments | text; and beside them tools,
+        system, chat_template_kwargs.
+      fields: the record's own names for prompt, completion, input, system, messages, text, tools,
+        and a message's for role and content; an empty one is found by the known forms. A dotted
+        name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
+        with names in braces is filled in: "{context}\\n\\n{question}".
+      roles: {the data's name of a role: ours}, beside the known ones.
       system: a system message for conversations that have none.
+      template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
       where: file and row, for errors.
 
-    Returns: dict(messages=[{role, content, ...}], tools=list or None, kind="chat" | "pair" |
-      "text"). A pair is one prompt and completion in text, which may be rendered as a chat or
-      run together. Text is one message of role "text".
+    Returns: dict(messages=[{role, content, ...}], tools=list or None, options=dict for the
+      template, kind="chat" | "pair" | "segments" | "text"). A pair is one prompt and completion
+      in text, which may be rendered as a chat or run together. Text and segments are messages of
+      role "text".
     Raises: DataError.
     """
     fields = {key: name for key, name in dict(fields or {}).items() if name}
-    kind, messages = _read_form(record, fields, where)
-    tools = record.get("tools") or None
-    if isinstance(tools, str):
-        tools = _parse_json(tools, "tools", where)
-    if kind == "text" and (system or "system" in fields):
+    if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
+        raise DataError(f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}")
+    own = _field(record, fields["tools"], where) if "tools" in fields else record.get("tools")
+    chat = dict(tools=read_tools(own, where), options=_options(record, template_kwargs, where))
+    kind, messages = _read_form(record, fields, known_roles(roles), where)
+    if kind in ("text", "segments") and (system or "system" in fields):
         raise DataError(f"{where}: a system message is set, but plain text is no conversation")
-    if kind != "text":
+    if kind in ("chat", "pair"):
         own = _field(record, fields["system"], where) if "system" in fields else None
         system = own or record.get("system") or system
         if not isinstance(system, str):
-            raise _wrong_type("system", system, "text", where)
+            raise wrong_type("system", system, "text", where)
         if system and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": system}, *messages]
         _check_order(messages, where)
-    return dict(messages=messages, tools=tools, kind=kind)
+    return chat | dict(messages=messages, kind=kind)
 
 
-def _read_form(record, fields, where):
+def last_turn(messages) -> int:
+    """The index at which the last turn begins: after the last user's message."""
+    return max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+
+
+def without_reasoning(messages, start, stop) -> list[dict]:
+    """`messages`, of which those in [start, stop) lose their reasoning."""
+    return [_answer_only(m) if start <= i < stop else m for i, m in enumerate(messages)]
+
+
+def _answer_only(message):
+    if message["role"] != "assistant":
+        return message
+    thought = THINK.fullmatch(message["content"])
+    kept = {k: v for k, v in message.items() if k != "reasoning_content"}
+    return kept | ({"content": thought[1]} if thought else {})
+
+
+def _options(record, template_kwargs, where):
+    own = record.get("chat_template_kwargs") or {}
+    own = parse_json(own, "chat_template_kwargs", where) if isinstance(own, str) else own
+    if not isinstance(own, dict):
+        raise wrong_type("chat_template_kwargs", own, "an object", where)
+    return dict(template_kwargs or {}) | own
+
+
+# --- record forms ---
+
+
+def _read_form(record, fields, roles, where):
     present = {key for key, value in record.items() if value is not None}
     pair = {"prompt", "completion"}
     if "messages" in fields:
-        return "chat", _messages(_field(record, fields["messages"], where), where)
+        raw = _field(record, fields["messages"], where)
+        return "chat", read_messages(raw, fields, roles, where)
     if "text" in fields:
         return "text", _text_message(record, fields["text"], where)
     if pair & set(fields):
         names = [fields.get(key, key) for key in ("prompt", "completion")]
-        return _read_pair(record, *names, where)
+        return _read_pair(record, *names, fields, roles, where)
     for key in ("messages", "conversations"):
         if key in present:
-            return "chat", _messages(record[key], where)
+            return "chat", read_messages(record[key], fields, roles, where)
+    if "segments" in present:
+        return "segments", _read_segments(record["segments"], where)
     if "instruction" in present:
-        return _read_instruction(record, where)
+        return "chat", _read_instruction(record, fields, where)
     if present & pair:
-        return _read_pair(record, "prompt", "completion", where)
+        return _read_pair(record, "prompt", "completion", fields, roles, where)
     if "text" in present:
         return "text", _text_message(record, "text", where)
     raise DataError(
@@ -84,9 +131,11 @@ def _read_form(record, fields, where):
     )
 
 
-def _read_pair(record, prompt_name, completion_name, where):
+def _read_pair(record, prompt_name, completion_name, fields, roles, where):
     prompt = _field(record, prompt_name, where)
     completion = _field(record, completion_name, where)
+    if "input" in fields and isinstance(prompt, str):
+        prompt = _with_input(prompt, _field(record, fields["input"], where), where)
     if isinstance(completion, str) and isinstance(prompt, str):
         return "pair", [_user(prompt), _answer(completion, completion_name, where)]
     if isinstance(prompt, str):
@@ -94,21 +143,54 @@ def _read_pair(record, prompt_name, completion_name, where):
     if isinstance(completion, str):
         completion = [_answer(completion, completion_name, where)]
     if not isinstance(prompt, list):
-        raise _wrong_type(prompt_name, prompt, "text or a list of messages", where)
+        raise wrong_type(prompt_name, prompt, "text or a list of messages", where)
     if not isinstance(completion, list):
-        raise _wrong_type(completion_name, completion, "text or a list of messages", where)
+        raise wrong_type(completion_name, completion, "text or a list of messages", where)
     given = [{"train": False, **m} if isinstance(m, dict) else m for m in prompt]
-    return "chat", _messages(given + completion, where)
+    return "chat", read_messages(given + completion, fields, roles, where)
 
 
-def _read_instruction(record, where):
-    parts = [_text(record, "instruction", where)]
-    if record.get("input"):
-        parts.append(_text(record, "input", where))
+def _read_instruction(record, fields, where):
+    turns = []
+    history = record.get("history") or []
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
+            raise wrong_type("history", turn, "pairs [instruction, output]", where)
+        turns += [_user(turn[0]), _answer(turn[1], "history", where)]
+    prompt = _text(record, "instruction", where)
+    extra = record.get("input")
+    if "input" in fields:
+        extra = _field(record, fields["input"], where)
     name = "output" if record.get("output") is not None else "response"
     name = name if record.get(name) is not None else "output"
     answer = _answer(_text(record, name, where), name, where)
-    return "chat", [_user("\n\n".join(parts)), answer]
+    return [*turns, _user(_with_input(prompt, extra or "", where)), answer]
+
+
+def _with_input(prompt, extra, where):
+    if not isinstance(extra, str):
+        raise wrong_type("input", extra, "text", where)
+    return f"{prompt}\n\n{extra}" if extra else prompt
+
+
+def _read_segments(segments, where):
+    """Texts that are run together as they stand, each with its weight."""
+    if not isinstance(segments, list) or not segments:
+        raise wrong_type("segments", segments, "a list, not empty", where)
+    messages = []
+    for n, segment in enumerate(segments, 1):
+        at = f"{where}: segment {n}"
+        if not isinstance(segment, dict):
+            raise wrong_type("the segment", segment, 'an object {"text": ..., "train": ...}', at)
+        text = segment.get("text", segment.get("content"))
+        if not isinstance(text, str):
+            raise wrong_type("text", text, "text", at)
+        said = {k: segment[k] for k in ("train", "weight") if k in segment}
+        said |= {"train": segment["label"]} if "label" in segment else {}
+        if not said:
+            raise DataError(f'{at}: it says neither "train" (true, false) nor "weight"')
+        messages.append({"role": "text", "content": text} | said)
+    return messages
 
 
 def _user(text):
@@ -126,44 +208,6 @@ def _text_message(record, name, where):
     if not text.strip():
         raise DataError(f"{where}: empty text: {name!r} is {text!r}; fill it or drop the row")
     return [{"role": "text", "content": text}]
-
-
-def _messages(raw, where):
-    if isinstance(raw, str):
-        raw = _parse_json(raw, "messages", where)
-    if not isinstance(raw, list) or not raw:
-        raise _wrong_type("messages", raw, "a list of messages, not empty", where)
-    return [_message(m, f"{where}: message {n}") for n, m in enumerate(raw, 1)]
-
-
-def _message(raw, where):
-    if not isinstance(raw, dict):
-        raise _wrong_type("the message", raw, 'an object {"role": ..., "content": ...}', where)
-    message = {k: v for k, v in raw.items() if v is not None and k not in ("from", "value")}
-    role = raw.get("role", raw.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where}: unknown role {role!r}; known roles: {', '.join(ROLES)}")
-    content = raw.get("content", raw.get("value"))
-    reasoning = raw.get("reasoning_content") or raw.get("reasoning") or raw.get("thinking")
-    if isinstance(reasoning, str) and ROLES[role] == "assistant":
-        message["reasoning_content"] = reasoning
-    if isinstance(message.get("tool_calls"), str):
-        message["tool_calls"] = _parse_json(message["tool_calls"], "tool_calls", where)
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise _wrong_type("content", content, "text (or a list of text parts)", where)
-    message |= dict(role=ROLES[role], content=content)
-    spoken = content.strip() or message.get("tool_calls") or message.get("reasoning_content")
-    if message["role"] == "assistant" and not spoken:
-        raise DataError(f"{where}: empty response: content is {content!r}; fill it or drop the row")
-    return message
-
-
-def _is_text_part(part):
-    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def _check_order(messages, where):
@@ -185,16 +229,16 @@ def _check_order(messages, where):
         )
 
 
+# --- the fields of a record ---
+
+
 def _field(record, name, where):
-    """`record[name]`, or one step inside for each part of a dotted name."""
+    """`record[name]`; inside for a dotted name; a text with names in braces is filled in."""
+    if "{" in name:
+        return re.sub(r"\{([^{}]+)\}", lambda m: _text(record, m[1], where), name)
     value = record.get(name)
     if value is None and "." in name:
-        value = record
-        for part in name.split("."):
-            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
-                value = value[int(part)]
-            else:
-                value = value.get(part) if isinstance(value, dict) else None
+        value = _inside(record, name.split("."))
     if value is None:
         state = "is null" if name in record else "is missing"
         raise DataError(
@@ -204,23 +248,23 @@ def _field(record, name, where):
     return value
 
 
-def _text(record, name, where):
-    value = _field(record, name, where)
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, "text", where)
+def _inside(value, parts):
+    for n, part in enumerate(parts):
+        if part == "*" and isinstance(value, list):
+            lines = [_inside(element, parts[n + 1 :]) for element in value]
+            return "\n".join(lines) if all(isinstance(line, str) for line in lines) else None
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _wrong_type(name, value, expected, where):
-    found = f"{value!r:.60} ({type(value).__name__})"
-    return DataError(f"{where}: {name!r} is {found}, expected {expected}")
-
-
-def _parse_json(text, name, where):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: {name!r} is not valid JSON: {error}: {text[:60]!r}") from None
+def _text(record, name, where):
+    value = _field(record, name, where)
+    if not isinstance(value, str):
+        raise wrong_type(name, value, "text", where)
+    return value
 
 
 def _names(record):

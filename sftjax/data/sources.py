@@ -1,4 +1,4 @@
-"""Records by index: JSONL, JSON, Parquet, CSV and TSV files, folders, globs, hub data sets.
+"""Records by index: JSONL (.gz, .zst too), JSON, Parquet, CSV, TSV; folders, globs, hub data sets.
 
 Random access (index -> dict) is what makes shuffling and resuming a matter of arithmetic.
 A new format is one function `path -> reader` and one line in `READERS`. A reader has a length,
@@ -8,15 +8,18 @@ gives the record at an index, and says by `where` which line or row of the file 
 import csv
 import glob
 import hashlib
+import io
 import json
 import mmap
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by its content
 
 
@@ -57,6 +60,7 @@ class Source(Sequence):
         digest = hashlib.sha256()
         for reader in self.readers:
             digest.update(_file_hash(reader.path).encode())
+            digest.update(getattr(reader, "lists", "").encode())
         return digest.hexdigest()
 
     def _locate(self, i):
@@ -72,15 +76,20 @@ def open_source(spec: str, limit: int = 0) -> Source:
 
     Args:
       spec: comma-separated files, globs, folders, or a hub data set id `org/name`, with `:split`
-        where it isn't `train`. Of a folder, all data files are read.
+        where it isn't `train`. Of a folder, all data files are read. `#paragraphs.qas` after any
+        of them: a record for each element of these nested lists, with the keys of what holds it.
       limit: use only the first so many records; 0 = all.
 
     Raises: DataError if a file is absent, empty, malformed or of an unknown kind.
     """
-    paths = [path for part in str(spec or "").split(",") if part.strip() for path in _find(part)]
-    if not paths:
+    readers = []
+    for part in str(spec or "").split(","):
+        files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
+        opened = [_open(path) for path in (_find(files) if files.strip() else [])]
+        readers += [Nested(reader, lists.strip()) for reader in opened] if lists else opened
+    if not readers:
         raise DataError("no data file is named: set data.train=FILE (JSONL, JSON, Parquet, CSV)")
-    return Source([_open(path) for path in paths], limit)
+    return Source(readers, limit)
 
 
 def _find(part) -> list[Path]:
@@ -94,14 +103,14 @@ def _find(part) -> list[Path]:
     if found:
         return [Path(f) for f in found]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", part)
-    if is_hub_id and path.suffix not in READERS:
+    if is_hub_id and kind(path) not in READERS:
         return _hub_files(*part.partition(":")[::2])
     raise DataError(f"{part}: no such file; check data.train and data.validation")
 
 
 def _data_files(folder):
     files = sorted(folder.rglob("*"))
-    return [f for f in files if f.suffix in READERS and not f.name.startswith(".")]
+    return [f for f in files if kind(f) in READERS and not f.name.startswith(".")]
 
 
 def _folder_files(folder):
@@ -141,14 +150,25 @@ def _hub_files(repo, split):
     return wanted
 
 
+def find_files(spec: str) -> list[Path]:
+    """The files of a spec, see `open_source`. Raises: DataError if one is absent."""
+    return [path for part in str(spec or "").split(",") if part.strip() for path in _find(part)]
+
+
+def kind(path: Path) -> str:
+    """The suffix that says how a file is read: ".parquet", ".jsonl.gz"."""
+    compressed = path.suffix.lower() in COMPRESSED
+    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
+
+
 def _open(path):
-    if path.suffix.lower() not in READERS:
+    if kind(path) not in READERS:
         raise DataError(
-            f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(READERS)}"
+            f"{path}: unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}"
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    reader = READERS[path.suffix.lower()](path)
+    reader = READERS[kind(path)](path)
     if len(reader) == 0:
         raise DataError(f"{path}: the file holds no row")
     return reader
@@ -159,8 +179,12 @@ class JsonLines:
 
     def __init__(self, path):
         self.path = path
-        with open(path, "rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if path.suffix.lower() in COMPRESSED:
+            with open_bytes(path) as file:
+                self._bytes = file.read()
+        else:
+            with open(path, "rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         starts = _line_starts(self._bytes)
         stops = np.append(starts[1:], len(self._bytes))
         first = np.frombuffer(self._bytes, np.uint8)[starts]
@@ -174,16 +198,39 @@ class JsonLines:
         return len(self._lines)
 
     def __getitem__(self, i):
-        line = self._bytes[self._starts[i] : self._stops[i]]
-        try:
-            return json.loads(line.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:
-            raise DataError(_malformed(self.where(i), error)) from None
-        except UnicodeDecodeError as error:
-            raise DataError(_not_utf8(self.where(i), error)) from None
+        return parse_line(self._bytes[self._starts[i] : self._stops[i]], self.where(i))
 
     def where(self, i):
         return f"{self.path}:{self._lines[i] + 1}"
+
+
+def parse_line(line: bytes, where: str):
+    """The value of one line of JSON. Raises: DataError."""
+    try:
+        return json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise DataError(_malformed(where, error)) from None
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(where, error)) from None
+    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
+        raise DataError(f"{where}: JSON that can't be read: {error}") from None
+
+
+@contextmanager
+def open_bytes(path):
+    """A binary file to read, decompressed where the name ends in .gz or .zst."""
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        with open(path, "rb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    try:
+        with io.BufferedReader(pa.input_stream(path, compression=compression)) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: not a readable {compression} file: {error}") from None
 
 
 def _line_starts(data, chunk=1 << 26):
@@ -221,6 +268,8 @@ def _read_json(path):
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them
         raise DataError(_malformed(f"{path}:{error.lineno}", error)) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: JSON that can't be read: {error}") from None
     lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
@@ -228,6 +277,49 @@ def _read_json(path):
             f'{{"data": [...]}}; found {_excerpt(data)}. One object per line belongs in .jsonl'
         )
     return Table(path, lists[0])
+
+
+class Nested:
+    """A record for each element of the nested lists `lists`, a dotted name, in another's rows."""
+
+    def __init__(self, reader, lists):
+        self.path, self.lists, self._reader = reader.path, lists, reader
+        names = lists.split(".")
+        self._at = [
+            (row, at)
+            for row in range(len(reader))
+            for at in _elements(reader[row], names, reader.where(row))
+        ]
+        if not self._at:
+            raise DataError(f"{self.path}: #{lists} holds no element in any row")
+
+    def __len__(self):
+        return len(self._at)
+
+    def __getitem__(self, i):
+        row, at = self._at[i]
+        record = element = self._reader[row]
+        for name, n in zip(self.lists.split("."), at, strict=True):
+            element = element[name][n]
+            record = {k: v for k, v in record.items() if k != name} | element
+        return record
+
+    def where(self, i):
+        row, at = self._at[i]
+        names = zip(self.lists.split("."), at, strict=True)
+        return f"{self._reader.where(row)}#{'.'.join(f'{name}.{n}' for name, n in names)}"
+
+
+def _elements(value, names, where):
+    """The indices of all elements of the nested lists in one row."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {_excerpt(value)} is no object, expected a list of objects")
+    if not names:
+        return [()]
+    inner = value.get(names[0])
+    if not isinstance(inner, list):
+        raise DataError(f"{where}: #{names[0]} is {_excerpt(inner)}, expected a list of objects")
+    return [(n, *at) for n, e in enumerate(inner) for at in _elements(e, names[1:], where)]
 
 
 class Parquet:
@@ -265,6 +357,8 @@ def _read_table(path, **dialect):
     except UnicodeDecodeError as error:
         raise DataError(_not_utf8(path, error)) from None
     names = lines[0][1] if lines else []
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}:{lines[0][0]}: the header names a column twice: {names}")
     for line, row in lines[1:]:
         if len(row) != len(names):
             raise DataError(
@@ -287,6 +381,8 @@ READERS = {
     ".parquet": Parquet,
     ".csv": _read_table,
     ".tsv": _read_tsv,
+    ".jsonl.gz": JsonLines,
+    ".jsonl.zst": JsonLines,
 }
 
 

@@ -1,9 +1,98 @@
 """What the families share in reading a Hugging Face config.json."""
 
+import math
+
 from sftjax.models.decoder import Kind
 from sftjax.ops.rope import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def _number(x) -> bool:
+    return type(x) in (int, float) and abs(x) < 2**63 and math.isfinite(x)
+
+
+def _entries(x) -> list:
+    return x if isinstance(x, list) else [x]
+
+
+# (what is expected, its test, the fields); a field with a "?" may be null.
+EXPECTED = [
+    (
+        "a positive whole number",
+        lambda x: type(x) is int and 0 < x < 2**63,
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads?"
+        " head_dim? intermediate_size max_position_embeddings original_max_position_embeddings?"
+        " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size"
+        " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?",
+    ),
+    (
+        "a whole number",
+        lambda x: type(x) is int and 0 <= x < 2**63,
+        "sliding_window? max_window_layers num_experts num_local_experts num_experts_per_tok"
+        " moe_intermediate_size",
+    ),
+    (
+        "a positive number",
+        lambda x: _number(x) and x > 0,
+        "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta? rope_local_base_freq?"
+        " rotary_emb_base? rotary_pct? partial_rotary_factor? factor? low_freq_factor?"
+        " high_freq_factor? beta_fast? beta_slow? attention_factor? query_pre_attn_scalar"
+        " attn_logit_softcapping? final_logit_softcapping? embedding_multiplier"
+        " attention_multiplier residual_multiplier logits_scaling swiglu_alpha swiglu_limit",
+    ),
+    (
+        "a number of 0 or more",
+        lambda x: _number(x) and x >= 0,
+        "initializer_range mscale? mscale_all_dim?",
+    ),
+    (
+        "true or false",
+        lambda x: type(x) is bool,
+        "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob"
+        " use_sliding_window? truncate?",
+    ),
+    (
+        "a name",
+        lambda x: isinstance(x, str),
+        "model_type hidden_act? hidden_activation? activation_function type rope_type",
+    ),
+    (
+        "a list of names",
+        lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
+        "architectures? layer_types?",
+    ),
+    (
+        "a list of numbers",
+        lambda x: isinstance(x, list) and all(isinstance(y, bool) or _number(y) for y in x),
+        "short_factor long_factor no_rope_layers?",
+    ),
+    (
+        "an object",
+        lambda x: isinstance(x, dict),
+        "rope_parameters? rope_scaling? full_attention? sliding_attention? quantization_config?",
+    ),
+]
+_FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}
+
+
+def check(hf: dict, where: str = ""):
+    """Raise ValueError naming the first field that does not hold what EXPECTED says of it.
+
+    where: the fields that hold `hf`, "rope_parameters."; "" for the whole.
+    """
+    for field, value in hf.items():
+        expected, ok = _FIELDS.get(field) or _FIELDS.get(field + "?") or ("", lambda x: True)
+        if not ok(value) and not (value is None and field + "?" in _FIELDS):
+            raise ValueError(f"{where}{field} is {value!r}, expected {expected}")
+        if field in ("rope_parameters", "rope_scaling", FULL, SLIDING) and value:
+            check(value, f"{where}{field}.")
+        elif where and any(isinstance(x, (list, dict)) for x in _entries(value)):
+            raise ValueError(f"{where}{field} is {value!r}, expected a plain value")
+    depth = hf.get("num_hidden_layers")
+    for field in ("layer_types", "no_rope_layers"):
+        if depth and len(hf.get(field) or ()) not in (0, depth):
+            raise ValueError(f"{field} has {len(hf[field])} entries, num_hidden_layers is {depth}")
 
 
 def refuse(hf: dict, **plain):
@@ -23,6 +112,8 @@ def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0,
     own.
     """
     fields = of or hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if FULL in fields or SLIDING in fields:
+        raise ValueError("rope_parameters of each layer type: all layers of this model share one")
     s = {("rope_type" if k == "type" else k): v for k, v in fields.items()}
     theta = s.pop("rope_theta", None) or hf.get("rope_theta") or theta
     share = s.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or partial
@@ -38,6 +129,11 @@ def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0,
     if s.get("rope_type", "default") == "default":
         s = {}
     dim = int(head_dim * share)
+    if dim < 2 or dim % 2 or dim > head_dim:
+        raise ValueError(
+            f"rotary embedding of {dim} dimensions ({share:g} of a head's {head_dim}); expected an"
+            " even number of them (head_dim, partial_rotary_factor)"
+        )
     return Rope(float(theta), 0 if dim == head_dim else dim, tuple(sorted(s.items())))
 
 

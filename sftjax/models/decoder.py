@@ -456,9 +456,9 @@ class Model:
     def logits(self, params, hidden):
         """float32 [..., V]; for people, sampling and tests: training never forms [B, S, V]."""
         c = self.config
-        w = self.head(params)[: c.vocab].astype(hidden.dtype)
+        w = self.head(params).astype(hidden.dtype)
         y = jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
-        y = y * _weak(c.logit_scale)
+        y = y[..., : c.vocab] * _weak(c.logit_scale)
         return c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
 
     def apply(self, params, batch):
@@ -492,5 +492,5 @@ class Model:
         return x, cache
 
     def replace(self, **changes) -> "Model":
-        """The same model run another way: dtype, remat, attention, scan, split."""
+        """The same model with other fields of its Config: dtype, remat, attention, split."""
         return Model(dataclasses.replace(self.config, **changes), self.source)

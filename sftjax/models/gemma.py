@@ -11,8 +11,8 @@ names = llama.names
 def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
     common.refuse(hf, use_bidirectional_attention=False)
-    default = {"max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True}
-    c = llama.config(default | hf)
+    default = {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True}
+    c = llama.config(default | {"max_position_embeddings": 8192} | hf)
     # Early configs say hidden_act "gelu" and mean the approximation, as hidden_activation does.
     act = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu_pytorch_tanh"
     return dataclasses.replace(

@@ -13,6 +13,8 @@ def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
     hf = {"max_position_embeddings": 131072, "sliding_window": 4096} | hf
     hf = {"attn_logit_softcapping": None, "final_logit_softcapping": None} | hf
+    if not hf["sliding_window"]:
+        raise ValueError("sliding_window is 0 or null, expected a positive whole number")
     nested = hf.get("rope_parameters") or {}
     each = {name: nested.get(name) for name in (common.FULL, common.SLIDING)}
     period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6

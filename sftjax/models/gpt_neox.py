@@ -6,7 +6,7 @@ from sftjax.models.decoder import Config, Kind
 
 def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
-    heads = hf["num_attention_heads"]
+    hf, heads = {"max_position_embeddings": 2048} | hf, hf["num_attention_heads"]
     head_dim = hf["hidden_size"] // heads
     # rotary_pct and rotary_emb_base are the names of the time before transformers 5.
     rope = common.rope(
@@ -20,7 +20,7 @@ def config(hf: dict) -> Config:
         kv_heads=heads,
         head_dim=head_dim,
         mlp=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
+        max_positions=hf["max_position_embeddings"],
         kinds=(Kind(rope=rope),),
         norm="layer",
         norm_eps=hf.get("layer_norm_eps", 1e-5),

@@ -10,6 +10,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import numpy as np
 
 from sftjax import params as params_lib
 from sftjax.models import (
+    common,
     decoder,
     gemma,
     gemma2,
@@ -111,24 +113,17 @@ def load_model(path_or_id, **changes) -> decoder.Model:
     path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
     hf = _json(file)
-    if "model_type" not in hf:
-        raise ValueError(f"{file} has no model_type; the known ones are {', '.join(FAMILIES)}")
-    kind = hf["model_type"]
-    if kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, 1, 0.4)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(
-            f"{file}: model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}{hint}"
-        )
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method")
-        raise ValueError(f"{file}: quantised weights ({method}) are not supported")
     try:
-        config = dataclasses.replace(_family(hf).config(hf), **changes)
-        _check(config)
+        family = _family(hf)
+        common.check(hf)
+        if hf.get("quantization_config"):
+            method = hf["quantization_config"].get("quant_method")
+            raise ValueError(f"quantization_config: quantised weights ({method}) are not supported")
+        config = dataclasses.replace(family.config(hf), **changes)
+        _check(config, hf)
     except KeyError as e:
         raise ValueError(f"{file}: field {e} is missing") from None
-    except (ValueError, TypeError) as e:
+    except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
     generation = file.parent / "generation_config.json"
     source = Source(
@@ -137,16 +132,24 @@ def load_model(path_or_id, **changes) -> decoder.Model:
     return decoder.Model(config, source)
 
 
-def _check(c):
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if field.type is int and (not isinstance(value, int) or value < 0):
-            raise ValueError(f"{field.name} is {value!r}, expected a whole number")
+def _check(c, hf):
     if c.activation not in decoder.ACTIVATIONS:
+        fields = ("hidden_activation", "activation_function", "hidden_act")
+        field = next((f for f in fields if hf.get(f) == c.activation), fields[-1])
         known = ", ".join(decoder.ACTIVATIONS)
-        raise ValueError(f"hidden_act {c.activation!r} is not supported; known: {known}")
+        raise ValueError(f"{field} {c.activation!r} is not supported; known: {known}")
     if c.heads % c.kv_heads:
-        raise ValueError(f"{c.heads} heads do not divide over {c.kv_heads} kv heads")
+        raise ValueError(
+            f"num_attention_heads={c.heads} do not divide over num_key_value_heads={c.kv_heads}"
+        )
+    if c.head_dim < 1:
+        raise ValueError(f"{c.heads} heads share {c.width} dimensions: head_dim would be 0")
+    if c.experts_per_token > c.experts or bool(c.experts_per_token) < bool(c.experts):
+        raise ValueError(f"num_experts_per_tok={c.experts_per_token} of {c.experts} experts")
+    if c.mlp < 1:
+        raise ValueError("moe_intermediate_size is 0, expected a positive whole number")
+    if c.vocab_multiple < 1:
+        raise ValueError(f"model.vocab_multiple is {c.vocab_multiple}, expected 1 or more")
     decoder.stacks(c)
     for kind in c.kinds:
         if kind.rope is not None:
@@ -157,9 +160,12 @@ def _json(file) -> dict:
     if not Path(file).exists():
         raise FileNotFoundError(f"{file} does not exist; a model directory needs a config.json")
     try:
-        return json.loads(Path(file).read_text())
+        out = json.loads(Path(file).read_text())
     except ValueError as e:
         raise ValueError(f"{file} is not valid JSON: {e}") from None
+    if not isinstance(out, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return out
 
 
 # ---- names ---------------------------------------------------------------------------------
@@ -167,9 +173,17 @@ def _json(file) -> dict:
 
 def _family(hf: dict):
     """The family's module: by model_type, but the loop form may call itself a llama."""
-    if "IQuestLoopCoderForCausalLM" in (hf.get("architectures") or ()):
-        return FAMILIES["iquestloopcoder"]
-    return FAMILIES[hf["model_type"]]
+    kind, known = hf.get("model_type"), ", ".join(FAMILIES)
+    if not isinstance(kind, str):
+        raise ValueError(f"model_type is {kind!r}; the known ones are {known}")
+    if "IQuestLoopCoderForCausalLM" in str(hf.get("architectures")):
+        kind = "iquestloopcoder"
+    if kind not in FAMILIES:
+        near = [k for k in FAMILIES if kind and k.startswith(kind)]
+        near = near or difflib.get_close_matches(kind, FAMILIES, 1, 0.4)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"model_type {kind!r} is not supported; known: {known}{hint}")
+    return FAMILIES[kind]
 
 
 def _tensors(model):
@@ -284,7 +298,7 @@ def _load_leaf(reader, files, layout, full, shape, dtype, sharding):
     def callback(index):
         key = tuple(i.indices(n)[:2] for i, n in zip(index, full, strict=True))
         if key not in made:  # devices with the same part share it
-            made[key] = out = np.zeros([b - a for a, b in key], dtype)
+            made[key] = out = _aligned_zeros([b - a for a, b in key], dtype)
             inner = tuple(
                 slice(min(a, n), min(b, n)) for (a, b), n in zip(key[lead:], shape, strict=True)
             )
@@ -297,8 +311,16 @@ def _load_leaf(reader, files, layout, full, shape, dtype, sharding):
     return jax.block_until_ready(jax.make_array_from_callback(full, sharding, callback))
 
 
+def _aligned_zeros(shape, dtype) -> np.ndarray:
+    """np.zeros that starts at a multiple of 64 bytes: a CPU device takes it over without a copy."""
+    n = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.zeros(n + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + n].view(dtype).reshape(shape)
+
+
 def _compare(model, reader, path):
-    """Raise WeightsError listing at most ten differences between the files and the model."""
+    """Raise WeightsError, of at most ten lines, on what differs between the files and the model."""
     abstract = params_lib.flatten(model.abstract)
     expected = {}
     for name, files, layout in _tensors(model):
@@ -315,7 +337,8 @@ def _compare(model, reader, path):
             found = list(reader.shape(name))
             wrong.append(f"{name} has shape {found}, the config asks for {list(expected[name])}")
     if wrong:
-        lines = "\n  ".join(wrong[:10] + [f"... and {len(wrong) - 10} more"] * (len(wrong) > 10))
+        shown = wrong if len(wrong) < 10 else [*wrong[:8], f"... and {len(wrong) - 8} more"]
+        lines = "\n  ".join(shown)
         raise WeightsError(f"{path}: the weights are not those of its config.json:\n  {lines}")
     if model.config.tied and head in reader.entries:
         _check_tied(reader, path, embed, head)
@@ -409,7 +432,7 @@ def _to_host(x) -> np.ndarray:
 
 
 def _hf_config(model, rows) -> dict:
-    hf = dict(model.source.config)
+    hf = model.source.config | {"vocab_size": model.config.vocab}
     if not model.source.dtypes:  # initialised here: say what was written
         hf["dtype"] = str(np.dtype(rows[0][2]))
         hf.pop("torch_dtype", None)

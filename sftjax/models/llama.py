@@ -9,7 +9,7 @@ from sftjax.models.decoder import Config, Kind
 
 def config(hf: dict, rope_theta: float = 10_000.0) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
-    heads = hf["num_attention_heads"]
+    hf, heads = {"max_position_embeddings": 2048} | hf, hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     return Config(
         vocab=hf["vocab_size"],
@@ -19,7 +19,7 @@ def config(hf: dict, rope_theta: float = 10_000.0) -> Config:
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         mlp=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
+        max_positions=hf["max_position_embeddings"],
         kinds=(Kind(rope=common.rope(hf, head_dim, rope_theta)),),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),

@@ -16,7 +16,7 @@ def config(hf: dict) -> Config:
         c,
         qk_norm="head",
         mlp=hf.get("moe_intermediate_size", 768),
-        experts=hf.get("num_experts", 128),
+        experts=hf.get("num_local_experts") or hf.get("num_experts", 128),  # new name, and old
         experts_per_token=hf.get("num_experts_per_tok", 8),
         renormalise=hf.get("norm_topk_prob", False),
         kinds=qwen2.kinds(hf | {"layer_types": types}, c),

@@ -57,7 +57,8 @@ def mixture(x, chosen, weights, p, glu):
     On a mesh each shard of the `expert` axis computes its own experts for the tokens of all of
     them, and each shard of `tensor` its part of F; the results are added up.
     """
-    bias, p = p["down"].get("b"), p | {"down": {"w": p["down"]["w"]}}
+    bias = p["down"].get("b")
+    p = {"gate": p["gate"], "up": p["up"], "down": {"w": p["down"]["w"]}}
     if jax.sharding.get_abstract_mesh().empty:
         y = _experts(x, chosen, weights, p, first=0, glu=glu)
     else:

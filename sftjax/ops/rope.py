@@ -86,6 +86,9 @@ def _longrope(theta, dim, s, lengths):
     """LongRoPE: one factor for each frequency, from two lists for short and long documents."""
     freqs = _default(theta, dim, s, lengths)[0]
     original = s["original_max_position_embeddings"]
+    for name in ("short_factor", "long_factor"):
+        if len(s[name]) != dim // 2:
+            raise ValueError(f"{name} has {len(s[name])} entries, expected {dim // 2}")
     short, long = (np.float32(freqs / np.array(s[k])) for k in ("short_factor", "long_factor"))
     factor = s.get("factor") or s["max_position_embeddings"] / original
     attention = s.get("attention_factor")
@@ -113,10 +116,15 @@ def frequencies(rope: Rope, head_dim: int, lengths=None):
     settings = {k: v for k, v in rope.scaling if v is not None}
     lengths = jnp.zeros((1, 1, 1, 1)) if lengths is None else lengths
     try:
-        freqs, factor = FREQUENCIES[rope.kind](rope.theta, rope.dim or head_dim, settings, lengths)
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            out = FREQUENCIES[rope.kind](rope.theta, rope.dim or head_dim, settings, lengths)
     except KeyError as e:
         raise ValueError(f"rope type {rope.kind!r} needs the field {e}") from None
-    return freqs.astype(np.float32), factor
+    except ArithmeticError as e:
+        raise ValueError(
+            f"rope type {rope.kind!r}: no frequencies for theta {rope.theta} and {settings}: {e}"
+        ) from None
+    return out[0].astype(np.float32), out[1]
 
 
 def angles(rope: Rope, head_dim: int, positions, lengths=None):

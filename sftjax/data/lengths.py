@@ -1,0 +1,88 @@
+"""Documents longer than a row may be, and what lengths there are."""
+
+import numpy as np
+
+BARS = "·▁▂▃▄▅▆▇█"
+
+
+def fit(tokens, weights, max_length: int, overlong: str, bos: int | None = None) -> list[tuple]:
+    """A document as the pieces, of at most `max_length` tokens, in which something is trained.
+
+    The first token of a piece has nothing before it that could predict it, so it doesn't count.
+
+    Args:
+      tokens, weights: [n], is each token itself trained; not shifted.
+      max_length: 0 = no limit.
+      overlong: "truncate_end" | "truncate_prompt" | "drop" | "split" | "error" (as "drop").
+      bos: the id that begins a text; truncate_prompt keeps it.
+    """
+    pieces = [(tokens, weights)]
+    if max_length and len(tokens) > max_length:
+        pieces = _CUTS[overlong](tokens, weights, max_length, bos)
+    return [piece for piece in pieces if piece[1][1:].any()]
+
+
+def _drop(tokens, weights, limit, bos):
+    return []
+
+
+def _truncate_end(tokens, weights, limit, bos):
+    return [(tokens[:limit], weights[:limit])]
+
+
+def _truncate_prompt(tokens, weights, limit, bos):
+    """Cut what follows the last trained token, then the prompt's beginning, then the end."""
+    trained = np.flatnonzero(weights[1:]) + 1
+    if not len(trained):
+        return []
+    kept = int(tokens[0] == bos)
+    too_many = max(trained[-1] + 1, limit) - limit
+    cut = min(too_many, trained[0] - 1)  # one stays before the first trained token, to predict it
+    left = np.r_[:kept, kept + cut : cut + limit]
+    return [(tokens[left], weights[left])]
+
+
+def _split(tokens, weights, limit, bos):
+    starts = range(0, len(tokens), limit)
+    return [(tokens[at : at + limit], weights[at : at + limit]) for at in starts]
+
+
+_CUTS = dict(
+    truncate_end=_truncate_end,
+    truncate_prompt=_truncate_prompt,
+    drop=_drop,
+    split=_split,
+    error=_drop,  # the caller has raised
+)
+OVERLONG = tuple(_CUTS)
+
+
+def describe(lengths) -> dict:
+    """{"percentiles": {"p5": n, ..., "max": n}, "histogram": [[at most, documents], ...]}.
+
+    The histogram's bounds double.
+    """
+    at = (5, 25, 50, 75, 95, 99)
+    values = np.percentile(lengths, at, method="higher").astype(int).tolist()
+    percentiles = {f"p{p}": n for p, n in zip(at, values, strict=True)}
+    bins = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(bins).tolist()
+    histogram = [[2**b, n] for b, n in enumerate(counts) if b >= bins.min()]
+    return dict(percentiles=percentiles | {"max": int(max(lengths))}, histogram=histogram)
+
+
+def lines(report: dict) -> list[str]:
+    """What a store's report says of lengths and of the rows lost, for a terminal."""
+    lengths, most = report["lengths"], max(n for _, n in report["lengths"]["histogram"])
+    total = report["examples"]
+    percentiles = "  ".join(f"{name} {n:,}" for name, n in lengths["percentiles"].items())
+    bars = (
+        f"≤{bound} {BARS[-(-8 * n // most)]} {n / total:.0%}"
+        for bound, n in lengths["histogram"]
+    )
+    lost = [f"{report['truncated']:,} truncated", f"{report['split']:,} split"]
+    lost += [f"{report['pieces_dropped']:,} pieces dropped: no_trained_token"]
+    lost += [f"{n:,} dropped: {reason}" for reason, n in report["dropped"].items()]
+    lost += [f"{n:,} skipped: {reason}" for reason, n in report["skipped"].items()]
+    lost = [text for text in lost if not text.startswith("0 ")]
+    return [f"tokens each: {percentiles}", "  ".join(bars), *(["; ".join(lost)] if lost else [])]

@@ -1,0 +1,70 @@
+"""Rows that can't be used: an error at once, or a line in a file and a count."""
+
+import json
+import os
+import re
+from collections import Counter
+
+from sftjax.data.sources import DataError
+
+ON_ERROR = ("raise", "skip")
+
+
+def check(on_error: str, max_skipped: float) -> None:
+    """Raises: DataError for settings that there are not."""
+    if on_error not in ON_ERROR:
+        raise DataError(f"data.on_error={on_error!r}: expected {' | '.join(ON_ERROR)}")
+    if not 0 <= max_skipped <= 1:
+        raise DataError(f"data.max_skipped={max_skipped!r}: expected a share of rows, 0 to 1")
+
+
+class Rejects:
+    """The rows of a source that can't be used, as JSON lines: row, file, reason, record.
+
+    counts: how many for each kind of reason.
+    """
+
+    def __init__(self, path, kept, source, on_error: str, max_skipped: float):
+        """Args:
+        path: the file; there is none without a row.
+        kept: where it goes if there are too many rows.
+        on_error: "raise" | "skip".
+        max_skipped: the share of all rows past which the error is raised after all.
+        """
+        self.path, self.kept, self.source = path, kept, source
+        self.on_error, self.max_skipped = on_error, max_skipped
+        self.counts = Counter()
+
+    def add(self, row: int, error: DataError) -> None:
+        """Raises: DataError as the settings want it, and if the error is of no single row."""
+        where = self.source.where(row) + ": "
+        if self.on_error == "raise" or not str(error).startswith(where):
+            raise error
+        reason = str(error).removeprefix(where)
+        line = dict(row=row + 1, file=where[:-2], reason=reason, record=self._record(row))
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self.counts[kind_of(reason)] += 1
+        rows, rejected = len(self.source), self.counts.total()
+        if rejected > self.max_skipped * rows:
+            os.replace(self.path, self.kept)
+            counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.most_common())
+            raise DataError(
+                f"{rejected} of {rows} rows can't be used, more than data.max_skipped="
+                f"{self.max_skipped:g} allows ({counts}); the last one was {error}\nThey are in "
+                f"{self.kept}: repair them, or raise data.max_skipped"
+            )
+
+    def _record(self, row):
+        try:
+            return self.source[row]
+        except DataError:  # malformed: the reason says how
+            return None
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what is of one row only: its first words, without values and numbers."""
+    text = re.sub(r"^(message|segment) \d+: ", "", reason)
+    text = re.sub(r"( is |=).*, expected", ", expected", text, flags=re.DOTALL)
+    text = re.split(r"[:;.](?= |$)|(?<!field) [\"'{(\[]", text)[0]
+    return re.sub(r"(?<= )\d+", "N", text)

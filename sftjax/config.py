@@ -72,6 +72,7 @@ def get_default() -> ConfigDict:
     c.data.max_length = 1024  # tokens in a row
     c.data.overlong = "truncate_end"  # truncate_end | truncate_prompt | drop | split | error
     c.data.packing = "bfd"  # bfd | bfd_split | wrapped | none
+    c.data.buckets = ()  # none: a batch is as wide as the first of (256, 512) that holds its rows
     c.data.eval_packing = "bfd"  # the same, for the validation sets; the loss does not depend on it
     c.data.clean = ConfigDict()  # see sftjax/data/clean.py; rejects and report go to the workdir
     c.data.clean.rules = ()  # names of rules, or ("all",); () = off

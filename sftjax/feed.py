@@ -154,13 +154,19 @@ class Feed:
     def _plan(self):
         """Know the number of steps before the first one."""
         d, t, size = self.config.data, self.config.train, self.batch_size
+        if d.buckets and (d.streaming or self.names or "none" not in (d.packing, d.eval_packing)):
+            raise ConfigError(
+                "data.buckets needs data.packing or data.eval_packing none, one source, and no "
+                "data.streaming"
+            )
         options = (d.max_length, d.packing, self.config.seed)
         if self.names:
             phases = mix.phases(self.config, self.sources, self.stores)
             stores = dict(zip(self.names, self.stores, strict=True))
             rows = data_lib.Mixture(stores, *options, phases=phases)
         else:
-            phases, rows = (), data_lib.Rows(self.stores[0], *options)
+            phases, rows = (), self._rows(self.stores[0], d.packing, size, seed=self.config.seed)
+        self.widths = getattr(rows, "widths", [d.max_length])
         self.rows, self.store = rows, rows.store
         lengths = rows.store.lengths.astype(np.int64)
         per_row = (rows.mean(np.ones(len(lengths))), rows.mean(lengths))
@@ -184,6 +190,13 @@ class Feed:
             "trained": rows.mean(trained),
             "pairs": lambda window: rows.mean(_pairs(lengths, window)),
         }
+
+    def _rows(self, store, packing, batch_size, **options):
+        d = self.config.data
+        if d.buckets and packing == "none":
+            options |= dict(widths=d.buckets, batch_size=batch_size)
+            return data_lib.Buckets(store, d.max_length, **options)
+        return data_lib.Rows(store, d.max_length, packing, **options)
 
     def _phase_ends(self, phases):
         """The rows at which the phases end, all but the last's."""
@@ -258,9 +271,9 @@ class Feed:
         every = self.every(text, what)
         return bool(every) and (step % every == 0 or step == self.steps)
 
-    def abstract_batch(self) -> dict:
-        """A global training batch as ShapeDtypeStructs with shardings."""
-        shape = (self.batch_size, self.config.data.max_length)
+    def abstract_batch(self, width=None) -> dict:
+        """A global training batch as ShapeDtypeStructs with shardings; default the widest."""
+        shape = (self.batch_size, int(width or self.config.data.max_length))
         layout = sharding.named(self.mesh, "batch", "seq")
         return {
             k: jax.ShapeDtypeStruct(
@@ -347,7 +360,7 @@ class Feed:
         d, size = self.config.data, self.config.eval.batch_size
         shards = sharding.axis_size(self.mesh, sharding.RULES["batch"])
         size = -(-size // shards) * shards
-        rows = data_lib.Rows(self.sets[name], d.max_length, d.eval_packing, shuffle=False)
+        rows = self._rows(self.sets[name], d.eval_packing, size, shuffle=False)
         local = sharding.local_rows(self.mesh, size)
         for batch in data_lib.loader(rows, size, local=local):
             yield sharding.put_batch(self.mesh, batch, size)

@@ -94,6 +94,7 @@ def collect(config, wanted: Wanted, set="train", against=None) -> dict:
         # Policies are compared on the rows as they are: an augmented one is in a form of its own.
         parts = parts_of(config, set, wanted.source, tokenizer, cache, augment=against is None)
         name = config.data[set] or config.data.train or ", ".join(part.name for part in parts)
+        name += " (a sample)" if set == "train" and config.data.streaming else ""
         if against is not None:
             return dict(set=name, problem="") | compare(parts, config, against, wanted)
         examples = []
@@ -130,14 +131,16 @@ def _examples(part, rows, tokenizer) -> list[dict]:
 
 
 def _example(name, row, places, tokenizer):
-    text, spans = row.example.text, row.example.spans
     ids, weights = row.example.tokens.tolist(), row.example.weights.tolist()
     tokens = [
-        dict(token=word, id=i, weight=weight, segment=segment or None)
-        | dict(position=position if segment else None)  # a token that is cut away has no place
-        for word, i, weight, (segment, position) in zip(
-            _words(tokenizer, ids), ids, weights, places, strict=True
+        dict(
+            token=tokenizer.decode([i]),
+            id=i,
+            weight=weight,
+            segment=segment or None,  # a token that is cut away has no place
+            position=position if segment else None,
         )
+        for i, weight, (segment, position) in zip(ids, weights, places, strict=True)
     ]
     return dict(
         source=name,
@@ -147,14 +150,10 @@ def _example(name, row, places, tokenizer):
         trained=round(row.trained, 4),
         length=len(ids),
         kept=sum(map(len, row.kept)),
-        text=text,
-        spans=[list(span) for span in spans],
+        text=row.example.text,
+        spans=[list(span) for span in row.example.spans],
         tokens=tokens,
     )
-
-
-def _words(tokenizer, ids):
-    return [tokenizer.decode([i]) for i in ids]
 
 
 def _totals(part, tokenizer, cache):

@@ -271,7 +271,7 @@ article p, .beside pre { margin: 0 }
 .tokens td:first-child, .tokens th:first-child { text-align: left; white-space: pre-wrap }
 .tokens th { position: sticky; top: 0; background: #fff }
 .trained { background: #b9efc4 }
-.cut { color: #767676; text-decoration: line-through }
+.cut { color: #767676 }
 .only-here { background: #ffd2bd } .only-there { background: #c9dcff }
 .weight { background: #f5e6a3 }
 .problem { background: #ffd2bd; padding: .7rem }
@@ -333,8 +333,8 @@ def _html(report):
     return [
         *problem,
         f'<div class="totals">{totals}</div>',
-        '<p>Shown below: text and tokens, <span class="trained">trained</span> or not, '
-        '<span class="cut">cut away</span>.</p>',
+        '<p><span class="trained">Trained</span>, or context. Tokens <span class="cut">in grey'
+        "</span> are cut away, or of a row that is dropped.</p>",
         _filters(examples),
         *(_article(example, _title(example, several)) for example in examples),
         *([] if examples else [f"<p>{NOTHING}</p>"]),

@@ -157,7 +157,10 @@ def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
             f" the mesh (data x fsdp x expert)"
         )
     if length % mesh.shape["context"]:
-        raise MeshError(f"data.max_length={length} does not divide over mesh.context")
+        raise MeshError(
+            f"data.max_length={length} does not divide over mesh.context; each of data.buckets"
+            " has to, too"
+        )
 
 
 def local_rows(mesh, batch_size: int) -> list[int]:

@@ -34,9 +34,8 @@ def train(config, workdir) -> dict:
     m = config.mesh
     sharding.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
     mesh = sharding.make_mesh({axis: m[axis] for axis in sharding.AXES})
-    sharding.check_batch(
-        mesh, config.train.batch_size, config.train.micro_batches, config.data.max_length
-    )
+    for length in (*config.data.buckets, config.data.max_length):
+        sharding.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
     workdir = setup.prepare_workdir(config, workdir)
     say = setup.say
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
@@ -70,7 +69,7 @@ def train(config, workdir) -> dict:
         say("model", params_lib.table(state.all_params, trainable))
         say("state", setup.state_text(state, flops))
 
-        # ==== Compile: once, for the one batch shape there is ====
+        # ==== Compile: once for each batch shape there is, the widest last ====
         loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=feed.names)
         step_fn = functools.partial(
             train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
@@ -79,8 +78,8 @@ def train(config, workdir) -> dict:
         step_fn = jax.jit(
             step_fn, donate_argnums=0, out_shardings=(setup.shardings_of(target), None)
         )
-        step_fn = step_fn.lower(target, feed.abstract_batch()).compile()
-        say("compiled", setup.compiled_text(step_fn, time.monotonic() - began))
+        steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}
+        say("compiled", setup.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
 
         # ==== Before ====
         evaluator = Evaluator(config, model, tokenizer, stop_ids, feed, mesh)
@@ -96,7 +95,7 @@ def train(config, workdir) -> dict:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch)
+                state, metrics = steps[batch["tokens"].shape[1]](state, batch)
             step += 1
             checkpoints.check()  # a save that failed behind the loop ends it now
             log.step(step, metrics, feed.wait)

@@ -121,6 +121,16 @@ def test_tokens_that_are_cut_have_no_place(config, overlong):
     assert places == {overlong == "truncate_end"}
 
 
+def test_a_cut_prompt_keeps_the_token_that_begins_a_text(config, tmp_path):
+    make_tokenizer(template=None, bos=True).save_pretrained(tmp_path / "plain")
+    config.data.tokenizer = str(tmp_path / "plain")
+    config.data.max_length, config.data.overlong = 20, "truncate_prompt"
+    long = examples(config)[2]
+    places = [t["position"] for t in long["tokens"]]
+    assert long["tokens"][0]["token"] == "<s>" and places[:2] == [0, None]
+    assert places[-19:] == list(range(1, 20))
+
+
 def test_html_is_escaped_and_self_contained(config):
     page = inspect(config, 4, "html")
     assert page.count("<script") == 1  # the page's own, at its end
@@ -214,6 +224,12 @@ def test_totals_of_several_sources(two_sources):
     assert "error: nothing is trained in any of 2 rows" in page
 
 
+def test_of_a_stream_a_sample_is_shown(config):
+    config.data.streaming = True
+    assert lines(config) == [1, 2, 3, 4]
+    assert "d.jsonl (a sample)\n\nexamples    4, 3 documents kept" in inspect(config)
+
+
 def test_validation_rows_are_named_by_their_file(config, tmp_path):
     rows = [{"prompt": "q", "completion": "kept out"}]
     config.data.validation = write(tmp_path / "held.jsonl", rows) + "," + config.data.train
@@ -302,6 +318,15 @@ def test_rows_that_only_one_config_drops(config):
     assert (there["dropped"], there["tokens"]) == ("too_long", 0)
     page = inspect(config, against=changed(config, overlong="drop", max_length=24), format="html")
     assert "dropped: too_long (data.max_length=24)" in page
+
+
+def test_the_first_token_of_a_piece_is_no_target(config, tmp_path):
+    config.data.train = write(tmp_path / "t.jsonl", [{"text": "the cat sat on the mat " * 3}])
+    config.data.overlong, config.data.max_length = "split", 10
+    (difference,) = against(config, changed(config, max_length=5))["differences"]
+    marks = {i: t["mark"] for i, t in enumerate(difference["tokens"]) if t["mark"]}
+    n = len(difference["tokens"])
+    assert marks == dict.fromkeys(range(5, n, 10), "only-here") and n > 10
 
 
 def test_weights_that_differ(config, tmp_path):

@@ -7,9 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat import make_tokenizer
+from test_pipeline import Documents
+from test_train import files, lines, make  # noqa: F401
 
-from sftjax.data import DataError, build_store, open_source
-from sftjax.data.lengths import OVERLONG, describe, fit, lines
+from sftjax import train as train_lib
+from sftjax.config import ConfigError
+from sftjax.data import Buckets, DataError, build_store, loader, open_source
+from sftjax.data import lengths as lengths_lib
+from sftjax.data.lengths import OVERLONG, describe, fit
 
 BOS = 1
 BOS_CHATML = (
@@ -106,7 +111,7 @@ def test_the_report_says_what_was_lost(tmp_path):
     n = int(store.lengths[0])
     assert store.report["lengths"]["percentiles"]["p50"] == n < 32
     assert store.report["lengths"]["percentiles"]["max"] == n + 50  # before anything is cut
-    text = lines(store.report)
+    text = lengths_lib.lines(store.report)
     assert text[0] == f"tokens each: p5 {n}  p25 {n}  p50 {n}  p75 {n + 50}  " + "  ".join(
         f"{p} {n + 50}" for p in ("p95", "p99", "max")
     )
@@ -119,8 +124,91 @@ def test_the_report_says_what_was_lost(tmp_path):
         "split": "3 split; 3 pieces dropped: no_trained_token",
     }.items():
         store, _ = build(tmp_path, short + long, overlong=overlong)
-        assert lines(store.report)[2] == line
+        assert lengths_lib.lines(store.report)[2] == line
     store, _ = build(tmp_path, short)
-    assert len(lines(store.report)) == 2  # nothing is lost
+    assert len(lengths_lib.lines(store.report)) == 2  # nothing is lost
     with pytest.raises(DataError, match=r"d.jsonl:7: 6\d tokens, more than data.max_length=32"):
         build(tmp_path, short + long, overlong="error")
+
+
+# --- rows of one document each, in batches as wide as needed ---
+
+
+WIDTHS = [8, 16, 32]
+
+
+def buckets(n=203, **options):
+    documents = Documents(np.random.default_rng(0).integers(2, 33, n))
+    options = dict(widths=WIDTHS[:-1], batch_size=4, seed=1, epochs=3) | options
+    return documents, Buckets(documents, WIDTHS[-1], **options)
+
+
+def test_a_batch_is_as_wide_as_its_longest_document_needs():
+    documents, rows = buckets()
+    batches = list(loader(rows, 4))
+    assert len(batches) == -(-3 * 203 // 4)
+    for batch in batches:
+        longest = (batch["segments"] > 0).sum(axis=1).max()
+        assert {v.shape for v in batch.values()} == {(4, min(w for w in WIDTHS if w >= longest))}
+    seen = [row[row > 0].tolist() for batch in batches for row in batch["positions"] + 1]
+    seen = [row for row in seen if len(row) > 1]
+    assert len([row for batch in batches for row in batch["segments"] if row.any()]) == 3 * 203
+    used = sum(int((batch["segments"] > 0).sum()) for batch in batches)
+    assert used == 3 * int(documents.lengths.sum())
+    cells = sum(batch["segments"].size for batch in batches)
+    assert rows.efficiency == pytest.approx(used / cells, rel=0.02)
+    assert rows.efficiency > 1.2 * Buckets(documents, 32, widths=[], batch_size=4).efficiency
+
+
+def test_every_epoch_has_every_document_in_batches_of_a_new_order():
+    documents, rows = buckets()
+    n = rows.per_epoch
+    epochs = [[rows.pieces(r)[0][0] for r in range(e * n, (e + 1) * n)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(203))
+    assert epochs[0] != epochs[1] != epochs[2]
+    wide = [[b["tokens"].shape[1] for b in loader(rows, 4, start_step=s, stop_step=s + 50)]
+            for s in (0, 51, 102)]  # fmt: skip
+    assert all(len(set(w)) == 3 and w != sorted(w) for w in wide) and wide[0] != wide[1]
+    order = [p for r in range(n) for p in buckets(shuffle=False)[1].pieces(r)]
+    assert [documents.lengths[d] > 8 for d, *_ in order] == sorted(documents.lengths > 8)
+
+
+def test_hosts_and_resumption_give_the_same_batches():
+    _, rows = buckets()
+    whole = [b["tokens"] for b in loader(rows, 4)]
+    parts = [loader(rows, 4, local=local, start_step=70) for local in (range(1), range(1, 4))]
+    for tokens, *split in zip(whole[70:], *parts, strict=True):
+        np.testing.assert_array_equal(tokens, np.concatenate([b["tokens"] for b in split]))
+
+
+@pytest.mark.parametrize("widths", [[0, 8], [16, 8], [8, 8], [32]])
+def test_wrong_widths(widths):
+    with pytest.raises(
+        DataError, match=r"data.buckets=\(.*\): expected ascending lengths below 32"
+    ):
+        buckets(widths=widths)
+
+
+def test_a_run_compiles_each_width_once(files, tmp_path, capsys):  # noqa: F811
+    config = make(files, data__packing="none", data__eval_packing="none", data__test="")
+    config.data.buckets = (48, 64)
+    config.train.export = False
+    result = train_lib.train(config, tmp_path / "run")
+    cells = {line["cells_per_s"] * line["step_time"] for line in lines(tmp_path / "run")
+             if "loss" in line}  # fmt: skip
+    assert {round(n) for n in cells} <= {8 * 48, 8 * 64, 8 * 96} and len(cells) > 1
+    padded = make(files, data__packing="none", data__test="", data__eval_packing="none")
+    padded.train.export, padded.train.duration = False, "1"
+    other = train_lib.train(padded, tmp_path / "padded")
+    for name, value in other["before"]["losses"].items():  # width changes no loss
+        assert result["before"]["losses"][name] == pytest.approx(value, rel=1e-6)
+    said = capsys.readouterr().out
+    assert "tokens each: p5 " in said and "packing none" in said
+
+
+def test_buckets_need_rows_without_packing(files, tmp_path):  # noqa: F811
+    config = make(files)
+    config.data.buckets = (48,)
+    with pytest.raises(ConfigError, match="data.buckets needs data.packing or data.eval_packing"):
+        train_lib.train(config, tmp_path / "run")

@@ -17,6 +17,7 @@ from sftjax import losses
 from sftjax import train as train_lib
 from sftjax.config import ConfigError
 from sftjax.data import Mixture, Rows, loader, mix, pack
+from sftjax.data import mixture as mixture_lib
 from sftjax.ops.cross_entropy import linear_cross_entropy, token_loss
 from sftjax.step import TrainState, train_step
 
@@ -163,7 +164,9 @@ def test_any_row_can_be_read_first(monkeypatch):
         batch = rows.batch(indices)
         for key, value in batch.items():
             np.testing.assert_array_equal(value, straight[key][list(indices)])
-    monkeypatch.setattr(mix, "KEPT", 100)  # the earliest cycles are forgotten, and made again
+    monkeypatch.setattr(
+        mixture_lib, "KEPT", 100
+    )  # the earliest cycles are forgotten, and made again
     rows = fresh()
     for r in (599, 5, 450, 218):
         np.testing.assert_array_equal(rows[r]["tokens"], straight["tokens"][r])
@@ -287,7 +290,7 @@ def test_every_key_of_data_is_a_sources_own_or_the_runs():
     run = {
         "train", "sources", "temperature", "phases", "streaming", "shuffle_window", "validation",
         "test", "tokenizer", "add_tokens", "template", "max_length", "packing", "eval_packing",
-        "cache_dir", "workers", "prefetch",
+        "buckets", "cache_dir", "workers", "prefetch",
     }  # fmt: skip
     assert set(config_lib.get_default().data) == run | set(mix.OWN)
     assert not run & set(mix.OWN)

@@ -93,3 +93,10 @@ def test_a_worker_that_was_ended_is_replaced():
     worker.kill()
     worker.wait()
     assert trained({M: [user("other"), assistant("b")]})
+
+
+def test_a_worker_that_can_not_start_is_no_fault_of_the_template(low_limits, monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(sandbox, "WORKER", tmp_path / "broken.py")
+    with pytest.raises(RuntimeError, match="broken.py ended with code 3"):
+        encode(RECORD, make_tokenizer(CHATML + " "))

@@ -36,11 +36,13 @@ def write(path, records):
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def few_bins(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_bins():
     """Small numbers, so that a short test passes many borders of chunks and of bins."""
-    monkeypatch.setattr(stream, "BINS", 8)
-    monkeypatch.setattr(stream, "CHUNK", 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "BINS", 8)
+        patch.setattr(stream, "CHUNK", 30)
+        yield
 
 
 @pytest.fixture
@@ -144,10 +146,12 @@ def test_every_pass_has_the_documents_of_the_index(shards, tmp_path, window):
 def test_overlong_documents_are_cut_as_in_the_index(tmp_path):
     path = write(tmp_path / "x.jsonl", pairs(60))
     for overlong in ("truncate_end", "split", "drop"):
-        got = documents(Stream(spec([path], overlong=overlong), length=20).take(30))
-        assert set(got) == set(stored(tmp_path, path, 20, overlong))
-    with pytest.raises(DataError, match=r"x.jsonl:\d+: \d+ tokens, more than data.max_length=20"):
-        Stream(spec([path], overlong="error"), length=20).take(1)
+        got = documents(Stream(spec([path], overlong=overlong), length=28).take(30))
+        assert set(got) == set(stored(tmp_path, path, 28, overlong))
+    with pytest.raises(DataError, match=r"x.jsonl:\d+: \d+ tokens, more than data.max_length=28"):
+        Stream(spec([path], overlong="error"), length=28).take(1)
+    with pytest.raises(DataError, match="x.jsonl: nothing is trained in 3000 rows one after the"):
+        Stream(spec([path]), length=8).take(1)
 
 
 def test_bad_rows_are_raised_or_skipped(tmp_path):
@@ -252,7 +256,7 @@ def test_a_run_trains_on_a_stream_and_resumes(straight, files, tmp_path, capsys)
 
 
 @pytest.mark.multiprocess
-def test_two_processes_read_a_part_each(straight, files, tmp_path):  # noqa: F811
+def test_two_processes_read_a_part_each(files, tmp_path, monkeypatch):  # noqa: F811
     """And resume exactly; with another number of them it is refused."""
     overrides = ("data.streaming=True", "data.shuffle_window=30", "data.test=", "data.validation=")
     run_both(files, tmp_path / "two", *overrides)
@@ -262,6 +266,8 @@ def test_two_processes_read_a_part_each(straight, files, tmp_path):  # noqa: F81
     run_both(files, tmp_path / "again", *overrides)
     assert losses(tmp_path / "again") == losses(tmp_path / "two")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
+    monkeypatch.setattr(stream, "BINS", 256)  # as in the processes
+    monkeypatch.setattr(stream, "CHUNK", 1000)
     with pytest.raises(ConfigError, match="the stream was read in 2 parts, and this mesh reads it"):
         train_lib.train(streaming(files, data__validation=""), tmp_path / "again")
 
@@ -314,7 +320,7 @@ def test_tokens_are_a_duration_of_a_stream(files, tmp_path):  # noqa: F811
 def test_gsm8k_streams_tightly(fixtures, monkeypatch):
     from transformers import AutoTokenizer
 
-    monkeypatch.undo()
+    monkeypatch.setattr(stream, "BINS", 256)
     policy = POLICY | dict(fields=dict(prompt="question", completion="answer"))
     gsm8k = stream.Spec("gsm8k", str(fixtures / "gsm8k" / "train.jsonl"), policy)
     tokenizer = AutoTokenizer.from_pretrained(fixtures / "tokenizer-qwen")

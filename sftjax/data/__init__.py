@@ -1,13 +1,15 @@
 """Data: records -> conversations -> tokens and weights -> packed rows -> batches."""
 
+from sftjax.data.buckets import Buckets
 from sftjax.data.chat import Encoded, encode, prompt_and_answer, stop_ids
-from sftjax.data.mix import Mixture
+from sftjax.data.mixture import Mixture
 from sftjax.data.pack import make_batch, pack, shift
 from sftjax.data.pipeline import TokenStore, build_store
 from sftjax.data.rows import Rows, loader
 from sftjax.data.sources import DataError, open_source
 
 __all__ = [
+    "Buckets",
     "DataError",
     "Encoded",
     "Mixture",

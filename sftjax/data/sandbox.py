@@ -50,10 +50,12 @@ def render(template: str, variables: dict, chats: list[dict], wheres: list[str])
             raise
         if None in results:
             code, at = worker.wait(), int.from_bytes(os.pread(progress.fileno(), 8, 0))
+            limits = f"{SECONDS} s of processor time or {MEMORY >> 30} GiB of memory"
+            if code >= 0:
+                raise RuntimeError(f"{WORKER.name} ended with code {code}; its message is above")
             raise DataError(
-                f"{wheres[at]}: the chat template was stopped: it took more than {SECONDS} s of "
-                f"processor time or {MEMORY >> 30} GiB of memory (its process ended with code "
-                f"{code}); take another with data.template=FILE"
+                f"{wheres[at]}: the chat template was stopped: it took more than {limits} (signal "
+                f"{-code}); take another with data.template=FILE"
             )
     return results
 

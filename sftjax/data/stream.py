@@ -16,13 +16,14 @@ import numpy as np
 from grain import experimental as graph
 
 from sftjax.config import ConfigError
-from sftjax.data.mix import name_seed
+from sftjax.data.mixture import name_seed
 from sftjax.data.pack import shift
 from sftjax.data.pipeline import CHUNK, Tally, encode_rows
 from sftjax.data.rejects import Rejects
 from sftjax.data.sources import DataError, Source, Table, find_files, kind, open_bytes, parse_line
 
 BINS = 256  # rows packed at a time
+EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
 SAMPLE = 2000  # records looked at before training
 
 
@@ -87,9 +88,10 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
 
 
 def identity(spec: str) -> str:
-    """A hash of the shards' names and sizes; their content is too much to read."""
-    known = json.dumps([[path.name, path.stat().st_size] for path in shards(spec)])
-    return hashlib.sha256(known.encode()).hexdigest()[:32]
+    """A hash of the shards' names and sizes, as their content is too much to read; and of what a
+    state counts in."""
+    known = [[path.name, path.stat().st_size] for path in shards(spec)] + [CHUNK, BINS]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
 def check(config, sources) -> None:
@@ -272,8 +274,14 @@ class _Documents(grain.DatasetIterator):
         self.before, self.documents, self.at = parent.get_state(), [], 0
 
     def __next__(self):
+        chunks = 0
         while self.at == len(self.documents):
-            self.before, self.at = self._parent.get_state(), 0
+            if chunks == EMPTY:
+                raise DataError(
+                    f"{self.source.paths}: nothing is trained in {chunks * CHUNK} rows one after"
+                    f" the other: check data.max_length={self.length} with sftjax inspect"
+                )
+            self.before, self.at, chunks = self._parent.get_state(), 0, chunks + 1
             self._read()
         tokens, weights = self.documents[self.at]
         self.at += 1
@@ -331,8 +339,8 @@ class _Mixed(grain.DatasetIterator):
         self.weights, self.given = weights, np.zeros(len(weights), np.int64)  # tokens
 
     def __next__(self):
-        behind = np.divide(self.given, self.weights, where=self.weights > 0)
-        s = int(np.argmin(np.where(self.weights > 0, behind, np.inf)))
+        given = self.given / np.maximum(self.weights, 1e-300)
+        s = int(np.argmin(np.where(self.weights > 0, given, np.inf)))
         document = next(self._parents[s])
         n = len(document["tokens"])
         self.given[s] += n

@@ -20,7 +20,11 @@ from sftjax.data.sources import DataError
 
 OURS = ("train", "weight")  # keys of a message that are for us, not for the template
 KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
-PARTS = {"think": "reasoning", "content": "content", "call": "tool call"}  # for messages
+LEFT_OUT = {  # what may not be missing of a trained message
+    "content": "the content of message {}",
+    "call": "the tool call of message {}",
+    "think": "the reasoning of message {}, as data.reasoning.last=drop would",
+}
 CACHED = 1024  # skeletons kept for one template
 # Between the beginning of a turn and its answer, where nothing was thought.
 EMPTY_THINK = re.compile(r"\s*(?:<think>)?\s*</think>\s*|\s*<\|channel>thought\s*<channel\|>\s*")
@@ -211,7 +215,7 @@ class ChatTemplate:
             if i not in case.trained or part == "argument":
                 continue
             if times[number] == 0 and (part != "think" or case.trained[i]):
-                raise self._not_found(case, f"it leaves out the {PARTS[part]} of message {i + 1}")
+                raise self._not_found(case, f"it leaves out {LEFT_OUT[part].format(i + 1)}")
             if times[number] > 1 and part in ("think", "content"):
                 return None
         # A tool's name may come again, in its result: that is not the turn that called it.

@@ -193,16 +193,11 @@ def test_wrong_widths(widths):
 def test_a_run_compiles_each_width_once(files, tmp_path, capsys):  # noqa: F811
     config = make(files, data__packing="none", data__eval_packing="none", data__test="")
     config.data.buckets = (48, 64)
-    config.train.export = False
-    result = train_lib.train(config, tmp_path / "run")
-    cells = {line["cells_per_s"] * line["step_time"] for line in lines(tmp_path / "run")
-             if "loss" in line}  # fmt: skip
-    assert {round(n) for n in cells} <= {8 * 48, 8 * 64, 8 * 96} and len(cells) > 1
-    padded = make(files, data__packing="none", data__test="", data__eval_packing="none")
-    padded.train.export, padded.train.duration = False, "1"
-    other = train_lib.train(padded, tmp_path / "padded")
-    for name, value in other["before"]["losses"].items():  # width changes no loss
-        assert result["before"]["losses"][name] == pytest.approx(value, rel=1e-6)
+    config.train.export, config.train.duration = False, "8 steps"
+    train_lib.train(config, tmp_path / "run")
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    cells = {round(line["cells_per_s"] * line["step_time"]) for line in steps}
+    assert len(steps) == 8 and cells <= {8 * 48, 8 * 64, 8 * 96} and len(cells) > 1
     said = capsys.readouterr().out
     assert "tokens each: p5 " in said and "packing none" in said
 

@@ -164,9 +164,7 @@ def test_any_row_can_be_read_first(monkeypatch):
         batch = rows.batch(indices)
         for key, value in batch.items():
             np.testing.assert_array_equal(value, straight[key][list(indices)])
-    monkeypatch.setattr(
-        mixture_lib, "KEPT", 100
-    )  # the earliest cycles are forgotten, and made again
+    monkeypatch.setattr(mixture_lib, "KEPT", 100)  # early cycles are forgotten, and made again
     rows = fresh()
     for r in (599, 5, 450, 218):
         np.testing.assert_array_equal(rows[r]["tokens"], straight["tokens"][r])
@@ -277,6 +275,11 @@ def test_wrong_sources(entries, data, message):
         (names("a", "b"), dict(phases=(dict(until="3"),)), r"phases\[0\]: every phase but the la"),
         (names("a", "b"), dict(phases=({}, {})), r"phases\[0\]: every phase but the last has an"),
         (names("a", "b"), dict(phases=(dict(weights=dict(x=1)),)), "has an unknown key 'x'"),
+        (
+            names("a", "b"),
+            dict(phases=(dict(weights=dict(a=1), counts=dict(a=3)),)),
+            "'a' has a weight and a count; keep one of them",
+        ),
         (names("a", "b"), dict(phases=(dict(weights=dict(a="x")),)), "a='x'; expected a number"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ PAGES = [
     REPO / "README.md",
     REPO / "docs" / "architecture.md",
     REPO / "docs" / "models.md",
+    REPO / "docs" / "data.md",
     REPO / "experiments" / "README.md",
 ]
 TEXT = PAGES[0].read_text()

@@ -330,9 +330,8 @@ class Feed:
                 f" {len(parts)}: resume with as many processes, or use another workdir"
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
-        specs = [
-            stream.spec(s, policy(s.config), w) for s, w in zip(self.sources, amounts, strict=True)
-        ]
+        given = zip(self.sources, amounts, strict=True)
+        specs = [stream.Spec.of(s, policy(s.config), weight) for s, weight in given]
         d = self.config.data
         host = stream.batches(
             specs,
@@ -377,10 +376,11 @@ class Feed:
                 *lengths_lib.lines(r),
             ]
         lines += rows.describe() if self.names else []
-        epoch = "a stream" if d.streaming else f"{rows.per_epoch} rows an epoch"
-        epochs = "" if d.streaming else f", {self.epochs:.2f} epochs"
+        epoch = self._units["epoch_rows"]
+        size = f"{epoch} rows an epoch, of" if epoch else "rows of"
+        epochs = f", {self.epochs:.2f} epochs" if epoch else ""
         lines += [
-            f"{epoch}, of {d.max_length} tokens, packing {d.packing}, {rows.efficiency:.1%} full",
+            f"{size} {d.max_length} tokens, packing {d.packing}, {rows.efficiency:.1%} full",
             f"{self.steps} steps of {self.batch_size} rows{epochs}",
         ]
         return "\n".join(lines)

@@ -54,6 +54,7 @@ def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepare
         source, removed = Subset(source, findings.kept), findings.removed
     if d.split.share:
         by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by)
+        by["skip"] = d.on_error == "skip"
         source, held_out = split(source, d.split.share, form=_only(policy, READING), **by)
         notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
     if d.augment:

@@ -13,6 +13,7 @@ from test_chat import PLAIN, TOKENIZER, make_tokenizer
 from sftjax.data import DataError, build_store, open_source
 from sftjax.data import pipeline as pipeline_lib
 from sftjax.data.rejects import kind_of
+from sftjax.data.split import split
 
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}
 USER = {"role": "user", "content": "what is two?"}
@@ -306,6 +307,21 @@ def test_all_rows_skipped(tmp_path):
     path.write_bytes(line({}))
     message = "nothing is trained in any of 1 rows (1 no known form in the fields)"
     assert refused(path, on_error="skip", max_skipped=1.0).startswith(message)
+
+
+def test_bad_rows_are_on_the_training_side_of_a_split(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "four"} for i in range(40)]
+    path.write_bytes(b"\n".join([*map(line, rows), b"{", line({"prompt": "a"})]))
+    source = open_source(path)
+    with pytest.raises(DataError, match="d.jsonl:41: malformed JSON"):
+        split(source, 0.2)
+    train, validation = split(source, 0.2, skip=True)
+    assert {40, 41} <= set(train.rows) and len(train) + len(validation) == 42
+    store = build_store(train, TOKENIZER, {}, 64, "drop", tmp_path / "c", "skip", 0.5)
+    assert len(store) == len(train) - 2 == store.report["examples"]
+    with pytest.raises(DataError, match="d.jsonl:41: malformed JSON"):  # of no group
+        split(source, 0.2, group_by="prompt", skip=True)
 
 
 def test_settings_are_checked(tmp_path):

@@ -27,22 +27,30 @@ ROWS, LENGTH = 4, 96  # one shape, so that a model is compiled once; over one bl
 SOME = ("gemma2", "phi3-longrope", "gpt_neox", "gpt_oss", "gpt2", "iquest-loop")
 
 
-def marked(name, *values):
-    return pytest.param(name, *values, marks=[] if name in SOME else [pytest.mark.slow])
+class Case:
+    def __init__(self, name, directory):
+        self.name, self.golden = name, GOLDEN["cases"][name]
+        self.model, self.params = sftjax.load_pretrained(write(name, directory))
+
+    @functools.cached_property
+    def plain(self):
+        """`run` of the golden batch."""
+        return run(self.model, self.params, golden_batch())
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """load(name): (model, params), each loaded once."""
-    return functools.cache(
-        lambda name: sftjax.load_pretrained(write(name, tmp_path_factory.mktemp(name)))
-    )
+def case(request, tmp_path_factory):
+    """pytest runs all tests of one case before the next one's, so that it is compiled once."""
+    yield Case(request.param, tmp_path_factory.mktemp(request.param))
+    # A compiled model is hundreds of memory maps, of which Linux gives a process 65530 in all.
+    jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def plain(load):
-    """plain(name): (logits, loss sum, gradients) of the golden batch, on one device."""
-    return functools.cache(lambda name: run(*load(name), golden_batch()))
+def cases(names=CASES):
+    """Parametrize `case`: those of `names`, the others `slow`. Always in one order: see `case`."""
+    slow = [[] if name in names else pytest.mark.slow for name in CASES]
+    params = [pytest.param(name, marks=m) for name, m in zip(CASES, slow, strict=True)]
+    return pytest.mark.parametrize("case", params, indirect=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -50,7 +58,7 @@ def run(model, params, batch):
     """(logits, loss sum, its gradients), of one forward pass."""
 
     def objective(params):
-        outputs = model.outputs(params, batch)
+        outputs = model.outputs(params, batch)  # traced once, for the loss and the logits
         once = types.SimpleNamespace(
             outputs=lambda *_: outputs, head=model.head, logit_options=model.logit_options
         )
@@ -63,9 +71,9 @@ def run(model, params, batch):
 
 def rows(documents, weights):
     """A Batch: each row a list of documents, one after another; weights alike."""
-    out = {k: np.zeros((ROWS, LENGTH), np.int32) for k in ("tokens", "positions", "segments")}
-    out |= {"targets": np.zeros((ROWS, LENGTH), np.int32)}
-    out |= {"weights": np.zeros((ROWS, LENGTH), np.float32)}
+    keys = ("tokens", "targets", "positions", "segments")
+    out = {k: np.zeros((ROWS, LENGTH), np.int32) for k in keys}
+    out["weights"] = np.zeros((ROWS, LENGTH), np.float32)
     for row, (docs, ws) in enumerate(zip(documents, weights, strict=True)):
         at = 0
         for segment, (d, w) in enumerate(zip(docs, ws, strict=True), 1):
@@ -95,30 +103,26 @@ def grads_error(ours, expected):
     return max(error(x, expected[name], least) for name, x in ours.items())
 
 
-each = pytest.mark.parametrize("name", CASES)
-some = pytest.mark.parametrize("name", [marked(name) for name in CASES])
-
-
 # ---- the numbers of transformers -----------------------------------------------------------
 
 
-@each
-def test_golden_numbers(load, plain, tmp_path, name):
-    (model, _), (logits, total, grads), golden = load(name), plain(name), GOLDEN["cases"][name]
-    places = np.array([logits[place] for place in map(tuple, GOLDEN["places"])])
-    assert error(places, np.array(golden["logits"])) <= 1e-5
+@cases()
+def test_golden_numbers(case, tmp_path):
+    logits, total, grads = case.plain
+    places = np.array([logits[row, at] for row, at in GOLDEN["places"]])
+    assert error(places, np.array(case.golden["logits"])) <= 1e-5
     trained = golden_batch()["weights"].sum()
-    np.testing.assert_allclose(total / trained, golden["loss"], rtol=1e-5)
-    sftjax.save_pretrained(tmp_path, model, grads)  # as if they were weights
+    np.testing.assert_allclose(total / trained, case.golden["loss"], rtol=1e-5)
+    sftjax.save_pretrained(tmp_path, case.model, grads)  # as if they were weights
     tensors = load_file(tmp_path / "model.safetensors")
     norms = {name: np.linalg.norm(x) / trained for name, x in tensors.items()}
-    assert norms == pytest.approx(golden["gradients"], rel=1e-4)
+    assert norms == pytest.approx(case.golden["gradients"], rel=1e-4)
 
 
-@each
-def test_golden_text(load, name):
-    text = generate(*load(name), [GOLDEN["prompt"]], max_new_tokens=16)[0]
-    assert text == GOLDEN["cases"][name]["continuation"]
+@cases()
+def test_golden_text(case):
+    text = generate(case.model, case.params, [GOLDEN["prompt"]], max_new_tokens=16)[0]
+    assert text == case.golden["continuation"]
 
 
 # ---- documents in a row --------------------------------------------------------------------
@@ -135,19 +139,8 @@ def documents():
     return docs, weights, [slice(b - n, b) for b, n in zip(stops, lengths, strict=True)]
 
 
-def backends():
-    """(case, backend): every case with the default one."""
-    for name in CASES:
-        for backend in BACKENDS:
-            default = backend == decoder.Config.attention
-            yield (name, backend) if default else marked(name, backend)
-
-
-@pytest.mark.parametrize("name, backend", list(backends()))
-def test_c10_documents_of_one_row_are_as_each_in_a_row_of_its_own(load, documents, name, backend):
+def check_documents(model, params, documents):
     docs, weights, places = documents
-    model, params = load(name)
-    model = model.replace(attention=backend)
     packed = rows([docs, [], [], []], [weights, [], [], []])
     logits, total, grads = run(model, params, packed)
     alone = run(model, params, rows([[d] for d in docs], [[w] for w in weights]))
@@ -164,6 +157,17 @@ def test_c10_documents_of_one_row_are_as_each_in_a_row_of_its_own(load, document
     assert np.abs(logits - changed)[places[0]].max() > 1
 
 
+@cases()
+def test_c10_documents_of_one_row_are_as_each_in_a_row_of_its_own(case, documents):
+    check_documents(case.model, case.params, documents)
+
+
+@pytest.mark.parametrize("backend", sorted({*BACKENDS} - {decoder.Config.attention}))
+@cases(SOME)
+def test_c10_with_every_other_attention_backend(case, documents, backend):
+    check_documents(case.model.replace(attention=backend), case.params, documents)
+
+
 # ---- ways to run ---------------------------------------------------------------------------
 
 
@@ -174,49 +178,41 @@ def same(ours, expected):
 
 
 @pytest.mark.parametrize("how", [{"scan": False}, {"remat": "full"}], ids=str)
-@some
-def test_scan_and_remat_change_nothing(load, plain, name, how):
-    model, params = load(name)
-    same(run(model.replace(**how), params, golden_batch()), plain(name))
+@cases(SOME)
+def test_scan_and_remat_change_nothing(case, how):
+    same(run(case.model.replace(**how), case.params, golden_batch()), case.plain)
 
 
-MESH = {"fsdp": 4, "tensor": 2}
-
-
-def meshes():
-    """(case, mesh) of every case whose sizes divide; experts are sharded too."""
-    for name in CASES:
-        experts = any("experts" in field for field in CASES[name])
-        if "odd" not in name:
-            yield marked(name, dict(fsdp=2, tensor=2, expert=2) if experts else MESH)
-
-
-@pytest.mark.parametrize("name, sizes", list(meshes()), ids=str)
-def test_eight_devices_are_as_one(load, plain, name, sizes):
-    model, params = load(name)
+@cases(SOME)
+def test_eight_devices_are_as_one(case):
+    if case.model.config.experts:
+        sizes = {"fsdp": 2, "tensor": 2, "expert": 2}
+    else:  # odd sizes do not divide
+        sizes = {"data": 4, "context": 2} if "odd" in case.name else {"fsdp": 4, "tensor": 2}
     mesh = sharding.make_mesh(sizes)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.param_shardings(mesh, model.abstract))
-        ours = run(model, params, sharding.put_batch(mesh, golden_batch(), ROWS))
-    same(ours, plain(name))
+        shardings = sharding.param_shardings(mesh, case.model.abstract)
+        params = jax.device_put(case.params, shardings)
+        ours = run(case.model, params, sharding.put_batch(mesh, golden_batch(), ROWS))
+    same(ours, case.plain)
 
 
-def test_a_stack_may_be_split_inside_a_period(load, plain):
+def test_a_stack_may_be_split_inside_a_period(tmp_path):
     """gemma3's period is two local layers and a global one; after the split it begins elsewhere."""
+    write("gemma3", tmp_path)
 
-    def joined(layers):
-        return jax.tree.map(lambda *x: np.concatenate(x), *layers.values())
+    def out(stacks, **how):
+        model, params = sftjax.load_pretrained(tmp_path, **how)
+        assert list(decoder.stacks(model.config)) == stacks
+        logits, total, grads = run(model, params, golden_batch())
+        layers = jax.tree.map(lambda *x: np.concatenate(x), *grads["layers"].values())
+        return logits, total, grads | {"layers": layers}
 
-    model, _ = load("gemma3")
-    split, params = sftjax.load_pretrained(model.source.directory, split=(1,))
-    assert list(decoder.stacks(model.config)) == ["0-5", "6-6"]
-    assert list(decoder.stacks(split.config)) == ["0-0", "1-6"]
-    outs = [plain("gemma3"), run(split, params, golden_batch())]
-    same(*((*out[:2], out[2] | {"layers": joined(out[2]["layers"])}) for out in outs))
+    same(out(["0-0", "1-6"], split=(1,)), out(["0-5", "6-6"]))
 
 
-def test_a_model_without_a_source_cannot_be_saved(load, tmp_path):
-    model, params = load("llama")
+def test_a_model_without_a_source_cannot_be_saved(tmp_path):
+    model, params = sftjax.load_pretrained(write("llama", tmp_path))
     with pytest.raises(ValueError, match="this Model has no source, the config.json to write"):
         sftjax.save_pretrained(tmp_path / "new", decoder.Model(model.config), params)
     assert not (tmp_path / "new").exists()

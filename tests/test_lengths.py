@@ -150,8 +150,6 @@ def test_a_batch_is_as_wide_as_its_longest_document_needs():
     for batch in batches:
         longest = (batch["segments"] > 0).sum(axis=1).max()
         assert {v.shape for v in batch.values()} == {(4, min(w for w in WIDTHS if w >= longest))}
-    seen = [row[row > 0].tolist() for batch in batches for row in batch["positions"] + 1]
-    seen = [row for row in seen if len(row) > 1]
     assert len([row for batch in batches for row in batch["segments"] if row.any()]) == 3 * 203
     used = sum(int((batch["segments"] > 0).sum()) for batch in batches)
     assert used == 3 * int(documents.lengths.sum())

@@ -94,7 +94,7 @@ def in_bfloat16(path, run, routed):
     exact, best = reference.run(reference.fresh(theirs).float(), tokens)
     theirs, experts = reference.run(theirs, tokens)
     alike = np.ones(tokens.shape, bool)
-    if routed:
+    if experts is not None:
         same = (np.stack(routed, 2) == experts).all((2, 3))
         assert same.mean() > 0.95
         alike = np.logical_and.accumulate(same & (experts == best).all((2, 3)), axis=1)
@@ -156,9 +156,7 @@ def test_gradients_of_every_parameter(cases, name, tmp_path):
 def test_greedy_text_in_an_uneven_batch(cases, name):
     case, rng = cases(name), np.random.default_rng(3)
     runs = [((3, 70, 1, 17), 64)]
-    if (
-        name == "phi3-longrope"
-    ):  # no text crosses 40 tokens, where transformers recomputes its cache
+    if name == "phi3-longrope":  # where a text crosses 40 tokens, transformers redoes its cache
         runs = [((41, 70, 55, 48), 64), ((3, 1, 17), 20)]
     for lengths, new in runs:
         prompts = [rng.integers(3, case.vocab, n).tolist() for n in lengths]

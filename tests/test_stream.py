@@ -105,7 +105,8 @@ def test_a_shard_is_read_from_any_row(tmp_path, kind):
     write(path, records)
     for start in (0, 1, 6, 7, 13, 19, 20):
         found = list(stream.READERS[f".{kind}"](path, start))
-        assert found == list(enumerate(records))[start:]
+        values = [json.loads(x) if isinstance(x, bytes) else x for _, x in found]
+        assert [row for row, _ in found] == list(range(start, 20)) and values == records[start:]
 
 
 def test_compressed_files_are_sources_too(tmp_path):
@@ -164,6 +165,11 @@ def test_bad_rows_are_raised_or_skipped(tmp_path):
     assert len(documents(skipping.take(50))) > 200
     reject = json.loads((tmp_path / "rejects").read_text().splitlines()[0])
     assert reject["file"] == f"{path}:18" and "empty response" in reject["reason"]
+    text = (tmp_path / "x.jsonl").read_text().replace('{"prompt": "what is 30?"', '3 {"what')
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(DataError, match="x.jsonl:31: malformed JSON at column 3"):
+        Stream(spec([path], on_error="raise")).take(100)
+    assert len(documents(skipping.take(50))) > 200
 
 
 # --- resumption, parts, mixtures ---
@@ -251,7 +257,11 @@ def test_a_run_trains_on_a_stream_and_resumes(straight, files, tmp_path, capsys)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
     train_lib.train(config, tmp_path / "run")  # from step 9
     said = capsys.readouterr().out
-    assert "resumed" in said and "a sample: 200 examples" in said and "a stream, of 96 tok" in said
+    assert (
+        "resumed" in said
+        and "a sample: 200 examples" in said
+        and "\n          rows of 96 tokens" in said
+    )
     assert losses(tmp_path / "run") == losses(workdir)
 
 

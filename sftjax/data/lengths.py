@@ -77,8 +77,7 @@ def lines(report: dict) -> list[str]:
     total = report["examples"]
     percentiles = "  ".join(f"{name} {n:,}" for name, n in lengths["percentiles"].items())
     bars = (
-        f"≤{bound} {BARS[-(-8 * n // most)]} {n / total:.0%}"
-        for bound, n in lengths["histogram"]
+        f"≤{bound} {BARS[-(-8 * n // most)]} {n / total:.0%}" for bound, n in lengths["histogram"]
     )
     lost = [f"{report['truncated']:,} truncated", f"{report['split']:,} split"]
     lost += [f"{report['pieces_dropped']:,} pieces dropped: no_trained_token"]

@@ -91,36 +91,35 @@ class Mixture(Rows):
         super().__init__(Joined(stores.values()), length, packing, seed, total_rows)
 
     def _count_rows(self):
-        """Plan a cycle of each phase, to know its number of rows and of documents."""
-        self._rows, self._docs = [], []
+        """Plan a cycle of each phase, to know its number of rows."""
+        self._rows = []
         for phase in range(len(self.phases)):
             place = self._start()
             place.phase = phase
-            docs = self._draw(place, 1.0)
-            self._rows.append(len(self._pack(place, docs)))
-            self._docs.append(self._tally(docs))
+            self._rows.append(len(self._pack(place, self._draw(place, 1.0))))
         return self._rows[0]
 
     def mean(self, values) -> float:
         """The mean over all rows; until the phases' ends are known, over the phases."""
-        parts = np.split(np.asarray(values), self.store.starts[1:-1])
-        means = np.array([part.mean() for part in parts])
-        per_row = [docs @ means / n for docs, n in zip(self._docs, self._rows, strict=True)]
+        sums = [self._by_source(phase, values).sum() for phase in self.phases]
         known = len(self.ends) == len(self.phases) - 1
         spans = np.diff([0, *self.ends, self.total]) if known else None
-        return float(np.average(per_row, weights=spans))
+        return float(np.average(np.divide(sums, self._rows), weights=spans))
 
-    def shares(self, phase: int) -> np.ndarray:
-        """float [sources]: of the tokens of a phase."""
-        parts = np.split(self.store.lengths, self.store.starts[1:-1])
-        tokens = self._docs[phase] * [part.mean() for part in parts]
-        return tokens / tokens.sum()
+    def _by_source(self, phase, values) -> np.ndarray:
+        """float [sources]: the sum of values [documents] over what each gives in a cycle."""
+        values, lengths = (
+            np.array([part.mean() for part in np.split(np.asarray(x), self.store.starts[1:-1])])
+            for x in (values, self.store.lengths)
+        )
+        return values * np.where(phase.counted, phase.amounts, phase.amounts / lengths)
 
     def describe(self) -> list[str]:
         """A line for each phase, with the shares of its tokens."""
         lines = []
         for i, phase in enumerate(self.phases):
-            shares = zip(self.names, self.shares(i), strict=True)
+            tokens = self._by_source(phase, self.store.lengths)
+            shares = zip(self.names, tokens / tokens.sum(), strict=True)
             text = ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
             until = f"phase {i + 1}{f', until {phase.until}' if phase.until else ''}: "
             lines.append(f"{until if len(self.phases) > 1 else ''}{text} of the tokens")

@@ -121,9 +121,11 @@ def _write_atomically(folder, *inputs):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(temporary, folder, source, tokenizer, policy, max_length, overlong, *on_error):
+def _write(
+    temporary, folder, source, tokenizer, policy, max_length, overlong, on_error, max_skipped
+):
     kept = folder.with_name(folder.name + ".rejects.jsonl")
-    rejects = Rejects(temporary / "rejects.jsonl", kept, source, *on_error)
+    rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = Tally(stop_ids(tokenizer, policy.get("template")), max_length, overlong)
     first = None
     with open(temporary / "tokens.i32", "wb") as tokens_file:
@@ -262,10 +264,8 @@ def _nothing_trained(first, report, policy, max_length):
     if not first:
         return text
     where, example = first
-    return (
-        f"{text} {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n"
-        + mark_spans(example.text, example.spans)
-    )
+    shown = mark_spans(example.text, example.spans)
+    return f"{text} {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n{shown}"
 
 
 def _warn(report):

@@ -39,7 +39,7 @@ class Subset(Sequence):
         return digest.hexdigest()
 
 
-def split(source, share: float, *, group_by="", stratify_by="", form=None):
+def split(source, share: float, *, group_by="", stratify_by="", form=None, skip=False):
     """Training and validation rows: (Subset, Subset).
 
     Without `stratify_by` a row's side depends on its prompt (or group) alone: rows added, removed
@@ -57,6 +57,7 @@ def split(source, share: float, *, group_by="", stratify_by="", form=None):
       group_by: a field; all rows with one value of it go to the same side.
       stratify_by: a field; the share is held within each of its values.
       form: keywords of `to_conversation`: fields, roles. The prompt is the first user message.
+      skip: leave a row that can't be read to training, which lists it (data.on_error="skip").
 
     Raises: DataError for a row without the field, or if a side is left empty.
     """
@@ -65,8 +66,14 @@ def split(source, share: float, *, group_by="", stratify_by="", form=None):
     side_of, held, seen = {}, Counter(), Counter()
     sides = np.zeros(len(source), bool)
     for i in range(len(source)):
-        record, where = source[i], source.where(i)
-        key = _value(record, group_by, where) if group_by else prompt_key(record, where, form)
+        where = source.where(i)
+        try:
+            record = source[i]
+            key = _value(record, group_by, where) if group_by else prompt_key(record, where, form)
+        except DataError:
+            if group_by or not skip:
+                raise
+            continue  # for training, where it can't be encoded either
         label = _value(record, stratify_by, where) if stratify_by else None
         seen[label] += 1
         if key not in side_of:

@@ -20,7 +20,7 @@ from sftjax.data.mixture import name_seed
 from sftjax.data.pack import shift
 from sftjax.data.pipeline import CHUNK, Tally, encode_rows
 from sftjax.data.rejects import Rejects
-from sftjax.data.sources import DataError, Source, Table, find_files, kind, open_bytes, parse_line
+from sftjax.data.sources import DataError, Source, find_files, kind, open_bytes, parse_line
 
 BINS = 256  # rows packed at a time
 EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
@@ -31,7 +31,7 @@ def _json_lines(path, start):
     with open_bytes(path) as file:
         for row, line in enumerate(file):
             if row >= start and line.strip():
-                yield row, parse_line(line, f"{path}:{row + 1}")
+                yield row, line
 
 
 def _parquet(path, start):
@@ -40,18 +40,22 @@ def _parquet(path, start):
 
     try:
         with pq.ParquetFile(path) as file:
-            first = 0
+            row = 0
             for group in range(file.num_row_groups):
                 n = file.metadata.row_group(group).num_rows
-                if first + n > start:
-                    rows = file.read_row_group(group).slice(max(start - first, 0)).to_pylist()
-                    yield from enumerate(rows, max(start, first))
-                first += n
+                if row + n <= start:
+                    row += n
+                    continue
+                for batch in file.iter_batches(CHUNK, [group]):
+                    for record in batch.to_pylist():
+                        if row >= start:
+                            yield row, record
+                        row += 1
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-# Path and row number to begin at -> (row number, record), one after the other.
+# Path and row number to begin at -> (row number, record or line of JSON), one after the other.
 READERS = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
@@ -59,6 +63,30 @@ READERS = {
     ".jsonl.zst": _json_lines,
     ".parquet": _parquet,
 }
+
+
+class Found:
+    """Rows as READERS give them, with the places they are from: a reader for a Source.
+
+    A line is parsed when it is asked for, so that a bad one is an error of its own row.
+    """
+
+    def __init__(self, path, found):
+        self.path, self._found = path, list(found)  # (where, record or line)
+
+    def __len__(self):
+        return len(self._found)
+
+    def __getitem__(self, i):
+        where, record = self._found[i]
+        return parse_line(record, where) if isinstance(record, bytes) else record
+
+    def where(self, i):
+        return self._found[i][0]
+
+
+def _read(path, start):
+    return ((f"{path}:{row + 1}", row, value) for row, value in READERS[kind(path)](path, start))
 
 
 def shards(spec: str) -> list[Path]:
@@ -76,15 +104,11 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
     """About n records, from the beginnings of up to 16 shards: what training will see."""
     files = shards(spec)
     files = files[:: -(-len(files) // 16)]
-    found = [(p, list(islice(READERS[kind(p)](p, 0), -(-n // len(files))))) for p in files]
-    tables = [
-        Table(path, [record for _, record in rows], [row + 1 for row, _ in rows])
-        for path, rows in found
-        if rows
-    ]
-    if not tables:
+    each = -(-n // len(files))
+    parts = [Found(p, ((where, x) for where, _, x in islice(_read(p, 0), each))) for p in files]
+    if not any(map(len, parts)):
         raise DataError(f"{spec}: the shards hold no row")
-    return Source(tables)
+    return Source(parts)
 
 
 def identity(spec: str) -> str:
@@ -102,7 +126,7 @@ def check(config, sources) -> None:
     if not d.streaming:
         return
     text = config.train.duration
-    if not re.fullmatch(r"\s*[\d_.e+]+\s*(steps?|tokens?)?\s*", str(text)):
+    if re.search("epoch|example|%", str(text)):
         raise ConfigError(
             f"train.duration={text!r}: a stream has no end, so max_steps is required: write "
             "'1000 steps', or '5e6 tokens'"
@@ -135,12 +159,11 @@ class Spec(NamedTuple):
     max_skipped: float = 0.01  # of CHUNK rows
     weight: float = 1.0  # its share of the tokens, beside the other weights
 
-
-def spec(source, policy: dict, weight: float) -> Spec:
-    """The Spec of a source of the config, see `mix.sources`."""
-    d = source.config.data
-    settings = (d.overlong, d.on_error, d.max_skipped)
-    return Spec(source.name, d.train, policy, *settings, float(weight))
+    @classmethod
+    def of(cls, source, policy, weight):
+        """Of a source of the config, see `mix.sources`."""
+        d = source.config.data
+        return cls(source.name, d.train, policy, d.overlong, d.on_error, d.max_skipped, weight)
 
 
 def batches(
@@ -171,11 +194,9 @@ def batches(
     streams = []
     for source in sources:
         seeds = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
-        files = shards(source.paths)
-        records = Records(files, part, parts, int(seeds[0]))
-        records = graph.WindowShuffleIterDataset(
-            records, window_size=window, seed=int(seeds[1] >> 1)
-        )
+        seeds = [int(s) // 2 for s in seeds]  # the number of a window is added, in 32 bits
+        records = Records(shards(source.paths), part, parts, seeds[0])
+        records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
         streams.append(Documents(records, source, tokenizer, length, rejects))
     several = len(sources) > 1
     keys = ["tokens", "targets", "weights", *(["sources"] if several else [])]
@@ -200,7 +221,7 @@ def _batch_row(row):
 
 
 class Records(grain.IterDataset):
-    """(where, record), endlessly; the shards in a new order in every pass."""
+    """(where, record or line), endlessly; the shards in a new order in every pass."""
 
     def __init__(self, files, part, parts, seed):
         super().__init__()
@@ -221,14 +242,13 @@ class _Records(grain.DatasetIterator):
     def __next__(self):
         data = self.data
         while True:
-            path = data.files[self.order[self.shard]]
             if self.rows is None:
-                self.rows = READERS[kind(path)](path, self.row)
-            for row, record in self.rows:
+                self.rows = _read(data.files[self.order[self.shard]], self.row)
+            for where, row, record in self.rows:
                 self.row = row + 1
                 if data.by_shard or row % data.parts == data.part:
                     self.empty = False
-                    return f"{path}:{row + 1}", record
+                    return where, record
             self._next_shard()
 
     def _next_shard(self):
@@ -289,7 +309,8 @@ class _Documents(grain.DatasetIterator):
         return dict(tokens=tokens, targets=targets, weights=weights)
 
     def _read(self):
-        s, chunk = self.source, _Chunk(islice(self._parent, CHUNK))
+        s = self.source
+        chunk = Source([Found(s.paths, islice(self._parent, CHUNK))])
         rejects = Rejects(self.rejects, self.rejects, chunk, s.on_error, s.max_skipped)
         encoded = encode_rows(chunk, range(len(chunk)), self.tokenizer, s.policy, rejects)
         tally = Tally((), self.length, s.overlong)
@@ -304,22 +325,6 @@ class _Documents(grain.DatasetIterator):
         self.documents = []
         if self.at:
             self._read()
-
-
-class _Chunk:
-    """Records that are tokenised together, as a source."""
-
-    def __init__(self, found):
-        self.wheres, self.records = zip(*found, strict=True)
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        return self.records[i]
-
-    def where(self, i):
-        return self.wheres[i]
 
 
 class Mixed(grain.IterDataset):

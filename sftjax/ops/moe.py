@@ -103,12 +103,13 @@ def _experts(x, chosen, weights, p, first, glu):
     rows = x.reshape(-1, D)[order // k]
     row_expert = jnp.minimum(expert[order], E - 1)
 
+    live = here[order][:, None]  # the other rows may come back as anything, also in the backward
+
     def grouped(rows, p):
-        y = jax.lax.ragged_dot(rows, p["w"].astype(rows.dtype), sizes)
-        return y + p["b"].astype(y.dtype)[row_expert] if "b" in p else y
+        y = jax.lax.ragged_dot(jnp.where(live, rows, 0), p["w"].astype(rows.dtype), sizes)
+        y = y + p["b"].astype(y.dtype)[row_expert] if "b" in p else y
+        return jnp.where(live, y, 0)
 
     y = grouped(glu(grouped(rows, p["gate"]), grouped(rows, p["up"])), p["down"])
-    # Rows past the last group may hold anything.
-    y = jnp.where(here[order][:, None], y.astype(jnp.float32), 0.0)
-    y = y[jnp.argsort(order)].reshape(B, S, k, D) * weights[..., None]
+    y = y.astype(jnp.float32)[jnp.argsort(order)].reshape(B, S, k, D) * weights[..., None]
     return jnp.sum(y, axis=2).astype(x.dtype)

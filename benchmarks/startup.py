@@ -4,7 +4,7 @@
 
 For each kind of decoder (one kind of layer; a window alternating with global attention; a mixture
 of experts) the whole step with AdamW is traced, lowered and compiled at each depth, `repeat` times
-in turn, with the compile cache off. Prints the fastest time of each and its ratio to the shallowest.
+in turn, with the compile cache off. Prints the fastest of each and its ratio to the shallowest.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Three phases over several sources: format, then skills, then hard skills; and a replay share.
 
 Differs from configs/quickstart.py: data.sources in place of data.train, mixed by data.phases, and a
-share of plain text that keeps the base model's own skill. The argument "mixed" takes the phases away
-(the same rows, in one mixture), "no_replay" the text.
+share of plain text that keeps the base model's own skill. The argument "mixed" takes the phases
+away (the same rows, in one mixture), "no_replay" the text.
 
     sh experiments/curriculum/make_data.sh
     python -m sftjax.train --config=configs/curriculum.py --workdir=runs/curriculum

@@ -90,7 +90,7 @@ def train(config, workdir) -> dict:
         step = checkpoints.latest_step() or 0
         log = Log(config, workdir, feed, lr, flops, start=step)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
-        for batch in feed.batches(start=step, state=extra["data"]):
+        for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break

@@ -116,6 +116,7 @@ def test_rope_variants():
         frequencies(rope_type="twisted")
 
 
+@pytest.mark.slow  # a compile for each length
 def test_greedy_generation_with_a_cache_equals_recomputing_everything(setup):
     model, params, _ = setup
     rng = np.random.default_rng(1)

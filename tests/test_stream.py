@@ -327,6 +327,7 @@ def test_tokens_are_a_duration_of_a_stream(files, tmp_path):  # noqa: F811
     assert abs(tokens / 20_000 - 1) < 0.1
 
 
+@pytest.mark.fixtures
 def test_gsm8k_streams_tightly(fixtures, monkeypatch):
     from transformers import AutoTokenizer
 

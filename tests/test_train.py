@@ -237,7 +237,12 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
             "optim__schedule": "wsd",
             "optim__trainable": "(('embed/w', False), ('.*', True))",
         },
-        {"optim__name": "muon", "eval__best": "validation/loss", "eval__patience": 1},
+        {
+            "optim__name": "muon",
+            "eval__best": "validation/loss",
+            "eval__patience": 1,
+            "data__augment": "('token_dropout',)",
+        },
     ]
     for i, overrides in enumerate(variants):
         config = make(files, train__duration="2 steps", **overrides)

@@ -81,7 +81,7 @@ def encode_batch(
     template: str | None = None,
     **forms,
 ) -> list[Encoded]:
-    """`encode` for many records: one call of the tokenizer, which uses all cores."""
+    """`encode` for many records, which uses all cores."""
     if stop_token not in STOP_TOKEN:
         raise DataError(f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}")
     policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, _reasoning(reasoning))
@@ -89,20 +89,22 @@ def encode_batch(
     pairs = zip(records, wheres, strict=True)
     chats = [_conversation(record, where, policy.reasoning, forms) for record, where in pairs]
     parts = [slice(at, at + PART) for at in range(0, len(chats), PART)]
-    # Rendered in a process of its own, the next parts while we tokenise this one.
+    # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of
+    # the tokenizer; one at a time, as a tokenizer may fail if two callers set it up at once.
     with ThreadPoolExecutor(1) as pool:
-        texts = pool.map(lambda part: _texts(chat_template, chats[part], wheres[part]), parts)
+        found = pool.map(lambda part: _tokenise(chat_template, chats[part], wheres[part]), parts)
         encoded = [
-            _encode_part(chat_template, chats[part], text, wheres[part], policy)
-            for part, text in zip(parts, texts, strict=True)
+            _encode_part(chat_template, chats[part], *texts, wheres[part], policy)
+            for part, texts in zip(parts, found, strict=True)
         ]
     return [example for part in encoded for example in part]
 
 
-def _encode_part(template, chats, texts, wheres, policy):
+def _tokenise(template, chats, wheres):
+    """The texts of conversations, and their tokens with offsets."""
+    texts = _texts(template, chats, wheres)
     _check_unicode(texts, wheres)
-    spans = _trained_spans(template, chats, texts, wheres, policy)
-    output = template.tokenizer(
+    return texts, template.tokenizer(
         texts,
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -110,6 +112,10 @@ def _encode_part(template, chats, texts, wheres, policy):
         return_token_type_ids=False,
         verbose=False,
     )
+
+
+def _encode_part(template, chats, texts, output, wheres, policy):
+    spans = _trained_spans(template, chats, texts, wheres, policy)
     kinds = [_kind(chat, template) for chat in chats]
     columns = texts, spans, kinds, output["input_ids"], output["offset_mapping"], wheres
     return [_encoded(template, *row) for row in zip(*columns, strict=True)]

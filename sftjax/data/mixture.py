@@ -2,8 +2,9 @@
 
 A mixture comes in cycles. In a cycle each source gives the next documents of its own endless
 stream: a shuffle of all it has, then another one, and so on. The cycle's documents are packed
-together as `Rows` packs those of an epoch. Where each stream stands is a function of the row index,
-like everything else here.
+together as `Rows` packs those of an epoch. Of the last cycle of a phase, or of the run, there is as
+much as fits; what would be over stays at the head of its stream. So where each stream stands is a
+function of the row index, like everything else here.
 """
 
 import hashlib
@@ -54,6 +55,7 @@ class Cycle(NamedTuple):
 class Place:
     """Where a mixture stands between two cycles."""
 
+    ends: tuple[int, ...]  # rows at which the phases end, the last with the run
     row: int
     cycle: int
     phase: int
@@ -94,8 +96,7 @@ class Mixture(Rows):
         """Plan a cycle of each phase, to know its number of rows."""
         self._rows = []
         for phase in range(len(self.phases)):
-            place = self._start()
-            place.phase = phase
+            place = self._start(phase=phase)
             self._rows.append(len(self._pack(place, self._draw(place, 1.0))))
         return self._rows[0]
 
@@ -149,8 +150,9 @@ class Mixture(Rows):
 
     def _cycle(self, r) -> Cycle:
         with self._lock:
-            if not self._cycles or r < self._cycles[0].first:
-                self._cycles, self._held, self._place = [], 0, self._start()
+            ends = (*self.ends, self.total)
+            if not self._cycles or r < self._cycles[0].first or self._place.ends != ends:
+                self._cycles, self._held, self._place = [], 0, self._start(ends)
             while r >= self._place.row:
                 self._cycles.append(self._next(self._place))
                 self._held += len(self._cycles[-1].plan.doc)
@@ -158,23 +160,19 @@ class Mixture(Rows):
                     self._held -= len(self._cycles.pop(0).plan.doc)
             return self._cycles[bisect_right(self._cycles, r, key=lambda c: c.first) - 1]
 
-    def _start(self):
+    def _start(self, ends=(), phase=0) -> Place:
         n = len(self.names)
-        zeros = np.zeros(n, int)
         queues = [np.zeros(0, int)] * n
-        return Place(0, 0, 0, queues, zeros.copy(), np.zeros(n), zeros.copy())
+        return Place(ends, 0, 0, phase, queues, np.zeros(n, int), np.zeros(n), np.zeros(n, int))
 
     def _next(self, place) -> Cycle:
         """Plan the cycle at `place`, and move `place` behind it."""
-        if place.phase < len(self.ends) and place.row == self.ends[place.phase]:
+        if place.row == place.ends[place.phase]:
             place.phase, place.debt = place.phase + 1, np.zeros_like(place.debt)
-        left = math.inf
-        if place.phase < len(self.ends):
-            left = self.ends[place.phase] - place.row
-        whole = self._rows[place.phase]
+        left, whole = place.ends[place.phase] - place.row, self._rows[place.phase]
         docs = self._draw(place, min(1.0, left / whole))
         packed = self._pack(place, docs)
-        while len(packed) < left < whole:  # the last part of a phase came out short
+        while len(packed) < left < whole:  # the last part of a phase came out too short
             docs = np.append(docs, self._draw(place, (left - len(packed)) / whole))
             packed = self._pack(place, docs)
         if len(packed) > left:

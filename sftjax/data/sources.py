@@ -5,6 +5,7 @@ A new format is one function `path -> reader` and one line in `READERS`. A reade
 gives the record at an index, and says by `where` which line or row of the file that is.
 """
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -163,9 +164,7 @@ def kind(path: Path) -> str:
 
 def _open(path):
     if kind(path) not in READERS:
-        raise DataError(
-            f"{path}: unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}"
-        )
+        raise DataError(f"{path}: unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     reader = READERS[kind(path)](path)
@@ -207,7 +206,7 @@ class JsonLines:
 def parse_line(line: bytes, where: str):
     """The value of one line of JSON. Raises: DataError."""
     try:
-        return json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise DataError(_malformed(where, error)) from None
     except UnicodeDecodeError as error:

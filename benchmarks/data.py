@@ -126,6 +126,7 @@ def prepare(name, fixtures, folder, n, rounds):
             began = time.perf_counter()
             found[side] = run()
             seconds[side].append(time.perf_counter() - began)
+            print(f"{name}: {side} {seconds[side][-1]:.1f} s", flush=True)
     if found["sftjax"][0] != found["TRL"][0]:
         raise ValueError(f"{name}: unequal (tokens, rows): {found}")
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]

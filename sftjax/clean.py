@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sftjax import config as config_lib
@@ -22,7 +23,7 @@ from sftjax.data.clean import RULES, Findings, find
 from sftjax.data.clean_report import summary, write_records, write_rejects, write_report
 from sftjax.data.pack import pad_to_multiple
 from sftjax.models import hf
-from sftjax.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
+from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.prepare import FORM, clean_options
 
 LABELS = 20  # at most so many different answers are class labels
@@ -141,14 +142,11 @@ def document_losses(model, params, docs) -> tuple[np.ndarray, np.ndarray]:
 @functools.partial(jax.jit, static_argnums=0)
 def _row_losses(model, params, batch):
     """Sum of the losses of each row, float32 [B]."""
+    weights = batch["weights"]
+    rows = jnp.broadcast_to(jnp.arange(len(weights))[:, None], weights.shape)
+    options = dict(groups=rows, n_groups=len(weights), **model.logit_options)
     hidden, head = model.hidden(params, batch), model.head(params)
-    options = dict(chunk_tokens=CHUNK_TOKENS // BATCH, **model.logit_options)
-
-    def one(h, targets, weights):
-        row = (h[None], head, targets[None], weights[None])
-        return linear_cross_entropy(*row, **options)[0]
-
-    return jax.vmap(one)(hidden, batch["targets"], batch["weights"])
+    return linear_cross_entropy(hidden, head, batch["targets"], weights, **options)[2]
 
 
 def self_confidence(loss) -> np.ndarray:

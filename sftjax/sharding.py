@@ -5,12 +5,14 @@ one program serves a laptop and a pod. GSPMD inserts the collectives.
 """
 
 import contextlib
+import functools
 import json
 import math
 import socket
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -36,6 +38,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "expert": "expert",
 }
+
+
+GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
 
 
 class MeshError(ValueError):
@@ -138,6 +143,79 @@ def constrain(x, *axes):
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+# ---- weights in use ------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _used(w, axes, whole):
+    return constrain(w, *(None if a in GATHERED and whole else a for a in axes))
+
+
+def _used_fwd(w, axes, whole):
+    return _used(w, axes, whole), None
+
+
+def _used_bwd(axes, whole, _, g):
+    return (constrain(g, *axes),)
+
+
+_used.defvjp(_used_fwd, _used_bwd)
+
+
+def stored(w, axes):
+    """w; its gradient too comes in the layout in which w is stored, so that it is never whole."""
+    return _used(w, axes, False)
+
+
+def whole(tree, axes, dtype):
+    """A layer's weights in `dtype`, each gathered over fsdp for this use only.
+
+    Gradients come in the layout in which the weights are stored: they are scattered as they are
+    summed. Left to itself, the partitioner sums them whole, or multiplies by small slices.
+    """
+
+    def one(w, axes):
+        return _used(w.astype(dtype), axes, True) if any(a in GATHERED for a in axes) else w
+
+    return jax.tree.map(one, tree, axes)
+
+
+# ---- rows on the context axis --------------------------------------------------------------
+
+
+def places(length: int, shards: int):
+    """The place in the row of each of its columns on a mesh with `shards` shards of the row.
+
+    Shard i holds parts i and 2 * shards - 1 - i of 2 * shards, so that each has the same share of
+    causal attention's work.
+    """
+    if shards == 1:
+        return np.arange(length, dtype=np.int32)
+    if length % (2 * shards):
+        raise MeshError(
+            f"rows of {length} tokens do not divide into twice mesh.context={shards} parts"
+        )
+    parts = np.arange(length, dtype=np.int32).reshape(2 * shards, -1)
+    return np.stack([parts[:shards], parts[: shards - 1 : -1]], 1).reshape(-1)
+
+
+def spread(x):
+    """[B, S, ...] with its columns in the order in which the context axis holds them."""
+    return _reorder(x, lambda order: order)
+
+
+def unspread(x):
+    """The inverse of `spread`."""
+    return _reorder(x, np.argsort)
+
+
+def _reorder(x, order):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["context"] == 1:
+        return x
+    return jnp.take(x, order(places(x.shape[1], mesh.shape["context"])), axis=1)
 
 
 # ---- batches -------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from sftjax.ops import moe, norms, rope
 from sftjax.ops.attention import attention
 from sftjax.ops.linear import project
 from sftjax.ops.rope import Rope
-from sftjax.params import Param
-from sftjax.sharding import constrain
+from sftjax.params import Param, is_param
+from sftjax.sharding import constrain, spread, stored, unspread, whole
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -312,12 +312,12 @@ def _stack(config, name, ctx, x, xs):
     """Run the layers of one stack. xs: (params, kv, first), each leaf [n, ...] or None."""
     kinds, n = period(config, name), stacks(config)[name]
     p = len(kinds)
+    axes = jax.tree.map(lambda a: a.axes[1:], _layer_params(config, n), is_leaf=is_param)
 
     def layer(j, x, xs):
         # The group's slice is taken in here, so that remat keeps the group and not its slices.
-        return _layer(
-            config, kinds[j], ctx, x, *(jax.tree.map(lambda a: a[j], xs) if p > 1 else xs)
-        )
+        params, *rest = jax.tree.map(lambda a: a[j], xs) if p > 1 else xs
+        return _layer(config, kinds[j], ctx, x, whole(params, axes, config.dtype), *rest)
 
     def body(x, xs):
         outs = []
@@ -340,7 +340,9 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     tokens, positions, segments: int32 [B, S]. Segment 0 is padding. The cache is None without one;
     the routing sums, over all layers, are None for a dense model.
     """
-    x = params["embed"]["w"][tokens].astype(config.dtype)
+    if cache is None:
+        tokens, positions, segments = map(spread, (tokens, positions, segments))
+    x = stored(params["embed"]["w"], ("vocab", "embed"))[tokens].astype(config.dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.learned_positions:
@@ -361,7 +363,10 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
             x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
             sums.append(routing)
     x = _norm(config, x, params["norm"])
-    cache = None if cache is None else cache | {"kv": kept}
+    if cache is None:
+        x = unspread(x)
+    else:
+        cache = cache | {"kv": kept}
     routing = jax.tree.map(lambda *a: sum(jnp.sum(b, axis=0) for b in a), *sums)
     return x, cache, routing
 
@@ -445,7 +450,7 @@ class Model:
 
     def head(self, params):
         """The vocabulary projection, [config.rows, D]."""
-        return params["embed" if self.config.tied else "head"]["w"]
+        return stored(params["embed" if self.config.tied else "head"]["w"], ("vocab", "embed"))
 
     @property
     def logit_options(self) -> dict:

@@ -6,10 +6,14 @@ serves padded rows, packed rows and a KV cache (where an unwritten slot has segm
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from sftjax.ops.splash import splash
+from sftjax.sharding import RULES, spec
 
 NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row with nothing to see gives no NaN
 
@@ -52,6 +56,9 @@ def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap,
     stand later; then causality by position is causality by place, and half the scores are never
     formed.
     """
+    if q.shape[1] != k.shape[1]:
+        how = dict(causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks)
+        return xla(q, k, v, q_seg=q_seg, kv_seg=kv_seg, q_pos=q_pos, kv_pos=kv_pos, **how)
     B, S, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, H]
@@ -97,8 +104,9 @@ class Backend:
 
 
 BACKENDS = {
-    "xla": Backend(xla, features=Backend.features | {"cache"}),
+    "xla": Backend(xla),
     "blockwise": Backend(blockwise),
+    "splash": Backend(splash, platforms=("tpu",)),
 }
 
 
@@ -139,19 +147,32 @@ def attention(
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
     softmax and gives nothing.
     """
-    if kv_segments is not None and "cache" not in BACKENDS[backend].features:
-        backend = "xla"  # decoding: a training backend need not know the cache
-    return BACKENDS[backend].fn(
-        q,
-        k,
-        v,
-        q_seg=segments,
-        kv_seg=segments if kv_segments is None else kv_segments,
-        q_pos=positions,
-        kv_pos=positions if kv_positions is None else kv_positions,
+    how = dict(
         causal=causal,
         window=window,
         softcap=softcap,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        sinks=sinks,
     )
+    if kv_segments is not None:  # decoding: only the reference knows the cache
+        seen = dict(q_seg=segments, kv_seg=kv_segments, q_pos=positions, kv_pos=kv_positions)
+        return xla(q, k, v, **seen, **how, sinks=sinks)
+    run = functools.partial(BACKENDS[backend].fn, **how)
+    seg, pos = segments, positions
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(q, k, v, q_seg=seg, kv_seg=seg, q_pos=pos, kv_pos=pos, sinks=sinks)
+    rows = spec(("batch", "seq"))
+    heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
+    return jax.shard_map(
+        functools.partial(_shard, run),
+        in_specs=(heads, keys, keys, rows, rows, spec(("heads",)) if sinks is not None else None),
+        out_specs=heads,
+        check_vma=False,
+    )(q, k, v, seg, pos, sinks)
+
+
+def _shard(run, q, k, v, seg, pos, sinks):
+    """One device's rows, heads and queries, with the keys of the whole `context` axis."""
+    k, v, kv_seg, kv_pos = (
+        jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True) for x in (k, v, seg, pos)
+    )
+    return run(q, k, v, q_seg=seg, kv_seg=kv_seg, q_pos=pos, kv_pos=kv_pos, sinks=sinks)

@@ -1,17 +1,27 @@
 """Linear cross-entropy over trained positions only: no [B, S, V] array ever exists.
 
-In each row the trained positions are moved to the front; then chunks of columns are taken until no
-row has a trained position left, so the work follows the number of trained tokens at run time. Rows
-stay where they are on the mesh. Each chunk's gradient is taken in the forward pass, so its logits
-are formed once and dropped.
+Each device moves its trained positions to the front; then chunks of them are taken until no device
+has any left, so the work follows the number of trained tokens at run time. A chunk's hidden states
+are gathered over the devices that share the vocabulary, each of which holds its rows of the head:
+the head is never gathered, its gradient is never scattered, and a device with few trained tokens
+helps one with many. Each chunk's gradient is taken in the forward pass, so its logits are formed
+once and dropped.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the whole batch
+from sftjax import sharding
+
+CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the devices of one vocabulary
+# A device takes at most an eighth of its positions at a time (but this many), or the last chunk,
+# half empty, would cost what the trained positions save.
+LEAST = 256
 
 
 def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0, real=None):
@@ -30,100 +40,211 @@ def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0, real=None):
     return loss
 
 
-def _chunk(opts, h, w, targets, weights, groups):
-    """Weighted loss sum; (correct predictions, loss sums of groups). h [B, C, D], w [V, D]."""
-    label_smoothing, z_loss, softcap, scale, accuracy, vocab, n_groups = opts
-    logits = jnp.einsum("bcd,vd->bcv", h, w.astype(h.dtype), preferred_element_type=jnp.float32)
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap:
-        logits = softcap * jnp.tanh(logits / softcap)
-    real = None
-    if vocab and vocab < w.shape[0]:
-        real = jnp.arange(w.shape[0]) < vocab
-        logits = jnp.where(real, logits, jnp.finfo(jnp.float32).min)
-    loss = token_loss(logits, targets, label_smoothing, z_loss, real) * weights
-    hits = jnp.sum((jnp.argmax(logits, -1) == targets) * (weights > 0)) if accuracy else 0.0
-    return jnp.sum(loss), (jnp.asarray(hits, jnp.float32), group_sums(loss, groups, n_groups))
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the loss of a token is; see linear_cross_entropy."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    scale: float = 1.0
+    dft: bool = False
+    accuracy: bool = False
+    vocab: int = 0
+    n_groups: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Mesh axes by what they share in the loss; all empty without a mesh."""
+
+    tokens: tuple[str, ...] = ()  # the positions
+    vocab: tuple[str, ...] = ()  # the rows of the head
+    mesh: bool = False
+
+    @property
+    def gathered(self):  # each shard's positions meet the others' rows of the head
+        return tuple(a for a in self.vocab if a in self.tokens)
+
+    @property
+    def apart(self):  # replicas of the head's rows
+        return tuple(a for a in self.tokens if a not in self.vocab)
+
+
+def _axes(rows: int) -> _Axes:
+    """rows: of the head; it is shared over as many devices as divide it, but not over `data`,
+    which may cross slices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _Axes()
+    vocab, parts = [], 1
+    for axis in ("tensor", "fsdp", "expert", "context"):
+        if rows % (parts * mesh.shape[axis]) == 0:
+            vocab.append(axis)
+            parts *= mesh.shape[axis]
+    return _Axes((*sharding.RULES["batch"], sharding.RULES["seq"]), tuple(vocab), True)
+
+
+def _logits(o, h, w, first):
+    """float32 [C, rows of w], and which of the rows are tokens (None: all)."""
+    logits = jnp.einsum("cd,vd->cv", h, w, preferred_element_type=jnp.float32)
+    if o.scale != 1.0:
+        logits = logits * o.scale
+    if o.softcap:
+        logits = o.softcap * jnp.tanh(logits / o.softcap)
+    if not o.vocab:
+        return logits, None
+    real = first + jnp.arange(w.shape[0]) < o.vocab
+    return jnp.where(real, logits, jnp.finfo(jnp.float32).min), real
+
+
+def _chunk(o, axes, n_vocab, h, w, targets, weights, groups):
+    """(sums of a chunk, gradient of its logits as they leave the matmul [C, rows of w]).
+
+    h [C, D], w the device's rows of the head, targets, weights and groups [C].
+    """
+    total = functools.partial(_collect, jax.lax.psum, axes.vocab)
+    first = jax.lax.axis_index(axes.vocab) * w.shape[0] if axes.vocab else 0
+    logits, real = _logits(o, h, w, first)
+    own = targets - first  # the target's row here, if it is here
+    here = jnp.arange(w.shape[0]) == own[:, None]
+    top = _collect(jax.lax.pmax, axes.vocab, logits.max(-1))
+    exp = jnp.exp(logits - top[:, None])
+    lse = top + jnp.log(total(exp.sum(-1)))
+    target = total(jnp.sum(jnp.where(here, logits, 0.0), -1))
+    loss = lse - target
+    if o.label_smoothing:
+        mean = (
+            total(jnp.sum(logits if real is None else jnp.where(real, logits, 0.0), -1)) / n_vocab
+        )
+        loss = (1 - o.label_smoothing) * loss + o.label_smoothing * (lse - mean)
+    if o.z_loss:
+        loss = loss + o.z_loss * lse**2
+    if o.dft:
+        weights = weights * jnp.exp(target - lse)
+    loss = loss * weights
+    hits = jnp.float32(0)
+    if o.accuracy:
+        best = jnp.where(logits.max(-1) == top, first + jnp.argmax(logits, -1), 2**31 - 1)
+        best = _collect(jax.lax.pmin, axes.vocab, best)  # the first of equals
+        hits = jnp.sum((best == targets) & (weights > 0), dtype=jnp.float32)
+    sums = (jnp.sum(loss), hits, group_sums(loss, groups, o.n_groups))
+
+    grad = exp * ((1 + 2 * o.z_loss * lse) * weights * jnp.exp(top - lse))[:, None]
+    grad = grad - jnp.where(here, ((1 - o.label_smoothing) * weights)[:, None], 0.0)
+    if o.label_smoothing:
+        share = o.label_smoothing / n_vocab * weights[:, None]
+        grad = grad - (share if real is None else jnp.where(real, share, 0.0))
+    if o.softcap:
+        grad = grad * (1 - jnp.where(jnp.abs(logits) > o.softcap, 0, logits / o.softcap) ** 2)
+    return sums, (grad * o.scale if o.scale != 1.0 else grad).astype(h.dtype)
+
+
+def _collect(op, axes, x):
+    return op(x, axes) if axes else x
 
 
 def group_sums(values, groups, n):
-    """float32 [n]: the sums of values [B, C] over each group's positions; None without groups."""
+    """float32 [n]: the sums of values over each group's positions (of one shape); None without."""
     if groups is None:
         return None
-    return jnp.sum(jnp.where(groups[..., None] == jnp.arange(n), values[..., None], 0), (0, 1))
-
-
-def _compact(targets, weights, groups, chunk):
-    """Trained positions first in each row, in whole chunks; and how many chunks hold any."""
-    trained = weights != 0
-    order = jnp.argsort(~trained, axis=1, stable=True)
-    pad = -order.shape[1] % chunk
-    most = jnp.max(jnp.sum(trained, axis=1))
-    order = jnp.pad(order, ((0, 0), (0, pad)))
-    columns = (targets, weights, groups)
-    targets, weights, groups = jax.tree.map(
-        lambda x: jnp.take_along_axis(x, order, axis=1), columns
+    return jnp.sum(
+        jnp.where(groups[..., None] == jnp.arange(n), values[..., None], 0), range(values.ndim)
     )
-    weights = jnp.where(jnp.arange(order.shape[1]) < trained.sum(1, keepdims=True), weights, 0.0)
-    return order, (targets, weights, groups), -(-most // chunk)
 
 
-def _columns(x, i, chunk):
-    """Chunk i of the columns of an array [B, S], or of a tuple of them."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1), x)
+# ---- the loop over chunks, on one device's positions -----------------------------------------
 
 
-def _zeros(opts, groups):
-    """What `_chunk` returns, of no chunk at all."""
-    return jnp.float32(0), (jnp.float32(0), None if groups is None else jnp.zeros(opts[-1]))
+def _compact(weights, chunk):
+    """Of positions with weights [T]: those trained, first, in whole chunks; each one's place among
+    them; how many there are."""
+    trained = weights != 0
+    place = jnp.cumsum(trained) - 1
+    T, count = weights.shape[0], jnp.sum(trained)
+    order = jnp.zeros(T + -T % chunk, jnp.int32)
+    order = order.at[jnp.where(trained, place, order.size)].set(jnp.arange(T), mode="drop")
+    return order, jnp.where(trained, place, 0), count
 
 
-def _take(h, order, i, chunk):
-    return jnp.take_along_axis(h, _columns(order, i, chunk)[..., None], axis=1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(opts, chunk, h, w, targets, weights, groups):
-    order, rest, n = _compact(targets, weights, groups, chunk)
-
-    def body(i, sums):
-        out = _chunk(opts, _take(h, order, i, chunk), w, *_columns(rest, i, chunk))
-        return jax.tree.map(jnp.add, sums, out)
-
-    return jax.lax.fori_loop(0, n, body, _zeros(opts, groups))
-
-
-def _forward(opts, chunk, *primals):
-    h_trained, w_trained = primals[0].perturbed, primals[1].perturbed
-    h, w, targets, weights, groups = (None if p is None else p.value for p in primals)
-    order, rest, n = _compact(targets, weights, groups, chunk)
-    rows = jnp.arange(h.shape[0])[:, None]
+def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
+    """One device's part of the loss -> (sums over all devices, gradients of h and w or None)."""
+    shape, n_vocab = h.shape, o.vocab or w.shape[0] * math.prod(map(jax.lax.axis_size, axes.vocab))
+    h = h.reshape(-1, h.shape[-1])
+    targets, weights, groups = jax.tree.map(jnp.ravel, (targets, weights, groups))
+    order, place, count = _compact(weights, chunk)
+    n = _collect(jax.lax.pmax, axes.tokens, -(-count // chunk))
+    gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, tiled=True)
 
     def body(i, carry):
         sums, dh, dw = carry
-        columns = _columns(rest, i, chunk)
-        where = _columns(order, i, chunk)
-        hi = jnp.take_along_axis(h, where[..., None], axis=1)
-        # Only what is trained is differentiated: a frozen head costs no gradient of its own.
-        if w_trained:
-            loss, vjp, aux = jax.vjp(lambda x, w: _chunk(opts, x, w, *columns), hi, w, has_aux=True)
-            dhi, dwi = vjp(jnp.float32(1))
-            dw = dw + dwi.astype(jnp.float32)
-        else:
-            loss, vjp, aux = jax.vjp(lambda x: _chunk(opts, x, w, *columns), hi, has_aux=True)
-            (dhi,) = vjp(jnp.float32(1))
-        # Positions past a row's trained ones point at column 0 with weight 0: they add zero.
-        dh = dh.at[rows, where].add(dhi)
-        return jax.tree.map(jnp.add, sums, (loss, aux)), dh, dw
+        rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        live = i * chunk + jnp.arange(chunk) < count
+        part = [x if x is None else x[rows] for x in (h, targets, weights, groups)]
+        part[2] = jnp.where(live, part[2], 0.0)
+        if axes.gathered:
+            part = [x if x is None else gather(x) for x in part]
+        new, dz = _chunk(o, axes, n_vocab, part[0], w, *part[1:])
+        if with_dh:
+            dx = jnp.einsum("cv,vd->cd", dz, w, preferred_element_type=jnp.float32)
+            dx = _collect(jax.lax.psum, tuple(a for a in axes.vocab if a not in axes.gathered), dx)
+            dx = dx.astype(h.dtype)
+            if axes.gathered:
+                dx = jax.lax.psum_scatter(dx, axes.gathered, tiled=True)
+            dh = jax.lax.dynamic_update_slice_in_dim(dh, dx, i * chunk, 0)
+        if with_dw:
+            dw = dw + jnp.einsum("cv,cd->vd", dz, part[0], preferred_element_type=jnp.float32)
+        return jax.tree.map(jnp.add, sums, new), dh, dw
 
-    dw = jnp.zeros(w.shape, jnp.float32) if w_trained else None
-    start = (_zeros(opts, groups), jnp.zeros_like(h), dw)
-    sums, dh, dw = jax.lax.fori_loop(0, n, body, start)
-    return sums, (dh if h_trained else None, None if dw is None else dw.astype(w.dtype))
+    zero = jnp.float32(0)
+    sums = (zero, zero, None if groups is None else jnp.zeros(o.n_groups))
+    dh = jnp.zeros((order.size, h.shape[1]), h.dtype) if with_dh else None
+    dw = jnp.zeros(w.shape, jnp.float32) if with_dw else None
+    sums, dh, dw = jax.lax.fori_loop(0, n, body, (sums, dh, dw))
+    sums, dw = _collect(jax.lax.psum, axes.apart, (sums, dw))
+    if with_dh:
+        dh = jnp.where((weights != 0)[:, None], dh[place], 0).reshape(shape)
+    return sums, dh, dw
 
 
-def _backward(opts, chunk, saved, cotangents):
+def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
+    """`_shard` on each device of the mesh, or here."""
+    axes = _axes(w.shape[0])
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[a] for a in axes.gathered)
+    per_device = h.shape[0] * h.shape[1] // math.prod(mesh.shape[a] for a in axes.tokens)
+    chunk = min(-(-chunk_tokens // parts), max(LEAST, per_device // 8), per_device)
+    fn = functools.partial(_shard, o, axes, chunk, with_dh, with_dw)
+    # The head goes to its devices in the dtype of the matmul.
+    args = (h, w.astype(h.dtype), *rest)
+    if not axes.mesh:
+        return fn(*args)
+    rows = sharding.spec(("batch", "seq"))
+    hidden, head = P(*rows, None), P(axes.vocab or None, None)
+    return jax.shard_map(
+        fn,
+        in_specs=(hidden, head, rows, rows, rows),
+        out_specs=(P(), hidden if with_dh else None, head if with_dw else None),
+        check_vma=False,
+    )(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(o, chunk_tokens, *primals):
+    return _run(o, chunk_tokens, False, False, *primals)[0]
+
+
+def _forward(o, chunk_tokens, *primals):
+    # Only what is trained is differentiated: a frozen head costs no gradient of its own.
+    trained = (primals[0].perturbed, primals[1].perturbed)
+    values = [None if p is None else p.value for p in primals]
+    sums, *grads = _run(o, chunk_tokens, *trained, *values)
+    if grads[1] is not None:
+        grads[1] = grads[1].astype(values[1].dtype)
+    return sums, tuple(grads)
+
+
+def _backward(o, chunk_tokens, saved, cotangents):
     g = cotangents[0]
     g = jnp.float32(0) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     return (*(None if d is None else (d * g).astype(d.dtype) for d in saved), None, None, None)
@@ -133,20 +254,7 @@ _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def linear_cross_entropy(
-    h,
-    w,
-    targets,
-    weights,
-    *,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    softcap=0.0,
-    scale=1.0,
-    accuracy=False,
-    chunk_tokens=CHUNK_TOKENS,
-    vocab=0,
-    groups=None,
-    n_groups=0,
+    h, w, targets, weights, *, chunk_tokens=CHUNK_TOKENS, groups=None, **options
 ):
     """(sum of weights * loss, number of correct trained tokens), both float32 scalars.
 
@@ -154,12 +262,15 @@ def linear_cross_entropy(
     each group's positions, float32 [n_groups], not differentiated.
 
     h [B, S, D] hidden states, w [V, D] head, targets int32 [B, S], weights float32 [B, S] (0 = not
-    trained; not differentiated). The logits are scale * h @ w.T, soft-capped when softcap > 0; rows
-    of w from `vocab` on (0 = none) are padding, no tokens. The second value is 0 unless `accuracy`.
-    All weights zero gives 0 with zero gradients.
+    trained; not differentiated). options: the fields of Options. The logits are scale * h @ w.T,
+    soft-capped when softcap > 0; rows of w from `vocab` on (0 = none) are padding, no tokens. dft
+    weighs each token by its own probability, not differentiated (Dynamic Fine-Tuning, Wu et al.
+    2025, arXiv 2508.05629). The second value is 0 unless `accuracy`. All weights zero gives 0 with
+    zero gradients.
     """
-    B, S = targets.shape
-    chunk = min(S, max(1, -(-chunk_tokens // B)))
-    opts = (label_smoothing, z_loss, softcap, scale, accuracy, vocab, n_groups)
-    total, (hits, sums) = _fused(opts, chunk, h, w, targets, weights.astype(jnp.float32), groups)
-    return (total, hits) if groups is None else (total, hits, sums)
+    o = Options(**options)
+    if o.vocab >= w.shape[0]:
+        o = dataclasses.replace(o, vocab=0)
+    args = jax.tree.map(jnp.asarray, (h, w, targets, weights.astype(jnp.float32), groups))
+    sums = _fused(o, chunk_tokens, *args)
+    return sums if groups is not None else sums[:2]

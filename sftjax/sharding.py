@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "norm": None,
     "expert": "expert",
+    "choice": None,  # of an expert, by the router
 }
 
 
@@ -93,7 +94,7 @@ def _arrange(shape, devices) -> np.ndarray:
 def spec(axes, rules=None) -> P:
     """The PartitionSpec of logical `axes`. Two dimensions on one mesh axis are an error."""
     rules = rules or RULES
-    used, out = {}, []
+    used, out, split = {}, [], set(manual_axes())
     for axis in axes:
         if axis is not None and axis not in rules:
             raise MeshError(f"unknown logical axis {axis!r}; the table has {', '.join(rules)}")
@@ -105,8 +106,17 @@ def spec(axes, rules=None) -> P:
                     f" {m!r}"
                 )
             used[m] = axis
+        if split and mesh_axes:
+            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+            mesh_axes = tuple(m for m in names if m not in split) or None
         out.append(mesh_axes)
     return P(*out)
+
+
+def part(axes, mesh_axes) -> P:
+    """The PartitionSpec of logical `axes` over some mesh axes only."""
+    keep = lambda m: m if m in mesh_axes else None  # noqa: E731
+    return P(*(keep(RULES[a]) if isinstance(RULES.get(a), str) else None for a in axes))
 
 
 def named(mesh, *axes) -> NamedSharding:
@@ -177,9 +187,61 @@ def whole(tree, axes, dtype):
     """
 
     def one(w, axes):
-        return _used(w.astype(dtype), axes, True) if any(a in GATHERED for a in axes) else w
+        if not any(a in GATHERED for a in axes):
+            return w
+        if RULES["embed"] in manual_axes():
+            return _gather(w.astype(dtype), axes.index("embed"))
+        return _used(w.astype(dtype), axes, True)
 
     return jax.tree.map(one, tree, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w, dim):
+    return jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)
+
+
+def _gather_fwd(w, dim):
+    return _gather(w, dim), None
+
+
+def _gather_bwd(dim, _, g):
+    """The sum over fsdp, scattered: along the minor part of the axis last.
+
+    In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
+    """
+    n = jax.lax.axis_size(RULES["embed"])
+    grid = np.arange(n).reshape(_two(n))
+    for groups in (grid.T, grid):
+        if groups.shape[1] > 1:
+            g = jax.lax.psum_scatter(
+                g, RULES["embed"], scatter_dimension=dim, tiled=True,
+                axis_index_groups=groups.tolist(),
+            )  # fmt: skip
+    return (g,)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _two(n: int) -> tuple[int, int]:
+    """Two factors of n, as near to each other as can be, the smaller first."""
+    a = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
+    return a, n // a
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The mesh axes that an enclosing shard_map has split already."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def shard_map(fn, in_specs, out_specs, axes=None):
+    """jax.shard_map over the mesh axes `axes`; None: all that are not split already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(mesh.axis_names if axes is None else axes) - set(mesh.manual_axes)
+    return jax.shard_map(
+        fn, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
 
 
 # ---- rows on the context axis --------------------------------------------------------------

@@ -15,13 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from sftjax.ops import moe, norms, rope
 from sftjax.ops.attention import attention
 from sftjax.ops.linear import project
 from sftjax.ops.rope import Rope
 from sftjax.params import Param, is_param
-from sftjax.sharding import constrain, spread, stored, unspread, whole
+from sftjax.sharding import RULES, constrain, part, shard_map, spread, stored, unspread, whole
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -177,7 +178,7 @@ def _layer_params(c, n: int) -> dict:
     if c.gated:
         mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp)
     if c.experts:
-        mlp["router"] = linear(("expert",) * c.mlp_bias, embed=c.width, expert=c.experts)
+        mlp["router"] = linear(("choice",) * c.mlp_bias, embed=c.width, choice=c.experts)
     names = {"pre": [""], "post": ["_post"], "both": ["", "_post"]}[c.norms]
     out = {f"{half}{n}_norm": _norm_params(c, lead) for half in ("attn", "mlp") for n in names}
     return out | {"attn": attn, "mlp": mlp}
@@ -309,7 +310,29 @@ def _weak(scale):
 
 
 def _stack(config, name, ctx, x, xs):
-    """Run the layers of one stack. xs: (params, kv, first), each leaf [n, ...] or None."""
+    """Run the layers of one stack. xs: (params, kv, first), each leaf [n, ...] or None.
+
+    On a mesh with fsdp, over shards of rows: so that it is said here, not left to the partitioner,
+    where weights are gathered and their gradients scattered.
+    """
+    _, kv, first = xs
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[RULES["embed"]] == 1 or kv is not None:
+        return _scan(config, name, ctx, x, xs)
+    rows, apart = RULES["batch"], {*RULES["batch"], RULES["embed"]}
+    params = jax.tree.map(lambda p: part(p.axes, apart), _layer_params(config, 1), is_leaf=is_param)
+    kept = P(None, rows)
+
+    def run(ctx, x, xs):
+        x, (kv, routing) = _scan(config, name, ctx, x, xs)
+        return x, (kv, jax.tree.map(lambda a: jax.lax.psum(a, rows), routing))
+
+    return shard_map(
+        run, (P(rows), P(rows), (params, None, kept)), (P(rows), (kept, P())), axes=apart
+    )(ctx, x, xs)
+
+
+def _scan(config, name, ctx, x, xs):
     kinds, n = period(config, name), stacks(config)[name]
     p = len(kinds)
     axes = jax.tree.map(lambda a: a.axes[1:], _layer_params(config, n), is_leaf=is_param)

@@ -21,7 +21,7 @@ def train_flops(config: decoder.Config, trainable: dict):
             here = reached or any(v for k, v in on.items() if k.startswith(f"layers/{name}/"))
             for key, p in params_lib.flatten(decoder.abstract(c)["layers"][name]).items():
                 if key.endswith("/w"):
-                    chosen = "expert" in p.axes and key != "mlp/router/w"
+                    chosen = "expert" in p.axes
                     share = c.experts_per_token / c.experts if chosen else 1.0
                     each = 2 + 2 * here + 2 * on[f"layers/{name}/{key}"]
                     per_token += share * params_lib.count(p) * each

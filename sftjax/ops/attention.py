@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sftjax.ops.splash import splash
-from sftjax.sharding import RULES, spec
+from sftjax.sharding import RULES, shard_map, spec
 
 NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row with nothing to see gives no NaN
 
@@ -162,12 +162,8 @@ def attention(
         return run(q, k, v, q_seg=seg, kv_seg=seg, q_pos=pos, kv_pos=pos, sinks=sinks)
     rows = spec(("batch", "seq"))
     heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
-    return jax.shard_map(
-        functools.partial(_shard, run),
-        in_specs=(heads, keys, keys, rows, rows, spec(("heads",)) if sinks is not None else None),
-        out_specs=heads,
-        check_vma=False,
-    )(q, k, v, seg, pos, sinks)
+    specs = (heads, keys, keys, rows, rows, spec(("heads",)) if sinks is not None else None)
+    return shard_map(functools.partial(_shard, run), specs, heads)(q, k, v, seg, pos, sinks)
 
 
 def _shard(run, q, k, v, seg, pos, sinks):

@@ -221,12 +221,8 @@ def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
         return fn(*args)
     rows = sharding.spec(("batch", "seq"))
     hidden, head = P(*rows, None), P(axes.vocab or None, None)
-    return jax.shard_map(
-        fn,
-        in_specs=(hidden, head, rows, rows, rows),
-        out_specs=(P(), hidden if with_dh else None, head if with_dw else None),
-        check_vma=False,
-    )(*args)
+    grads = (hidden if with_dh else None, head if with_dw else None)
+    return sharding.shard_map(fn, (hidden, head, rows, rows, rows), (P(), *grads))(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

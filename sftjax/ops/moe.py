@@ -7,9 +7,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from sftjax.sharding import RULES, spec
+from sftjax.sharding import RULES, shard_map, spec
 
 
 def route(logits, k: int, renormalise: bool):
@@ -57,28 +56,18 @@ def mixture(x, chosen, weights, p, glu):
     On a mesh each shard of the `expert` axis computes its own experts for the tokens of all of
     them, and each shard of `tensor` its part of F; the results are added up.
     """
-    bias = p["down"].get("b")
-    p = {"gate": p["gate"], "up": p["up"], "down": {"w": p["down"]["w"]}}
     if jax.sharding.get_abstract_mesh().empty:
-        y = _experts(x, chosen, weights, p, first=0, glu=glu)
-    else:
-        tokens = P(RULES["batch"], RULES["seq"], None)
-        axes = {
-            "gate": {"w": ("expert", None, "mlp"), "b": ("expert", "mlp")},
-            "up": {"w": ("expert", None, "mlp"), "b": ("expert", "mlp")},
-            "down": {"w": ("expert", "mlp", None)},
-        }
-        specs = {n: {k: spec(axes[n][k]) for k in p[n]} for n in p}
-        y = jax.shard_map(
-            functools.partial(_shard, glu=glu),
-            in_specs=(tokens, tokens, tokens, specs),
-            out_specs=tokens,
-            check_vma=False,
-        )(x, chosen, weights, p)
-    if bias is not None:  # once, however the experts are sharded
-        combine = jnp.einsum("bsk,bske->bse", weights, jax.nn.one_hot(chosen, bias.shape[0]))
-        y = y + jnp.einsum("bse,ed->bsd", combine.astype(y.dtype), bias.astype(y.dtype))
-    return y
+        return _experts(x, chosen, weights, p, first=0, glu=glu)
+    tokens = spec(("batch", "seq", None))
+    axes = {
+        "gate": {"w": ("expert", None, "mlp"), "b": ("expert", "mlp")},
+        "up": {"w": ("expert", None, "mlp"), "b": ("expert", "mlp")},
+        "down": {"w": ("expert", "mlp", None), "b": ("expert", None)},
+    }
+    p = {n: p[n] for n in axes}
+    specs = {n: {k: spec(axes[n][k]) for k in p[n]} for n in p}
+    shard = functools.partial(_shard, glu=glu)
+    return shard_map(shard, (tokens, tokens, tokens, specs), tokens)(x, chosen, weights, p)
 
 
 def _shard(x, chosen, weights, p, glu):
@@ -86,6 +75,9 @@ def _shard(x, chosen, weights, p, glu):
     x, chosen, weights = (
         jax.lax.all_gather(a, experts, axis=0, tiled=True) for a in (x, chosen, weights)
     )
+    if "b" in p["down"]:  # once, of all shards of F
+        once = jnp.where(jax.lax.axis_index(tensor) == 0, p["down"]["b"], 0)
+        p = p | {"down": {"w": p["down"]["w"], "b": once}}
     first = jax.lax.axis_index(experts) * p["gate"]["w"].shape[0]
     y = _experts(x, chosen, weights, p, first, glu)
     y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)

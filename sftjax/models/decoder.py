@@ -1,11 +1,10 @@
-"""The decoder-only transformer: every family is a Config of this one file.
+"""The decoder-only transformer: every family is a Config of this file, made of layers (layer.py).
 
 Layers of one kind are stacked on a leading `layers` axis and run under lax.scan; where kinds
 alternate (local and global attention), one step of the scan runs a whole period. `split` cuts the
 stack at given layers, so that a frozen prefix is a stack of its own and costs no backward pass.
 
-Einsum letters: b batch, s and t sequence, d width, n query heads, k key/value heads, h head width,
-f feed-forward width, e experts, v vocabulary.
+Einsum letters: d width, v vocabulary.
 """
 
 import dataclasses
@@ -17,20 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sftjax.ops import moe, norms, rope
-from sftjax.ops.attention import attention
-from sftjax.ops.linear import project
+from sftjax.models import layer
+from sftjax.ops import rope
 from sftjax.ops.rope import Rope
 from sftjax.params import Param, is_param
-from sftjax.sharding import RULES, constrain, part, shard_map, spread, stored, unspread, whole
+from sftjax.sharding import RULES, constrain, part, shard_map, spread, stored, unspread
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-}
 PERIOD = 8  # the longest alternation of kinds that is looked for
 
 
@@ -133,64 +124,13 @@ def period(config, name) -> list[Kind]:
 # ---- parameters ----------------------------------------------------------------------------
 
 
-def _norm_params(c, lead, shape=None, axes=("norm",)):
-    """lead: (sizes, axes) in front, of a stack of layers."""
-    shape = (*lead[0], *(shape or (c.width,)))
-    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
-    p = {"scale": Param(shape, (*lead[1], *axes), zeros if c.norm == "rms_plus_one" else ones)}
-    if c.norm == "layer":
-        p["b"] = Param(shape, (*lead[1], *axes), zeros)
-    return p
-
-
-def _layer_params(c, n: int) -> dict:
-    normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
-    lead = ((n,), ("layers",))
-
-    def linear(bias, **sizes):
-        """sizes: the weight's axes in order; bias: those of the bias, () for none."""
-        p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal)}
-        if bias:
-            p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
-        return p
-
-    q = {"heads": c.heads, "head_dim": c.head_dim}
-    kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-    attn = {
-        "q": linear(tuple(q) * c.qkv_bias, embed=c.width, **q),
-        "k": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
-        "v": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
-        "o": linear(("embed",) * c.out_bias, **q, embed=c.width),
-    }
-    if c.qk_norm != "none":
-        for name, sizes in (("q_norm", q), ("k_norm", kv)):
-            sizes = sizes if c.qk_norm == "all" else {"head_dim": c.head_dim}
-            attn[name] = _norm_params(c, lead, tuple(sizes.values()), tuple(sizes))
-    if c.sinks:
-        attn["sinks"] = Param((n, c.heads), ("layers", "heads"), zeros)
-    if c.loops > 1:
-        attn["mix"] = linear(("heads",), **q)
-    e = {"expert": c.experts} if c.experts else {}
-    mlp = {
-        "up": linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp),
-        "down": linear((*e, "embed") * c.mlp_bias, **e, mlp=c.mlp, embed=c.width),
-    }
-    if c.gated:
-        mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp)
-    if c.experts:
-        mlp["router"] = linear(("choice",) * c.mlp_bias, embed=c.width, choice=c.experts)
-    names = {"pre": [""], "post": ["_post"], "both": ["", "_post"]}[c.norms]
-    out = {f"{half}{n}_norm": _norm_params(c, lead) for half in ("attn", "mlp") for n in names}
-    return out | {"attn": attn, "mlp": mlp}
-
-
 def abstract(config: Config) -> dict:
     """The tree of Params."""
     c, normal = config, jax.nn.initializers.normal(config.init_std)
     tree = {
         "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal)},
-        "layers": {name: _layer_params(c, n) for name, n in stacks(c).items()},
-        "norm": _norm_params(c, ((), ())),
+        "layers": {name: layer.abstract(c, n) for name, n in stacks(c).items()},
+        "norm": layer.norm_params(c, ((), ())),
     }
     if c.learned_positions:
         tree["positions"] = {"w": Param((c.max_positions, c.width), (None, "embed"), normal)}
@@ -200,113 +140,6 @@ def abstract(config: Config) -> dict:
 
 
 # ---- forward -------------------------------------------------------------------------------
-
-
-REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def _remat(config, layer):
-    if config.remat == "none":
-        return layer
-    policy = REMAT.get(config.remat) or getattr(jax.checkpoint_policies, config.remat, None)
-    if policy is None:
-        known = [n for n in dir(jax.checkpoint_policies) if not n.startswith("_")]
-        raise ValueError(f"model.remat={config.remat!r} is none of none, dots, full, {known}")
-    return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan)
-
-
-def _norm(config, x, p):
-    if p is None:
-        return x
-    if config.norm == "layer":
-        return norms.layer_norm(x, p["scale"], p["b"], config.norm_eps)
-    return norms.rms_norm(x, p["scale"], config.norm_eps, float(config.norm == "rms_plus_one"))
-
-
-def _attention(config, kind, p, x, ctx, kv, first):
-    """x [B, S, D] -> [B, S, D], and this layer's keys and values, the whole cache when decoding.
-
-    first: this layer's keys and values in the first pass, when in a later one.
-    """
-    q = _norm(config, project("bsd,dnh->bsnh", x, p["q"]), p.get("q_norm"))
-    k = _norm(config, project("bsd,dkh->bskh", x, p["k"]), p.get("k_norm"))
-    v = project("bsd,dkh->bskh", x, p["v"])
-    if kind.rope is not None:
-        q, k = (rope.rotate(a, *ctx["angles"][kind.rope]) for a in (q, k))
-    q = constrain(q, "batch", "seq", "heads", None)
-    k = constrain(k, "batch", "seq", "kv_heads", None)
-    if kv is not None:
-        rows = jnp.arange(x.shape[0])[:, None]
-        k, v = (
-            old.at[rows, ctx["slots"]].set(new.astype(old.dtype))
-            for old, new in zip(kv, (k, v), strict=True)
-        )
-
-    how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
-    attend = functools.partial(attention, q, **ctx["where"], **how, backend=config.attention)
-
-    if first is None:
-        out = attend(k, v, window=kind.window)
-    else:
-        own = attend(k, v, window=config.loop_window)
-        out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
-    return project("bsnh,nhd->bsd", out, p["o"]), (k, v)
-
-
-def _mix(p, q, first, own):
-    """A later pass over the same layers: each head's gate weighs its attention to the first pass's
-    keys against windowed attention to its own (IQuest-Coder's loop form)."""
-    gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), p["w"].astype(jnp.float32))
-    gate = jax.nn.sigmoid(gate + p["b"].astype(jnp.float32))[..., None].astype(q.dtype)
-    return gate * first + (1 - gate) * own
-
-
-def _glu(config, gate, up):
-    if config.swiglu_limit:
-        gate = jnp.minimum(gate, config.swiglu_limit)
-        up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
-        return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
-    return ACTIVATIONS[config.activation](gate) * up
-
-
-def _mlp(config, p, x, ctx):
-    """x [B, S, D] -> [B, S, D], and moe.routing_sums (None for a dense MLP)."""
-    if config.experts:
-        logits = project("bsd,de->bse", x, p["router"])
-        k = config.experts_per_token
-        chosen, weights, probs = moe.route(logits, k, config.renormalise)
-        y = moe.mixture(x, chosen, weights, p, functools.partial(_glu, config))
-        return y, moe.routing_sums(chosen, probs, ctx["where"]["segments"] > 0)
-    hidden = project("bsd,df->bsf", x, p["up"])
-    if config.gated:
-        hidden = _glu(config, project("bsd,df->bsf", x, p["gate"]), hidden)
-    else:
-        hidden = ACTIVATIONS[config.activation](hidden)
-    hidden = constrain(hidden, "batch", "seq", "mlp")
-    return project("bsf,fd->bsd", hidden, p["down"]), None
-
-
-def _layer(config, kind, ctx, x, p, kv, first):
-    """(x, (keys and values where they are kept, routing sums))."""
-    h, kv_out = _attention(
-        config, kind, p["attn"], _norm(config, x, p.get("attn_norm")), ctx, kv, first
-    )
-    h = _norm(config, h, p.get("attn_post_norm")) * _weak(config.residual_scale)
-    y = constrain(x + h, "batch", "seq", "act_embed")
-    h, routing = _mlp(
-        config, p["mlp"], _norm(config, x if config.parallel else y, p.get("mlp_norm")), ctx
-    )
-    h = _norm(config, h, p.get("mlp_post_norm")) * _weak(config.residual_scale)
-    y = constrain(y + h, "batch", "seq", "act_embed")
-    keep = kv is not None or (config.loops > 1 and first is None)
-    return y, (kv_out if keep else None, routing)
-
-
-def _weak(scale):
-    return 1 if scale == 1 else scale  # so that x * 1 is x, whatever its dtype
 
 
 def _stack(config, name, ctx, x, xs):
@@ -320,7 +153,8 @@ def _stack(config, name, ctx, x, xs):
     if mesh.empty or mesh.shape[RULES["embed"]] == 1 or kv is not None:
         return _scan(config, name, ctx, x, xs)
     rows, apart = RULES["batch"], {*RULES["batch"], RULES["embed"]}
-    params = jax.tree.map(lambda p: part(p.axes, apart), _layer_params(config, 1), is_leaf=is_param)
+    abstract = layer.abstract(config, 1)
+    params = jax.tree.map(lambda p: part(p.axes, apart), abstract, is_leaf=is_param)
     kept = P(None, rows)
 
     def run(ctx, x, xs):
@@ -335,17 +169,16 @@ def _stack(config, name, ctx, x, xs):
 def _scan(config, name, ctx, x, xs):
     kinds, n = period(config, name), stacks(config)[name]
     p = len(kinds)
-    axes = jax.tree.map(lambda a: a.axes[1:], _layer_params(config, n), is_leaf=is_param)
 
-    def layer(j, x, xs):
+    def run(j, x, xs):
         # The group's slice is taken in here, so that remat keeps the group and not its slices.
-        params, *rest = jax.tree.map(lambda a: a[j], xs) if p > 1 else xs
-        return _layer(config, kinds[j], ctx, x, whole(params, axes, config.dtype), *rest)
+        xs = jax.tree.map(lambda a: a[j], xs) if p > 1 else xs
+        return layer.apply(config, kinds[j], ctx, x, *xs)
 
     def body(x, xs):
         outs = []
         for j in range(p):
-            x, out = _remat(config, functools.partial(layer, j))(x, xs)
+            x, out = layer.remat(config, functools.partial(run, j))(x, xs)
             outs.append(out)
         return x, jax.tree.map(lambda *a: jnp.stack(a), *outs) if p > 1 else outs[0]
 
@@ -385,7 +218,7 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
             xs = (params["layers"][name], kv, first)
             x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
             sums.append(routing)
-    x = _norm(config, x, params["norm"])
+    x = layer.norm(config, x, params["norm"])
     if cache is None:
         x = unspread(x)
     else:
@@ -486,7 +319,7 @@ class Model:
         c = self.config
         w = self.head(params).astype(hidden.dtype)
         y = jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
-        y = y[..., : c.vocab] * _weak(c.logit_scale)
+        y = y[..., : c.vocab] * layer.weak(c.logit_scale)
         return c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
 
     def apply(self, params, batch):

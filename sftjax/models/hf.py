@@ -32,6 +32,7 @@ from sftjax.models import (
     gpt_oss,
     granite,
     iquest,
+    layer,
     llama,
     mistral,
     mixtral,
@@ -133,10 +134,10 @@ def load_model(path_or_id, **changes) -> decoder.Model:
 
 
 def _check(c, hf):
-    if c.activation not in decoder.ACTIVATIONS:
+    if c.activation not in layer.ACTIVATIONS:
         fields = ("hidden_activation", "activation_function", "hidden_act")
         field = next((f for f in fields if hf.get(f) == c.activation), fields[-1])
-        known = ", ".join(decoder.ACTIVATIONS)
+        known = ", ".join(layer.ACTIVATIONS)
         raise ValueError(f"{field} {c.activation!r} is not supported; known: {known}")
     if c.heads % c.kv_heads:
         raise ValueError(

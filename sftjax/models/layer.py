@@ -1,0 +1,226 @@
+"""One layer of the decoder: its parameters, and what it computes.
+
+Einsum letters: b batch, s and t sequence, d width, n query heads, k key/value heads, h head width,
+f feed-forward width, e experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sftjax.ops import moe, norms, rope
+from sftjax.ops.attention import attention
+from sftjax.ops.linear import project
+from sftjax.params import Param, is_param
+from sftjax.sharding import RULES, constrain, whole
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+}
+SLICE = 3072  # least width of a slice of the MLP: narrower matmuls would not run at full speed
+
+
+# ---- parameters ----------------------------------------------------------------------------
+
+
+def norm_params(c, lead, shape=None, axes=("norm",)):
+    """lead: (sizes, axes) in front, of a stack of layers."""
+    shape = (*lead[0], *(shape or (c.width,)))
+    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+    p = {"scale": Param(shape, (*lead[1], *axes), zeros if c.norm == "rms_plus_one" else ones)}
+    if c.norm == "layer":
+        p["b"] = Param(shape, (*lead[1], *axes), zeros)
+    return p
+
+
+def abstract(c, n: int) -> dict:
+    normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
+    lead = ((n,), ("layers",))
+
+    def linear(bias, **sizes):
+        """sizes: the weight's axes in order; bias: those of the bias, () for none."""
+        p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal)}
+        if bias:
+            p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
+        return p
+
+    q = {"heads": c.heads, "head_dim": c.head_dim}
+    kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
+    attn = {
+        "q": linear(tuple(q) * c.qkv_bias, embed=c.width, **q),
+        "k": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
+        "v": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
+        "o": linear(("embed",) * c.out_bias, **q, embed=c.width),
+    }
+    if c.qk_norm != "none":
+        for name, sizes in (("q_norm", q), ("k_norm", kv)):
+            sizes = sizes if c.qk_norm == "all" else {"head_dim": c.head_dim}
+            attn[name] = norm_params(c, lead, tuple(sizes.values()), tuple(sizes))
+    if c.sinks:
+        attn["sinks"] = Param((n, c.heads), ("layers", "heads"), zeros)
+    if c.loops > 1:
+        attn["mix"] = linear(("heads",), **q)
+    e = {"expert": c.experts} if c.experts else {}
+    mlp = {
+        "up": linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp),
+        "down": linear((*e, "embed") * c.mlp_bias, **e, mlp=c.mlp, embed=c.width),
+    }
+    if c.gated:
+        mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp)
+    if c.experts:
+        mlp["router"] = linear(("choice",) * c.mlp_bias, embed=c.width, choice=c.experts)
+    names = {"pre": [""], "post": ["_post"], "both": ["", "_post"]}[c.norms]
+    out = {f"{half}{n}_norm": norm_params(c, lead) for half in ("attn", "mlp") for n in names}
+    return out | {"attn": attn, "mlp": mlp}
+
+
+@functools.lru_cache(maxsize=64)
+def _axes(config):
+    """The logical axes of a layer's parameters: a tree of tuples."""
+    return jax.tree.map(lambda p: p.axes[1:], abstract(config, 1), is_leaf=is_param)
+
+
+# ---- forward -------------------------------------------------------------------------------
+
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(config, fn):
+    if config.remat == "none":
+        return fn
+    policy = REMAT.get(config.remat) or getattr(jax.checkpoint_policies, config.remat, None)
+    if policy is None:
+        known = [n for n in dir(jax.checkpoint_policies) if not n.startswith("_")]
+        raise ValueError(f"model.remat={config.remat!r} is none of none, dots, full, {known}")
+    return jax.checkpoint(fn, policy=policy, prevent_cse=not config.scan)
+
+
+def norm(config, x, p):
+    if p is None:
+        return x
+    if config.norm == "layer":
+        return norms.layer_norm(x, p["scale"], p["b"], config.norm_eps)
+    return norms.rms_norm(x, p["scale"], config.norm_eps, float(config.norm == "rms_plus_one"))
+
+
+def _attention(config, kind, axes, p, x, ctx, kv, first):
+    """x [B, S, D] -> [B, S, D], and this layer's keys and values, the whole cache when decoding.
+
+    first: this layer's keys and values in the first pass, when in a later one.
+    """
+    p = whole(p, axes, config.dtype)
+    q = norm(config, project("bsd,dnh->bsnh", x, p["q"]), p.get("q_norm"))
+    k = norm(config, project("bsd,dkh->bskh", x, p["k"]), p.get("k_norm"))
+    v = project("bsd,dkh->bskh", x, p["v"])
+    if kind.rope is not None:
+        q, k = (rope.rotate(a, *ctx["angles"][kind.rope]) for a in (q, k))
+    q = constrain(q, "batch", "seq", "heads", None)
+    k = constrain(k, "batch", "seq", "kv_heads", None)
+    if kv is not None:
+        rows = jnp.arange(x.shape[0])[:, None]
+        k, v = (
+            old.at[rows, ctx["slots"]].set(new.astype(old.dtype))
+            for old, new in zip(kv, (k, v), strict=True)
+        )
+
+    how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
+    attend = functools.partial(attention, q, **ctx["where"], **how, backend=config.attention)
+
+    if first is None:
+        out = attend(k, v, window=kind.window)
+    else:
+        own = attend(k, v, window=config.loop_window)
+        out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
+    return project("bsnh,nhd->bsd", out, p["o"]), (k, v)
+
+
+def _mix(p, q, first, own):
+    """A later pass over the same layers: each head's gate weighs its attention to the first pass's
+    keys against windowed attention to its own (IQuest-Coder's loop form)."""
+    gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), p["w"].astype(jnp.float32))
+    gate = jax.nn.sigmoid(gate + p["b"].astype(jnp.float32))[..., None].astype(q.dtype)
+    return gate * first + (1 - gate) * own
+
+
+def _glu(config, gate, up):
+    if config.swiglu_limit:
+        gate = jnp.minimum(gate, config.swiglu_limit)
+        up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
+        return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
+    return ACTIVATIONS[config.activation](gate) * up
+
+
+def _mlp(config, axes, p, x, ctx):
+    """x [B, S, D] -> [B, S, D], and moe.routing_sums (None for a dense MLP)."""
+    if config.experts:
+        p = whole(p, axes, config.dtype)
+        logits = project("bsd,de->bse", x, p["router"])
+        k = config.experts_per_token
+        chosen, weights, probs = moe.route(logits, k, config.renormalise)
+        y = moe.mixture(x, chosen, weights, p, functools.partial(_glu, config))
+        return y, moe.routing_sums(chosen, probs, ctx["where"]["segments"] > 0)
+    n = slices(config)
+    if n == 1:
+        return _dense(config, axes, p, x), None
+    # Each slice's weights are gathered, and its gradients scattered, before the next one's.
+    part = remat(config, functools.partial(_dense, config, axes))
+    y = sum(part(_slice(p, axes, n, i), x).astype(jnp.float32) for i in range(n))
+    return y.astype(x.dtype), None
+
+
+def _dense(config, axes, p, x):
+    p = whole(p, axes, config.dtype)
+    hidden = project("bsd,df->bsf", x, p["up"])
+    if config.gated:
+        hidden = _glu(config, project("bsd,df->bsf", x, p["gate"]), hidden)
+    else:
+        hidden = ACTIVATIONS[config.activation](hidden)
+    hidden = constrain(hidden, "batch", "seq", "mlp")
+    return project("bsf,fd->bsd", hidden, p["down"])
+
+
+def slices(config) -> int:
+    """The parts in which remat="full" works off the width of an MLP, to hold one at a time."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = not mesh.empty and mesh.shape[RULES["mlp"]] > 1  # then each device has a part anyway
+    if config.remat != "full" or shared or config.mlp_bias:
+        return 1
+    most = max(config.mlp // SLICE, 1)
+    return next(n for n in range(most, 0, -1) if config.mlp % n == 0)
+
+
+def _slice(p, axes, n, i):
+    def cut(w, axes):
+        dim = axes.index("mlp")
+        size = w.shape[dim] // n
+        return jax.lax.slice_in_dim(w, i * size, (i + 1) * size, axis=dim)
+
+    return jax.tree.map(cut, p, axes)
+
+
+def apply(config, kind, ctx, x, p, kv, first):
+    """(x, (keys and values where they are kept, routing sums))."""
+    axes = _axes(config)
+    h = norm(config, x, p.get("attn_norm"))
+    h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, first)
+    h = norm(config, h, p.get("attn_post_norm")) * weak(config.residual_scale)
+    y = constrain(x + h, "batch", "seq", "act_embed")
+    h = norm(config, x if config.parallel else y, p.get("mlp_norm"))
+    h, routing = _mlp(config, axes["mlp"], p["mlp"], h, ctx)
+    h = norm(config, h, p.get("mlp_post_norm")) * weak(config.residual_scale)
+    y = constrain(y + h, "batch", "seq", "act_embed")
+    keep = kv is not None or (config.loops > 1 and first is None)
+    return y, (kv_out if keep else None, routing)
+
+
+def weak(scale):
+    return 1 if scale == 1 else scale  # so that x * 1 is x, whatever its dtype

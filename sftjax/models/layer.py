@@ -171,10 +171,13 @@ def _mlp(config, axes, p, x, ctx):
     n = slices(config)
     if n == 1:
         return _dense(config, axes, p, x), None
-    # Each slice's weights are gathered, and its gradients scattered, before the next one's.
-    part = remat(config, functools.partial(_dense, config, axes))
-    y = sum(part(_slice(p, axes, n, i), x).astype(jnp.float32) for i in range(n))
-    return y.astype(x.dtype), None
+    # The barriers hold two slices in flight: one is gathered, or scattered, while one is computed.
+    parts, y = [_slice(p, axes, n, i) for i in range(n)], 0
+    for i in range(n):
+        y = y + jax.checkpoint(functools.partial(_dense, config, axes))(parts[i], x)
+        if i + 2 < n:
+            y, parts[i + 2] = jax.lax.optimization_barrier((y, parts[i + 2]))
+    return y, None
 
 
 def _dense(config, axes, p, x):

@@ -7,7 +7,8 @@ prepare  The same rows, tokenizer and chat template on both sides, from a file o
          dataset_num_proc=2 and packing bfd. gsm8k: prompts and completions as chats, trained on
          the completion. oasst: conversations, trained on every assistant turn, with the template
          that TRL trains on. Both give the same number of tokens, which is checked. Rounds are
-         interleaved: a ratio compares neighbours in time.
+         interleaved: a ratio compares neighbours in time. Processor seconds, of all processes of a
+         side, are compared too: other work on the machine disturbs them least.
 second   Seconds until the same command knows its rows again, with the cache of the first start.
 loader   Tokens/s of the loader alone, and of training steps of shape S (benchmarks/train_step.py).
 wait     The share of a training run's time spent waiting for a batch, as its own log says.
@@ -26,6 +27,8 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
+import torch
 import train_step
 import transformers
 import trl
@@ -120,23 +123,38 @@ def prepare(name, fixtures, folder, n, rounds):
         "sftjax": lambda: ours(path, tokenizer, trainer.chat_template),
         "TRL": lambda: theirs(trainer, rows, tokenizer),
     }
-    seconds, found = {side: [] for side in sides}, {}
+    seconds, cpu, found = {side: [] for side in sides}, {side: [] for side in sides}, {}
     for _ in range(rounds):
         for side, run in sides.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), processor_seconds()
             found[side] = run()
             seconds[side].append(time.perf_counter() - began)
-            print(f"{name}: {side} {seconds[side][-1]:.1f} s", flush=True)
+            cpu[side].append(processor_seconds() - used)
+            print(f"{name}: {side} {seconds[side][-1]:.1f} s, {cpu[side][-1]:.1f} s of processors")
     if found["sftjax"][0] != found["TRL"][0]:
         raise ValueError(f"{name}: unequal (tokens, rows): {found}")
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return dict(
         rows=n,
         tokens=found["TRL"][0],
         packed_rows={side: rows for side, (_, rows) in found.items()},
         rows_per_s={side: n / statistics.median(times) for side, times in seconds.items()},
-        ratio=[min(ratios), statistics.median(ratios), max(ratios)],
+        ratio=ratios(seconds),
+        processor_s={side: statistics.median(times) for side, times in cpu.items()},
+        processor_ratio=ratios(cpu),
     )
+
+
+def ratios(seconds):
+    """[least, median, most] of TRL's by ours, round by round."""
+    each = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
+    return [min(each), statistics.median(each), max(each)]
+
+
+def processor_seconds():
+    """Of this process and its children, those that have ended too."""
+    own, us = psutil.Process().cpu_times(), psutil.Process()
+    used = [own, *(child.cpu_times() for child in us.children(recursive=True))]
+    return sum(t.user + t.system for t in used) + own.children_user + own.children_system
 
 
 # ---- what comes after ----------------------------------------------------------------------
@@ -213,11 +231,13 @@ def main():
         second = second_start(fixtures, folder, args.cached)
         fed = feeding(fixtures, folder)
         wait = wait_share(fixtures, folder)
-    print(f"\n{'prepare':<10}{'sftjax rows/s':>16}{'TRL rows/s':>14}{'ratio':>24}")
+    print(f"\n{'prepare':<10}{'sftjax rows/s':>16}{'TRL rows/s':>14}", end="")
+    print(f"{'ratio':>20}{'of processor time':>22}")
     for name, found in prepared.items():
-        low, middle, high = found["ratio"]
         mine, other = found["rows_per_s"].values()
-        print(f"{name:<10}{mine:>16,.0f}{other:>14,.0f}{middle:>10.1f} ({low:.1f}..{high:.1f})")
+        spans = [found[key] for key in ("ratio", "processor_ratio")]
+        spans = [f"{middle:.1f} ({low:.1f}..{high:.1f})" for low, middle, high in spans]
+        print(f"{name:<10}{mine:>16,.0f}{other:>14,.0f}{spans[0]:>20}{spans[1]:>22}")
     print(f"second start, {args.cached:,} rows: {second['second_s']:.2f} s", end="")
     print(f" (the first: {second['first_s']:.0f} s)")
     print(
@@ -226,7 +246,9 @@ def main():
     print(f"waiting for data: {wait:.2%} of the time")
     if args.out:
         results = dict(prepare=prepared, second_start=second, feeding=fed, data_wait=wait)
-        value = {"environment": setup.environment(), "results": results}
+        versions = {m.__name__: m.__version__ for m in (trl, datasets, torch)}
+        environment = setup.environment() | dict(others=versions, cores=os.cpu_count())
+        value = {"environment": environment, "results": results}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(value, indent=2) + "\n")
 

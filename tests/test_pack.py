@@ -64,6 +64,30 @@ def test_weights_are_wrapped_with_their_tokens():  # P7's mask column
     np.testing.assert_array_equal(batch["segments"], [[1, 1, 1], [1, 1, 1], [1, 2, 0]])
 
 
+def test_documents_go_on_in_the_next_row():  # P10, of torchtune: 4 cells of the last row stay empty
+    docs = [list(range(n)) for n in (7, 10, 9)]
+    assert sizes(docs, 10, "wrapped") == [[7, 3], [7, 3], [6]]
+    batch = make_batch(docs_of(*docs), 10, pack([7, 10, 9], 10, "wrapped"))
+    np.testing.assert_array_equal(batch["positions"][0], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2])
+    np.testing.assert_array_equal(batch["segments"][2], [1, 1, 1, 1, 1, 1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "none"])
+def test_weights_follow_their_tokens(strategy):  # P12
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 20, 40)
+    docs = [(rng.integers(1, 999, n), rng.integers(0, 2, n) / 2) for n in lengths]
+    rows = pack(lengths, 32, strategy)
+    batch = make_batch(docs, 32, rows)
+    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments"}
+    for r, row in enumerate(rows):
+        for segment, (doc, *_) in enumerate(row, 1):
+            cells, (targets, weights) = batch["segments"][r] == segment, shift(*docs[doc])
+            np.testing.assert_array_equal(batch["targets"][r, cells], targets)
+            np.testing.assert_array_equal(batch["weights"][r, cells], weights)
+    assert (batch["weights"] > 0).sum() == sum((w[1:] > 0).sum() for _, w in docs)
+
+
 def one_by_one(lengths, capacity):
     """Best-fit decreasing as one would write it down: a document at a time, queues of rows."""
     rows, waiting = [], []

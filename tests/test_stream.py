@@ -17,7 +17,7 @@ from test_train import files, losses, make  # noqa: F401 (files is a fixture)
 from sftjax import config as config_lib
 from sftjax import train as train_lib
 from sftjax.config import ConfigError
-from sftjax.data import DataError, build_store, make_batch, open_source, stream
+from sftjax.data import DataError, Rows, build_store, make_batch, open_source, stream
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 
@@ -142,6 +142,23 @@ def test_every_pass_has_the_documents_of_the_index(shards, tmp_path, window):
         assert sorted(got) == expected
     assert passes[0] != passes[1] != passes[2] != passes[0]
     assert set(documents(Stream(spec(shards), window=window).take(60))) == set(expected)
+
+
+def test_rows_of_a_stream_are_those_of_the_index(tmp_path):  # P8, of P1: 3, 4 and 1 tokens
+    texts = ["ABC", "DEFG", "H"]
+    path = write(tmp_path / "x.jsonl", [{"segments": [dict(text=t, train=True)]} for t in texts])
+    store = build_store(open_source(path), TOKENIZER, POLICY, 4, "truncate_end", tmp_path / "cache")
+    assert store.lengths.tolist() == [3, 4, 1]
+    rows = Rows(store, 4)
+    expected = {documents_of_row(rows[r]) for r in range(rows.per_epoch)}
+    streamed = Stream(spec([path]), length=4, window=1, rows=2).take(20)
+    assert {
+        documents_of_row({k: v[i] for k, v in b.items()}) for b in streamed for i in (0, 1)
+    } == (expected)
+
+
+def documents_of_row(row):
+    return tuple(sorted(documents([{key: values[None] for key, values in row.items()}])))
 
 
 def test_overlong_documents_are_cut_as_in_the_index(tmp_path):

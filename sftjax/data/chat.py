@@ -101,23 +101,23 @@ def encode_batch(
 
 
 def _tokenise(template, chats, wheres):
-    """The texts of conversations, and their tokens with offsets."""
+    """The texts of conversations, and their encodings."""
     texts = _texts(template, chats, wheres)
     _check_unicode(texts, wheres)
-    return texts, template.tokenizer(
+    output = template.tokenizer(
         texts,
         add_special_tokens=False,
-        return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
+    return texts, output.encodings
 
 
-def _encode_part(template, chats, texts, output, wheres, policy):
+def _encode_part(template, chats, texts, encodings, wheres, policy):
     spans = _trained_spans(template, chats, texts, wheres, policy)
     kinds = [_kind(chat, template) for chat in chats]
-    columns = texts, spans, kinds, output["input_ids"], output["offset_mapping"], wheres
+    columns = texts, spans, kinds, encodings, wheres
     return [_encoded(template, *row) for row in zip(*columns, strict=True)]
 
 
@@ -322,8 +322,9 @@ def _raw_spans(messages, kind, weights):
     return [span for span in spans if span[2] and span[0] < span[1]]
 
 
-def _encoded(template, text, spans, kind, ids, offsets, where):
-    tokens, weights = np.array(ids, np.int32), token_weights(offsets, spans)
+def _encoded(template, text, spans, kind, encoding, where):
+    ids = encoding.ids
+    tokens, weights = np.array(ids, np.int32), token_weights(Offsets(encoding), spans)
     bos = template.tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         raise DataError(
@@ -356,6 +357,19 @@ def _added_ids(tokenizer):
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     eos = tokenizer.eos_token_id
     return full[:start], full[start + len(plain) :] if eos is None else [eos]
+
+
+class Offsets:
+    """The (start, stop) characters of an encoding's tokens: a few are asked for, not all."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def __len__(self):
+        return len(self.encoding)
+
+    def __getitem__(self, i):
+        return self.encoding.token_to_chars(i)
 
 
 def token_weights(offsets, spans) -> np.ndarray:

@@ -60,7 +60,8 @@ def _put_marks(message, i, mark):
 def _mark_content(message, i, mark):
     """A mark for the content; an answer keeps its think tags, as templates look for them."""
     content, reasoning = message["content"], message.get("reasoning_content")
-    if message["role"] != "assistant" or not THINK_TAG.sub("", content).strip():
+    tagged = message["role"] == "assistant" and "think>" in content
+    if not tagged or not THINK_TAG.sub("", content).strip():
         return mark(i, "content", content)
     pieces, part = [], "content" if reasoning or not THINK.fullmatch(content) else "think"
     for n, piece in enumerate(THINK_TAG.split(content)):

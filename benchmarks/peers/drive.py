@@ -5,6 +5,8 @@ in time; only two workers are alive at once, sftjax and the peer (the memory of 
 """
 
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -27,17 +29,27 @@ def python(peer: str) -> str | None:
     return str(found) if (HOMES / peer / "installed").exists() else None
 
 
+class WorkerError(RuntimeError):
+    pass
+
+
 class Worker:
-    def __init__(self, peer, job, env, log):
-        self.name = peer
+    """peer: the name of its environment and program. env: variables added to the driver's own."""
+
+    def __init__(self, peer, job, log, env=None):
+        self.log = log
+        inherited = dict(os.environ)
+        if peer != "sftjax":
+            inherited.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
             [python(peer), str(HERE / f"peer_{peer}.py"), json.dumps(job)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
+            env=inherited | (env or {}),
         )  # fmt: skip
-        self.log = log
-        self._read()
+        self.facts = self._read()
 
     def ask(self, steps: int) -> dict:
+        """Take so many steps: {seconds, losses, tokens: of each; peak_mib, idle_cpu_s}."""
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         return self._read()
@@ -45,9 +57,8 @@ class Worker:
     def _read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"the worker {self.name} ended with {self.process.wait()}; see {self.log.name}"
-            )
+            code, tail = self.process.wait(), self.log.read_text().strip().splitlines()[-30:]
+            raise WorkerError("\n".join([*tail, f"{self.log.stem} ended with exit status {code}"]))
         return json.loads(line)
 
     def __enter__(self):
@@ -56,6 +67,14 @@ class Worker:
     def __exit__(self, *_):
         self.process.stdin.close()
         self.process.wait()
+
+
+def machine() -> dict:
+    """What the processor is, as far as the system says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return dict(cpu=sorted(names) or platform.processor(), cores=os.cpu_count())
 
 
 # ---- the same model for all ----------------------------------------------------------------
@@ -107,3 +126,36 @@ def write_model(folder, config, seed=0):
 
 def spread(values) -> list[float]:
     return [min(values), statistics.median(values), max(values)]
+
+
+def rate(answer) -> float:
+    return sum(answer["tokens"]) / sum(answer["seconds"])
+
+
+def warm(worker) -> dict:
+    """Facts of the first two steps: the first compiles, the second tells how long one takes."""
+    first, second = worker.ask(1), worker.ask(1)
+    return dict(
+        versions=worker.facts["versions"],
+        first_step_s=first["seconds"][0],
+        losses=first["losses"] + second["losses"],
+        step_s=second["seconds"][0],
+        peak_mib=second["peak_mib"],
+    )
+
+
+def compare(base, worker, rounds, base_steps, steps) -> dict:
+    """Rounds of base and worker in turn: {tokens_per_s, base_tokens_per_s, ratio} of them."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(base.ask(base_steps))
+        theirs.append(worker.ask(steps))
+    ratios = [rate(a) / rate(b) for a, b in zip(ours, theirs, strict=True)]
+    return dict(
+        tokens_per_s=spread([rate(a) for a in theirs]),
+        base_tokens_per_s=spread([rate(a) for a in ours]),
+        ratio=spread(ratios),
+        peak_mib=theirs[-1]["peak_mib"],
+        # While the other side steps, a worker must cost nothing.
+        idle_cpu_s=sum(a["idle_cpu_s"] for a in ours + theirs),
+    )

@@ -7,7 +7,6 @@ import tempfile
 
 import datasets
 import easydel
-import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -46,10 +45,9 @@ def arguments(job, folder):
 def main():
     job = worker.job()
     tokens, trained = worker.batch(job)
-    ones = np.ones_like(tokens)
+    # With an attention mask it would divide the loss by all tokens of it, trained or not.
     batch = dict(
         input_ids=tokens,
-        attention_mask=ones,
         completion_mask=trained.astype(np.int32),
         labels=np.where(trained, tokens, -100).astype(np.int32),
     )

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import worker
 
@@ -29,15 +30,15 @@ def matmul(job):
 
 
 def batches(job):
-    """Batches over and over, each with its number of tokens that are no padding."""
+    """The whole batches of an epoch, each with its number of tokens that are no padding."""
     docs = worker.examples(job)
     rows = data.pack([len(tokens) for tokens, _ in docs], job["length"], "bfd")
-    whole = len(rows) // job["rows"] * job["rows"]
-    made = []
-    for start in range(0, whole, job["rows"]):
-        batch = data.make_batch(docs, job["length"], rows[start : start + job["rows"]])
+    np.random.default_rng(1).shuffle(rows)
+    made, n = [], job["rows"]
+    for start in range(0, len(rows) // n * n, n):
+        batch = data.make_batch(docs, job["length"], rows[start : start + n])
         made.append((batch, (batch["segments"] > 0).sum()))
-    return itertools.cycle(made)
+    return made
 
 
 def main():
@@ -51,8 +52,9 @@ def main():
     del params
     loss_fn = sftjax.losses.causal_lm(model)
     step = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx), donate_argnums=0)
-    pace = worker.Pace()
-    for batch, tokens in batches(job):
+    epoch = batches(job)
+    pace = worker.Pace(epoch=len(epoch))
+    for batch, tokens in itertools.cycle(epoch):
         state, metrics = step(state, batch)
         pace.step(metrics["loss"], tokens)  # reads the loss, so waits for the step
 

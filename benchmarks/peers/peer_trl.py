@@ -26,7 +26,7 @@ class Hold(transformers.TrainerCallback):
     """Counts the time from one step's end to the next, so collation and all."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.pace = worker.Pace()
+        self.pace = worker.Pace(epoch=len(self.trainer.get_train_dataloader()))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.pace.step(self.trainer.loss, self.trainer.tokens)

@@ -9,14 +9,18 @@ A worker is `python peer_NAME.py JOB` in an environment of its own; JOB is a JSO
 Everything is trained, by AdamW with the settings below. Needs numpy and the standard library only.
 """
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 
+PACKAGES = ("sftjax", "jax", "torch", "transformers", "trl")
+PACKAGES += ("google-tunix", "maxtext", "easydel", "levanter")
 ADAMW = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
 LEARNING_RATE = 1e-4
 EXAMPLES = 512  # of the work "lengths": log-normal, 120 tokens on average
@@ -41,7 +45,10 @@ def examples(job) -> list[tuple[np.ndarray, np.ndarray]]:
         lengths = np.clip(lengths.astype(int), 16, job["length"]).tolist()
     vocab = hf_config(job)["vocab_size"]
     return [
-        (rng.integers(1, vocab, n).astype(np.int32), np.arange(n) >= round((1 - job["trained"]) * n))
+        (
+            rng.integers(1, vocab, n).astype(np.int32),
+            np.arange(n) >= round((1 - job["trained"]) * n),
+        )
         for n in lengths
     ]
 
@@ -53,14 +60,17 @@ def batch(job) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Pace:
-    """Between two steps: waits for the driver's word, which is a number of steps."""
+    """Between two steps: waits for the driver's word, which is a number of steps.
+
+    facts: told to the driver at the start; of the work "lengths", the number of steps in an epoch.
+    """
 
     def __init__(self, **facts):
         # What a library prints must not mix with the answers.
         self.answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
-        self.steps = self.idle = 0
-        self._wait(facts)
+        self.idle = 0
+        self._wait(facts | dict(versions=_versions()))
 
     def step(self, loss, tokens):
         """After each step: its loss, and the number of tokens in it that are no padding."""
@@ -86,8 +96,16 @@ class Pace:
         self.began = time.perf_counter()
 
 
-def run(step, tokens, **facts):
+def _versions():
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def run(step, tokens):
     """Serve a program that is a function: step() takes a step and returns its loss."""
-    pace = Pace(**facts)
+    pace = Pace()
     while True:
         pace.step(step(), tokens)

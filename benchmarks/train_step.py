@@ -9,7 +9,8 @@ Every library trains the same weights (read from one Hugging Face directory) on 
 last half of each row trained, by AdamW, everything trained, in float32 or with bfloat16 compute, by
 its own public step in a process of its own (peers/peer_NAME.py). That the work is the same is
 checked by the first step's loss. A library is measured in rounds, each next to one of sftjax, and
-a ratio compares these two. TRL comes twice: as shipped, and with its malloc told to keep memory.
+a ratio compares these two, in time and in processor time. TRL comes twice: as shipped, and with
+malloc told to keep memory.
 
 Shape S: vocabulary 32000, width 288, 6 layers, 6 heads of 48, feed-forward 768, 8 rows of 256.
 M: vocabulary 49152, width 576, 30 layers, 9 query and 3 key/value heads of 64, feed-forward 1536,
@@ -259,8 +260,9 @@ def say(name, facts, matmul=None, per_token=None):
     ratio = ""
     if "ratio" in facts:
         ratio = "{1:.2f} ({0:.2f}..{2:.2f})".format(*facts["ratio"])
+        ratio += f"{facts['cpu_ratio'][1]:>8.2f}"
     share = f"{facts['share'][1]:.1%}" if "share" in facts else ""
-    line = f"{name:<20}{facts['tokens_per_s'][1]:>10,.0f}{ratio:>24}{facts['first_step_s']:>8.1f}"
+    line = f"{name:<20}{facts['tokens_per_s'][1]:>10,.0f}{ratio:>28}{facts['first_step_s']:>8.1f}"
     print(f"{line}{facts['peak_mib']:>8,.0f}{share:>8}", flush=True)
 
 
@@ -286,7 +288,9 @@ def chosen(peers, dtype):
 def peers(args):
     names = chosen(args.peers, args.dtype)
     print(f"shape {args.shape}, {args.dtype}, {jax.devices()[0].device_kind}")
-    print(f"{'':<20}{'tokens/s':>10}{'sftjax beside it':>24}{'first s':>8}{'MiB':>8}{'share':>8}")
+    columns = ("tokens/s", 10), ("sftjax beside it", 20), ("by CPU", 8), ("first s", 8)
+    columns += ("MiB", 8), ("share", 8)
+    print(" " * 20 + "".join(f"{name:>{wide}}" for name, wide in columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         drive.write_model(folder, SHAPES[args.shape][0])

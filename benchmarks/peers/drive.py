@@ -49,7 +49,7 @@ class Worker:
         self.facts = self._read()
 
     def ask(self, steps: int) -> dict:
-        """Take so many steps: {seconds, losses, tokens: of each; peak_mib, idle_cpu_s}."""
+        """Take so many steps: {seconds, losses, tokens: of each; peak_mib, cpu_s, idle_cpu_s}."""
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         return self._read()
@@ -132,6 +132,10 @@ def rate(answer) -> float:
     return sum(answer["tokens"]) / sum(answer["seconds"])
 
 
+def cpu_rate(answer) -> float:
+    return sum(answer["tokens"]) / answer["cpu_s"]
+
+
 def warm(worker) -> dict:
     """Facts of the first two steps: the first compiles, the second tells how long one takes."""
     first, second = worker.ask(1), worker.ask(1)
@@ -145,16 +149,21 @@ def warm(worker) -> dict:
 
 
 def compare(base, worker, rounds, base_steps, steps) -> dict:
-    """Rounds of base and worker in turn: {tokens_per_s, base_tokens_per_s, ratio} of them."""
+    """Rounds of base and worker in turn: {tokens_per_s, base_tokens_per_s, ratio} of them.
+
+    cpu_ratio: the same of tokens per second of processor time, which other programs on the machine
+    disturb less (a thread that waits by spinning counts, too).
+    """
     ours, theirs = [], []
     for _ in range(rounds):
         ours.append(base.ask(base_steps))
         theirs.append(worker.ask(steps))
-    ratios = [rate(a) / rate(b) for a, b in zip(ours, theirs, strict=True)]
+    pairs = list(zip(ours, theirs, strict=True))
     return dict(
         tokens_per_s=spread([rate(a) for a in theirs]),
         base_tokens_per_s=spread([rate(a) for a in ours]),
-        ratio=spread(ratios),
+        ratio=spread([rate(a) / rate(b) for a, b in pairs]),
+        cpu_ratio=spread([cpu_rate(a) / cpu_rate(b) for a, b in pairs]),
         peak_mib=theirs[-1]["peak_mib"],
         # While the other side steps, a worker must cost nothing.
         idle_cpu_s=sum(a["idle_cpu_s"] for a in ours + theirs),

@@ -83,7 +83,8 @@ class Pace:
             return
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         answer = dict(seconds=self.seconds, losses=self.losses, tokens=self.tokens, peak_mib=peak)
-        self._wait(answer | dict(idle_cpu_s=self.idle))
+        answer |= dict(cpu_s=time.process_time() - self.cpu, idle_cpu_s=self.idle)
+        self._wait(answer)
 
     def _wait(self, answer):
         self.answers.write(json.dumps(answer) + "\n")
@@ -91,7 +92,8 @@ class Pace:
         line = sys.stdin.readline()
         if not line:
             os._exit(0)  # the driver has closed the pipe: nothing to be saved
-        self.idle = time.process_time() - before
+        self.cpu = time.process_time()
+        self.idle = self.cpu - before
         self.steps, self.seconds, self.losses, self.tokens = int(line), [], [], []
         self.began = time.perf_counter()
 

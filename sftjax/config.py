@@ -174,11 +174,14 @@ def parse(argv, **flags):
     """(config, namespace) of a command line.
 
     --config=FILE[:ARG] is required; --config.a.b=VALUE overrides one key; `flags` are further
-    options as {name: default} (None = required), returned in the namespace.
+    options as {name: default} (None = required, False = a switch), returned in the namespace.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:ARG")
     for name, default in flags.items():
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
         kind = type(default) if default is not None else str
         required = default is None
         parser.add_argument(f"--{name}", type=kind, default=default, required=required)

@@ -6,21 +6,19 @@ A workdir belongs to one config. Started again in the same workdir, a run goes o
 checkpoint left it, with the batches it would have seen.
 """
 
-import functools
 import time
 
 import jax
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import losses, optim, report, setup, sharding
+from sftjax import optim, plan, report, setup, sharding
 from sftjax import params as params_lib
 from sftjax.checkpoint import Checkpointer
 from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
 from sftjax.feed import Feed, load_tokenizer
 from sftjax.log import Log
 from sftjax.models import hf
-from sftjax.step import train_step
 
 
 def main(argv):
@@ -40,7 +38,7 @@ def train(config, workdir) -> dict:
     say = setup.say
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
-    with setup.compile_cache(workdir), jax.set_mesh(mesh):
+    with plan.advice(config), setup.compile_cache(workdir), jax.set_mesh(mesh):
         # ==== Data ====
         tokenizer = load_tokenizer(config)
         feed = Feed(config, tokenizer, workdir, mesh)
@@ -70,14 +68,8 @@ def train(config, workdir) -> dict:
         say("state", setup.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====
-        loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=feed.names)
-        step_fn = functools.partial(
-            train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
-        )
+        step_fn = setup.make_step(config, model, tx, target, feed.names)
         began = time.monotonic()
-        step_fn = jax.jit(
-            step_fn, donate_argnums=0, out_shardings=(setup.shardings_of(target), None)
-        )
         steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}
         say("compiled", setup.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
 

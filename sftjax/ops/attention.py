@@ -110,8 +110,9 @@ BACKENDS = {
 }
 
 
-def check(backend: str, features=()) -> None:
-    """Raise ValueError unless `backend` exists, runs on this platform and supports `features`."""
+def check(backend: str, features=(), platform="") -> None:
+    """Raise ValueError unless `backend` exists, supports `features` and runs on `platform` ("" =
+    this one)."""
     if backend not in BACKENDS:
         raise ValueError(
             f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"
@@ -119,9 +120,12 @@ def check(backend: str, features=()) -> None:
     missing = set(features) - BACKENDS[backend].features
     if missing:
         raise ValueError(f"attention backend {backend!r} does not support {sorted(missing)}")
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     if platform not in BACKENDS[backend].platforms:
-        raise ValueError(f"attention backend {backend!r} does not run on {platform}")
+        here = [name for name, b in BACKENDS.items() if platform in b.platforms]
+        raise ValueError(
+            f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}"
+        )
 
 
 def attention(

@@ -38,7 +38,7 @@ def _arrays(tree):
 
 def trace(program) -> Traced:
     """Trace the step; nothing is compiled. The program's mesh must be set."""
-    traced = jax.make_jaxpr(program.step)(program.state, program.batch).jaxpr
+    traced = program.step.trace(program.state, program.batch).jaxpr.jaxpr
     once, each = _flops(traced)
     # The only loop that data ends is the loss's; see plan.rounds.
     rounds = max(1, -(-int(program.head_flops) // int(each))) if each else 1
@@ -96,6 +96,10 @@ def _flops(jaxpr) -> tuple[float, float]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             once += _dot(eqn)
+        if eqn.primitive.name == "pallas_call":
+            declared = eqn.params.get("cost_estimate")
+            once += declared.flops if declared else 0.0
+            continue
         for inner, times in _inner(eqn):
             a, b = _flops(inner)
             if eqn.primitive.name == "while":

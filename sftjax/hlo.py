@@ -78,6 +78,11 @@ class Cost:
         return sum(self.cycles.values())
 
     @property
+    def kernel_flops(self) -> float:
+        """As declared; they are not in `flops`."""
+        return sum(k.flops for k in self.kernels.values())
+
+    @property
     def collective_bytes(self) -> float:
         return sum(c.bytes for c in self.collectives.values())
 
@@ -159,6 +164,8 @@ class _Reader:
                     record.hidden += total.total_cycles - start
             self._one(one, name, env, total)
             for c in self._collectives(one, body):
+                if c.group == 1:  # nothing is sent
+                    continue
                 whole, wire = c.sizes
                 record = total.collectives[c.kind, c.group]
                 record.count, record.bytes = record.count + 1, record.bytes + whole

@@ -94,8 +94,10 @@ def exhausted(message) -> tuple[float, list]:
     """(bytes needed, [(bytes, what)] the largest) from XLA's message of exhausted memory."""
     unit = {"B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     size = r"([\d.]+)([BKMGT])"
-    used = re.search(rf"(?:Used|required for \w+ \w+ \(|requirement) ?{size}", message)
+    used = re.search(rf"(?:Used |required for \w+ \w+ \(){size}", message)
     total = float(used[1]) * unit[used[2]] if used else 0.0
+    asked = re.search(r"allocating (\d+) bytes", message)
+    total = float(asked[1]) if asked else total
     found = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         n = re.match(size, part)

@@ -86,7 +86,7 @@ def build(config, target, trained=0.5, document=0) -> Program:
     tx = optim.make(config.optim, setup.make_schedule(config, 1000), model.abstract, trainable)
     with use(mesh):
         state = setup.abstract_state(config, model, trainable, tx, mesh)
-        step = setup.make_step(config, model, tx, state)
+        step = setup.make_step(config, model, tx, state, platform=platform(target))
     rows, width = config.train.batch_size, config.data.max_length
     batch = sharding.abstract_batch(mesh, rows, width)
     work = Work(rows, width, trained, document or width)
@@ -144,7 +144,7 @@ class Plan:
     mesh: dict
     micro_batches: int
     remat: str
-    basis: str  # "compiled" | "estimated from shapes" | "does not compile: ..."
+    basis: str  # "compiled" | "estimated from shapes" | "does not fit, says the compiler"
     seconds: float  # that it took to find out
     work: str
     memory: dict  # part -> bytes
@@ -182,7 +182,7 @@ def plan(config, target, trained=0.5, document=0) -> Plan:
     text = compiled.as_text()
     cost = hlo.analyze(text, assume=rounds(text, program))
     found = memory_lib.account(program, compiled, text)
-    return _plan(program, target, "compiled", began, cost, found, cost.flops * target.n)
+    return _plan(program, target, "compiled", began, cost, found)
 
 
 def rounds(text, program) -> int:
@@ -201,7 +201,7 @@ def estimated(program, target, basis, began) -> Plan:
     with use(program.mesh):
         traced = estimate_lib.trace(program)
     cost, found = estimate_lib.estimate(traced, program.config, program.mesh)
-    return _plan(program, target, basis, began, cost, found, cost.flops * target.n)
+    return _plan(program, target, basis, began, cost, found)
 
 
 def _too_large(program, target, message, began) -> Plan:
@@ -213,7 +213,7 @@ def _too_large(program, target, message, began) -> Plan:
     return out
 
 
-def _plan(program, target, basis, began, cost, found, hardware_flops) -> Plan:
+def _plan(program, target, basis, began, cost, found) -> Plan:
     out = Plan(
         target=f"{target.name}: {target.text()}",
         mesh=dict(program.mesh.shape),
@@ -227,7 +227,7 @@ def _plan(program, target, basis, began, cost, found, hardware_flops) -> Plan:
         limit=memory_lib.limit(target),
         largest=found.largest,
         model_flops=program.model_flops,
-        hardware_flops=hardware_flops,
+        hardware_flops=(cost.flops + cost.kernel_flops) * target.n,
         cost=cost,
         time=None,
     )
@@ -248,10 +248,9 @@ def project(p: Plan, program, target) -> dict | None:
     chip = target.chip
     if chip is None:
         return None
-    kernels = sum(k.flops for k in p.cost.kernels.values())
     rate = chip.flops * MATMUL_SHARE
     if p.cost.total_cycles and chip.clock:
-        work = p.cost.total_cycles / (chip.clock * 1e9) + kernels / rate
+        work = p.cost.total_cycles / (chip.clock * 1e9) + p.cost.kernel_flops / rate
     else:
         work = p.hardware_flops / target.n / rate
     links, share = seconds_of_collectives(p.cost, target), p.cost.async_share
@@ -283,7 +282,7 @@ def seconds_of_collectives(cost, target) -> float:
 COMPILED = 3  # of the candidates, the best so many by the estimate are compiled
 
 
-def search(config, target, trained=0.5, document=0, compiled=COMPILED) -> list:
+def search(config, target, trained=0.5, document=0, compiled=None) -> list:
     """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
 
     A policy of remat is traced once; from that, every candidate is estimated. Where the target has
@@ -299,10 +298,10 @@ def search(config, target, trained=0.5, document=0, compiled=COMPILED) -> list:
                     traced = estimate_lib.trace(program)
             cost, account = estimate_lib.estimate(traced, one, mesh)
             at = dataclasses.replace(program, config=one, mesh=mesh)
-            basis, flops = "estimated from shapes", cost.flops * target.n
-            found.append((_plan(at, target, basis, began, cost, account, flops), one))
+            basis = "estimated from shapes"
+            found.append((_plan(at, target, basis, began, cost, account), one))
     found.sort(key=lambda x: _rank(x[0]))
-    n = compiled if target.devices else 0
+    n = (COMPILED if compiled is None else compiled) if target.devices else 0
     done = [plan(one, target, trained, document) if p.fits else p for p, one in found[:n]]
     return sorted(done, key=_rank) + [p for p, _ in found[n:]]
 

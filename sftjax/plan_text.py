@@ -30,7 +30,7 @@ def report(p) -> str:
 
 
 def _memory(p) -> str:
-    rows = [f"{name:<16}{amount(size)}" for name, size in p.memory.items() if size]
+    rows = [f"{name:<16}{amount(size)}" for name, size in p.memory.items()]
     rows.append(f"{'needed':<16}{amount(p.total)} a device")
     if p.limit is not None:
         left = p.limit - p.total

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import checkpoint, losses, optim, sharding
+from sftjax import checkpoint, losses, optim, sharding, xla_flags
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
@@ -241,13 +241,21 @@ def abstract_state(config, model, trainable, tx, mesh):
     return params_lib.map_named(place, state)
 
 
-def make_step(config, model, tx, target, sources=()):
-    """The jitted train_step of a config. target: the abstract state; sources: see losses."""
+def make_step(config, model, tx, target, sources=(), platform=""):
+    """The jitted train_step of a config, to be compiled for a platform ("" = this one).
+
+    target: the abstract state; sources: see losses.causal_lm.
+    """
     loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=sources)
     step = functools.partial(
         train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(target), None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings_of(target), None),
+        compiler_options=xla_flags.options(platform or jax.default_backend()),
+    )
 
 
 def _tails(name):

@@ -12,7 +12,7 @@ import jax
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import optim, plan, report, setup, sharding
+from sftjax import optim, plan, report, setup, sharding, xla_flags
 from sftjax import params as params_lib
 from sftjax.checkpoint import Checkpointer
 from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
@@ -68,6 +68,8 @@ def train(config, workdir) -> dict:
         say("state", setup.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====
+        if xla_flags.text(jax.default_backend()):
+            say("flags", xla_flags.text(jax.default_backend()))
         step_fn = setup.make_step(config, model, tx, target, feed.names)
         began = time.monotonic()
         steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}

@@ -142,6 +142,9 @@ def get_default() -> ConfigDict:
     c.eval.samples = 3  # answers of the test set shown before and after
     c.eval.test_limit = 0  # use the first so many test records; 0 = all
 
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # "10-12": a trace of these steps, to <workdir>/profile; "" = none
+
     c.generate = ConfigDict()
     c.generate.max_new_tokens = 64
     c.generate.batch_size = 64

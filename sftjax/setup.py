@@ -26,7 +26,14 @@ from sftjax.step import TrainState, train_step
 
 # Keys that may change between a run and its resumption: they do not change what is learned.
 FREE = ("mesh.", "data.cache_dir", "data.workers", "data.prefetch", "train.log_every")
-FREE += ("train.keep", "train.export", "train.tensorboard", "eval.samples", "model.remat")
+FREE += (
+    "train.keep",
+    "train.export",
+    "train.tensorboard",
+    "eval.samples",
+    "model.remat",
+    "profile.",
+)
 
 
 def prepare_workdir(config, workdir) -> Path:
@@ -164,7 +171,8 @@ def make_model(config, tokenizer=None, platform=""):
         vocab_multiple=m.vocab_multiple,
     )
     features = {"segments"} | model.attention_features
-    attention.check(m.attention, features, platform or jax.default_backend())
+    length = config.data.max_length // abs(config.mesh.context)
+    attention.check(m.attention, features, platform, length)
     model.check_length(config.data.max_length, f"data.max_length={config.data.max_length}")
     if tokenizer is None:
         model = model.replace(vocab=model.config.vocab + len(config.data.add_tokens))

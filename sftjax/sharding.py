@@ -300,10 +300,11 @@ def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
             f" micro_batches={micro_batches}) does not divide over the {shards} batch shards of"
             f" the mesh (data x fsdp x expert)"
         )
-    if length % mesh.shape["context"]:
+    context = mesh.shape["context"]
+    if context > 1 and length % (2 * context):
         raise MeshError(
-            f"data.max_length={length} does not divide over mesh.context; each of data.buckets"
-            " has to, too"
+            f"data.max_length={length} does not divide into twice mesh.context={context} parts;"
+            " each of data.buckets has to, too"
         )
 
 

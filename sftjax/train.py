@@ -19,6 +19,7 @@ from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
 from sftjax.feed import Feed, load_tokenizer
 from sftjax.log import Log
 from sftjax.models import hf
+from sftjax.profiler import Profiler
 
 
 def main(argv):
@@ -47,6 +48,7 @@ def train(config, workdir) -> dict:
 
         # ==== Model, optimizer, state ====
         model, trainable = setup.make_model(config, tokenizer)
+        profiler = Profiler(config, workdir, feed.steps)
         lr = setup.make_schedule(config, feed.steps)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         target = setup.abstract_state(config, model, trainable, tx, mesh)
@@ -88,9 +90,10 @@ def train(config, workdir) -> dict:
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break
-            with jax.transfer_guard("disallow"):
+            with profiler.step(step + 1), jax.transfer_guard("disallow"):
                 state, metrics = steps[batch["tokens"].shape[1]](state, batch)
             step += 1
+            profiler.end(step, metrics)
             checkpoints.check()  # a save that failed behind the loop ends it now
             log.step(step, metrics, feed.wait)
             values = None
@@ -106,6 +109,7 @@ def train(config, workdir) -> dict:
                 with log.pause():
                     extra["data"] = feed.state(step)
                     checkpoints.save(step, state, extra, values)
+        profiler.close()
         log.close()
         checkpoints.close()
 

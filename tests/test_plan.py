@@ -7,7 +7,7 @@ import pytest
 
 from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
-from sftjax import hlo, memory, plan, plan_text, targets
+from sftjax import hlo, memory, plan, plan_text, setup, targets
 
 LLAMA = dict(
     model_type="llama", vocab_size=512, hidden_size=64, num_hidden_layers=4,
@@ -269,6 +269,10 @@ def test_the_command_prints_and_writes_json(file, tmp_path, capsys, monkeypatch)
         (["--target=here", "--config.model.attention=nope"], "'nope' is unknown; the backends"),
         (["--target=here", "--config.model.attention=splash"], "does not run on cpu; set one of"),
         (["--target=gpu-h100x8", "--config.model.attention=splash"], "does not run on gpu"),
+        (
+            ["--target=here", "--config.mesh.context=2", "--config.data.max_length=66"],
+            "data.max_length=66 does not divide into twice mesh.context=2 parts",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
@@ -276,6 +280,16 @@ def test_what_cannot_be_is_refused_before_any_compile(file, flags, says, monkeyp
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     with pytest.raises(ValueError, match=says):
         plan.main([f"--config={file}", *flags])
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [(dict(data__max_length=192), 192), (dict(data__max_length=256, mesh__context=4), 64)],
+)
+def test_rows_that_a_backend_cannot_take(make, changes, tokens):
+    says = f"takes rows of a multiple of 128 tokens on each shard of mesh.context, found {tokens};"
+    with pytest.raises(ValueError, match=says):
+        setup.make_model(make(model__attention="splash", **changes), platform="tpu")
 
 
 # ---- a TPU's compiler ----------------------------------------------------------------------

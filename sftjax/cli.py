@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "sftjax.train",
     "inspect": "sftjax.inspect_data",
     "clean": "sftjax.clean",
+    "plan": "sftjax.plan",
     "generate": "sftjax.generate",
 }
 

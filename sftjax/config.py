@@ -142,6 +142,9 @@ def get_default() -> ConfigDict:
     c.eval.samples = 3  # answers of the test set shown before and after
     c.eval.test_limit = 0  # use the first so many test records; 0 = all
 
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # "10-12": a trace of these steps, to <workdir>/profile; "" = none
+
     c.generate = ConfigDict()
     c.generate.max_new_tokens = 64
     c.generate.batch_size = 64
@@ -174,11 +177,14 @@ def parse(argv, **flags):
     """(config, namespace) of a command line.
 
     --config=FILE[:ARG] is required; --config.a.b=VALUE overrides one key; `flags` are further
-    options as {name: default} (None = required), returned in the namespace.
+    options as {name: default} (None = required, False = a switch), returned in the namespace.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:ARG")
     for name, default in flags.items():
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
         kind = type(default) if default is not None else str
         required = default is None
         parser.add_argument(f"--{name}", type=kind, default=default, required=required)

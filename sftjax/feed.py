@@ -273,14 +273,8 @@ class Feed:
 
     def abstract_batch(self, width=None) -> dict:
         """A global training batch as ShapeDtypeStructs with shardings; default the widest."""
-        shape = (self.batch_size, int(width or self.config.data.max_length))
-        layout = sharding.named(self.mesh, "batch", "seq")
-        return {
-            k: jax.ShapeDtypeStruct(
-                shape, np.float32 if k == "weights" else np.int32, sharding=layout
-            )
-            for k in (*BATCH_KEYS, *(["sources"] if self.names else []))
-        }
+        width = int(width or self.config.data.max_length)
+        return sharding.abstract_batch(self.mesh, self.batch_size, width, bool(self.names))
 
     def batches(self, start: int, state=None):
         """Global batches of steps start, start+1, ... on the mesh, a few made ahead.

@@ -1,6 +1,7 @@
 """What a run needs before its first step: workdir, model, schedule, sharded state."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -15,17 +16,24 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import checkpoint, optim, sharding
+from sftjax import checkpoint, losses, optim, sharding, xla_flags
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
 from sftjax.models import flops, hf, vocab
 from sftjax.ops import attention
-from sftjax.step import TrainState
+from sftjax.step import TrainState, train_step
 
 # Keys that may change between a run and its resumption: they do not change what is learned.
 FREE = ("mesh.", "data.cache_dir", "data.workers", "data.prefetch", "train.log_every")
-FREE += ("train.keep", "train.export", "train.tensorboard", "eval.samples", "model.remat")
+FREE += (
+    "train.keep",
+    "train.export",
+    "train.tensorboard",
+    "eval.samples",
+    "model.remat",
+    "profile.",
+)
 
 
 def prepare_workdir(config, workdir) -> Path:
@@ -142,8 +150,12 @@ def environment() -> dict:
 # ---- model and state -----------------------------------------------------------------------
 
 
-def make_model(config, tokenizer):
-    """(Model, tree of bools: is each parameter trained); reads no weights."""
+def make_model(config, tokenizer=None, platform=""):
+    """(Model, tree of bools: is each parameter trained); reads no weights.
+
+    Without a tokenizer the model's files may be a config.json alone: nothing else is read, and the
+    embedding has the rows that it says. platform: where the model is to run; "" = here.
+    """
     m = config.model
     if not m.path:
         raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
@@ -158,11 +170,16 @@ def make_model(config, tokenizer):
         split=tuple(m.split),
         vocab_multiple=m.vocab_multiple,
     )
-    attention.check(m.attention, {"segments"} | model.attention_features)
+    features = {"segments"} | model.attention_features
+    length = config.data.max_length // abs(config.mesh.context)
+    attention.check(m.attention, features, platform, length)
     model.check_length(config.data.max_length, f"data.max_length={config.data.max_length}")
-    if m.init == "pretrained":
-        model = hf.with_dtypes(model, hf.resolve(m.path))
-    model = _with_rows(model, tokenizer, config.data.add_tokens)
+    if tokenizer is None:
+        model = model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
+    else:
+        if m.init == "pretrained":
+            model = hf.with_dtypes(model, hf.resolve(m.path))
+        model = _with_rows(model, tokenizer, config.data.add_tokens)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
     return model, trainable
 
@@ -230,6 +247,23 @@ def abstract_state(config, model, trainable, tx, mesh):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 
     return params_lib.map_named(place, state)
+
+
+def make_step(config, model, tx, target, sources=(), platform=""):
+    """The jitted train_step of a config, to be compiled for a platform ("" = this one).
+
+    target: the abstract state; sources: see losses.causal_lm.
+    """
+    loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=sources)
+    step = functools.partial(
+        train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
+    )
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings_of(target), None),
+        compiler_options=xla_flags.options(platform or jax.default_backend()),
+    )
 
 
 def _tails(name):

@@ -54,8 +54,14 @@ def make_mesh(sizes=None, devices=None) -> Mesh:
     Several TPU slices (devices with different slice_index) become the leading factor of `data`, so
     that only data-parallel traffic crosses the data-centre network.
     """
-    sizes = dict(sizes or {})
     devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes, n: int) -> list[int]:
+    """The sizes of the five axes over n devices."""
+    sizes = dict(sizes or {})
     unknown = set(sizes) - set(AXES)
     if unknown:
         raise MeshError(f"unknown mesh axis {sorted(unknown)}; the axes are {', '.join(AXES)}")
@@ -64,14 +70,12 @@ def make_mesh(sizes=None, devices=None) -> Mesh:
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise MeshError(f"mesh {asked}: sizes must be positive, and at most one may be -1")
     fixed = math.prod(n for n in shape if n != -1)
-    n = len(devices)
     if n % fixed or (-1 not in shape and fixed != n):
         raise MeshError(
             f"mesh {asked} needs {'a multiple of ' if -1 in shape else ''}{fixed} devices, found"
             f" {n}; set mesh.* so that their product is {n}, or one of them to -1"
         )
-    shape = [n // fixed if s == -1 else s for s in shape]
-    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return [n // fixed if s == -1 else s for s in shape]
 
 
 def _arrange(shape, devices) -> np.ndarray:
@@ -296,11 +300,20 @@ def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
             f" micro_batches={micro_batches}) does not divide over the {shards} batch shards of"
             f" the mesh (data x fsdp x expert)"
         )
-    if length % mesh.shape["context"]:
+    context = mesh.shape["context"]
+    if context > 1 and length % (2 * context):
         raise MeshError(
-            f"data.max_length={length} does not divide over mesh.context; each of data.buckets"
-            " has to, too"
+            f"data.max_length={length} does not divide into twice mesh.context={context} parts;"
+            " each of data.buckets has to, too"
         )
+
+
+def abstract_batch(mesh, rows: int, width: int, sources=False) -> dict:
+    """A Batch as ShapeDtypeStructs laid out on the mesh."""
+    layout = named(mesh, "batch", "seq")
+    kinds = dict.fromkeys(("tokens", "targets", "weights", "positions", "segments"), np.int32)
+    kinds |= {"weights": np.float32} | ({"sources": np.int32} if sources else {})
+    return {k: jax.ShapeDtypeStruct((rows, width), t, sharding=layout) for k, t in kinds.items()}
 
 
 def local_rows(mesh, batch_size: int) -> list[int]:

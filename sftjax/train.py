@@ -6,21 +6,20 @@ A workdir belongs to one config. Started again in the same workdir, a run goes o
 checkpoint left it, with the batches it would have seen.
 """
 
-import functools
 import time
 
 import jax
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import losses, optim, report, setup, sharding
+from sftjax import optim, plan, report, setup, sharding, xla_flags
 from sftjax import params as params_lib
 from sftjax.checkpoint import Checkpointer
 from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
 from sftjax.feed import Feed, load_tokenizer
 from sftjax.log import Log
 from sftjax.models import hf
-from sftjax.step import train_step
+from sftjax.profiler import Profiler
 
 
 def main(argv):
@@ -40,7 +39,7 @@ def train(config, workdir) -> dict:
     say = setup.say
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
-    with setup.compile_cache(workdir), jax.set_mesh(mesh):
+    with plan.advice(config), setup.compile_cache(workdir), jax.set_mesh(mesh):
         # ==== Data ====
         tokenizer = load_tokenizer(config)
         feed = Feed(config, tokenizer, workdir, mesh)
@@ -49,6 +48,7 @@ def train(config, workdir) -> dict:
 
         # ==== Model, optimizer, state ====
         model, trainable = setup.make_model(config, tokenizer)
+        profiler = Profiler(config, workdir, feed.steps)
         lr = setup.make_schedule(config, feed.steps)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         target = setup.abstract_state(config, model, trainable, tx, mesh)
@@ -70,14 +70,10 @@ def train(config, workdir) -> dict:
         say("state", setup.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====
-        loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=feed.names)
-        step_fn = functools.partial(
-            train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
-        )
+        if xla_flags.text(jax.default_backend()):
+            say("flags", xla_flags.text(jax.default_backend()))
+        step_fn = setup.make_step(config, model, tx, target, feed.names)
         began = time.monotonic()
-        step_fn = jax.jit(
-            step_fn, donate_argnums=0, out_shardings=(setup.shardings_of(target), None)
-        )
         steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}
         say("compiled", setup.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
 
@@ -94,9 +90,10 @@ def train(config, workdir) -> dict:
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break
-            with jax.transfer_guard("disallow"):
+            with profiler.step(step + 1), jax.transfer_guard("disallow"):
                 state, metrics = steps[batch["tokens"].shape[1]](state, batch)
             step += 1
+            profiler.end(step, metrics)
             checkpoints.check()  # a save that failed behind the loop ends it now
             log.step(step, metrics, feed.wait)
             values = None
@@ -112,6 +109,7 @@ def train(config, workdir) -> dict:
                 with log.pause():
                     extra["data"] = feed.state(step)
                     checkpoints.save(step, state, extra, values)
+        profiler.close()
         log.close()
         checkpoints.close()
 

@@ -169,7 +169,7 @@ def test_batches_that_do_not_divide():
     )
     with pytest.raises(MeshError, match=message):
         sharding.check_batch(mesh, 16, 8, 32)
-    with pytest.raises(MeshError, match="data.max_length=31 does not divide over mesh.context"):
+    with pytest.raises(MeshError, match="data.max_length=31 does not divide into twice mesh.cont"):
         sharding.check_batch(mesh, 16, 4, 31)
 
 

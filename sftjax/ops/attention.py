@@ -101,17 +101,19 @@ class Backend:
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     features: frozenset = frozenset({"segments", "window", "softcap", "sinks", "bidirectional"})
+    multiple: int = 1  # of which a shard's part of a row has to be
 
 
 BACKENDS = {
     "xla": Backend(xla),
     "blockwise": Backend(blockwise),
-    "splash": Backend(splash, platforms=("tpu",)),
+    "splash": Backend(splash, platforms=("tpu",), multiple=128),
 }
 
 
-def check(backend: str, features=()) -> None:
-    """Raise ValueError unless `backend` exists, runs on this platform and supports `features`."""
+def check(backend: str, features=(), platform="", length=0) -> None:
+    """Raise ValueError unless `backend` exists, supports `features`, runs on `platform` ("" = this
+    one) and takes rows of which a shard of mesh.context holds `length` tokens (0 = any)."""
     if backend not in BACKENDS:
         raise ValueError(
             f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"
@@ -119,9 +121,19 @@ def check(backend: str, features=()) -> None:
     missing = set(features) - BACKENDS[backend].features
     if missing:
         raise ValueError(f"attention backend {backend!r} does not support {sorted(missing)}")
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     if platform not in BACKENDS[backend].platforms:
-        raise ValueError(f"attention backend {backend!r} does not run on {platform}")
+        here = [name for name, b in BACKENDS.items() if platform in b.platforms]
+        raise ValueError(
+            f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}"
+        )
+    multiple = BACKENDS[backend].multiple
+    if length % multiple:
+        raise ValueError(
+            f"model.attention={backend!r} takes rows of a multiple of {multiple} tokens on each"
+            f" shard of mesh.context, found {length}; change data.max_length and data.buckets, or"
+            " set model.attention='xla'"
+        )
 
 
 def attention(

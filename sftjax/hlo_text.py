@@ -1,0 +1,224 @@
+"""The text of scheduled HLO, read: computations, instructions, their shapes and FLOPs."""
+
+import dataclasses
+import functools
+import math
+import re
+
+BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}  # names without a width
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    type: str
+    op: str
+    raw: str  # what stands between the parentheses
+    rest: str  # the attributes after them
+
+    @functools.cached_property
+    def args(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.raw)
+
+    def attribute(self, key):
+        """The name after key=, a computation's."""
+        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+        return match[1] if match else None
+
+    @property
+    def op_name(self) -> str:
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else self.name
+
+
+@dataclasses.dataclass
+class Computation:
+    instructions: dict = dataclasses.field(default_factory=dict)  # in the order of the schedule
+    root: str = ""
+
+    def __iter__(self):
+        return iter(self.instructions.values())
+
+    def find(self, text: str) -> bool:
+        """Is there a custom call with this target?"""
+        return any(f'custom_call_target="{text}"' in i.rest for i in self if i.op == "custom-call")
+
+
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
+_START = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
+
+
+def parse(text: str):
+    """({name: Computation}, name of the entry)."""
+    computations, entry, current, lines = {}, None, None, []
+    for line in text.splitlines():
+        head = _HEAD.match(line) if line[:1] not in (" ", "") else None
+        if head:
+            current = computations[head[2]] = Computation()
+            entry = head[2] if head[1] else entry
+            lines = []
+        elif current is not None and line.startswith("}"):
+            for text_of_one in lines:
+                _read(text_of_one, current)
+            current = None
+        elif current is not None and _START.match(line):
+            lines.append(line)
+        elif lines:
+            lines[-1] += line  # an attribute may hold line breaks
+    if entry is None:
+        raise ValueError("the text holds no ENTRY computation; give compiled.as_text()")
+    return computations, entry
+
+
+def _read(line, computation):
+    match = _START.match(line)
+    rest = re.sub(r"/\*index=\d+\*/", "", line[match.end() :])
+    end = _close(rest, 0) if rest[0] == "(" else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    begin = rest.index("(")
+    end = _close(rest, begin)
+    one = Instruction(match[2], kind, rest[:begin], rest[begin + 1 : end - 1], rest[end:])
+    computation.instructions[one.name] = one
+    if match[1]:
+        computation.root = one.name
+
+
+def _close(text, start) -> int:
+    """The place after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', text[start:]):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if depth == 0:
+            return start + match.end()
+    return len(text)
+
+
+def shapes(kind: str) -> list:
+    """[(type, dimensions)] of a type's arrays."""
+    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", kind)
+    return [(t, [int(x) for x in dims.split(",") if x]) for t, dims in found]
+
+
+def nbytes(kind: str) -> float:
+    return sum(_bits(t) / 8 * math.prod(dims) for t, dims in shapes(kind))
+
+
+def _bits(t) -> int:
+    return BITS[t] if t in BITS else int(re.search(r"\d+", t)[0])
+
+
+# ---- one instruction -----------------------------------------------------------------------
+
+
+def _dims(one, computation):
+    return shapes(computation.instructions[one].type)[0][1]
+
+
+def dot_flops(one, computation) -> float:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
+    left = _dims(one.args[0], computation)
+    depth = math.prod(left[int(d)] for d in contracted.split(",") if d)
+    return 2 * math.prod(shapes(one.type)[0][1]) * depth
+
+
+def convolution_flops(one, computation) -> float:
+    """Only what meets an element of the input counts, not the padding (nor holes of dilation)."""
+    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
+    lhs, rhs = (_dims(a, computation) for a in one.args[:2])
+    result = shapes(one.type)[0][1]
+    window = re.search(r"window=\{([^}]*)\}", one.rest)
+    window = dict(x.split("=") for x in window[1].split()) if window else {}
+    flops = 2 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]
+    for d in range(sum(c.isdigit() for c in out)):
+
+        def given(key, default, d=d):
+            return window[key].split("x")[d] if key in window else default
+
+        flops *= _meets(
+            result[out.index(str(d))],
+            lhs[left.index(str(d))],
+            int(given("size", 1)),
+            int(given("stride", 1)),
+            int(given("pad", "0_0").split("_")[0]),
+            int(given("lhs_dilate", 1)),
+            int(given("rhs_dilate", 1)),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", one.rest)
+    return flops / (int(groups[1]) if groups else 1)
+
+
+@functools.cache
+def _meets(n_out, n_in, size, stride, pad, dilate, window_dilate) -> int:
+    """Pairs of an output position and a window position that meet an input element."""
+    last, count = (n_in - 1) * dilate, 0
+    for w in range(size):
+        first = w * window_dilate - pad  # the input place of output position 0
+        low = max(0, -(first // stride))
+        high = min(n_out - 1, (last - first) // stride)
+        if dilate == 1:
+            count += max(0, high - low + 1)
+        else:
+            count += sum((o * stride + first) % dilate == 0 for o in range(low, high + 1))
+    return count
+
+
+def gemm_flops(one, computation) -> float:
+    """A matmul that the GPU compiler gave to cuBLAS."""
+    found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)
+    if "$gemm" not in one.rest and "$lt$matmul" not in one.rest or not found:
+        return 0.0
+    left = _dims(one.args[0], computation)
+    depth = math.prod(left[int(d)] for d in re.findall(r"\d+", found[1]))
+    return 2 * math.prod(shapes(one.type)[0][1]) * depth
+
+
+def group_size(rest: str) -> int:
+    """Devices in one group of a collective, from its attributes; 0 = all of them, none named."""
+    if "source_target_pairs" in rest:
+        return 2
+    found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    if found:
+        return len(found[1].split(","))
+    found = re.search(r"replica_groups=\[([\d,]+)\]<=", rest)  # groups x devices of a group
+    if found:
+        return int(found[1].split(",")[-1])
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if found:
+        sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # 'a', or a part 'a':(1)2 of it
+        return math.prod(int(part) if part else sizes[axis] for axis, part in axes)
+    return 0
+
+
+def payload(kind, one, operands: float) -> tuple[float, float]:
+    """(bytes of the whole payload, bytes a device sends) of a collective."""
+    n = group_size(one.rest)
+    result = nbytes(one.type)
+    if one.op.endswith("-start"):  # its type holds the operands too
+        result = operands * n if kind == "all-gather" else operands
+    whole = operands if kind == "reduce-scatter" else result
+    share = (n - 1) / n if n else 1.0
+    sends = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+    return whole, whole * sends
+
+
+def branches(one) -> list:
+    found = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
+    if found:
+        return re.findall(r"%([\w.\-]+)", found[1])
+    return [one.attribute("true_computation"), one.attribute("false_computation")]
+
+
+def elements(kind: str) -> list:
+    """The types in a tuple's type."""
+    return re.findall(r"[a-z]\w*\[[\d,]*\]", kind)
+
+
+def index(one) -> int:
+    return int(re.search(r"\bindex=(\d+)", one.rest)[1])
+
+
+def constant(raw):
+    if raw in ("true", "false"):
+        return raw == "true"
+    return int(raw) if re.fullmatch(r"-?\d+", raw) else None

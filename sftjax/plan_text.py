@@ -1,0 +1,117 @@
+"""A plan as text: what is held, what is done, what is projected, and what may be done instead."""
+
+GIB = 2**30
+
+
+def amount(size) -> str:
+    """Bytes for people, in a column."""
+    return f"{size / GIB:>9.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:>9.2f} MiB"
+
+
+def report(p) -> str:
+    """The whole report of one Plan."""
+    sizes = " x ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "of one device"
+    lines = [
+        ("target", p.target),
+        ("mesh", f"{sizes}; {p.micro_batches} micro-batches, remat {p.remat}"),
+        ("work", p.work),
+        ("basis", f"{p.basis}, in {p.seconds:.0f} s"),
+        ("memory", _memory(p)),
+        ("FLOPs", _flops(p)),
+        ("sent", _collectives(p)),
+    ]
+    if p.cost.kernels:
+        lines.append(("kernels", _kernels(p)))
+    loops = [x for x in p.cost.loops if not x.known]
+    if loops:
+        lines.append(("assumed", "\n".join(f"{x.trips} rounds of {x.name}" for x in loops)))
+    lines.append(("projected", _time(p)))
+    return "\n".join(f"{name:<10}" + text.replace("\n", "\n" + " " * 10) for name, text in lines)
+
+
+def _memory(p) -> str:
+    rows = [f"{name:<16}{amount(size)}" for name, size in p.memory.items()]
+    rows.append(f"{'needed':<16}{amount(p.total)} a device")
+    if p.limit is not None:
+        left = p.limit - p.total
+        rows.append(f"{'of':<16}{amount(p.limit)}; {_left(left)}")
+    if not p.fits:
+        rows.append(f"largest: {amount(p.largest[0][0]).strip()}, {p.largest[0][1]}")
+        rows += [f"{'':9}{amount(size).strip()}, {what}" for size, what in p.largest[1:5]]
+    return "\n".join(rows)
+
+
+def _left(left) -> str:
+    return (
+        f"{amount(left).strip()} remain"
+        if left >= 0
+        else f"it does NOT fit, {amount(-left).strip()} over"
+    )
+
+
+def _flops(p) -> str:
+    share = p.model_flops / p.hardware_flops if p.hardware_flops else 0.0
+    return (
+        f"{p.model_flops / 1e12:.4g} TFLOP of the model a step, {p.hardware_flops / 1e12:.4g} done"
+        f" with what is computed again ({share:.0%} of them the model's)"
+    )
+
+
+def _collectives(p) -> str:
+    rows = [
+        f"{kind:<19}x{group:<5}{c.count:>7,} times {c.bytes / 1e9:>9.3f} GB,"
+        f" {c.async_bytes / c.bytes if c.bytes else 0:.0%} asynchronous"
+        for (kind, group), c in sorted(p.cost.collectives.items(), key=lambda x: -x[1].bytes)
+    ]
+    return "\n".join(rows) or "nothing: one device"
+
+
+def _kernels(p) -> str:
+    return "\n".join(
+        f"{name}: {k.count:,} times, {k.flops / 1e12:.4g} TFLOP a device as declared"
+        for name, k in sorted(p.cost.kernels.items())
+    )
+
+
+def _time(p) -> str:
+    if p.time is None:
+        return "nothing: no figures of this chip are known"
+    t = p.time
+    return (
+        f"{t['step']:.3f} s a step, MFU {t['mfu']:.1%}; {t['tokens_per_s']:,.0f} tokens/s, of them"
+        f" {t['trained_tokens_per_s']:,.0f} trained\n"
+        f"{t['work']:.3f} s of work, {t['collectives']:.3f} s of collectives, of which"
+        f" {t['hidden']:.3f} s behind work\n"
+        "A projection, no measurement: work from the compiler's cycles over the clock, or FLOPs at"
+        " 60% of\npeak where it counts none; collectives from bytes over links, without contention"
+        " or latency."
+    )
+
+
+def table(plans) -> str:
+    """A search's plans, best first, and the lines of the best that fits."""
+    head = f"{'mesh':<28}{'micro':>6}{'remat':>14}{'GiB':>9}{'s/step':>9}{'MFU':>7}  basis"
+    lines = [head]
+    for p in plans:
+        sizes = " ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "one device"
+        t = p.time or {}
+        step = f"{t['step']:.3f}" if t else "-"
+        mfu = f"{t['mfu']:.1%}" if t else "-"
+        fits = p.basis if p.fits else f"{p.basis}; does not fit"
+        lines.append(
+            f"{sizes:<28}{p.micro_batches:>6}{p.remat:>14}{p.total / GIB:>9.2f}{step:>9}{mfu:>7}"
+            f"  {fits}"
+        )
+    best = next((p for p in plans if p.fits), None)
+    if best is None:
+        return "\n".join([*lines, "Nothing that was tried fits: more devices, or a shorter row."])
+    return "\n".join([*lines, "", "To paste into the config:", *config_lines(best)])
+
+
+def config_lines(p) -> list:
+    sizes = ", ".join(f"{axis}={n}" for axis, n in p.mesh.items())
+    return [
+        f"    c.mesh.update(dict({sizes}))",
+        f"    c.train.micro_batches = {p.micro_batches}",
+        f'    c.model.remat = "{p.remat}"',
+    ]

@@ -1,0 +1,47 @@
+"""A trace of a few training steps, for TensorBoard, XProf or Perfetto."""
+
+import contextlib
+import re
+
+import jax
+
+from sftjax.config import ConfigError
+
+
+class Profiler:
+    """Traces the steps of config.profile.steps, "10-12" or "10", to <workdir>/profile.
+
+    Every step is annotated by its number, traced or not, so that a trace begun from outside reads
+    the same.
+    """
+
+    def __init__(self, config, workdir, total: int):
+        self.where, text = workdir / "profile", config.profile.steps
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        self.first, self.last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        self.on = False
+        if text and not 1 <= self.first <= self.last <= total:
+            raise ConfigError(
+                f"profile.steps={text!r}: expected the first and the last step to trace, such as"
+                f" '10-12', from 1 to the run's {total}; '' = none"
+            )
+
+    @contextlib.contextmanager
+    def step(self, step: int):
+        """Around the call of step number `step`, the first being 1."""
+        if self.first <= step <= self.last and not self.on:
+            jax.profiler.start_trace(self.where)
+            self.on = True
+        with jax.profiler.StepTraceAnnotation("train_step", step_num=step):
+            yield
+
+    def end(self, step: int, result) -> None:
+        """After step number `step`; `result` is waited for where the trace ends with it."""
+        if self.on and step >= self.last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        if self.on:
+            jax.profiler.stop_trace()
+            self.on = False

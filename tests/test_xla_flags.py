@@ -1,0 +1,52 @@
+"""The table of XLA's options: XLA knows them all, and the user's own stay."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sftjax import targets, xla_flags
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for variable in xla_flags.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+def compile_with(options, sharding=None):
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)
+    return jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+
+
+@pytest.mark.parametrize("name", xla_flags.TABLE["gpu"])
+def test_xla_knows_the_options_for_gpus(name):
+    """Its options are the same on every platform but a TPU's, whichever reads them."""
+    compile_with({name: xla_flags.TABLE["gpu"][name]})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        compile_with({name + "_not": True})
+
+
+@pytest.mark.tpu
+def test_the_tpu_compiler_knows_its_options():
+    device = targets.resolve("v5e:2x2").devices[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    for name, value in xla_flags.TABLE["tpu"].items():
+        compile_with({name: value}, here)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        compile_with({"xla_tpu_no_such_option": True}, here)
+
+
+def test_what_the_user_set_stays_and_is_said(monkeypatch):
+    name = "xla_gpu_enable_latency_hiding_scheduler"
+    assert xla_flags.options("gpu") == xla_flags.TABLE["gpu"]
+    assert f"{name}=true" in xla_flags.text("gpu").splitlines()
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x --{name}=false")
+    assert xla_flags.options("gpu") == {
+        k: v for k, v in xla_flags.TABLE["gpu"].items() if k != name
+    }
+    assert f"{name}=false is yours, and stays (here: true)" in xla_flags.text("gpu").splitlines()
+    name = "xla_enable_async_all_gather"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}")
+    assert set(xla_flags.TABLE["tpu"]) - set(xla_flags.options("tpu")) == {name}
+    assert f"{name}=true is yours" in xla_flags.text("tpu")
+    assert xla_flags.options("cpu") == {} and xla_flags.text("cpu") == ""

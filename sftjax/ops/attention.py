@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sftjax.ops.gpu_attention import triton
 from sftjax.ops.splash import splash
 from sftjax.sharding import RULES, shard_map, spec
 
@@ -107,6 +108,7 @@ BACKENDS = {
     "xla": Backend(xla),
     "blockwise": Backend(blockwise),
     "splash": Backend(splash, platforms=("tpu",)),
+    "triton": Backend(triton, platforms=("gpu",)),
 }
 
 

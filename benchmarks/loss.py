@@ -64,7 +64,7 @@ def fused(h, w, targets, weights):
 LOSSES = {"plain": plain, "chunked": chunked, "sftjax": fused}
 
 
-def temporary_bytes(name, tokens, vocab, width, dtype=jnp.bfloat16) -> int:
+def temporary_bytes(fn, tokens, vocab, width, dtype=jnp.bfloat16) -> int:
     """Of value and gradients, compiled for this device from shapes."""
     shape = (ROWS, tokens // ROWS)
     arguments = (
@@ -73,7 +73,7 @@ def temporary_bytes(name, tokens, vocab, width, dtype=jnp.bfloat16) -> int:
         jax.ShapeDtypeStruct(shape, jnp.int32),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
-    step = jax.jit(jax.value_and_grad(LOSSES[name], (0, 1)))
+    step = jax.jit(jax.value_and_grad(fn, (0, 1)))
     return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -113,7 +113,7 @@ def memory_table(tokens, vocab, width):
     print(f"temporary MiB, {tokens:,} tokens, width {width}, bf16")
     print(f"{'vocabulary':>12}" + "".join(f"{name:>12}" for name in LOSSES) + f"{'plain/ours':>14}")
     for v in (vocab // 8, vocab // 4, vocab // 2, vocab):
-        found = {name: temporary_bytes(name, tokens, v, width) for name in LOSSES}
+        found = {name: temporary_bytes(fn, tokens, v, width) for name, fn in LOSSES.items()}
         rows.append(dict(tokens=tokens, vocab=v, width=width, temp_bytes=found))
         cells = "".join(f"{b / 2**20:>12,.0f}" for b in found.values())
         print(f"{v:>12,}{cells}{found['plain'] / found['sftjax']:>13.1f}x")

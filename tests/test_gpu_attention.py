@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 import sftjax
+from sftjax import sharding
 from sftjax.ops import attention as attention_lib
 from sftjax.ops.gpu_attention import NOBODY, Blocks, How, block_map, ranges, triton
 
@@ -76,6 +77,24 @@ def test_documents_do_not_see_each_other():
     )
     np.testing.assert_array_equal(first[0, 20:50], second[0, 20:50])
     assert np.abs(first - second)[0, :20].max() > 0.1
+
+
+def test_on_a_mesh_as_on_one_device():
+    """Heads, rows and queries shared; keys gathered over a context axis of balanced parts."""
+    model = tiny.model(attention="triton", layers=1)
+    params, batch = tiny.params(model), tiny.batch(rows=2, length=64)
+    loss_fn = sftjax.losses.causal_lm(model)
+
+    def run(batch):
+        fn = jax.value_and_grad(lambda p: loss_fn(p, batch, None).sum)
+        return jax.jit(fn)(params)
+
+    alone = run(batch)
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2})
+    with jax.set_mesh(mesh):
+        shared = run(sharding.put_batch(mesh, batch, 2))
+    for ours, theirs in zip(*map(jax.tree.leaves, (shared, alone)), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
 def brute_map(how, blocks, where):

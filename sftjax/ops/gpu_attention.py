@@ -15,9 +15,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from sftjax import sharding
 
 LOG2E = math.log2(math.e)
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -349,7 +352,13 @@ def _pad(x, rows, width=0, value=0):
 def triton(
     q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks, sizes=None
 ):
-    """A backend of ops.attention. sizes: of the blocks of the three kernels; None = SIZES'."""
+    """A backend of ops.attention, for one device's part of the mesh. sizes: of the blocks of the
+    three kernels; None = SIZES'."""
+    if (
+        k.shape[1] > q.shape[1]
+    ):  # a shard of `context`: keys in the order of the row, for the ranges
+        back = np.argsort(sharding.places(k.shape[1], k.shape[1] // q.shape[1]))
+        k, v, kv_seg, kv_pos = (x[:, back] for x in (k, v, kv_seg, kv_pos))
     (_, S, _, H), T = q.shape, k.shape[1]
     width = max(16, pl.next_power_of_2(H))
     if sizes is None and width > max(SIZES):

@@ -126,6 +126,7 @@ def check(backend: str, features=()) -> None:
         raise ValueError(f"attention backend {backend!r} does not run on {platform}")
 
 
+@jax.named_scope("attention")  # so that a trace says what belongs to it
 def attention(
     q,
     k,

@@ -1,17 +1,28 @@
-"""How trace and compile time of the train step grow with depth: they must not.
+"""How long until the first step is done; and that compile time does not grow with depth.
 
-    python benchmarks/startup.py --depths 4,64 --out startup.json
+    python benchmarks/startup.py [--depths 4,64] [--repeat=3] [--rounds=3] [--out startup.json]
 
-For each kind of decoder (one kind of layer; a window alternating with global attention; a mixture
-of experts) the whole step with AdamW is traced, lowered and compiled at each depth, `repeat` times
-in turn, with the compile cache off. Prints the least processor time of each (other programs on the
-machine count less than in wall time), its ratio to the shallowest, and the lines of StableHLO,
-which should not depend on the depth at all.
+start   Processes that import sftjax and train one step of a small Llama (shape S of
+        benchmarks/train_step.py): seconds of the import; from then to the end of the first step
+        without a compile cache, and again with the cache that the start before has filled. A round
+        is a first and a second start, one after the other; the ratio compares these two.
+
+depth   For each kind of decoder (one kind of layer; a window alternating with global attention; a
+        mixture of experts) the whole step with AdamW is traced, lowered and compiled at each
+        depth, `repeat` times in turn, with the compile cache off. Prints the ratio to the
+        shallowest, and the lines of StableHLO, which should not depend on the depth at all.
+
+Seconds are processor time: other programs on the machine count less than in wall time.
 """
 
 import argparse
 import functools
 import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 import jax
@@ -52,14 +63,72 @@ def compile_step(config) -> tuple[float, int]:
     return time.process_time() - start, lowered.as_text().count("\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--depths", default="4,64")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", default="")
-    args = parser.parse_args()
+# ---- from the command to the first step ----------------------------------------------------
+
+CHILD = """
+import time, json
+import sftjax, jax, functools, numpy, optax
+imported = time.process_time()
+from sftjax import params as params_lib
+from sftjax.models.decoder import Config
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+config = Config(**{config})
+model, tx = sftjax.Model(config), optax.adamw(1e-4)
+step = functools.partial(sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx)
+params = params_lib.init(model.abstract, jax.random.key(0))
+create = jax.jit(functools.partial(sftjax.TrainState.create, tx=tx))
+tokens = numpy.ones(({rows}, {length}), numpy.int32)
+batch = dict(tokens=tokens, targets=tokens, weights=tokens.astype(numpy.float32),
+             positions=tokens.cumsum(1, dtype=numpy.int32) - 1, segments=tokens)
+state, metrics = jax.jit(step, donate_argnums=0)(create(params=params), batch)
+loss = float(metrics["loss"])
+print(json.dumps(dict(loss=loss, imported=imported, first_step=time.process_time())))
+"""
+SMALL = dict(vocab=32000, width=288, layers=6, heads=6, kv_heads=6, head_dim=48, mlp=768, tied=True)
+
+
+def start(cache, config, rows, length) -> dict:
+    """One process: processor seconds after the import and after the first step, and its loss."""
+    code = CHILD.replace("{config}", repr(config)).replace("{rows}", str(rows))
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", code.replace("{length}", str(length))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"a start failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def starts(rounds, config=None, rows=8, length=256) -> dict:
+    """Of each round: import, first step from the import on, first and second start; and ratios."""
+    out = dict(imported=[], first=[], second=[], ratio=[])
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            first, second = (start(cache, config or SMALL, rows, length) for _ in range(2))
+        if first["loss"] != second["loss"]:
+            raise RuntimeError(f"two starts with different losses: {first}, {second}")
+        first_step, second_step = (s["first_step"] - s["imported"] for s in (first, second))
+        out["imported"].append(min(first["imported"], second["imported"]))
+        out["first"].append(first_step)
+        out["second"].append(second_step)
+        out["ratio"].append(second_step / first_step)
+    return out
+
+
+def show_starts(found):
+    names = dict(
+        imported="import of sftjax and jax",
+        first="import to first step, no cache",
+        second="the same, second start",
+        ratio="second / first",
+    )
+    for key, name in names.items():
+        values = found[key]
+        middle, low, high = statistics.median(values), min(values), max(values)
+        print(f"{name:<34}{middle:>8.2f} ({low:.2f}..{high:.2f})")
+
+
+def depth(depths, repeat) -> list[dict]:
     jax.config.update("jax_enable_compilation_cache", False)
-    depths = [int(d) for d in args.depths.split(",")]
     configs = {
         (name, n): decoder.Config(layers=n, **BASE | extra)
         for name, extra in KINDS.items()
@@ -67,7 +136,7 @@ def main():
     }
     compile_step(next(iter(configs.values())))  # what the first compile of a process costs
     times = {key: [] for key in configs}
-    for _ in range(args.repeat):
+    for _ in range(repeat):
         for key, config in configs.items():
             times[key].append(compile_step(config))
     rows = []
@@ -77,9 +146,25 @@ def main():
         ratio = least / min(times[name, depths[0]])[0]
         rows.append(dict(model=name, layers=n, seconds=least, ratio=ratio, lines=lines))
         print(f"{name:<16}{n:>8}{least:>10.2f}{ratio:>8.2f}{lines:>8}")
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--depths", default="4,64", help="none: leave this part out")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of starts; 0: leave this part out")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args(argv)
+    results = {}
+    if args.rounds:
+        results["start"] = starts(args.rounds)
+        show_starts(results["start"])
+    if args.depths != "none":
+        results["depth"] = depth([int(d) for d in args.depths.split(",")], args.repeat)
     if args.out:
         with open(args.out, "w") as f:
-            json.dump({"environment": setup.environment(), "results": rows}, f, indent=2)
+            json.dump({"environment": setup.environment(), "results": results}, f, indent=2)
             f.write("\n")
 
 

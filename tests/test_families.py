@@ -163,10 +163,14 @@ def test_c10_documents_of_one_row_are_as_each_in_a_row_of_its_own(case, document
     check_documents(case.model, case.params, documents)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    sorted(b for b in {*BACKENDS} - {decoder.Config.attention} if "cpu" in BACKENDS[b].platforms),
-)
+OTHERS = [
+    pytest.param(name, marks=() if "cpu" in backend.platforms else pytest.mark.slow)
+    for name, backend in BACKENDS.items()
+    if name not in (decoder.Config.attention, "splash")
+]  # the GPU's kernels are interpreted here
+
+
+@pytest.mark.parametrize("backend", OTHERS)
 @cases(SOME)
 def test_c10_with_every_other_attention_backend(case, documents, backend):
     check_documents(case.model.replace(attention=backend), case.params, documents)

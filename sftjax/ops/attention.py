@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sftjax.ops.gpu_attention import triton
 from sftjax.ops.splash import splash
 from sftjax.sharding import RULES, shard_map, spec
 
@@ -108,6 +109,7 @@ BACKENDS = {
     "xla": Backend(xla),
     "blockwise": Backend(blockwise),
     "splash": Backend(splash, platforms=("tpu",), multiple=128),
+    "triton": Backend(triton, platforms=("gpu",)),
 }
 
 
@@ -136,6 +138,7 @@ def check(backend: str, features=(), platform="", length=0) -> None:
         )
 
 
+@jax.named_scope("attention")  # so that a trace says what belongs to it
 def attention(
     q,
     k,

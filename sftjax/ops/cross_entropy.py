@@ -249,6 +249,7 @@ def _backward(o, chunk_tokens, saved, cotangents):
 _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@jax.named_scope("linear_cross_entropy")
 def linear_cross_entropy(
     h, w, targets, weights, *, chunk_tokens=CHUNK_TOKENS, groups=None, **options
 ):

@@ -68,7 +68,7 @@ def prepare(shape, kind, backend):
 
 
 def measure(shape, rounds):
-    """{"kind, backend": {seconds, speed_vs_xla: [least, median, greatest]}}, and a printed table."""
+    """{"kind, backend": {seconds, speed_vs_xla: [least, median, greatest]}}; prints it too."""
     names = [b for b, x in BACKENDS.items() if jax.default_backend() in x.platforms]
     kinds = ("one document", "many documents")
     runs = {f"{kind}, {name}": prepare(shape, kind, name) for kind in kinds for name in names}
@@ -98,8 +98,9 @@ def main():
     args = parser.parse_args()
     results = {shape: measure(shape, args.rounds) for shape in args.shape}
     if args.out:
+        shapes = " ".join(args.shape)
         facts = dict(
-            command=f"benchmarks/attention.py --shape {' '.join(args.shape)} --rounds={args.rounds}",
+            command=f"benchmarks/attention.py --shape {shapes} --rounds={args.rounds}",
             device=jax.devices()[0].device_kind, machine=platform.machine(),
             processor=_processor(), jax=jax.__version__, results=results,
         )  # fmt: skip

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sftjax.ops.blockwise import NEG_INF, blockwise
 from sftjax.ops.gpu_attention import triton
 from sftjax.ops.splash import splash
 from sftjax.sharding import RULES, shard_map, spec
-
-NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row with nothing to see gives no NaN
 
 
 def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
@@ -45,56 +44,6 @@ def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
     if window:
         seen &= ahead < window
     return seen
-
-
-BLOCK, BLOCKS = 64, 8  # blockwise: at least so many queries in a block, at most so many blocks
-
-
-def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
-    """Block by block of queries, each with the keys up to the block's end only.
-
-    Needs queries and keys at the same places of the row (no cache), where a document's later tokens
-    stand later; then causality by position is causality by place, and half the scores are never
-    formed.
-    """
-    if q.shape[1] != k.shape[1]:
-        how = dict(causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks)
-        return xla(q, k, v, q_seg=q_seg, kv_seg=kv_seg, q_pos=q_pos, kv_pos=kv_pos, **how)
-    B, S, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, S, H]
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
-    seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)
-    bias = jnp.where(seen, 0.0, NEG_INF)[:, None, None]  # [B, 1, 1, S, S]
-    out, size = [], max(BLOCK, -(-S // BLOCKS))
-    for start in range(0, S, size):
-        stop = min(start + size, S)
-        end = stop if causal else S
-        block = q[:, :, :, start:stop].reshape(B, K, -1, H)
-        scores = jnp.einsum(
-            "bkqh,bkth->bkqt", block, k[:, :, :end], preferred_element_type=jnp.float32
-        )
-        scores = scores.reshape(B, K, N // K, stop - start, end) * scale
-        if softcap:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = scores + bias[..., start:stop, :end]
-        # Normalised after the product with v, which is smaller than the scores.
-        top = scores.max(-1, keepdims=True)
-        if sinks is not None:
-            sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-            top = jnp.maximum(top, sink)
-        top = jax.lax.stop_gradient(top)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        if sinks is not None:
-            total = total + jnp.exp(sink - top)
-        weights = weights.astype(v.dtype).reshape(B, K, -1, end)
-        o = jnp.einsum(
-            "bkqt,bkth->bkqh", weights, v[:, :, :end], preferred_element_type=jnp.float32
-        )
-        o = o.reshape(B, K, N // K, stop - start, H) / total
-        out.append(o.astype(v.dtype))
-    return jnp.concatenate(out, 3).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""Blockwise attention: the blocks of queries and keys that no document connects are never formed.
+
+Which blocks meet is decided at run time from segments and positions, so a long packed row costs
+what its documents cost. Forward, an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867)
+goes over the key blocks that a query block needs; backward, each block's probabilities are formed
+again from the saved log-sum-exp (Dao et al. 2022, arXiv 2205.14135). Nothing of [S, T] exists.
+
+Letters: g groups of rows, r rows of a group, i query blocks, j key blocks, k key/value heads, q the
+queries of a block for all query heads of one k, t the keys of a block, h head width.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # queries, and keys, in a block
+# Rows no longer than so many blocks are taken all at once: there is little to skip in them, and
+# one row's block is too little work for one turn of a loop.
+TOGETHER = 4
+NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)
+FLOOR = NEG_INF / 2  # where a running maximum starts: exp(NEG_INF - FLOOR) is 0
+
+
+class Options(NamedTuple):
+    causal: bool
+    window: int
+    softcap: float
+    scale: float
+
+
+class Places(NamedTuple):
+    """Segments and positions of queries [g, i, r, size] and keys [g, j, r, size]; which key blocks
+    each query block meets come first in order [g, i, j], met [g, i] of them."""
+
+    q_seg: jax.Array
+    q_pos: jax.Array
+    kv_seg: jax.Array
+    kv_pos: jax.Array
+    order: jax.Array
+    met: jax.Array
+
+
+def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
+    """Softmax attention; see ops.attention.attention. Queries and keys in any order; a query of
+    segment 0 (padding) gives 0."""
+    B, S, N, _ = q.shape
+    T, K = k.shape[1:3]
+    o = Options(causal, window, softcap, scale)
+    sizes = (min(BLOCK, S), min(BLOCK, T))
+    rows = B if max(S, T) <= TOGETHER * BLOCK else 1
+    q_seg, q_pos = (_cut(x, rows, sizes[0]) for x in (q_seg, q_pos))
+    kv_seg, kv_pos = (_cut(x, rows, sizes[1]) for x in (kv_seg, kv_pos))
+    places = _places(o, q_seg, q_pos, kv_seg, kv_pos)
+    if sinks is not None:  # a score of each query of a block
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, N // K), sizes[0], axis=1)
+    q = _heads(_cut(q, rows, sizes[0]), K)
+    k, v = (_heads(_cut(x, rows, sizes[1]), K) for x in (k, v))
+    return _whole(_attend(o, q, k, v, sinks, places), N, B, S)
+
+
+def _cut(x, rows, size):
+    """[B, S, ...] -> [g, blocks, rows, size, ...]; the last block is filled up with 0."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(-1, rows, x.shape[1] // size, size, *x.shape[2:])
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _heads(x, K):
+    """[g, i, r, size, N, H] -> [g, i, r, K, N/K * size, H]."""
+    *lead, size, N, H = x.shape
+    x = x.reshape(*lead, size, K, N // K, H).transpose(0, 1, 2, 4, 5, 3, 6)
+    return x.reshape(*lead, K, N // K * size, H)
+
+
+def _whole(x, N, B, S):
+    """The inverse of _cut and _heads: [B, S, N, H]."""
+    g, i, r, K, _, H = x.shape
+    x = x.reshape(g, i, r, N, -1, H).transpose(0, 2, 1, 4, 3, 5)
+    return x.reshape(B, -1, N, H)[:, :S]
+
+
+# ---- which blocks meet -----------------------------------------------------------------------
+
+
+def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
+    """Each block as an interval of (segment, position) in lexical order; blocks meet where the
+    interval of what a block's queries see overlaps that of the keys. Never too few, and none too
+    many where documents lie one after the other."""
+    last = jnp.iinfo(jnp.int32).max
+    first_seen = jnp.maximum(q_pos - o.window + 1, 0) if o.window else jnp.zeros_like(q_pos)
+    last_seen = q_pos if o.causal else jnp.full_like(q_pos, last)
+    low, high = _least(q_seg, first_seen), _greatest(q_seg, last_seen)
+    keys = _least(kv_seg, kv_pos), _greatest(kv_seg, kv_pos)
+    low, high = ([x[:, :, None] for x in pair] for pair in (low, high))
+    least, greatest = ([x[:, None] for x in pair] for pair in keys)
+    meet = _before(low, greatest) & _before(least, high)  # [g, i, j, r]
+    real = jnp.any(q_seg > 0, -1)[:, :, None] & jnp.any(kv_seg > 0, -1)[:, None]
+    meet = jnp.any(meet & real, -1)
+    order = jnp.argsort(~meet, axis=-1, stable=True)
+    return Places(q_seg, q_pos, kv_seg, kv_pos, order, jnp.sum(meet, -1))
+
+
+def _least(seg, pos):
+    """The first (segment, position) of each block, padding apart."""
+    last = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(seg > 0, seg, last), -1)
+    return first, jnp.min(jnp.where(seg == first[..., None], pos, last), -1)
+
+
+def _greatest(seg, pos):
+    final = jnp.max(seg, -1)
+    return final, jnp.max(jnp.where(seg == final[..., None], pos, -1), -1)
+
+
+def _before(a, b):
+    """a <= b of (segment, position)."""
+    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
+
+
+# ---- one block of queries with one of keys ---------------------------------------------------
+
+
+def _scores(o, q, k, mine, theirs):
+    """float32 [r, k, q, t]; NEG_INF where a query does not see a key."""
+    s = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * o.scale
+    if o.softcap:
+        s = o.softcap * jnp.tanh(s / o.softcap)
+    (q_seg, q_pos), (kv_seg, kv_pos) = mine, theirs
+    seen = (q_seg[:, :, None] == kv_seg[:, None]) & (q_seg > 0)[:, :, None]
+    ahead = q_pos[:, :, None] - kv_pos[:, None]  # how far the key lies behind the query
+    if o.causal:
+        seen &= ahead >= 0
+    if o.window:
+        seen &= ahead < o.window
+    r, K, Q, t = s.shape
+    s = s.reshape(r, K, -1, seen.shape[1], t)  # the query heads of k apart
+    return jnp.where(seen[:, None, None], s, NEG_INF).reshape(r, K, Q, t)
+
+
+def _dot(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _block(p: Places, at):
+    """Group, query block, and its segments and positions."""
+    g, i = jnp.unravel_index(at, p.met.shape)
+    return g, i, (p.q_seg[g, i], p.q_pos[g, i])
+
+
+# ---- forward and backward over all blocks ----------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(o, q, k, v, sinks, places):
+    return _forward(o, q, k, v, sinks, places)[0]
+
+
+def _forward(o, q, k, v, sinks, places):
+    """q [g, i, r, k, q, h], k and v [g, j, r, k, t, h] -> like q."""
+
+    def block(at):
+        g, i, mine = _block(places, at)
+        qi = q[g, i]
+
+        def visit(n, state):
+            top, total, out = state
+            j = places.order[g, i, n]
+            s = _scores(o, qi, k[g, j], mine, (places.kv_seg[g, j], places.kv_pos[g, j]))
+            new = jnp.maximum(top, s.max(-1))
+            p, keep = jnp.exp(s - new[..., None]), jnp.exp(top - new)
+            out = out * keep[..., None] + _dot("rkqt,rkth->rkqh", p.astype(v.dtype), v[g, j])
+            return new, total * keep + p.sum(-1), out
+
+        shape = qi.shape[:-1]
+        top, total = jnp.full(shape, FLOOR), jnp.zeros(shape)
+        if sinks is not None:
+            top, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape)
+        state = (top, total, jnp.zeros(qi.shape))
+        top, total, out = jax.lax.fori_loop(0, places.met[g, i], visit, state)
+        total = jnp.where(total > 0, total, 1.0)
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, lse = jax.lax.map(block, jnp.arange(places.met.size))
+    out, lse = (x.reshape(*places.met.shape, *x.shape[1:]) for x in (out, lse))
+    return out, (q, k, v, sinks, places, out, lse)
+
+
+def _backward(o, saved, do):
+    q, k, v, sinks, places, out, lse = saved
+    delta = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), -1)  # [g, i, r, k, q]
+
+    def block(carry, at):
+        g, i, mine = _block(places, at)
+        qi, doi, lsei, deltai = q[g, i], do[g, i], lse[g, i, ..., None], delta[g, i, ..., None]
+
+        def visit(n, carry):
+            dq, dk, dv = carry
+            j = places.order[g, i, n]
+            s = _scores(o, qi, k[g, j], mine, (places.kv_seg[g, j], places.kv_pos[g, j]))
+            p = jnp.exp(s - lsei)
+            ds = p * (_dot("rkqh,rkth->rkqt", doi, v[g, j]) - deltai) * o.scale
+            if o.softcap:  # p is 0 where s is no score
+                ds = ds * (1 - jnp.where(s > NEG_INF, s / o.softcap, 0.0) ** 2)
+            p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+            dq = dq + _dot("rkqt,rkth->rkqh", ds, k[g, j])
+            dk = dk.at[g, j].add(_dot("rkqt,rkqh->rkth", ds, qi))
+            return dq, dk, dv.at[g, j].add(_dot("rkqt,rkqh->rkth", p, doi))
+
+        dq, *carry = jax.lax.fori_loop(0, places.met[g, i], visit, (jnp.zeros(qi.shape), *carry))
+        return tuple(carry), dq.astype(q.dtype)
+
+    carry = (jnp.zeros(k.shape), jnp.zeros(v.shape))
+    (dk, dv), dq = jax.lax.scan(block, carry, jnp.arange(places.met.size))
+    dsinks = None
+    if sinks is not None:
+        dsinks = -jnp.sum(jnp.exp(sinks - lse) * delta, (0, 1, 2))
+    return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None
+
+
+_attend.defvjp(_forward, _backward)

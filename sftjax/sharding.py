@@ -87,11 +87,16 @@ def _arrange(shape, devices) -> np.ndarray:
                 f"mesh data={shape[0]} does not divide over {len(slices)} slices; only the data"
                 " axis may cross slices"
             )
-        inner = [shape[0] // len(slices), *shape[1:]]
-        outer = [len(slices), *(1 for _ in shape[1:])]
-        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    if tpu:
-        return mesh_utils.create_device_mesh(shape, devices)
+        inner = [shape[0] // len(slices), *_two(shape[1]), *shape[2:]]
+        outer = [len(slices), *(1 for _ in inner[1:])]
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+        return grid.reshape(shape)
+    if tpu:  # each of the two parts of fsdp along lines of chips; see _gather_bwd
+        grid = [shape[0], *_two(shape[1]), *shape[2:]]
+        grid = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
+        return grid.reshape(shape)
     return np.array(devices).reshape(shape)
 
 
@@ -269,19 +274,49 @@ def places(length: int, shards: int):
 
 def spread(x):
     """[B, S, ...] with its columns in the order in which the context axis holds them."""
-    return _reorder(x, lambda order: order)
+    return _reorder(x, _spread)
 
 
 def unspread(x):
     """The inverse of `spread`."""
-    return _reorder(x, np.argsort)
+    return _reorder(x, _unspread)
 
 
-def _reorder(x, order):
+def _reorder(x, shard):
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["context"] == 1:
+    n = 1 if mesh.empty else mesh.shape[RULES["seq"]]
+    if n == 1:
         return x
-    return jnp.take(x, order(places(x.shape[1], mesh.shape["context"])), axis=1)
+    places(x.shape[1], n)  # raises where the row does not divide
+    rows = P(*spec(("batch", "seq")), *(None,) * (x.ndim - 2))
+    return shard_map(functools.partial(shard, n=n), (rows,), rows)(x)
+
+
+# Of the 2n parts of a row, shard i holds 2i and 2i + 1 in the natural order, and i and 2n - 1 - i
+# when spread: one of them is even, one odd, so two exchanges are all it takes.
+
+
+def _exchanges(n):
+    """For even parts and for odd ones: (shard when spread, shard in the natural order) of each."""
+    where = [(p if p < n else 2 * n - 1 - p, p // 2) for p in range(2 * n)]
+    return where[::2], where[1::2]
+
+
+def _unspread(x, n):
+    first, second = jnp.split(x, 2, axis=1)
+    swap = jax.lax.axis_index(RULES["seq"]) % 2 == 1
+    parts = jnp.where(swap, second, first), jnp.where(swap, first, second)
+    return jnp.concatenate(
+        [jax.lax.ppermute(x, RULES["seq"], w) for x, w in zip(parts, _exchanges(n), strict=True)], 1
+    )
+
+
+def _spread(x, n):
+    back = [[(b, a) for a, b in w] for w in _exchanges(n)]
+    parts = zip(jnp.split(x, 2, axis=1), back, strict=True)
+    even, odd = (jax.lax.ppermute(x, RULES["seq"], w) for x, w in parts)
+    swap = jax.lax.axis_index(RULES["seq"]) % 2 == 1
+    return jnp.concatenate([jnp.where(swap, odd, even), jnp.where(swap, even, odd)], 1)
 
 
 # ---- batches -------------------------------------------------------------------------------

@@ -4,14 +4,19 @@ One division, after all micro-batches and devices: loss = sum of weighted token 
 weights over the whole global batch. A micro-batch without a trained token adds exactly nothing.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from sftjax import params as params_lib
+from sftjax import sharding
+
+DATA = "data"  # the mesh axis whose shards hold all parameters and some of the rows
 
 
 @struct.dataclass
@@ -76,15 +81,16 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
     """
     rng = jax.random.fold_in(state.rng, state.step)
 
-    def loss_and_grad(micro, rng):
+    def loss_and_grad(params, frozen, micro, rng):
         def objective(trained):
-            loss = loss_fn(params_lib.combine(trained, state.frozen), micro, rng)
+            loss = loss_fn(params_lib.combine(trained, frozen), micro, rng)
             return loss.sum.astype(jnp.float32), loss
 
-        (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return loss, grads
 
-    loss, grads = _accumulate(loss_and_grad, batch, rng, micro_batches)
+    work = functools.partial(_accumulate, loss_and_grad, micro_batches)
+    loss, grads = _sum_once(work, micro_batches)(state.params, state.frozen, batch, rng)
     grads = jax.tree.map(lambda g: _ratio(g, loss.weight.astype(g.dtype)), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -104,10 +110,10 @@ def eval_step(params, batch, *, loss_fn) -> Loss:
     return loss_fn(params, batch, None)
 
 
-def _accumulate(fn, batch, rng, n):
-    """Sum of fn(micro_batch, rng) over n micro-batches, one at a time."""
+def _accumulate(fn, n, params, frozen, batch, rng):
+    """Sum of fn(params, frozen, micro_batch, rng) over n micro-batches, one at a time."""
     if n == 1:
-        return fn(batch, rng)
+        return fn(params, frozen, batch, rng)
 
     def split(x):
         if x.shape[0] % n:
@@ -117,13 +123,30 @@ def _accumulate(fn, batch, rng, n):
 
     micro = jax.tree.map(split, batch)
     rngs = jax.random.split(rng, n)
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], micro), rngs[0])
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(fn, params, frozen, first, rngs[0])
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def body(total, xs):
-        return jax.tree.map(jnp.add, total, fn(*xs)), None
+        return jax.tree.map(jnp.add, total, fn(params, frozen, *xs)), None
 
     return jax.lax.scan(body, zero, (micro, rngs))[0]
+
+
+def _sum_once(work, micro_batches):
+    """`work` on each shard of the data axis, with one sum over it after all micro-batches.
+
+    Left to the partitioner, every micro-batch's gradients would be summed over the axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if micro_batches == 1 or mesh.empty or mesh.shape.get(DATA, 1) == 1:
+        return work
+
+    def shard(params, frozen, batch, rng):
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(DATA))
+        return jax.lax.psum(work(params, frozen, batch, rng), DATA)
+
+    return sharding.shard_map(shard, (P(), P(), P(DATA), P()), P(), axes={DATA})
 
 
 def _ratio(a, b):

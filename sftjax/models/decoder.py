@@ -18,9 +18,20 @@ from jax.sharding import PartitionSpec as P
 
 from sftjax.models import layer
 from sftjax.ops import rope
+from sftjax.ops.embed import lookup
 from sftjax.ops.rope import Rope
 from sftjax.params import Param, is_param
-from sftjax.sharding import RULES, constrain, part, shard_map, spread, stored, unspread
+from sftjax.sharding import (
+    RULES,
+    constrain,
+    manual_axes,
+    part,
+    shard_map,
+    spec,
+    spread,
+    stored,
+    unspread,
+)
 
 PERIOD = 8  # the longest alternation of kinds that is looked for
 
@@ -152,18 +163,15 @@ def _stack(config, name, ctx, x, xs):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape[RULES["embed"]] == 1 or kv is not None:
         return _scan(config, name, ctx, x, xs)
-    rows, apart = RULES["batch"], {*RULES["batch"], RULES["embed"]}
+    apart = {*RULES["batch"], RULES["embed"]} - {*manual_axes()}
+    rows = spec(("batch",))
     abstract = layer.abstract(config, 1)
     params = jax.tree.map(lambda p: part(p.axes, apart), abstract, is_leaf=is_param)
-    kept = P(None, rows)
-
-    def run(ctx, x, xs):
-        x, (kv, routing) = _scan(config, name, ctx, x, xs)
-        return x, (kv, jax.tree.map(lambda a: jax.lax.psum(a, rows), routing))
-
-    return shard_map(
-        run, (P(rows), P(rows), (params, None, kept)), (P(rows), (kept, P())), axes=apart
-    )(ctx, x, xs)
+    kept = P(None, *rows)
+    run = functools.partial(_scan, config, name)
+    return shard_map(run, (rows, rows, (params, None, kept)), (rows, (kept, P())), axes=apart)(
+        ctx, x, xs
+    )
 
 
 def _scan(config, name, ctx, x, xs):
@@ -187,6 +195,8 @@ def _scan(config, name, ctx, x, xs):
     x, out = jax.lax.scan(body, x, xs, unroll=1 if config.scan else n // p)
     if p > 1:
         out = jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), out)
+    if shards := manual_axes():
+        out = (out[0], jax.tree.map(lambda a: jax.lax.psum(a, shards), out[1]))
     return x, out
 
 
@@ -198,7 +208,9 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     """
     if cache is None:
         tokens, positions, segments = map(spread, (tokens, positions, segments))
-    x = stored(params["embed"]["w"], ("vocab", "embed"))[tokens].astype(config.dtype)
+        x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
+    else:
+        x = params["embed"]["w"][tokens].astype(config.dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.learned_positions:

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.ops import moe, norms, rope
 from sftjax.ops.attention import attention
@@ -88,19 +89,32 @@ def _axes(config):
 # ---- forward -------------------------------------------------------------------------------
 
 
+_policies = jax.checkpoint_policies
+# What the forward pass of a layer keeps for the backward one, beside the layer's input.
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names("attention"),
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    # As "full", with the layers' inputs in the host's memory until the backward pass.
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=("layer",),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+LEAST = ("full", "offload")  # of memory: these work off an MLP in slices
 
 
 def remat(config, fn):
     if config.remat == "none":
         return fn
-    policy = REMAT.get(config.remat) or getattr(jax.checkpoint_policies, config.remat, None)
+    policy = REMAT.get(config.remat) or getattr(_policies, config.remat, None)
     if policy is None:
-        known = [n for n in dir(jax.checkpoint_policies) if not n.startswith("_")]
-        raise ValueError(f"model.remat={config.remat!r} is none of none, dots, full, {known}")
+        known = [n for n in dir(_policies) if not n.startswith("_")]
+        raise ValueError(
+            f"model.remat={config.remat!r} is none of none, {', '.join(REMAT)}, {known}"
+        )
     return jax.checkpoint(fn, policy=policy, prevent_cse=not config.scan)
 
 
@@ -140,6 +154,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     else:
         own = attend(k, v, window=config.loop_window)
         out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
+    out = checkpoint_name(out, "attention")
     return project("bsnh,nhd->bsd", out, p["o"]), (k, v)
 
 
@@ -192,10 +207,10 @@ def _dense(config, axes, p, x):
 
 
 def slices(config) -> int:
-    """The parts in which remat="full" works off the width of an MLP, to hold one at a time."""
+    """The parts in which the width of an MLP is worked off, where memory is to be saved."""
     mesh = jax.sharding.get_abstract_mesh()
     shared = not mesh.empty and mesh.shape[RULES["mlp"]] > 1  # then each device has a part anyway
-    if config.remat != "full" or shared or config.mlp_bias:
+    if config.remat not in LEAST or shared or config.mlp_bias:
         return 1
     most = max(config.mlp // SLICE, 1)
     return next(n for n in range(most, 0, -1) if config.mlp % n == 0)
@@ -213,6 +228,7 @@ def _slice(p, axes, n, i):
 def apply(config, kind, ctx, x, p, kv, first):
     """(x, (keys and values where they are kept, routing sums))."""
     axes = _axes(config)
+    x = checkpoint_name(x, "layer")
     h = norm(config, x, p.get("attn_norm"))
     h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, first)
     h = norm(config, h, p.get("attn_post_norm")) * weak(config.residual_scale)

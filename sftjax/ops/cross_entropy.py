@@ -79,10 +79,11 @@ def _axes(rows: int) -> _Axes:
         return _Axes()
     vocab, parts = [], 1
     for axis in ("tensor", "fsdp", "expert", "context"):
-        if rows % (parts * mesh.shape[axis]) == 0:
+        if axis not in mesh.manual_axes and rows % (parts * mesh.shape[axis]) == 0:
             vocab.append(axis)
             parts *= mesh.shape[axis]
-    return _Axes((*sharding.RULES["batch"], sharding.RULES["seq"]), tuple(vocab), True)
+    tokens = (*sharding.RULES["batch"], sharding.RULES["seq"])
+    return _Axes(tuple(a for a in tokens if a not in mesh.manual_axes), tuple(vocab), True)
 
 
 def _logits(o, h, w, first):

@@ -220,7 +220,7 @@ def same_work(name, job, ours, theirs):
     if job["work"] == "lengths":
         allowed = 0.05
     if abs(ours[0] - theirs[0]) > allowed * ours[0]:
-        raise ValueError(
+        raise drive.WorkerError(
             f"{name} starts with the loss {theirs[0]}, sftjax with {ours[0]}: not the same work"
         )
 

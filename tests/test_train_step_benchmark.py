@@ -82,7 +82,7 @@ def test_peers_asked_for_must_be_there(bench, peers, said, monkeypatch, tmp_path
 
 def test_other_work_is_an_error(bench, job):
     bench.same_work("x", job, [math.log(512)], [math.log(512) * 1.00005])
-    with pytest.raises(ValueError, match="not the same work"):
+    with pytest.raises(bench.drive.WorkerError, match="not the same work"):
         bench.same_work("x", job, [math.log(512)], [math.log(512) / 2])
 
 

@@ -4,6 +4,7 @@ A pair is measured in rounds, one side right after the other, so that a ratio co
 in time; only two workers are alive at once, sftjax and the peer (the memory of shape M needs that).
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ def python(peer: str) -> str | None:
 
 
 class WorkerError(RuntimeError):
-    pass
+    """A worker ended, or did other work than it was given."""
 
 
 class Worker:
@@ -50,8 +51,9 @@ class Worker:
 
     def ask(self, steps: int) -> dict:
         """Take so many steps: {seconds, losses, tokens: of each; peak_mib, cpu_s, idle_cpu_s}."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: _read says how
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
         return self._read()
 
     def _read(self):
@@ -65,7 +67,8 @@ class Worker:
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 

@@ -150,10 +150,10 @@ def main(argv=None):
     number("--rounds", default=5)
     parser.add_argument("--out", default="")
     args = parser.parse_args(argv)
-    memory = memory_table(args.tokens, args.vocab, args.width)
-    timing = time_table(
-        args.run_tokens, args.run_vocab, args.run_width, (0.1, 0.25, 0.5, 1.0), args.rounds
-    )
+    memory, timing = memory_table(args.tokens, args.vocab, args.width), None
+    if args.rounds:
+        sizes = (args.run_tokens, args.run_vocab, args.run_width)
+        timing = time_table(*sizes, (0.1, 0.25, 0.5, 1.0), args.rounds)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         value = dict(environment=setup.environment(), memory=memory, time=timing)

@@ -20,7 +20,7 @@ WIDTH, BAR, HEAD = 860, 24, 52
 
 
 def read_loss(facts):
-    rows = facts["time"]["shares"]
+    rows = facts["time"]["shares"] if facts["time"] else []
     bars = {f"{r['trained']:.0%} trained, speed": r["speed_vs_chunked"] for r in rows}
     for r in facts["memory"]:
         ratio = r["temp_bytes"]["plain"] / r["temp_bytes"]["sftjax"]

@@ -10,7 +10,7 @@ import optax
 import worker
 
 import sftjax
-from sftjax import data
+from sftjax import data, xla_flags
 from sftjax.models import hf
 
 SIDE = 4096  # of the square matrices of the work "matmul"
@@ -51,7 +51,11 @@ def main():
     state = sftjax.TrainState.create(params=params, tx=tx)
     del params
     loss_fn = sftjax.losses.causal_lm(model)
-    step = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx), donate_argnums=0)
+    step = jax.jit(
+        functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx),
+        donate_argnums=0,
+        compiler_options=xla_flags.options(jax.default_backend()),  # as train compiles it
+    )
     epoch = batches(job)
     pace = worker.Pace(epoch=len(epoch))
     for batch, tokens in itertools.cycle(epoch):

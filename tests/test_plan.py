@@ -1,6 +1,8 @@
 """Plans: what is counted is counted right, what does not fit is said, what is advised builds."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -311,3 +313,39 @@ def test_what_the_compiler_finds_too_large_is_a_plan_too(make):
     assert not p.fits and p.basis == "does not fit, says the compiler"
     assert p.total > p.limit and p.largest[0][0] > 2**30
     assert "it does NOT fit" in plan_text.report(p)
+
+
+# ---- the page ------------------------------------------------------------------------------
+
+REPO = Path(__file__).resolve().parents[1]
+PAGE = (REPO / "docs" / "plan.md").read_text()
+COMMANDS = re.findall(r"^python -m sftjax.plan (.*)$", PAGE, re.MULTILINE)
+
+
+def run_command(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(REPO)
+    plan.main(text.replace("plan.json", str(tmp_path / "plan.json")).split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [c for c in COMMANDS if "v5e" not in c])
+def test_the_commands_of_the_page_run(text, tmp_path, capsys, monkeypatch):
+    out = run_command(text, tmp_path, capsys, monkeypatch)
+    for name in re.findall(r"^- \*\*(\w+)\*\*", PAGE, re.MULTILINE):
+        if name != "assumed" or "compiled" in out:
+            assert re.search(rf"^{name} ", out, re.MULTILINE), name
+    assert ("estimated from shapes" in out) == ("gpu" in text)
+    assert (tmp_path / "plan.json").exists() == ("--json" in text)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("text", [c for c in COMMANDS if "v5e" in c])
+def test_the_commands_for_tpus_run(text, tmp_path, capsys, monkeypatch):
+    out = run_command(text, tmp_path, capsys, monkeypatch)
+    assert "basis     compiled" in out and "MFU" in out
+
+
+def test_the_page_names_every_option():
+    for option in ("--search", "--json", "--trained", "--document", "--target"):
+        assert option in PAGE
+    assert len(COMMANDS) == 3

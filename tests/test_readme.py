@@ -18,6 +18,7 @@ PAGES = [
     REPO / "docs" / "architecture.md",
     REPO / "docs" / "models.md",
     REPO / "docs" / "data.md",
+    REPO / "docs" / "plan.md",
     REPO / "experiments" / "README.md",
 ]
 TEXT = PAGES[0].read_text()

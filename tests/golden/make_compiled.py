@@ -125,6 +125,10 @@ def main(names):
         drop = lambda d: {k: v for k, v in d.items() if k != "versions"}  # noqa: E731
         for line in differences(drop(old), drop(new)) if old else ["new"]:
             print(f"{name}: {line}", flush=True)
+        _write(known)
+
+
+def _write(known):
     text = json.dumps({k: known[k] for k in CASES if k in known}, indent=1) + "\n"
     FILE.write_text(re.sub(r"\[\s+(\S+),\s+(\S+)\s+\]", r"[\1, \2]", text))
 

@@ -82,7 +82,8 @@ def _inner(eqn):
     """(jaxpr, how often it runs, how many devices run it) of each program inside an equation."""
     times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
     if eqn.primitive.name == "shard_map":
-        times = math.prod(eqn.params["mesh"].shape.values())
+        sizes = eqn.params["mesh"].shape  # of the axes that it splits, its shapes are a shard's
+        times = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
     for value in eqn.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             one = getattr(one, "jaxpr", one)

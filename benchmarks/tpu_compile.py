@@ -27,8 +27,8 @@ import tempfile
 from pathlib import Path
 
 from sftjax import config as config_lib
-from sftjax import plan, setup, targets
 from sftjax import params as params_lib
+from sftjax import plan, setup, targets
 
 LLAMA = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256, rms_norm_eps=1e-5,

@@ -109,8 +109,9 @@ def get_default() -> ConfigDict:
     c.loss.normalise = "tokens"  # tokens | documents
     c.loss.label_smoothing = 0.0
     c.loss.z_loss = 0.0
+    c.loss.dft = False  # Dynamic Fine-Tuning: each token's loss times its own probability
     c.loss.load_balance = 0.0  # coefficient of a mixture of experts' load-balancing loss
-    c.loss.chunk_tokens = 4096  # positions whose logits exist at a time
+    c.loss.chunk_tokens = 4096  # positions whose logits exist at a time, at most
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adam | sgd | adafactor | lion | muon

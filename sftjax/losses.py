@@ -14,6 +14,7 @@ def causal_lm(
     normalise="tokens",
     label_smoothing=0.0,
     z_loss=0.0,
+    dft=False,
     load_balance=0.0,
     accuracy=False,
     chunk_tokens=CHUNK_TOKENS,
@@ -22,7 +23,7 @@ def causal_lm(
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
-    its length. load_balance: coefficient of a mixture of experts' load-balancing loss, which is a
+    its length. dft: weigh each token's loss by its probability (Dynamic Fine-Tuning). load_balance: coefficient of a mixture of experts' load-balancing loss, which is a
     metric in any case and weighs as much as the batch's trained tokens do. accuracy adds the share
     of trained tokens that the model's first choice gets right. sources: names, to which the batch's
     `sources` int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>.
@@ -44,6 +45,7 @@ def causal_lm(
             weights,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            dft=dft,
             accuracy=accuracy,
             chunk_tokens=chunk_tokens,
             groups=groups,

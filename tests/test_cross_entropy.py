@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sftjax import sharding
 from sftjax.ops.cross_entropy import linear_cross_entropy, token_loss
 
 B, S, D, V = 4, 33, 16, 70
@@ -14,15 +15,18 @@ def inputs(dtype=np.float32, share=0.4):
     rng = np.random.default_rng(0)
     h = rng.normal(size=(B, S, D)).astype(dtype)
     w = rng.normal(size=(V, D)).astype(dtype)
-    targets = rng.integers(0, V, (B, S))
+    targets = rng.integers(0, 60, (B, S))
     weights = (rng.uniform(size=(B, S)) < share) * rng.uniform(0.5, 2, (B, S))
     weights[2] = 0  # a row without a trained token
     return h, w, targets, weights.astype(np.float32)
 
 
-def plain(h, w, targets, weights, softcap=0.0, scale=1.0, **kwargs):
-    logits = jnp.einsum("bsd,vd->bsv", h, w) * scale
+def plain(h, w, targets, weights, softcap=0.0, scale=1.0, dft=False, vocab=0, **kwargs):
+    logits = jnp.einsum("bsd,vd->bsv", h, w[: vocab or None]) * scale
     logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+    if dft:
+        own = jnp.take_along_axis(jax.nn.softmax(logits), targets[..., None], -1)[..., 0]
+        weights = weights * jax.lax.stop_gradient(own)
     return jnp.sum(token_loss(logits, targets, **kwargs) * weights)
 
 
@@ -32,6 +36,8 @@ OPTIONS = [
     {"z_loss": 0.01},
     {"softcap": 5.0, "scale": 0.5},
     {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0},
+    {"dft": True},
+    {"vocab": 61, "label_smoothing": 0.1, "softcap": 4.0},
 ]
 
 
@@ -84,6 +90,46 @@ def test_token_loss_equals_known_values():
     smooth = token_loss(logits, jnp.array([0]), label_smoothing=0.3)[0]
     assert np.isclose(smooth, 0.7 * np.log(2) + 0.3 * (np.log(2) + 2 * np.log(4)) / 3)
     assert np.isclose(token_loss(logits + 2, jnp.array([0]), z_loss=0.5)[0], np.log(2) + 0.5 * 4)
+
+
+def test_x4_dft_of_equal_logits_is_half_the_loss_of_two_tokens():
+    h, w, weights = np.ones((1, 3, 4), np.float32), np.zeros((2, 4), np.float32), np.ones((1, 3))
+    args = (h, w, np.array([[0, 1, 1]]), weights)
+    assert linear_cross_entropy(*args, dft=True)[0] == pytest.approx(3 * np.log(2) / 2)
+
+
+MESHES = [
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 2},
+    {"expert": 2, "context": 4},
+    {"data": 8},
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("rows", [72, 71], ids=["shared", "odd"])
+def test_devices_that_share_the_vocabulary_give_the_loss_of_one(sizes, rows):
+    """Of 71 rows no device can have its part: then each has the whole head."""
+    rng = np.random.default_rng(1)
+    h, w = rng.normal(size=(8, 32, D)), rng.normal(size=(rows, D))
+    targets, weights = rng.integers(0, 70, (8, 32)), rng.uniform(0.5, 2, (8, 32))
+    weights *= np.arange(8)[:, None] > rng.integers(0, 8, (8, 32))  # from none to nearly all
+    groups = rng.integers(0, 3, (8, 32))
+    h, w, weights = np.float32(h), np.float32(w), np.float32(weights)
+
+    def loss(h, w):
+        total, hits, sums = linear_cross_entropy(
+            h, w, targets, weights, chunk_tokens=24, accuracy=True, groups=groups, n_groups=3,
+            vocab=70, label_smoothing=0.1, z_loss=0.01,
+        )  # fmt: skip
+        return total, (hits, sums)
+
+    run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    expected = jax.jit(run)(h, w)
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        found = jax.jit(run)(h, w)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_no_array_of_all_positions_times_vocabulary_exists():

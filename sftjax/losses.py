@@ -23,10 +23,11 @@ def causal_lm(
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
-    its length. dft: weigh each token's loss by its probability (Dynamic Fine-Tuning). load_balance: coefficient of a mixture of experts' load-balancing loss, which is a
-    metric in any case and weighs as much as the batch's trained tokens do. accuracy adds the share
-    of trained tokens that the model's first choice gets right. sources: names, to which the batch's
-    `sources` int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>.
+    its length. dft: weigh each token's loss by its own probability (Dynamic Fine-Tuning).
+    load_balance: coefficient of a mixture of experts' load-balancing loss, which is a metric in any
+    case and weighs as much as the batch's trained tokens do. accuracy adds the share of trained
+    tokens that the model's first choice gets right. sources: names, to which the batch's `sources`
+    int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>.
     """
     if normalise not in ("tokens", "documents"):
         raise ValueError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")

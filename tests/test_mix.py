@@ -11,6 +11,7 @@ import pytest
 import tiny
 from test_pipeline import Documents, tokens_of
 from test_train import QUICKSTART, files, lines, make  # noqa: F401 (files is a fixture)
+from tiny import token_loss
 
 from sftjax import config as config_lib
 from sftjax import losses
@@ -18,7 +19,7 @@ from sftjax import train as train_lib
 from sftjax.config import ConfigError
 from sftjax.data import Mixture, Rows, loader, mix, pack
 from sftjax.data import mixture as mixture_lib
-from sftjax.ops.cross_entropy import linear_cross_entropy, token_loss
+from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.step import TrainState, train_step
 
 

@@ -1,6 +1,7 @@
 """A small random Llama and batches for it, shared by the tests."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sftjax import params as params_lib
@@ -40,3 +41,19 @@ def batch(rows=8, length=32, seed=0, share=0.4):
     shares = share * rng.uniform(0, 2, (rows, 1))  # some rows train much, some little
     out["weights"] = (inside & (rng.uniform(size=inside.shape) < shares)).astype(np.float32)
     return out
+
+
+def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0, real=None):
+    """float32 loss of each token. logits [..., V] float32, targets int [...].
+
+    label_smoothing spreads that share of the target mass evenly over the vocabulary; z_loss adds
+    z_loss * logsumexp^2. real: bool [V], where the vocabulary has tokens; None = everywhere.
+    """
+    lse = jax.nn.logsumexp(logits, axis=-1, where=real)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = lse - target
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1, where=real))
+    if z_loss:
+        loss = loss + z_loss * lse**2
+    return loss

@@ -25,22 +25,6 @@ LOGITS = 2**27  # at most so many of them on a device: half a GiB, however large
 LEAST = 256
 
 
-def token_loss(logits, targets, label_smoothing=0.0, z_loss=0.0, real=None):
-    """float32 loss of each token. logits [..., V] float32, targets int [...].
-
-    label_smoothing spreads that share of the target mass evenly over the vocabulary; z_loss adds
-    z_loss * logsumexp^2. real: bool [V], where the vocabulary has tokens; None = everywhere.
-    """
-    lse = jax.nn.logsumexp(logits, axis=-1, where=real)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    loss = lse - target
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1, where=real))
-    if z_loss:
-        loss = loss + z_loss * lse**2
-    return loss
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the loss of a token is; see linear_cross_entropy."""

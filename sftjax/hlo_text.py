@@ -45,6 +45,7 @@ class Computation:
 
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
 _START = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 
 
@@ -57,7 +58,7 @@ def parse(text: str):
             current = computations[head[2]] = Computation()
             entry = head[2] if head[1] else entry
             lines = []
-        elif current is not None and line.startswith("}"):
+        elif current is not None and _END.match(line):
             for text_of_one in lines:
                 _read(text_of_one, current)
             current = None

@@ -92,8 +92,9 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
     work = functools.partial(_accumulate, loss_and_grad, micro_batches)
     loss, grads = _sum_once(work, micro_batches)(state.params, state.frozen, batch, rng)
     grads = jax.tree.map(lambda g: _ratio(g, loss.weight.astype(g.dtype)), grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": _ratio(loss.sum, loss.weight),
         "grad_norm": optax.tree.norm(grads),

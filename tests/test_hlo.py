@@ -241,7 +241,8 @@ ENTRY %main (a: bf16[2,8], q: bf16[4,6], r: bf16[6,4], g: f32[16,8]) -> bf16[16,
   %g = f32[16,8]{1,0} parameter(3)
   %s = (bf16[2,8], /*index=1*/bf16[16,8]) fusion(%a), kind=kCustom, calls=%start
   %b = (bf16[4,4], bf16[16,8]) fusion(%a, %q, %r), kind=kOutput, calls=%beside, metadata={op_name="jit(f)/mul"}, backend_config={"window_config":{"x":
-"a line break"},"estimated_cycles":"100"}
+"a line break"
+}},"estimated_cycles":"100"}
   %rs = f32[2,8] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"estimated_cycles":"30"}
   ROOT %e = bf16[16,8] fusion(%a), kind=kCustom, calls=%done
 }

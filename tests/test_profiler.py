@@ -1,12 +1,19 @@
 """profile.steps: a trace of the steps named, whose events read like the source."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+import tiny
 
 from sftjax import config as config_lib
+from sftjax import losses
 from sftjax.config import ConfigError
 from sftjax.profiler import Profiler
+from sftjax.step import TrainState, train_step
 
 
 def profiler(where, steps, total=20):
@@ -44,6 +51,16 @@ def test_only_the_steps_named_are_traced(tmp_path, steps, traced):
 def test_a_resumed_run_does_not_trace_what_is_behind(tmp_path):
     run(profiler(tmp_path, "3-4"), range(5, 7))
     assert not traces(tmp_path)
+
+
+def test_operations_are_named_by_the_parts_of_the_model():
+    m = tiny.model()
+    tx = optax.adam(1e-3)
+    state = TrainState.create(params=tiny.params(m), tx=tx)
+    step = functools.partial(train_step, loss_fn=losses.causal_lm(m), tx=tx)
+    text = jax.jit(step).lower(state, tiny.batch()).as_text(debug_info=True)
+    for name in ("embed", "attention", "mlp", "linear_cross_entropy", "optimizer"):
+        assert re.search(rf'["/(]{name}[)/]', text), name
 
 
 @pytest.mark.parametrize("steps", ["soon", "4-3", "0-2", "19-21", "3,4"])

@@ -208,7 +208,8 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     """
     if cache is None:
         tokens, positions, segments = map(spread, (tokens, positions, segments))
-        x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
+        with jax.named_scope("embed"):
+            x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
     else:
         x = params["embed"]["w"][tokens].astype(config.dtype)
     if config.embed_scale != 1:
@@ -240,7 +241,7 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
 
 
 def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
-    """{rope: (sin, cos)} of the kinds."""
+    """{repr(rope): (sin, cos)} of the kinds."""
     ropes = dict.fromkeys(k.rope for k in config.kinds if k.rope is not None)
     lengths = None
     if any(r.kind in rope.BY_LENGTH for r in ropes):
@@ -248,7 +249,8 @@ def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
         n = known[0].shape[1] + 1
         last = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, n))(*known)
         lengths = jnp.take_along_axis(last, segments, axis=1) + 1
-    return {r: rope.angles(r, config.head_dim, positions, lengths) for r in ropes}
+    # By text: the keys of a tree are sorted, and ropes have no order.
+    return {repr(r): rope.angles(r, config.head_dim, positions, lengths) for r in ropes}
 
 
 def init_cache(config: Config, batch: int, length: int) -> dict:

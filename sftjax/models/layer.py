@@ -136,7 +136,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     k = norm(config, project("bsd,dkh->bskh", x, p["k"]), p.get("k_norm"))
     v = project("bsd,dkh->bskh", x, p["v"])
     if kind.rope is not None:
-        q, k = (rope.rotate(a, *ctx["angles"][kind.rope]) for a in (q, k))
+        q, k = (rope.rotate(a, *ctx["angles"][repr(kind.rope)]) for a in (q, k))
     q = constrain(q, "batch", "seq", "heads", None)
     k = constrain(k, "batch", "seq", "kv_heads", None)
     if kv is not None:
@@ -174,6 +174,7 @@ def _glu(config, gate, up):
     return ACTIVATIONS[config.activation](gate) * up
 
 
+@jax.named_scope("mlp")
 def _mlp(config, axes, p, x, ctx):
     """x [B, S, D] -> [B, S, D], and moe.routing_sums (None for a dense MLP)."""
     if config.experts:

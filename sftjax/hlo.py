@@ -378,8 +378,7 @@ def _kernel(one, total):
     target = re.search(r'custom_call_target="([^"]*)"', one.rest)[1]
     if target != "tpu_custom_call" and "triton" not in target and "cudnn" not in target:
         return
-    name = re.search(r'kernel_name"?[:=]\s*"?([\w.\-]+)', one.rest)
-    record = total.kernels[name[1] if name else one.op_name.split("/")[-1]]
+    record = total.kernels[one.name.rstrip(".0123456789")]
     record.count += 1
     declared = re.search(r'cost_estimate":\{([^}]*)\}', one.rest)
     for key, field in (("flops", "flops"), ("bytes_accessed", "bytes")):

@@ -71,6 +71,14 @@ class Program:
         of, w = flops_lib.train_flops(self.model.config, self.trainable), self.work
         return w.rows * of(w.width, w.width * w.trained, w.pairs)
 
+    def kernel_flops(self, cost) -> float:
+        """Of one device's kernels: as declared, or else those of attention, with its scores formed
+        once more going backward."""
+        if not cost.kernels or cost.kernel_flops:
+            return cost.kernel_flops
+        of = flops_lib.train_flops(self.model.config, self.trainable)
+        return self.work.rows * of(0, 0, self.work.pairs) * 7 / 6 / self.mesh.size
+
     @property
     def head_flops(self) -> float:
         """Of them, those of the vocabulary projection, with the rows that pad it."""
@@ -227,7 +235,7 @@ def _plan(program, target, basis, began, cost, found) -> Plan:
         limit=memory_lib.limit(target),
         largest=found.largest,
         model_flops=program.model_flops,
-        hardware_flops=(cost.flops + cost.kernel_flops) * target.n,
+        hardware_flops=(cost.flops + program.kernel_flops(cost)) * target.n,
         cost=cost,
         time=None,
     )
@@ -241,7 +249,7 @@ MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler co
 def project(p: Plan, program, target) -> dict | None:
     """A projection of one step's seconds; None for a chip of which no figures are known.
 
-    Work: the compiler's cycles over the clock, and Pallas kernels' FLOPs at MATMUL_SHARE of peak;
+    Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
     without cycles all FLOPs so. Collectives: what a device sends, over what its links carry, those
     across slices over the network; asynchronous ones hide behind work, the rest adds to it.
     """
@@ -250,7 +258,7 @@ def project(p: Plan, program, target) -> dict | None:
         return None
     rate = chip.flops * MATMUL_SHARE
     if p.cost.total_cycles and chip.clock:
-        work = p.cost.total_cycles / (chip.clock * 1e9) + p.cost.kernel_flops / rate
+        work = p.cost.total_cycles / (chip.clock * 1e9) + program.kernel_flops(p.cost) / rate
     else:
         work = p.hardware_flops / target.n / rate
     links, share = seconds_of_collectives(p.cost, target), p.cost.async_share

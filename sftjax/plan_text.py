@@ -68,9 +68,13 @@ def _collectives(p) -> str:
 
 def _kernels(p) -> str:
     return "\n".join(
-        f"{name}: {k.count:,} times, {k.flops / 1e12:.4g} TFLOP a device as declared"
-        for name, k in sorted(p.cost.kernels.items())
+        f"{name}: {k.count:,} times, {_declared(k)}" for name, k in sorted(p.cost.kernels.items())
     )
+
+
+def _declared(k) -> str:
+    text = f"{k.flops / 1e12:.4g} TFLOP a device as declared"
+    return text if k.flops else "no cost declared: attention's FLOPs by shapes are projected"
 
 
 def _time(p) -> str:

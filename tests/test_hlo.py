@@ -263,9 +263,9 @@ def test_a_collective_in_flight_counts_once_and_what_hides_it():
 
 def test_kernels_with_their_declared_cost():
     call = (
-        '%k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config='
-        '{"custom_call_config":{"cost_estimate":{"flops":"1200","bytes_accessed":"340"}},'
-        '"kernel_name":"splash_fwd"}'
+        '%splash_fwd.12 = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"1200","bytes_accessed":"340"}},'
+        '"tiling":[]}'
     )
     text = f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = f32[8] parameter(0)\n  ROOT {call}\n}}\n"
     assert hlo.analyze(text).kernels == {"splash_fwd": hlo.Kernel(1, 1200.0, 340.0)}

@@ -199,35 +199,43 @@ def whole(tree, axes, dtype):
         if not any(a in GATHERED for a in axes):
             return w
         if RULES["embed"] in manual_axes():
-            return _gather(w.astype(dtype), axes.index("embed"))
+            return _gather(w.astype(dtype), axes)
         return _used(w.astype(dtype), axes, True)
 
     return jax.tree.map(one, tree, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(w, dim):
-    return jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)
+def _gather(w, axes):
+    """Under a shard_map over the axes that are left too, or XLA would gather over these as well."""
+    dim, left = axes.index("embed"), spec(axes)
+    whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
+    return shard_map(whole, (left,), left)(w)
 
 
-def _gather_fwd(w, dim):
-    return _gather(w, dim), None
+def _gather_fwd(w, axes):
+    return _gather(w, axes), None
 
 
-def _gather_bwd(dim, _, g):
+def _gather_bwd(axes, _, g):
     """The sum over fsdp, scattered: along the minor part of the axis last.
 
     In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
     """
-    n = jax.lax.axis_size(RULES["embed"])
-    grid = np.arange(n).reshape(_two(n))
-    for groups in (grid.T, grid):
-        if groups.shape[1] > 1:
-            g = jax.lax.psum_scatter(
-                g, RULES["embed"], scatter_dimension=dim, tiled=True,
-                axis_index_groups=groups.tolist(),
-            )  # fmt: skip
-    return (g,)
+    dim, left = axes.index("embed"), spec(axes)
+
+    def scatter(g):
+        n = jax.lax.axis_size(RULES["embed"])
+        grid = np.arange(n).reshape(_two(n))
+        for groups in (grid.T, grid):
+            if groups.shape[1] > 1:
+                g = jax.lax.psum_scatter(
+                    g, RULES["embed"], scatter_dimension=dim, tiled=True,
+                    axis_index_groups=groups.tolist(),
+                )  # fmt: skip
+        return g
+
+    return (shard_map(scatter, (left,), left)(g),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -156,15 +156,16 @@ def abstract(config: Config) -> dict:
 def _stack(config, name, ctx, x, xs):
     """Run the layers of one stack. xs: (params, kv, first), each leaf [n, ...] or None.
 
-    On a mesh with fsdp, over shards of rows: so that it is said here, not left to the partitioner,
-    where weights are gathered and their gradients scattered.
+    On a mesh with fsdp or context, over shards of rows: so that it is said here, not left to the
+    partitioner, where weights are gathered and their gradients summed and scattered.
     """
     _, kv, first = xs
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape[RULES["embed"]] == 1 or kv is not None:
+    needs = (RULES["embed"], RULES["seq"])
+    if mesh.empty or all(mesh.shape[a] == 1 for a in needs) or kv is not None:
         return _scan(config, name, ctx, x, xs)
-    apart = {*RULES["batch"], RULES["embed"]} - {*manual_axes()}
-    rows = spec(("batch",))
+    apart = {*RULES["batch"], *needs} - {*manual_axes()}
+    rows = spec(("batch", "seq"))
     abstract = layer.abstract(config, 1)
     params = jax.tree.map(lambda p: part(p.axes, apart), abstract, is_leaf=is_param)
     kept = P(None, *rows)

@@ -1,4 +1,4 @@
-"""The compiled step sends over each kind of mesh what it has to, byte for byte, and nothing else."""
+"""A compiled step sends over each kind of mesh what it has to, byte for byte, and nothing else."""
 
 import functools
 

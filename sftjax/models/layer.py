@@ -23,7 +23,7 @@ ACTIVATIONS = {
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
 }
-SLICE = 6144  # least width of a slice of the MLP: narrower matmuls would not run at full speed
+SLICE = 3072  # least width of a slice of the MLP: narrower matmuls would not run at full speed
 
 
 # ---- parameters ----------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from sftjax import sharding
 
 INTERPRET = False  # run the kernels as plain JAX, on any platform: for tests
 LANES = 128  # a block is a multiple of it
-# Largest blocks of queries and keys, by the width of a head: those that benchmarks/attention.py
-# found to fit the vector memory of every chip, forward and backward.
+# Largest blocks of queries and of keys by the width of a head: what every chip's vector memory
+# holds, forward and backward, as benchmarks/splash_blocks.py finds it.
 BLOCKS = {64: (1024, 1024), 128: (1024, 1024), 256: (512, 512)}
 
 
@@ -43,7 +43,9 @@ class _Places(masks._ComputableMask):
 
 def block(length: int, most: int) -> int:
     """The largest block, a multiple of LANES and at most `most`, that divides a row's length."""
-    sizes = [n for n in range(LANES, min(most, length) + 1, LANES) if length % n == 0]
+    # A quarter of the row at most: of a block on the diagonal, half the work is for nothing.
+    most = max(min(most, length // 4), LANES)
+    sizes = [n for n in range(LANES, most + 1, LANES) if length % n == 0]
     if not sizes:
         raise ValueError(
             f"attention backend 'splash' needs rows of a multiple of {LANES} tokens on each shard"

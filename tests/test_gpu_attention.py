@@ -166,7 +166,7 @@ def test_lowers_for_cuda_without_a_score_matrix(N, K, H, how):
 
 
 def test_refused_where_it_cannot_run():
-    with pytest.raises(ValueError, match="attention backend 'triton' does not run on cpu"):
+    with pytest.raises(ValueError, match="model.attention='triton' does not run on cpu"):
         attention_lib.check("triton", {"segments", "window", "softcap", "sinks"})
     wide = tiny.model(attention="triton", head_dim=320)
     batch = tiny.batch(rows=1)

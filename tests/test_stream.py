@@ -144,14 +144,14 @@ def test_every_pass_has_the_documents_of_the_index(shards, tmp_path, window):
     assert set(documents(Stream(spec(shards), window=window).take(60))) == set(expected)
 
 
-def test_rows_of_a_stream_are_those_of_the_index(tmp_path):  # P8, of P1: 3, 4 and 1 tokens
-    texts = ["ABC", "DEFG", "H"]
+def test_rows_of_a_stream_are_those_of_the_index(tmp_path):  # P8, of rows like P1's
+    texts = ["ABC", "DEFGH", "IJ"]
     path = write(tmp_path / "x.jsonl", [{"segments": [dict(text=t, train=True)]} for t in texts])
-    store = build_store(open_source(path), TOKENIZER, POLICY, 4, "truncate_end", tmp_path / "cache")
-    assert store.lengths.tolist() == [3, 4, 1]
-    rows = Rows(store, 4)
+    store = build_store(open_source(path), TOKENIZER, POLICY, 5, "truncate_end", tmp_path / "cache")
+    assert store.lengths.tolist() == [3, 5, 2]
+    rows = Rows(store, 5)
     expected = {documents_of_row(rows[r]) for r in range(rows.per_epoch)}
-    streamed = Stream(spec([path]), length=4, window=1, rows=2).take(20)
+    streamed = Stream(spec([path]), length=5, window=1, rows=2).take(20)
     assert {
         documents_of_row({k: v[i] for k, v in b.items()}) for b in streamed for i in (0, 1)
     } == (expected)

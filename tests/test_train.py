@@ -425,8 +425,9 @@ def test_the_command_reaches_the_gradient_in_three_calls():
     """train.main -> train.train -> step.train_step -> jax.value_and_grad."""
     import inspect
 
-    from sftjax import step
+    from sftjax import setup, step
 
     assert "train(config" in inspect.getsource(train_lib.main)
-    assert "train_step, loss_fn" in inspect.getsource(train_lib.train)
+    assert "setup.make_step(" in inspect.getsource(train_lib.train)  # it only binds and jits
+    assert "train_step, loss_fn" in inspect.getsource(setup.make_step)
     assert "jax.value_and_grad" in inspect.getsource(step.train_step)

@@ -79,6 +79,7 @@ def test_documents_do_not_see_each_other():
     assert np.abs(first - second)[0, :20].max() > 0.1
 
 
+@pytest.mark.slow
 def test_on_a_mesh_as_on_one_device():
     """Heads, rows and queries shared; keys gathered over a context axis of balanced parts."""
     model = tiny.model(attention="triton", layers=1)

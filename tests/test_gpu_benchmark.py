@@ -20,6 +20,7 @@ def test_batches_are_packed_rows_half_trained():
     assert pairs == (batch["positions"].astype(int) + 1).sum()  # each sees those before it
 
 
+@pytest.mark.slow
 def test_toy_case_trains_what_it_should_and_reports_it(capsys):
     case = gpu.CASES["toy-last1"]
     found = gpu.measure_sftjax(case, 3, "")
@@ -75,6 +76,7 @@ def test_torch_side_runs_and_starts_from_the_same_loss():
     assert found["losses"][-1] < found["losses"][0]
 
 
+@pytest.mark.slow
 def test_tune_times_the_kernels():
     from sftjax.ops.gpu_attention import Blocks
 

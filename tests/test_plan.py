@@ -74,6 +74,7 @@ def compiled(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_held_is_what_the_compiler_holds(compiled, case):
     program, done, p = compiled(case)
@@ -204,6 +205,7 @@ def test_other_errors_pass_through(make):
 # ---- search --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_lines_that_fit(make):
     c = make(LLAMA_8B, train__batch_size=32, data__max_length=2048)
     target = targets.parse("gpu-h100x8")

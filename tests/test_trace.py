@@ -9,6 +9,7 @@ from benchmarks import plot, trace
 from sftjax.models.decoder import Config
 
 
+@pytest.mark.slow
 def test_a_traced_step_has_the_flops_of_its_model(tmp_path, capsys):
     c = Config(vocab=1024, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=256, tied=True)
     rows, length, steps = 4, 128, 2

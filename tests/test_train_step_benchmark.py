@@ -31,6 +31,7 @@ def job(bench, tmp_path):
     return job | dict(dtype="float32")
 
 
+@pytest.mark.slow
 def test_worker_trains_the_weights_and_tokens_it_was_given(bench, job, tmp_path):
     import worker
 

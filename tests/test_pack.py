@@ -1,4 +1,3 @@
-import time
 
 import numpy as np
 import pytest
@@ -142,11 +141,9 @@ def test_nothing_to_pack():
         assert pack([], 4, strategy) == pack([0, 0], 4, strategy) == []
 
 
-def test_a_million_documents_in_seconds():
+def test_a_million_documents_are_packed_tightly():  # in how long: benchmarks/packing.py
     lengths = np.random.default_rng(0).lognormal(5.2, 0.8, 1_000_000).astype(int) + 1
-    began = time.perf_counter()
     rows = plan(lengths, 2048, "bfd")
-    assert time.perf_counter() - began < 10
     assert np.minimum(lengths, 2048).sum() / (len(rows) * 2048) > 0.999
 
 

@@ -4,8 +4,8 @@
 
 Forward and backward of one causal row with segments, for each width of a head and block size.
 Without a TPU it is compiled ahead of time (the extra `tpu`): a size that needs more vector memory
-than the chip has is refused by the compiler. On a TPU each is timed too. The table BLOCKS in
-sftjax/ops/splash.py holds, for each width, the largest that every chip takes.
+than the chip has is refused by the compiler. On a TPU each is timed too. For the table BLOCKS in
+sftjax/ops/splash.py.
 """
 
 import argparse

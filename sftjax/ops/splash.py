@@ -15,8 +15,8 @@ from sftjax import sharding
 
 INTERPRET = False  # run the kernels as plain JAX, on any platform: for tests
 LANES = 128  # a block is a multiple of it
-# Largest blocks of queries and of keys by the width of a head: what every chip's vector memory
-# holds, forward and backward, as benchmarks/splash_blocks.py finds it.
+# Largest blocks of queries and of keys by the width of a head. Whole steps with heads of 64 and 128
+# compile with them for v5e and v5p; no TPU has timed them yet: benchmarks/splash_blocks.py does.
 BLOCKS = {64: (1024, 1024), 128: (1024, 1024), 256: (512, 512)}
 
 

@@ -88,6 +88,8 @@ def write(path, rows, n):
 
 
 def ours(path, tokenizer, template):
+    # The other side's processes leave it off in this one, where a run of sftjax has it on.
+    os.putenv("TOKENIZERS_PARALLELISM", "true")
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(path)
         store = build_store(source, tokenizer, dict(template=template), LENGTH, "error", cache)

@@ -9,7 +9,8 @@ MaxText 0.2.5 and Tunix 0.1.7 need for the same work, compiled the same way (jax
 remat, Tunix its own train step).
 
 peak     bytes of a device, as the compiler counts them: arguments + temporaries + outputs - those
-         that share memory. Held by remat=offload: "full", with the layers' inputs on the host.
+         that share memory. Held by remat=offload: "full", with the residual
+         stream before each half of a layer on the host.
 cycles   the compiler's own estimate, over the clock: the loops' bodies as often as they run. The
          loss takes as many chunks as there are trained tokens; the count assumed is printed. They
          hold neither attention kernels, whose own FLOPs are apart, nor collectives.

@@ -116,6 +116,9 @@ def _dot(eqn) -> float:
 
 
 def _bytes(var) -> float:
+    """Of the device's memory."""
+    if var.aval.memory_space == jax.memory.Space.Host:
+        return 0.0
     return math.prod(var.aval.shape) * var.aval.dtype.itemsize
 
 
@@ -123,11 +126,11 @@ def _activations(jaxpr) -> tuple[float, float, float]:
     """(what scans leave to scans, matmuls of one round of a scan, of the loss), in global bytes."""
     kept, layer, logits, left = 0.0, 0.0, 0.0, {}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":
+        if eqn.primitive.name in ("scan", "shard_map"):
             for var in eqn.invars:
                 kept += left.pop(var, 0.0) if not isinstance(var, core.Literal) else 0.0
-            for var in eqn.outvars[eqn.params["num_carry"] :]:
-                left[var] = _bytes(var)
+            left |= {var: _bytes(var) for var in _stacked(eqn)}
+        if eqn.primitive.name == "scan":
             layer = max([layer] + [_dots(inner) for inner, _ in _inner(eqn)])
         if eqn.primitive.name == "while":
             logits = max([logits] + [_dots(inner) for inner, _ in _inner(eqn)])
@@ -137,6 +140,18 @@ def _activations(jaxpr) -> tuple[float, float, float]:
             kept = max(kept, many * deeper[0]) if deeper[0] else kept
             layer, logits = max(layer, many * deeper[1]), max(logits, many * deeper[2])
     return kept, layer, logits
+
+
+def _stacked(eqn) -> list:
+    """The results with a part from each round of a scan, also of one over shards."""
+    if eqn.primitive.name == "scan":
+        return eqn.outvars[eqn.params["num_carry"] :]
+    if eqn.primitive.name != "shard_map":
+        return []
+    inner = eqn.params["jaxpr"]
+    found = {var for one in inner.eqns for var in _stacked(one)}
+    own = zip(eqn.outvars, inner.outvars, strict=True)
+    return [var for var, inside in own if not isinstance(inside, core.Literal) and inside in found]
 
 
 def _dots(jaxpr) -> float:

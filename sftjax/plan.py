@@ -297,7 +297,8 @@ def search(config, target, trained=0.5, document=0, compiled=None) -> list:
     devices, the fastest that may fit are compiled.
     """
     found = []
-    for remat in REMAT:
+    here_is_host = platform(target) == "cpu"
+    for remat in REMAT[: -1 if here_is_host else None]:
         began, traced = time.monotonic(), None
         for one, mesh in candidates(config, target, remat):
             if traced is None:
@@ -320,7 +321,8 @@ def _rank(p):
     return not p.fits, round(math.log(fast), 2), p.total
 
 
-REMAT = ("none", "dots", "full")
+# "offload" needs less of the device than "full" and as much time, where copies to the host keep up.
+REMAT = ("none", "dots", "attention", "full", "offload")
 
 
 def candidates(config, target, remat):

@@ -213,6 +213,9 @@ def test_a_search_ends_in_lines_that_fit(make):
     best = found[0]
     assert best.fits and not found[-1].fits
     assert {p.remat for p in found} == set(plan.REMAT)
+    same = {p.remat: p for p in found if p.micro_batches == 2 and p.mesh["fsdp"] == 8}
+    held = [same[remat].memory["activations"] for remat in plan.REMAT]
+    assert held[0] > held[1] > held[2] and held[3] > held[4]
     fitting = [p.time["step"] for p in found if p.fits]
     assert fitting[0] <= min(fitting) * 1.011
     exec("\n".join(x.strip() for x in plan_text.config_lines(best)), {"c": c})  # noqa: S102

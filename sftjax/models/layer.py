@@ -95,7 +95,8 @@ REMAT = {
     "full": _policies.nothing_saveable,
     "attention": _policies.save_only_these_names("attention"),
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    # As "full", with the layers' inputs in the host's memory until the backward pass.
+    # As "full", with the layers' inputs and the sums after attention in the host's memory until the
+    # backward pass.
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=("layer",),
@@ -233,7 +234,7 @@ def apply(config, kind, ctx, x, p, kv, first):
     h = norm(config, x, p.get("attn_norm"))
     h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, first)
     h = norm(config, h, p.get("attn_post_norm")) * weak(config.residual_scale)
-    y = constrain(x + h, "batch", "seq", "act_embed")
+    y = checkpoint_name(constrain(x + h, "batch", "seq", "act_embed"), "layer")
     h = norm(config, x if config.parallel else y, p.get("mlp_norm"))
     h, routing = _mlp(config, axes["mlp"], p["mlp"], h, ctx)
     h = norm(config, h, p.get("mlp_post_norm")) * weak(config.residual_scale)

@@ -9,8 +9,9 @@ Every library trains the same weights (read from one Hugging Face directory) on 
 last half of each row trained, by AdamW, everything trained, in float32 or with bfloat16 compute, by
 its own public step in a process of its own (peers/peer_NAME.py). That the work is the same is
 checked by the first step's loss. A library is measured in rounds, each next to one of sftjax, and
-a ratio compares these two, in time and in processor time. TRL comes twice: as shipped, and with
-malloc told to keep memory.
+a ratio compares these two, in time and in processor time. TRL comes three times: as shipped, with
+malloc told to keep memory, and with huge pages too (GLIBC_TUNABLES, Linux); so does sftjax beside
+itself, as a process gets its memory anew in each step.
 
 Shape S: vocabulary 32000, width 288, 6 layers, 6 heads of 48, feed-forward 768, 8 rows of 256.
 M: vocabulary 49152, width 576, 30 layers, 9 query and 3 key/value heads of 64, feed-forward 1536,
@@ -133,14 +134,17 @@ MALLOC = dict(
     MALLOC_TRIM_THRESHOLD_="17179869184",
     MALLOC_TOP_PAD_="268435456",
 )
+HUGE_PAGES = dict(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
 # name in the table -> (its environment, variables of its process)
 PEERS = {
+    "sftjax, huge pages": ("sftjax", HUGE_PAGES),
     "Tunix": ("tunix", {}),
     "MaxText": ("maxtext", {}),
     "EasyDeL": ("easydel", {}),
     "Levanter": ("levanter", {}),
     "TRL, as shipped": ("trl", {}),
     "TRL, malloc tuned": ("trl", MALLOC),
+    "TRL, and huge pages": ("trl", MALLOC | HUGE_PAGES),
 }
 NO_BFLOAT16 = ("tunix",)  # none on float32 weights
 ROUND_S = 3  # the least time of one side of a round

@@ -14,8 +14,8 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
         # Multiply by gathered weights, not by each device's small slice as it comes by: matmuls of
         # 8B on v5e 4x4 need a fifth fewer cycles (benchmarks/tpu_compile.py).
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-        # Vector memory for the tiles of one operation. By the compiler's cycles an 8B's matmuls reach
-        # 73% of v5p's peak with 16 MiB, the default, and 95% with 48 MiB.
+        # Vector memory for the tiles of one operation. By the compiler's cycles, matmuls of an 8B
+        # reach 73% of v5p's peak with 16 MiB, the default, and 95% with 48 MiB.
         "xla_tpu_scoped_vmem_limit_kib": 48 * 1024,
         # Schedule other work between the start and the end of a collective.
         "xla_tpu_enable_latency_hiding_scheduler": True,

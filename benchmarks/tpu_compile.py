@@ -158,9 +158,9 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(name, RUNS[name], args.trained, args.remat, folder))
         show(results[-1])
-    if args.out:
-        facts = dict(environment=setup.environment(), results=results)
-        Path(args.out).write_text(json.dumps(facts, indent=2) + "\n")
+        if args.out:  # after each: a run takes minutes
+            facts = dict(environment=setup.environment(), results=results)
+            Path(args.out).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def search(config, target, trained=0.5, document=0, compiled=None) -> list:
     devices, the fastest that may fit are compiled.
     """
     found = []
-    here_is_host = platform(target) == "cpu"
-    for remat in REMAT[: -1 if here_is_host else None]:
+    on_cpu = platform(target) == "cpu"  # whose memory is the host's
+    for remat in (r for r in REMAT if r != "offload" or not on_cpu):
         began, traced = time.monotonic(), None
         for one, mesh in candidates(config, target, remat):
             if traced is None:

@@ -88,7 +88,7 @@ def _time(p) -> str:
         f" {t['hidden']:.3f} s behind work\n"
         "A projection, no measurement: work from the compiler's cycles over the clock, or FLOPs at"
         " 60% of\npeak where it counts none; collectives from bytes over links, without contention"
-        " or latency."
+        " or latency.\nCopies to the host (remat=offload) are not counted."
     )
 
 

@@ -66,4 +66,7 @@ def test_what_the_user_set_stays_and_is_said(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}")
     assert set(xla_flags.TABLE["tpu"]) - set(xla_flags.options("tpu")) == {name}
     assert f"{name}=true is yours" in xla_flags.text("tpu")
-    assert xla_flags.text("cpu") == "xla_disable_hlo_passes=all-reduce-promotion"
+    assert xla_flags.text("cpu").splitlines() == [
+        "xla_disable_hlo_passes=all-reduce-promotion",
+        "xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]

@@ -10,6 +10,7 @@ from sftjax import targets, xla_flags
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
+    jax.devices()  # which reads the variables, among them how many devices the tests need
     for variable in xla_flags.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
 

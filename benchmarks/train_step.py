@@ -71,7 +71,8 @@ VARIANTS = {
     "every token trained": ({}, 1.0),
     "whole score matrix": ({"attention": "xla"}, 0.5),
     "layers unrolled": ({"scan": False}, 0.5),
-    "full remat": ({"remat": "full"}, 0.5),
+    "remat none": ({"remat": "none"}, 0.5),
+    "remat full": ({"remat": "full"}, 0.5),
 }
 
 

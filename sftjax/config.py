@@ -34,9 +34,9 @@ def get_default() -> ConfigDict:
     c.model.dtype = "bfloat16"  # of activations and matmuls
     c.model.param_dtype = "float32"  # of trained parameters and their moments
     c.model.frozen_dtype = ""  # of frozen parameters; "" = as in the files, so nothing is lost
-    c.model.remat = (
-        "none"  # none | dots | attention | full | offload, or one of jax.checkpoint_policies
-    )
+    # What a layer keeps for the backward pass: none (is computed again) | dots | attention | full |
+    # offload, or one of jax.checkpoint_policies; models/layer.py
+    c.model.remat = "dots"
     c.model.attention = "blockwise"  # blockwise | xla | splash (TPU) | triton (GPU)
     c.model.scan = True  # layers under lax.scan; False unrolls them
     c.model.vocab_multiple = 128  # embedding and head are padded to it, so they can be sharded

@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -42,6 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
+WEIGHTS = "weights"  # the name, for remat, of what a layer gathers
 
 
 class MeshError(ValueError):
@@ -199,8 +201,10 @@ def whole(tree, axes, dtype):
         if not any(a in GATHERED for a in axes):
             return w
         if RULES["embed"] in manual_axes():
-            return _gather(w.astype(dtype), axes)
-        return _used(w.astype(dtype), axes, True)
+            w = _gather(w.astype(dtype), axes)
+        else:
+            w = _used(w.astype(dtype), axes, True)
+        return checkpoint_name(w, WEIGHTS)
 
     return jax.tree.map(one, tree, axes)
 

@@ -85,7 +85,7 @@ class Config:
     init_std: float = 0.02
     # how it is run
     dtype: str = "float32"  # of activations and matmuls
-    remat: str = "none"
+    remat: str = "dots"
     attention: str = "blockwise"
     scan: bool = True
     split: tuple[int, ...] = ()
@@ -184,10 +184,15 @@ def _scan(config, name, ctx, x, xs):
         xs = jax.tree.map(lambda a: a[j], xs) if p > 1 else xs
         return layer.apply(config, kinds[j], ctx, x, *xs)
 
+    # The backward pass of a layer on its own at the end comes at once: nothing to compute again.
+    # (After a stack of two kinds by turns, its remat ends the process, in XLA's partitioner.)
+    alone = n == 1 and name == list(stacks(config))[-1]
+    again = (lambda fn: fn) if alone else functools.partial(layer.remat, config)
+
     def body(x, xs):
         outs = []
         for j in range(p):
-            x, out = layer.remat(config, functools.partial(run, j))(x, xs)
+            x, out = again(functools.partial(run, j))(x, xs)
             outs.append(out)
         return x, jax.tree.map(lambda *a: jnp.stack(a), *outs) if p > 1 else outs[0]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.ops.blockwise import NEG_INF, blockwise
 from sftjax.ops.gpu_attention import triton
@@ -32,7 +33,8 @@ def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale
         sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
     probs = jax.nn.softmax(scores, axis=-1)[..., :T].astype(v.dtype)
-    return jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
+    out = jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
+    return checkpoint_name(out, "attention")
 
 
 def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128  # queries, and keys, in a block
 # Rows no longer than so many blocks are taken all at once: there is little to skip in them, and
@@ -184,6 +185,7 @@ def _forward(o, q, k, v, sinks, places):
 
     out, lse = jax.lax.map(block, jnp.arange(places.met.size))
     out, lse = (x.reshape(*places.met.shape, *x.shape[1:]) for x in (out, lse))
+    out, lse = checkpoint_name((out, lse), "attention")
     return out, (q, k, v, sinks, places, out, lse)
 
 

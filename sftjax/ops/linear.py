@@ -1,6 +1,7 @@
 """The one way model code multiplies by a weight."""
 
 import functools
+import os.path
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,14 @@ def _forward(equation, y, x, w):
     return y, x
 
 
-def _backward(equation, x, g):
+def _backward(equation, x, dy):
     a, b, y = equation.replace("->", ",").split(",")
-    return g, None, jnp.einsum(f"{a},{y}->{b}", x, g)
+    g, rows = dy, os.path.commonprefix([a, y])
+    if len(rows) > 1 and not set(rows) & set(b):
+        # Matrices XLA:CPU multiplies as they lie; arrays of more dimensions it turns first.
+        a, y = (rows[0] + s.removeprefix(rows) for s in (a, y))
+        x, g = (v.reshape(-1, *v.shape[len(rows) :]) for v in (x, g))
+    return dy, None, jnp.einsum(f"{a},{y}->{b}", x, g)
 
 
 _by_weight.defvjp(_forward, _backward)

@@ -72,6 +72,7 @@ def _kernel(places, shards, length, heads, head_dim, causal, window, softcap):
         head_shards=1,
         q_seq_shards=shards,
         attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name="attention",
         interpret=INTERPRET,
     )
 

@@ -188,6 +188,7 @@ def test_wrong_widths(widths):
         buckets(widths=widths)
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_width_once(files, tmp_path, capsys):  # noqa: F811
     config = make(files, data__packing="none", data__eval_packing="none", data__test="")
     config.data.buckets = (48, 64)

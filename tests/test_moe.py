@@ -200,6 +200,7 @@ def test_padding_is_not_balanced(setup):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_the_loss_adds_it_weighed_by_trained_tokens(setup):
     model, params, batch = setup
     halves = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]

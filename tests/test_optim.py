@@ -126,6 +126,7 @@ def test_errors_name_the_setting():
             optim.make(settings(**changes), lambda _: 1.0, model.abstract, on)
 
 
+@pytest.mark.slow
 def test_a_frozen_prefix_costs_no_backward_by_compiled_flops():
     """Unrolled, so that XLA's FLOP count sees every layer."""
 

@@ -50,11 +50,11 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"data": 8},
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
         {"fsdp": 8},
-        {"tensor": 2, "fsdp": 4},
+        pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 2, "tensor": 2},
-        {"data": 4, "tensor": 2},
+        pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.slow),
         {"data": 2, "context": 2, "tensor": 2},
     ],
     ids=str,
@@ -68,20 +68,29 @@ def test_every_mesh_gives_the_same_losses_over_20_steps(setup, reference, sizes)
         close(a, b, 1e-4)
 
 
-@pytest.mark.parametrize("micro", [2, 4, 8])
+@pytest.mark.parametrize(
+    "micro", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_every_split_into_micro_batches_gives_the_same_losses(setup, reference, micro):
     counts = setup[2][0]["weights"].reshape(-1, micro, 32).sum((0, 2))
     assert len(set(counts.tolist())) > 1, "the micro-batches must train unequal token counts"
     close(train(*setup, micro=micro)[0], reference[0])
 
 
+@pytest.mark.slow
 def test_micro_batches_on_a_mesh(setup, reference):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     close(train(*setup, micro=2, mesh=mesh)[0], reference[0])
 
 
 @pytest.mark.parametrize(
-    "loss", [{"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"normalise": "documents"}], ids=str
+    "loss",
+    [
+        pytest.param({"label_smoothing": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"z_loss": 1e-2}, marks=pytest.mark.slow),
+        {"normalise": "documents"},
+    ],
+    ids=str,
 )
 def test_loss_variants_are_normalised_the_same_way(setup, loss):
     model, params, batches = setup
@@ -138,7 +147,8 @@ def test_metrics_count_cells_tokens_and_trained_tokens(setup):
     model, params, (batch, *_) = setup
     tx = optax.sgd(0.0)
     state = sftjax.TrainState.create(params=params, tx=tx)
-    _, m = sftjax.train_step(state, batch, loss_fn=sftjax.losses.causal_lm(model), tx=tx)
+    loss_fn = sftjax.losses.causal_lm(model)
+    _, m = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx))(state, batch)
     assert m["cells"] == 8 * 32
     assert m["tokens"] == (batch["segments"] > 0).sum()
     assert m["trained_tokens"] == (batch["weights"] > 0).sum()

@@ -267,6 +267,7 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
     assert keys <= read, f"never read: {sorted(keys - read)}"
 
 
+@pytest.mark.slow
 def test_early_stopping_stops_and_the_best_checkpoint_is_kept(files, tmp_path):
     config = make(
         files, eval__best="validation/loss", eval__patience=2, eval__every=1, optim__lr=30.0,
@@ -346,6 +347,7 @@ def test_a_wrong_setting_is_refused_before_training(files, tmp_path, overrides, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chat.py", "freeze.py:1"])
 def test_the_shipped_configs_train_a_users_model_on_a_users_data(files, tmp_path, name):
     exported = tmp_path / "model"

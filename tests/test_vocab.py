@@ -170,8 +170,11 @@ def objective(model):
 
 @pytest.mark.parametrize(
     ("name", "multiple", "rows"),
-    [("llama-odd", 64, 128), ("qwen3-odd", 128, 128), ("gemma2", 96, 96)],
-    ids=["untied", "tied", "soft-capped"],
+    [
+        pytest.param("llama-odd", 64, 128, marks=pytest.mark.slow, id="untied"),
+        pytest.param("qwen3-odd", 128, 128, id="tied"),
+        pytest.param("gemma2", 96, 96, marks=pytest.mark.slow, id="soft-capped"),
+    ],
 )
 def test_padding_changes_nothing(name, multiple, rows, tmp_path):
     path, batch = write(name, tmp_path / "in"), tiny.batch()
@@ -205,6 +208,7 @@ def test_padding_is_never_generated(tmp_path):
         assert text == generate(*load(path, 1), prompts, **how)
 
 
+@pytest.mark.slow
 def test_an_odd_vocabulary_trains_on_a_mesh(tmp_path):
     path, batch = write("llama-odd", tmp_path / "in"), tiny.batch()
     plain, params = load(path, 1)

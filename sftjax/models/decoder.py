@@ -186,7 +186,8 @@ def _scan(config, name, ctx, x, xs):
 
     # The backward pass of a layer on its own at the end comes at once: nothing to compute again.
     # (After a stack of two kinds by turns, its remat ends the process, in XLA's partitioner.)
-    alone = n == 1 and name == list(stacks(config))[-1]
+    names = list(stacks(config))
+    alone = n == 1 < len(names) and name == names[-1]
     again = (lambda fn: fn) if alone else functools.partial(layer.remat, config)
 
     def body(x, xs):

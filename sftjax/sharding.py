@@ -14,7 +14,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -43,7 +42,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
-WEIGHTS = "weights"  # the name, for remat, of what a layer gathers
 
 
 class MeshError(ValueError):
@@ -201,24 +199,22 @@ def whole(tree, axes, dtype):
         if not any(a in GATHERED for a in axes):
             return w
         if RULES["embed"] in manual_axes():
-            w = _gather(w.astype(dtype), axes)
-        else:
-            w = _used(w.astype(dtype), axes, True)
-        return checkpoint_name(w, WEIGHTS)
+            return _gather(w.astype(dtype), axes)
+        return _used(w.astype(dtype), axes, True)
 
     return jax.tree.map(one, tree, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(w, axes):
-    """Under a shard_map over the axes that are left too, or XLA would gather over these as well."""
-    dim, left = axes.index("embed"), spec(axes)
-    whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
-    return shard_map(whole, (left,), left)(w)
+    return _gather_fwd(w, axes)[0]
 
 
 def _gather_fwd(w, axes):
-    return _gather(w, axes), None
+    """Under a shard_map over the axes that are left too, or XLA would gather over these as well."""
+    dim, left = axes.index("embed"), spec(axes)
+    whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
+    return shard_map(whole, (left,), left)(w), None
 
 
 def _gather_bwd(axes, _, g):

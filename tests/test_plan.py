@@ -10,6 +10,7 @@ import pytest
 from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
 from sftjax import hlo, memory, plan, plan_text, setup, targets
+from sftjax import params as params_lib
 
 LLAMA = dict(
     model_type="llama", vocab_size=512, hidden_size=64, num_hidden_layers=4,
@@ -103,6 +104,20 @@ def test_flops_by_shapes_are_those_of_the_compiled_step(compiled, case):
     assert cost.flops * 8 == pytest.approx(p.hardware_flops, rel=0.05)
     assert account.parts["parameters"] == memory.held(program)["parameters"]
     assert p.model_flops <= p.hardware_flops
+
+
+@pytest.mark.parametrize("remat", plan.REMAT)
+def test_no_remat_keeps_gathered_weights(make, remat):
+    """What layers keep grows with the rows, beside their own shards of the weights at most."""
+    kept = []
+    for rows in (16, 32):
+        program = plan.build(make(model__remat=remat, train__batch_size=rows), HERE)
+        with plan.use(program.mesh):
+            kept.append(estimate_lib.trace(program).kept)
+    assert program.mesh.shape["fsdp"] == 8
+    shards = 2 * params_lib.count(program.model.abstract["layers"])  # of the weights, in bfloat16
+    assert 2 * kept[0] - kept[1] < 1.1 * shards, "a part that does not grow with the rows"
+    assert bool(kept[0]) == (remat != "offload")  # that is the host's
 
 
 def test_the_rounds_of_the_loss_follow_from_what_is_trained(make):

@@ -14,7 +14,7 @@ from sftjax.ops import moe, norms, rope
 from sftjax.ops.attention import attention
 from sftjax.ops.linear import project
 from sftjax.params import Param, is_param
-from sftjax.sharding import RULES, WEIGHTS, constrain, whole
+from sftjax.sharding import RULES, constrain, whole
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -90,15 +90,15 @@ def _axes(config):
 
 
 _policies = jax.checkpoint_policies
-_DOTS = _policies.dots_with_no_batch_dims_saveable
-# What the forward pass of a layer keeps for the backward one, beside the layer's input. Gathered
-# weights are kept by none of these: of every layer at once they would be whole on every device.
+# What the forward pass of a layer keeps for the backward one, beside the layer's input. None keeps
+# what was gathered: the weights of all layers at once would lie whole on every device.
 REMAT = {
-    "none": _policies.save_anything_except_these_names(WEIGHTS),
+    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "stop_gradient"),
     # What matmuls and attention gave, and the sums after them. The rest is cheaper to compute again
     # than to write and read: on a CPU a step takes a tenth less time than with "none".
     "dots": _policies.save_from_both_policies(
-        _DOTS, _policies.save_only_these_names("attention", "layer")
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names("attention", "layer"),
     ),
     "attention": _policies.save_only_these_names("attention"),
     "full": _policies.nothing_saveable,

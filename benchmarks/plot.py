@@ -29,8 +29,23 @@ def read_loss(facts):
 
 
 def read_train_step(facts):
-    bars = {name: row["speed_vs_default"] for name, row in facts["results"].items()}
-    return "Train step: speed against the default", bars
+    """Of --variants, or beside other libraries."""
+    found = facts["results"]
+    if "steps" not in found:
+        bars = {name: row["speed_vs_default"] for name, row in found.items()}
+        return "Train step: speed against the default", bars
+    rows = found["steps"] | {f"lengths: {k}": v for k, v in (found.get("lengths") or {}).items()}
+    return "Train step: sftjax faster by", {k: v["ratio"] for k, v in rows.items() if "ratio" in v}
+
+
+def read_attention(facts):
+    bars = {
+        f"{shape}, {name}": row["speed_vs_xla"]
+        for shape, rows in facts["results"].items()
+        for name, row in rows.items()
+        if not name.endswith("xla")
+    }
+    return "Attention: speed against the whole score matrix", bars
 
 
 def read_startup(facts):
@@ -50,8 +65,8 @@ def read_gpu(facts):
     return "GPU: sftjax faster by", bars
 
 
-READERS = {"loss": read_loss, "train_step": read_train_step, "startup": read_startup,
-           "gpu": read_gpu}  # fmt: skip
+READERS = {"loss": read_loss, "train_step": read_train_step, "attention": read_attention,
+           "startup": read_startup, "gpu": read_gpu}  # fmt: skip
 
 
 # ---- drawing -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,11 @@ def test_plot_draws_what_it_knows_and_names_the_rest(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):
         plot.main([f"--results={tmp_path}/empty"])
+
+
+def test_plot_draws_the_results_that_are_here(tmp_path):
+    results = Path(plot.__file__).parent / "results"
+    plot.main([f"--results={results}", f"--out={tmp_path / 'out.svg'}"])
+    drawn = "".join(ET.parse(tmp_path / "out.svg").getroot().itertext())
+    for label in ("Tunix", "lengths: TRL, packed", "long, many documents, blockwise"):
+        assert label in drawn

@@ -8,8 +8,9 @@ chunked  every position, a chunk of 1024 at a time, recomputed in the backward p
          trainers do about the memory.
 sftjax   ops.cross_entropy.linear_cross_entropy: trained positions only, gradients in one pass.
 
-Memory: temporary bytes of the compiled value and gradients of hidden states and head, bf16, for
-the whole size and for vocabularies from an eighth of it on; nothing is run. Time: value and
+Memory: temporary bytes of the compiled value and gradients of hidden states and head, for the whole
+size and for vocabularies from an eighth of it on; nothing is run. In bf16 sftjax adds up the head's
+gradient in float32, a temporary as large as the head; in float32 that is the result itself. Time: value and
 gradients at a size that a CPU runs in seconds (--run-tokens, --run-vocab, --run-width), float32,
 for shares of trained tokens, interleaved; a ratio compares neighbours in time. On a CPU, processor
 time: what else runs on the machine counts less.
@@ -108,13 +109,13 @@ def times(tokens, vocab, width, shares, rounds):
     return found, worst
 
 
-def memory_table(tokens, vocab, width):
-    rows = []
-    print(f"temporary MiB, {tokens:,} tokens, width {width}, bf16")
+def memory_table(tokens, vocab, width, dtype):
+    rows, name = [], jnp.dtype(dtype).name
+    print(f"temporary MiB, {tokens:,} tokens, width {width}, {name}")
     print(f"{'vocabulary':>12}" + "".join(f"{name:>12}" for name in LOSSES) + f"{'plain/ours':>14}")
     for v in (vocab // 8, vocab // 4, vocab // 2, vocab):
-        found = {name: temporary_bytes(fn, tokens, v, width) for name, fn in LOSSES.items()}
-        rows.append(dict(tokens=tokens, vocab=v, width=width, temp_bytes=found))
+        found = {k: temporary_bytes(fn, tokens, v, width, dtype) for k, fn in LOSSES.items()}
+        rows.append(dict(tokens=tokens, vocab=v, width=width, dtype=name, temp_bytes=found))
         cells = "".join(f"{b / 2**20:>12,.0f}" for b in found.values())
         print(f"{v:>12,}{cells}{found['plain'] / found['sftjax']:>13.1f}x")
     return rows
@@ -150,7 +151,8 @@ def main(argv=None):
     number("--rounds", default=5)
     parser.add_argument("--out", default="")
     args = parser.parse_args(argv)
-    memory, timing = memory_table(args.tokens, args.vocab, args.width), None
+    sizes, timing = (args.tokens, args.vocab, args.width), None
+    memory = [row for dtype in (jnp.bfloat16, jnp.float32) for row in memory_table(*sizes, dtype)]
     if args.rounds:
         sizes = (args.run_tokens, args.run_vocab, args.run_width)
         timing = time_table(*sizes, (0.1, 0.25, 0.5, 1.0), args.rounds)

@@ -24,7 +24,7 @@ def read_loss(facts):
     bars = {f"{r['trained']:.0%} trained, speed": r["speed_vs_chunked"] for r in rows}
     for r in facts["memory"]:
         ratio = r["temp_bytes"]["plain"] / r["temp_bytes"]["sftjax"]
-        bars[f"{r['vocab']:,} vocabulary, memory"] = [ratio] * 3
+        bars[f"{r['vocab']:,} vocabulary, {r['dtype']}, memory"] = [ratio] * 3
     return "Loss: against all positions chunked (speed), plain (memory)", bars
 
 

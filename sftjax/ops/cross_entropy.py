@@ -20,6 +20,9 @@ from sftjax import sharding
 
 CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the devices of one vocabulary
 LOGITS = 2**27  # at most so many of them on a device: half a GiB, however large the vocabulary
+# Then a multiple of this: whole tiles, and at sizes that models have (width 2048, vocabulary 128256)
+# the compiler finds room for logits in the buffer of the head's gradient, not for a few rows more.
+TILE = 128
 # A device takes at most an eighth of its positions at a time (but this many), or the last chunk,
 # half empty, would cost what the trained positions save.
 LEAST = 256
@@ -200,7 +203,7 @@ def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
     parts = math.prod(mesh.shape[a] for a in axes.gathered)
     per_device = h.shape[0] * h.shape[1] // math.prod(mesh.shape[a] for a in axes.tokens)
     shared = math.prod(mesh.shape[a] for a in axes.vocab)
-    most = min(chunk_tokens, max(LOGITS * shared // w.shape[0], 1))
+    most = min(chunk_tokens, max(LOGITS * shared // w.shape[0] // TILE, 1) * TILE)
     chunk = min(-(-most // parts), max(LEAST, per_device // 8), per_device)
     fn = functools.partial(_shard, o, axes, chunk, with_dh, with_dw)
     # The head goes to its devices in the dtype of the matmul.

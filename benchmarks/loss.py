@@ -10,10 +10,11 @@ sftjax   ops.cross_entropy.linear_cross_entropy: trained positions only, gradien
 
 Memory: temporary bytes of the compiled value and gradients of hidden states and head, for the whole
 size and for vocabularies from an eighth of it on; nothing is run. In bf16 sftjax adds up the head's
-gradient in float32, a temporary as large as the head; in float32 that is the result itself. Time: value and
-gradients at a size that a CPU runs in seconds (--run-tokens, --run-vocab, --run-width), float32,
-for shares of trained tokens, interleaved; a ratio compares neighbours in time. On a CPU, processor
-time: what else runs on the machine counts less.
+gradient in float32, a temporary as large as the head; in float32 that is the result itself.
+
+Time: value and gradients at a size that a CPU runs in seconds (--run-tokens, --run-vocab,
+--run-width), float32, for shares of trained tokens, interleaved; a ratio compares neighbours in
+time. On a CPU, processor time: what else runs on the machine counts less.
 """
 
 import argparse

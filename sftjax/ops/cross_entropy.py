@@ -20,8 +20,8 @@ from sftjax import sharding
 
 CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the devices of one vocabulary
 LOGITS = 2**27  # at most so many of them on a device: half a GiB, however large the vocabulary
-# Then a multiple of this: whole tiles, and at sizes that models have (width 2048, vocabulary 128256)
-# the compiler finds room for logits in the buffer of the head's gradient, not for a few rows more.
+# Then a multiple of this: whole tiles; and at sizes that models have (width 2048, vocabulary
+# 128256) the compiler then finds room for the logits in the buffer of the head's gradient.
 TILE = 128
 # A device takes at most an eighth of its positions at a time (but this many), or the last chunk,
 # half empty, would cost what the trained positions save.

@@ -95,6 +95,7 @@ def measure(name, run, trained, remat, folder):
     target = targets.resolve(run.target)
     p = plan.plan(config_of(run, folder, remat), target, trained)
     cost, seconds = p.cost, p.cost.total_cycles / (target.chip.clock * 1e9)
+    kernels = p.hardware_flops / target.n - cost.flops
     weights = 2 * params_lib.count(
         setup.hf.load_model(str(Path(folder) / f"{run.model}.json")).abstract
     )
@@ -112,8 +113,8 @@ def measure(name, run, trained, remat, folder):
         chunks_assumed=max([loop.trips for loop in cost.loops if not loop.known], default=0),
         cycles_s=seconds,
         tflop=cost.flops / 1e12,
-        kernel_tflop=cost.kernel_flops / 1e12,
-        kernel_s_at_peak=cost.kernel_flops / target.chip.flops,
+        kernel_tflop=kernels / 1e12,
+        kernel_s_at_peak=kernels / target.chip.flops,
         wire_gb=wire / 1e9,
         fsdp_least_gb=least / 1e9,
         wire_over_least=wire / least,

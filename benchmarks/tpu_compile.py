@@ -74,8 +74,8 @@ RUNS = {
         "1B", "v5e:2x4", 32, peers=(("MaxText full", 10.57, 1.78), ("Tunix", 14.69, 4.04))
     ),
     "8B-v5e-256": Run("8B", "v5e:16x16", 256, mesh=(("data", 16), ("fsdp", 16))),
-    "70B-v5p": Run("70B", "v5p:8x8x4", 512, mesh=(("fsdp", 256),)),
-    "70B-4xv6e": Run("70B", "4xv6e:16x16", 2048, mesh=(("data", 4), ("fsdp", 256))),
+    "70B-v5p": Run("70B", "v5p:8x8x4", 512, mesh=(("data", 4), ("fsdp", 64))),
+    "70B-4xv6e": Run("70B", "4xv6e:16x16", 2048, mesh=(("data", 16), ("fsdp", 64))),
 }
 
 

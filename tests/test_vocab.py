@@ -49,7 +49,7 @@ def same(a, b):
 # ---- new rows ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_new_rows_follow_from_seed_table_and_token(tied):
     model, params = small(tied)
     grown, after = vocab.grow(model, params, 75, seed=3)
@@ -87,7 +87,7 @@ def test_many_new_rows_have_the_mean_and_covariance_of_the_old(tied):
         assert (np.abs(np.triu(cov, 1)) > 10 * spread).any(), name  # a diagonal would not pass
 
 
-@pytest.mark.parametrize("multiple", [64, 128])
+@pytest.mark.parametrize("multiple", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_new_rows_do_not_depend_on_the_padding(multiple):
     _, expected = vocab.grow(*small(), 140)
     model, after = vocab.grow(*small(multiple=multiple), 140)
@@ -126,7 +126,7 @@ def test_a_vocabulary_does_not_shrink_and_has_no_gap(size, first):
         vocab.grow(*small(), size, first=first)
 
 
-@pytest.mark.parametrize("multiple", [2, 128])
+@pytest.mark.parametrize("multiple", [2, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_vocabulary_grows_on_a_mesh(multiple):
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     model, params = small(multiple=multiple)

@@ -12,7 +12,7 @@ import numpy as np
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import prepare, sharding
+from sftjax import prepare, processes, sharding
 from sftjax.config import ConfigError
 from sftjax.data import lengths as lengths_lib
 from sftjax.data import mix, stream
@@ -232,7 +232,7 @@ class Feed:
         """Where the data stand after the batch of the last step, `step`; for the checkpoint."""
         if not self.config.data.streaming:
             return self.position(step)
-        parts = dict(sharding.gather(self._state))  # of all processes
+        parts = dict(processes.gather(self._state))  # of all processes
         return {"stream": [parts[part] for part in sorted(parts)]}
 
     def _check_best(self):

@@ -215,15 +215,16 @@ class _Reader:
 
     def _collectives(self, one, body):
         """Those that this instruction starts or does."""
-        if one.op in ("fusion", "async-start") and one.attribute("calls"):
-            callee = self.computations[one.attribute("calls")]
-            starts = one.op == "async-start" or callee.find("AsyncCollectiveStart")
-            scatters = "all-reduce-scatter" in one.attribute("calls")
+        name = one.attribute("calls") or (one.op == "call-start" and one.attribute("to_apply"))
+        if name and one.op in ("fusion", "async-start", "call-start"):
+            callee = self.computations[name]
+            starts = one.op.endswith("-start") or callee.find("AsyncCollectiveStart")
+            scatters = "all-reduce-scatter" in name
             for c in _collectives_in(callee):
                 # A TPU's collective in flight is an operand of the fusions beside which it runs.
                 if starts or c.key not in self.started:
                     kind = "reduce-scatter" if scatters and c.kind == "all-reduce" else c.kind
-                    key = one.name if one.op == "async-start" else c.key
+                    key = one.name if one.op.endswith("-start") else c.key
                     yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
         else:
             found = _collective(one, body)

@@ -145,7 +145,10 @@ class Live:
             for b in made:
                 b.last = at
             buffers += [(at, b) for b in made]
-            for arg in one.args:
+            used = one.args
+            if one.op.endswith("-done"):  # until now what it started with has been in use too
+                used = used + body.instructions[used[0]].args
+            for arg in used:
                 for b in _flat(values.get(arg)):
                     b.last = max(b.last, at)
             callee = one.attribute("body") or (one.op == "call" and one.attribute("to_apply"))
@@ -173,20 +176,18 @@ class Live:
         if one.op == "constant":
             return [None], []
         shared = self._shared(one, args) if one.op == "fusion" else {}
-        made, out = [], []
-        for k, (kind, layout) in enumerate(_arrays(one.type)):
+        made, out, arrays = [], [], _arrays(one.type)
+        if one.op.endswith("-start"):  # (operand, result, ...); of a call the result is the last
+            result = {"copy-start": 0, "call-start": -1}.get(one.op, min(1, len(arrays) - 1))
+            arrays = [arrays[result]]
+        for k, (kind, layout) in enumerate(arrays):
             if k in shared:
                 out.append(shared[k])
-                continue
-            if one.op.endswith("-start") and k == (one.op == "copy-start"):
-                out.append(None)  # the operand
                 continue
             dims = tuple(hlo_text.shapes(kind)[0][1])
             b = Buffer(_size(kind, dims, layout), dims, kind, _origin(one, body))
             made.append(b)
             out.append(b)
-        if one.op.endswith("-start") and len(out) > 1:
-            out = [out[one.op != "copy-start"]]  # what -done gives
         return out, made
 
     def _shared(self, one, args) -> dict:

@@ -4,17 +4,13 @@ Model code names logical axes only. The five mesh axes are always present, size 
 one program serves a laptop and a pod. GSPMD inserts the collectives.
 """
 
-import contextlib
 import functools
-import json
 import math
-import socket
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -217,25 +213,49 @@ def _gather_fwd(w, axes):
     return shard_map(whole, (left,), left)(w), None
 
 
+# A chip that would wait for a reduce-scatter: it has no cores apart for it; see xla_flags.
+RINGS = ("TPU v5 lite",)
+
+
 def _gather_bwd(axes, _, g):
     """The sum over fsdp, scattered: along the minor part of the axis last.
 
     In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
     """
     dim, left = axes.index("embed"), spec(axes)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    one = _ring if device is not None and device.device_kind in RINGS else _scatter
 
     def scatter(g):
         n = jax.lax.axis_size(RULES["embed"])
         grid = np.arange(n).reshape(_two(n))
         for groups in (grid.T, grid):
             if groups.shape[1] > 1:
-                g = jax.lax.psum_scatter(
-                    g, RULES["embed"], scatter_dimension=dim, tiled=True,
-                    axis_index_groups=groups.tolist(),
-                )  # fmt: skip
+                g = one(g, dim, groups)
         return g
 
     return (shard_map(scatter, (left,), left)(g),)
+
+
+def _scatter(g, dim, groups):
+    return jax.lax.psum_scatter(
+        g, RULES["embed"], scatter_dimension=dim, tiled=True, axis_index_groups=groups.tolist()
+    )
+
+
+def _ring(g, dim, groups):
+    """The same by sums that go round in each group, which run beside other work."""
+    n, size = groups.shape[1], g.shape[dim] // groups.shape[1]
+    ahead = np.stack([groups, np.roll(groups, -1, 1)], -1).reshape(-1, 2).tolist()
+    place = jnp.asarray(np.argsort(groups.ravel()) % n)[jax.lax.axis_index(RULES["embed"])]
+
+    def part(k):
+        return jax.lax.dynamic_slice_in_dim(g, (place - k) % n * size, size, dim)
+
+    total = part(1)
+    for k in range(2, n + 1):
+        total = jax.lax.ppermute(total, RULES["embed"], ahead) + part(k)
+    return total
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -382,16 +402,6 @@ def row_parts(mesh, batch_size: int) -> list[list[int]]:
     return [list(part) for part in parts]
 
 
-def gather(value) -> list:
-    """The value, anything JSON holds, of every process, by its id. All processes must call it."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(text)))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
-    return [json.loads(bytes(t[:n])) for t, n in zip(texts, sizes, strict=True)]
-
-
 def put_batch(mesh, batch, batch_size: int):
     """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh."""
 
@@ -402,89 +412,3 @@ def put_batch(mesh, batch, batch_size: int):
         )
 
     return {k: put(np.asarray(v)) for k, v in batch.items()}
-
-
-# ---- several processes ---------------------------------------------------------------------
-
-
-def initialize(coordinator="", processes=0, process_id=-1, timeout=300):
-    """Start JAX's distributed runtime when this is one of several processes, and say what it found.
-
-    coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,
-    Slurm, ...); "" for one process. Raises RuntimeError naming the processes that are missing after
-    `timeout` seconds.
-    """
-    if not coordinator:
-        return
-    known = {}
-    if coordinator != "auto":
-        _meet(coordinator, processes, process_id, timeout)
-        known = dict(
-            coordinator_address=coordinator, num_processes=processes, process_id=process_id
-        )
-    jax.distributed.initialize(initialization_timeout=timeout, **known)
-    found = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices", flush=True)
-
-
-def _meet(coordinator, processes, me, timeout):
-    """Gather all processes at the coordinator's port before JAX uses it.
-
-    JAX ends a process without a name when another does not come; here it can be said who.
-    """
-    host, _, port = coordinator.rpartition(":")
-    if not port.isdecimal() or not 0 <= me < processes:
-        raise MeshError(
-            f"mesh.coordinator={coordinator!r}, processes={processes}, process_id={me}: expected"
-            " host:port, and an id from 0 to processes - 1"
-        )
-    deadline = time.monotonic() + timeout
-    if me == 0:
-        _wait_for_all(int(port), processes, deadline, timeout)
-        return
-    while True:
-        with contextlib.suppress(OSError):
-            left = max(deadline - time.monotonic(), 0.1)
-            with socket.create_connection((host, int(port)), timeout=left) as peer:
-                peer.sendall(f"{me:08d}".encode())
-                if peer.recv(2) == b"go":
-                    return
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"process {me} of {processes} found no complete group at {coordinator} within"
-                f" {timeout} s: is process 0 running there, and are all others?"
-            )
-        time.sleep(0.2)
-
-
-def _wait_for_all(port, processes, deadline, timeout):
-    peers = {}
-    with socket.create_server(("", port)) as server:
-        while len(peers) < processes - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                peer, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, processes)) - set(peers))
-                raise RuntimeError(
-                    f"after {timeout} s, process {', '.join(map(str, missing))} of {processes} has"
-                    " not come. Start every process with the same mesh.coordinator and"
-                    " mesh.processes, each with its own mesh.process_id (0 is the coordinator)."
-                ) from None
-            number = _number(peer)
-            if 0 < number < processes:
-                peers[number] = peer
-            else:  # somebody else's connection
-                peer.close()
-        for peer in peers.values():
-            peer.sendall(b"go")
-            peer.close()
-
-
-def _number(peer) -> int:
-    """The process id that a connection gives; -1 for one that gives none."""
-    peer.settimeout(5)
-    try:
-        return int(peer.recv(8))
-    except (ValueError, OSError):
-        return -1

@@ -12,7 +12,7 @@ import jax
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import optim, plan, report, setup, sharding, xla_flags
+from sftjax import optim, plan, processes, report, setup, sharding, xla_flags
 from sftjax import params as params_lib
 from sftjax.checkpoint import Checkpointer
 from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
@@ -31,7 +31,7 @@ def train(config, workdir) -> dict:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full."""
     # ==== Machine and workdir ====
     m = config.mesh
-    sharding.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
+    processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
     mesh = sharding.make_mesh({axis: m[axis] for axis in sharding.AXES})
     for length in (*config.data.buckets, config.data.max_length):
         sharding.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)

@@ -25,6 +25,8 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
+        # Scatter sums on the SparseCores, beside all else; a v5e, which has none, sums in between.
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     },
     "gpu": {
         # Schedule other work between the start and the end of a collective.

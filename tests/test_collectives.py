@@ -4,9 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import PartitionSpec as P
 
 import sftjax
 from sftjax import hlo, sharding
@@ -58,6 +60,41 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
     assert found.pop(("all-to-all", 8)) == pytest.approx(2 * (head + HIDDEN) / 8)
     assert table and found.pop(("all-reduce", 8)) < SMALL
     assert not found
+
+
+def test_where_scatters_would_wait_gradients_go_round_in_rings(monkeypatch):
+    """On a v5e: the same bytes, in permutes, which run beside other work."""
+    monkeypatch.setattr(sharding, "RINGS", ("cpu",))
+    found = collectives({"fsdp": 8})
+    assert found.pop(("reduce-scatter", 8)) == HIDDEN
+    # Half to the neighbour; then quarters of that half, three times, to the next of the four.
+    assert found.pop(("collective-permute", 2)) == WEIGHTS / 2 + 3 * WEIGHTS / 2 / 4
+    assert not any(kind == "reduce-scatter" for kind, _ in found)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
+def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
+    """The gradient of a gathered weight, of which each device makes another use."""
+
+    def loss(w):
+        def use(w):
+            x = sharding.whole(w, axes, w.dtype)
+            return jnp.sum(jnp.sin(x) * (1 + jax.lax.axis_index("fsdp")))[None]
+
+        split = ("data", "fsdp", "expert")
+        rows = P(split)
+        return sharding.shard_map(use, (sharding.part(axes, split),), rows, split)(w).sum()
+
+    w = np.arange(64.0 * 32, dtype=np.float32).reshape(64, 32)
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        placed = jax.device_put(w, sharding.named(jax.sharding.get_mesh(), *axes))
+        monkeypatch.setattr(sharding, "RINGS", ("cpu",))
+        ring = jax.jit(jax.grad(loss)).lower(placed).compile()
+        assert "reduce-scatter(" not in ring.as_text() and "collective-permute(" in ring.as_text()
+        n = sizes["fsdp"]
+        total = sizes.get("data", 1) * n * (n + 1) / 2  # of 1 + the place on fsdp
+        np.testing.assert_allclose(ring(placed), np.cos(w.astype(np.float64)) * total, atol=1e-4)
 
 
 @pytest.mark.parametrize("micro", [1, pytest.param(4, marks=pytest.mark.slow)])

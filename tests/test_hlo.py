@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import hlo, hlo_text
+from sftjax import hlo, hlo_text, memory
 
 
 def text_of(fn, *args) -> str:
@@ -234,15 +234,25 @@ ASYNC = """HloModule m, is_scheduled=true
   ROOT %d = f32[2,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={2,8}
 }
 
+%on_the_sparse_core (p: bf16[16,8], t: token[]) -> bf16[8,8] {
+  %t = token[] parameter(1)
+  %p = bf16[16,8]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = bf16[8,8]{1,0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: bf16[2,8], q: bf16[4,6], r: bf16[6,4], g: f32[16,8]) -> bf16[16,8] {
   %a = bf16[2,8]{1,0} parameter(0)
   %q = bf16[4,6]{1,0} parameter(1)
   %r = bf16[6,4]{1,0} parameter(2)
   %g = f32[16,8]{1,0} parameter(3)
   %s = (bf16[2,8], /*index=1*/bf16[16,8]) fusion(%a), kind=kCustom, calls=%start
+  %ready = s32[] custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %o = bf16[16,8]{1,0} broadcast(%a), dimensions={}
+  %call-start = ((bf16[16,8]{1,0}, token[]), bf16[8,8]{1,0}) call-start(%o, %ready), async_execution_thread="sparsecore", to_apply=%on_the_sparse_core
   %b = (bf16[4,4], bf16[16,8]) fusion(%a, %q, %r), kind=kOutput, calls=%beside, metadata={op_name="jit(f)/mul"}, backend_config={"window_config":{"x":
 "a line break"
 }},"estimated_cycles":"100"}
+  %call-done = bf16[8,8]{1,0} call-done(%call-start)
   %rs = f32[2,8] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"estimated_cycles":"30"}
   ROOT %e = bf16[16,8] fusion(%a), kind=kCustom, calls=%done
 }
@@ -255,7 +265,10 @@ def test_a_collective_in_flight_counts_once_and_what_hides_it():
     assert (gather.count, gather.bytes, gather.async_bytes) == (1, 256, 256)
     assert gather.hidden == 130
     assert (scatter.count, scatter.bytes, scatter.async_bytes) == (1, 512, 0)
-    assert cost.async_share == 256 / 768
+    apart = cost.collectives["reduce-scatter", 2]  # on a core apart
+    assert (apart.count, apart.bytes, apart.async_bytes, apart.wire) == (1, 256, 256, 128)
+    assert apart.hidden == 100
+    assert cost.async_share == 512 / 1024
     assert cost.flops == 2 * 4 * 6 * 4
     assert cost.cycles == {"matmul": 100, "other": 30} and cost.by_op["jit(f)/mul"] == 100
     assert cost.summary()["collectives"]["all-gather x8"]["bytes"] == 256
@@ -282,3 +295,8 @@ def test_peak_bytes_counts_donated_memory_once():
     kept = jax.jit(lambda x: x + 1).lower(x).compile()
     donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
     assert hlo.peak_bytes(kept) == 2 * size and hlo.peak_bytes(donated) == size
+
+
+def test_what_another_core_takes_and_makes_is_in_use_until_it_is_done():
+    found = [b.dims for b in memory.Live(ASYNC).peak() if b.dims]
+    assert sorted(found) == [(4, 4), (8, 8), (16, 8), (16, 8)]  # of %b, %call-start, %b and %o

@@ -213,8 +213,9 @@ def _gather_fwd(w, axes):
     return shard_map(whole, (left,), left)(w), None
 
 
-# A chip that would wait for a reduce-scatter: it has no cores apart for it; see xla_flags.
-RINGS = ("TPU v5 lite",)
+# A kind of chip that waits for a reduce-scatter, having no cores apart for it (see xla_flags): the
+# most chips of a slice in which it does not wait for a permute.
+RINGS = {"TPU v5 lite": 16}
 
 
 def _gather_bwd(axes, _, g):
@@ -223,8 +224,9 @@ def _gather_bwd(axes, _, g):
     In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
     """
     dim, left = axes.index("embed"), spec(axes)
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    one = _ring if device is not None and device.device_kind in RINGS else _scatter
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = mesh.abstract_device and mesh.abstract_device.device_kind
+    one = _ring if mesh.size <= RINGS.get(kind, 0) else _scatter
 
     def scatter(g):
         n = jax.lax.axis_size(RULES["embed"])

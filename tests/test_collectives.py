@@ -64,7 +64,7 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
 
 def test_where_scatters_would_wait_gradients_go_round_in_rings(monkeypatch):
     """On a v5e: the same bytes, in permutes, which run beside other work."""
-    monkeypatch.setattr(sharding, "RINGS", ("cpu",))
+    monkeypatch.setattr(sharding, "RINGS", {"cpu": 8})
     found = collectives({"fsdp": 8})
     assert found.pop(("reduce-scatter", 8)) == HIDDEN
     # Half to the neighbour; then quarters of that half, three times, to the next of the four.
@@ -89,7 +89,7 @@ def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
     w = np.arange(64.0 * 32, dtype=np.float32).reshape(64, 32)
     with jax.set_mesh(sharding.make_mesh(sizes)):
         placed = jax.device_put(w, sharding.named(jax.sharding.get_mesh(), *axes))
-        monkeypatch.setattr(sharding, "RINGS", ("cpu",))
+        monkeypatch.setattr(sharding, "RINGS", {"cpu": 8})
         ring = jax.jit(jax.grad(loss)).lower(placed).compile()
         assert "reduce-scatter(" not in ring.as_text() and "collective-permute(" in ring.as_text()
         n = sizes["fsdp"]

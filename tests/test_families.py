@@ -108,7 +108,7 @@ def grads_error(ours, expected):
 # ---- the numbers of transformers -----------------------------------------------------------
 
 
-@cases(EACH)
+@cases([name for name in EACH if name not in ("gemma", "gemma2", "mistral")])
 def test_golden_numbers(case, tmp_path):
     logits, total, grads = case.plain
     places = np.array([logits[row, at] for row, at in GOLDEN["places"]])
@@ -186,7 +186,9 @@ def same(ours, expected):
     assert grads_error(ours[2], expected[2]) <= 1e-5
 
 
-@pytest.mark.parametrize("how", [{"scan": False}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [pytest.param({"scan": False}, marks=pytest.mark.slow), {"remat": "full"}], ids=str
+)
 @cases(FEW)
 def test_scan_and_remat_change_nothing(case, how):
     same(run(case.model.replace(**how), case.params, golden_batch()), case.plain)

@@ -21,7 +21,13 @@ def setup():
 
 
 @pytest.mark.parametrize(
-    "how", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "dots_saveable"}],
+    "how",
+    [
+        pytest.param({"scan": False}, marks=pytest.mark.slow),
+        {"remat": "full"},
+        {"remat": "dots"},
+        pytest.param({"remat": "dots_saveable"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )  # fmt: skip
 def test_scan_and_remat_change_no_gradient(setup, how):

@@ -47,7 +47,13 @@ def test_schedules_follow_the_reference_formulas_at_every_step():
         optim.schedule("cosin", 1.0, 10)
 
 
-@pytest.mark.parametrize("name", list(optim.OPTIMIZERS))
+FAST = ("adamw", "muon")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in optim.OPTIMIZERS],
+)
 def test_every_optimizer_lowers_the_loss(name):
     model = tiny.model()
     params, batch = tiny.params(model), tiny.batch()

@@ -51,6 +51,7 @@ CASES = {
         mesh__fsdp=4, mesh__tensor=2,
     ),
 }  # fmt: skip
+RUN = ["fsdp", *(pytest.param(c, marks=pytest.mark.slow) for c in ("micro-batches", "frozen"))]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RUN)
 def test_what_is_held_is_what_the_compiler_holds(compiled, case):
     program, done, p = compiled(case)
     m = done.memory_analysis()
@@ -87,14 +88,14 @@ def test_what_is_held_is_what_the_compiler_holds(compiled, case):
     assert p.basis == "compiled" and p.fits and p.limit > p.total
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RUN)
 def test_what_lives_at_the_peak_is_nearly_what_the_compiler_allots(compiled, case):
     _, done, _ = compiled(case)
     found = sum(b.size for b in memory.Live(done.as_text()).peak())
     assert found == pytest.approx(done.memory_analysis().temp_size_in_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RUN)
 def test_flops_by_shapes_are_those_of_the_compiled_step(compiled, case):
     """And at most a few percent above the model's own, once what is computed again is off."""
     program, done, p = compiled(case)
@@ -347,7 +348,14 @@ def run_command(text, tmp_path, capsys, monkeypatch):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [c for c in COMMANDS if "v5e" not in c])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(c, marks=pytest.mark.slow if "=here" in c else ())
+        for c in COMMANDS
+        if "v5e" not in c
+    ],
+)
 def test_the_commands_of_the_page_run(text, tmp_path, capsys, monkeypatch):
     out = run_command(text, tmp_path, capsys, monkeypatch)
     for name in re.findall(r"^- \*\*(\w+)\*\*", PAGE, re.MULTILINE):

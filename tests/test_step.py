@@ -55,7 +55,7 @@ def close(a, b, tolerance=1e-5):
         pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 2, "tensor": 2},
         pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.slow),
-        {"data": 2, "context": 2, "tensor": 2},
+        pytest.param({"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

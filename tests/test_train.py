@@ -166,6 +166,7 @@ def test_a_killed_run_resumes_with_bit_equal_losses_and_weights(straight, files,
     assert before == json.loads((straight[0] / "result.json").read_text())["before"]
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_losses_of_eight(straight, files, tmp_path):
     done = subprocess.run(
         run_command(files, tmp_path, tmp_path / "run"),

@@ -126,7 +126,8 @@ def test_a_vocabulary_does_not_shrink_and_has_no_gap(size, first):
         vocab.grow(*small(), size, first=first)
 
 
-@pytest.mark.parametrize("multiple", [2, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("multiple", [2, 128])
 def test_a_vocabulary_grows_on_a_mesh(multiple):
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     model, params = small(multiple=multiple)

@@ -94,8 +94,6 @@ found = dict(imported=imported, first=first_step - imported, step=now() - first_
 print(json.dumps({k: v.tolist() for k, v in found.items()} | {"loss": float(metrics["loss"])}))
 """
 SMALL = dict(vocab=32000, width=288, layers=6, heads=6, kv_heads=6, head_dim=48, mlp=768, tied=True)
-
-
 CLOCKS = ("wall", "processor")
 
 

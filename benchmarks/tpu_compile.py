@@ -7,15 +7,15 @@ Needs the extra `tpu`, no TPU. Each run is the whole step of full fine-tuning wi
 MaxText 0.2.5 and Tunix 0.1.7 need for the same work, compiled the same way (jax 0.12.0.1, libtpu
 0.0.51; MaxText through its train_compile with its settings for supervised fine-tuning and full
 remat, Tunix its own train step; both with the compiler's defaults, sftjax with xla_flags.TABLE. Of
-that the vector memory counts most: without it 8B needs 0.88x of MaxText's cycles on v5p and 0.68x
-on v5e).
+that the vector memory counts most: without it 8B needs 0.88x of MaxText's cycles on v5p).
 
 peak     bytes of a device, as the compiler counts them: arguments + temporaries + outputs - those
          that share memory. Held by remat=offload: "full", with the residual stream before each
          half of a layer on the host.
 cycles   the compiler's own estimate, over the clock: the loops' bodies as often as they run. The
          loss takes as many chunks as there are trained tokens; the count assumed is printed. They
-         hold neither attention kernels, whose own FLOPs are apart, nor collectives.
+         hold neither attention kernels, whose own FLOPs are apart, nor collectives; of a ring of
+         permutes, as a v5e sums gradients, they hold the sums.
 wire     what a device sends, against the least that fsdp can do: two gathers of the weights and one
          scatter of their gradients. async: the share that runs beside other work.
 

@@ -214,7 +214,7 @@ def _gather_fwd(w, axes):
 
 
 # A kind of chip that waits for a reduce-scatter, having no cores apart for it (see xla_flags): the
-# most chips of a slice in which it does not wait for a permute.
+# largest mesh on which it does not wait for a permute.
 RINGS = {"TPU v5 lite": 16}
 
 

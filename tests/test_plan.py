@@ -77,7 +77,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", RUN)
+@pytest.mark.parametrize("case", CASES)
 def test_what_is_held_is_what_the_compiler_holds(compiled, case):
     program, done, p = compiled(case)
     m = done.memory_analysis()

@@ -160,7 +160,7 @@ def abstract(config: Config) -> dict:
 
 
 def _stack(config, name, ctx, x, xs):
-    """Run the layers of one stack. xs: (params, kv, first, keys), each leaf [n, ...] or None.
+    """Run the layers of one stack. xs: (params, kv, first, seeds), each leaf [n, ...] or None.
 
     On a mesh with fsdp or context, over shards of rows: so that it is said here, not left to the
     partitioner, where weights are gathered and their gradients summed and scattered.
@@ -220,7 +220,7 @@ def forward(config: Config, params, tokens, positions, segments, cache=None, rng
     """
     if cache is None:
         ctx = context(config, positions, segments, rng)
-        x = embed(config, params, spread(tokens), ctx)
+        x = drop_embedding(config, ctx, embed(config, params, spread(tokens), ctx))
     else:
         x = params["embed"]["w"][tokens].astype(config.dtype)
         x = _embedded(config, params, x, positions)
@@ -228,8 +228,7 @@ def forward(config: Config, params, tokens, positions, segments, cache=None, rng
         where = {"positions": positions, "segments": segments}
         where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
         ctx = {"slots": cache["slots"], "where": where, "angles": _angles(config, **where)}
-    x = layer.drop(config.dropout, x, embed_key(config, rng), ctx, 0)
-    x, kept, routing = run_layers(config, params["layers"], ctx, x, cache, rng)
+    x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
     if cache is None:
         x = unspread(x)
@@ -245,6 +244,8 @@ def context(config, positions, segments, rng=None) -> dict:
     ctx = {"where": where, "angles": _angles(config, **where)}
     if rng is not None and config.dropout:
         ctx["ids"] = spread(dropout.ids(positions.shape))
+        # The embedding's, and one for each layer, whatever the stacks.
+        ctx["seeds"] = dropout.seeds(rng, 1 + config.loops * config.layers)
     return ctx
 
 
@@ -263,33 +264,27 @@ def _embedded(config, params, x, positions):
     return constrain(x, "batch", "seq", "act_embed")
 
 
-def embed_key(config, rng):
-    """The dropout key of the embedding: no layer has its number."""
-    if rng is None or not config.dropout:
-        return None
-    return jax.random.fold_in(rng, jnp.iinfo(jnp.int32).max)
+def drop_embedding(config, ctx, x):
+    """Dropout of the embedding x [B, S, D], where there is any."""
+    if "ids" not in ctx:
+        return x
+    return dropout.dropout(x, config.dropout, ctx["seeds"][0], ctx["ids"])
 
 
-def run_layers(config, layers, ctx, x, cache=None, rng=None):
+def run_layers(config, layers, ctx, x, cache=None):
     """(x [B, S, D] after all layers, keys and values by stack, moe.routing_sums or None)."""
-    kept, sums = {}, []
+    kept, sums, ctx = {}, [], dict(ctx)
+    seeds = ctx.pop("seeds", None)
     for loop in range(config.loops):
         for name in stacks(config):
             first = kept[f"0/{name}"] if loop else None
             kv = None if cache is None else cache["kv"][f"{loop}/{name}"]
-            xs = (layers[name], kv, first, _keys(config, name, loop, rng))
+            at = 1 + loop * config.layers + int(name.split("-")[0])
+            own = None if seeds is None else seeds[at : at + stacks(config)[name]]
+            xs = (layers[name], kv, first, own)
             x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
             sums.append(routing)
     return x, kept, jax.tree.map(lambda *a: sum(jnp.sum(b, axis=0) for b in a), *sums)
-
-
-def _keys(config, name, loop, rng):
-    """A dropout key for each layer of a stack, the same however the stack is cut."""
-    if rng is None or not config.dropout:
-        return None
-    start = loop * config.layers + int(name.split("-")[0])
-    numbers = jnp.arange(start, start + stacks(config)[name])
-    return jax.vmap(functools.partial(jax.random.fold_in, rng))(numbers)
 
 
 def _angles(config, positions, segments, kv_positions=None, kv_segments=None):

@@ -22,7 +22,7 @@ from sftjax.params import Param
 from sftjax.sharding import spread, unspread, whole
 
 POOLER_AXES = ("embed", None)
-HEAD = jnp.iinfo(jnp.int32).max - 1  # the number of the head's dropout key: no layer has it
+HEAD = 1  # folded into a key for the head's dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ def forward(config: Config, params, tokens, positions, segments, types, rng=None
     x = decoder.embed(config, params, spread(tokens), ctx)
     x = x + params["token_types"]["w"][spread(types)].astype(x.dtype)
     x = layer.norm(config, x, params["embed_norm"])
-    x = layer.drop(config.dropout, x, decoder.embed_key(config, rng), ctx, 0)
-    x, _, _ = decoder.run_layers(config, params["layers"], ctx, x, rng=rng)
+    x = decoder.drop_embedding(config, ctx, x)
+    x, _, _ = decoder.run_layers(config, params["layers"], ctx, x)
     return unspread(x)
 
 
@@ -102,8 +102,8 @@ class Model(base.Body):
             hidden = jnp.tanh(jnp.einsum("bsd,dp->bsp", hidden, w) + b)
         if rng is None or not c.head_dropout:
             return hidden
-        key = jax.random.fold_in(rng, HEAD)
-        return dropout.dropout(hidden, c.head_dropout, key, dropout.ids(hidden.shape[:2]))
+        [seed] = dropout.seeds(jax.random.fold_in(rng, HEAD), 1)
+        return dropout.dropout(hidden, c.head_dropout, seed, dropout.ids(hidden.shape[:2]))
 
     def class_logits(self, params, hidden, rng=None) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]; rng: of dropout, None = without."""

@@ -233,32 +233,26 @@ def _slice(p, axes, n, i):
     return jax.tree.map(cut, p, axes)
 
 
-def apply(config, kind, ctx, x, p, kv, first, key):
-    """(x, (keys and values where they are kept, routing sums)). key: of dropout, or None."""
+def apply(config, kind, ctx, x, p, kv, first, seed):
+    """(x, (keys and values where they are kept, routing sums)). seed: of dropout, or None."""
     axes = _axes(config)
     x = checkpoint_name(x, "layer")
     h = norm(config, x, p.get("attn_norm"))
     h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, first)
-    y = checkpoint_name(_add(config, "attn", p, ctx, x, h, key), "layer")
+    y = checkpoint_name(_add(config, "attn", p, ctx, x, h, seed), "layer")
     h = norm(config, x if config.parallel else y, p.get("mlp_norm"))
     h, routing = _mlp(config, axes["mlp"], p["mlp"], h, ctx)
-    y = _add(config, "mlp", p, ctx, y, h, key)
+    y = _add(config, "mlp", p, ctx, y, h, seed)
     keep = kv is not None or (config.loops > 1 and first is None)
     return y, (kv_out if keep else None, routing)
 
 
-def _add(config, half, p, ctx, x, h, key):
+def _add(config, half, p, ctx, x, h, seed):
     """The sum of a half's input x and what it computed, h."""
-    h = drop(config.dropout, h, key, ctx, SITES.index(half))
+    if seed is not None:
+        h = dropout.dropout(h, config.dropout, seed, ctx["ids"], SITES.index(half))
     h = norm(config, h, p.get(f"{half}_post_norm")) * weak(config.residual_scale)
     return norm(config, constrain(x + h, "batch", "seq", "act_embed"), p.get(f"{half}_sum_norm"))
-
-
-def drop(rate, x, key, ctx, site: int):
-    """Dropout of x [B, S, D]; x as it is without a key. site: tells apart what shares a key."""
-    if key is None or not rate:
-        return x
-    return dropout.dropout(x, rate, jax.random.fold_in(key, site), ctx["ids"])
 
 
 def weak(scale):

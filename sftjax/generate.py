@@ -96,6 +96,11 @@ def generate(
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
     after max_new_tokens. Every process must call this with the same prompts.
     """
+    if not hasattr(model, "decode") or getattr(model.config, "classes", 0):
+        raise ValueError(
+            "generate: this model has no vocabulary head to draw tokens from; take the directory of"
+            " a causal language model"
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if prompts and not len(prompts[order[0]]):
         raise ValueError(f"prompt {order[0]} is empty; a prompt needs at least one token")

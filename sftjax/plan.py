@@ -21,7 +21,6 @@ from sftjax import estimate as estimate_lib
 from sftjax import hlo, optim, plan_text, setup, sharding, targets
 from sftjax import memory as memory_lib
 from sftjax import params as params_lib
-from sftjax.models import flops as flops_lib
 
 GIB = 2**30
 
@@ -67,8 +66,8 @@ class Program:
 
     @property
     def model_flops(self) -> float:
-        """Of a step, over all devices; see flops.train_flops."""
-        of, w = flops_lib.train_flops(self.model.config, self.trainable), self.work
+        """Of a step, over all devices; see Model.train_flops."""
+        of, w = self.model.train_flops(self.trainable), self.work
         return w.rows * of(w.width, w.width * w.trained, w.pairs)
 
     def kernel_flops(self, cost) -> float:
@@ -76,7 +75,7 @@ class Program:
         once more going backward."""
         if not cost.kernels or cost.kernel_flops:
             return cost.kernel_flops
-        of = flops_lib.train_flops(self.model.config, self.trainable)
+        of = self.model.train_flops(self.trainable)
         return self.work.rows * of(0, 0, self.work.pairs) * 7 / 6 / self.mesh.size
 
     @property

@@ -20,7 +20,7 @@ from sftjax import checkpoint, losses, optim, sharding, xla_flags
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
-from sftjax.models import flops, hf, vocab
+from sftjax.models import hf, vocab
 from sftjax.ops import attention
 from sftjax.step import TrainState, train_step
 
@@ -291,8 +291,8 @@ def state_text(state, flops) -> str:
 
 
 def flops_per_step(model, trainable, feed) -> float:
-    """Model FLOPs of an average step; see flops.train_flops."""
-    of = flops.train_flops(model.config, trainable)
+    """Model FLOPs of an average step; see Model.train_flops."""
+    of = model.train_flops(trainable)
     row = feed.per_row
     return of(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
 

@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "expert": "expert",
     "choice": None,  # of an expert, by the router
+    "classes": None,
 }
 
 

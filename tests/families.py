@@ -116,15 +116,29 @@ CASES = {
     "iquest-loop": case("iquestloopcoder", loop_num=2, loop_window_size=9),
 }  # fmt: skip
 
+BERT = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=128, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
+    pad_token_id=0,
+)  # fmt: skip
+ENCODERS = {
+    "bert": case("bert", BERT, architectures=["BertModel"]),
+    "bert-classes": case(
+        "bert", BERT, architectures=["BertForSequenceClassification"],
+        id2label={"0": "no", "1": "maybe", "2": "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2},
+    ),
+}  # fmt: skip
+ALL = CASES | ENCODERS
+
 
 def write(name, directory, dtype=np.float32) -> Path:
     """The case's config.json and random weights, as large as trained ones, none at its neutral."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(CASES[name]))
+    (directory / "config.json").write_text(json.dumps(ALL[name]))
     model = hf_lib.load_model(directory)
     abstract, shapes = params_lib.flatten(model.abstract), {}
-    for path, files, layout in hf_lib._tensors(model):
+    for path, files, layout in hf_lib.tensors(model):
         p, lead = abstract[path], len(next(iter(files)))
         for file in files.values():
             shapes[file] = (layout.file_shape(p.shape[lead:]), path, p.shape[lead:])

@@ -349,7 +349,7 @@ def written(directory, hf, shards):
     (directory / "config.json").write_text(json.dumps(hf))
     model = hf_lib.load_model(directory)
     abstract, shapes = params_lib.flatten(model.abstract), {}
-    for path, files, one in hf_lib._tensors(model):
+    for path, files, one in hf_lib.tensors(model):
         shape = one.file_shape(abstract[path].shape[len(next(iter(files))) :])
         shapes |= dict.fromkeys(files.values(), shape)
     names, rng, where = sorted(shapes), np.random.default_rng(0), {}

@@ -24,7 +24,7 @@ EXPECTED = [
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads?"
         " head_dim? intermediate_size max_position_embeddings original_max_position_embeddings?"
         " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size"
-        " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?",
+        " type_vocab_size sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?",
     ),
     (
         "a whole number",
@@ -42,6 +42,11 @@ EXPECTED = [
         " attention_multiplier residual_multiplier logits_scaling swiglu_alpha swiglu_limit",
     ),
     (
+        "a number from 0 to below 1",
+        lambda x: _number(x) and 0 <= x < 1,
+        "hidden_dropout_prob classifier_dropout?",
+    ),
+    (
         "a number of 0 or more",
         lambda x: _number(x) and x >= 0,
         "initializer_range mscale? mscale_all_dim?",
@@ -50,7 +55,7 @@ EXPECTED = [
         "true or false",
         lambda x: type(x) is bool,
         "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob"
-        " use_sliding_window? truncate?",
+        " use_sliding_window? truncate? is_decoder? add_cross_attention?",
     ),
     (
         "a name",
@@ -70,7 +75,8 @@ EXPECTED = [
     (
         "an object",
         lambda x: isinstance(x, dict),
-        "rope_parameters? rope_scaling? full_attention? sliding_attention? quantization_config?",
+        "rope_parameters? rope_scaling? full_attention? sliding_attention? quantization_config?"
+        " id2label? label2id?",
     ),
 ]
 _FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}

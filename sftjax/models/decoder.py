@@ -10,14 +10,14 @@ Einsum letters: d width, v vocabulary.
 import dataclasses
 import functools
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sftjax.models import layer
-from sftjax.ops import rope
+from sftjax.models import base, layer
+from sftjax.ops import dropout, rope
 from sftjax.ops.embed import lookup
 from sftjax.ops.rope import Rope
 from sftjax.params import Param, is_param
@@ -60,7 +60,9 @@ class Config:
     loop_window: int = 0
     norm: str = "rms"  # rms | rms_plus_one (the scale is stored less 1) | layer
     norm_eps: float = 1e-5
-    norms: str = "pre"  # before each half of a layer | post: after it | both
+    # pre: before each half of a layer | post: after it | both | residual: of the sum after it
+    norms: str = "pre"
+    causal: bool = True  # a token sees those before it; else all of its document
     qk_norm: str = "none"  # none | head: over each head | all: over all heads at once
     parallel: bool = False  # attention and MLP both read the layer's input
     tied: bool = False
@@ -83,6 +85,8 @@ class Config:
     experts_per_token: int = 0
     renormalise: bool = True  # the weights of a token's experts add up to 1
     init_std: float = 0.02
+    classes: int = 0  # 0 = a vocabulary head; else the head says so much of each document
+    dropout: float = 0.0  # of the embedding and of what each half of a layer adds
     # how it is run
     dtype: str = "float32"  # of activations and matmuls
     remat: str = "dots"
@@ -145,7 +149,9 @@ def abstract(config: Config) -> dict:
     }
     if c.learned_positions:
         tree["positions"] = {"w": Param((c.max_positions, c.width), (None, "embed"), normal)}
-    if not c.tied:
+    if c.classes:
+        tree["score"] = {"w": Param((c.classes, c.width), ("classes", "embed"), normal)}
+    elif not c.tied:
         tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal)}
     return tree
 
@@ -154,12 +160,12 @@ def abstract(config: Config) -> dict:
 
 
 def _stack(config, name, ctx, x, xs):
-    """Run the layers of one stack. xs: (params, kv, first), each leaf [n, ...] or None.
+    """Run the layers of one stack. xs: (params, kv, first, seeds), each leaf [n, ...] or None.
 
     On a mesh with fsdp or context, over shards of rows: so that it is said here, not left to the
     partitioner, where weights are gathered and their gradients summed and scattered.
     """
-    _, kv, first = xs
+    kv = xs[1]
     mesh = jax.sharding.get_abstract_mesh()
     needs = (RULES["embed"], RULES["seq"])
     if mesh.empty or all(mesh.shape[a] == 1 for a in needs) or kv is not None:
@@ -170,9 +176,8 @@ def _stack(config, name, ctx, x, xs):
     params = jax.tree.map(lambda p: part(p.axes, apart), abstract, is_leaf=is_param)
     kept = P(None, *rows)
     run = functools.partial(_scan, config, name)
-    return shard_map(run, (rows, rows, (params, None, kept)), (rows, (kept, P())), axes=apart)(
-        ctx, x, xs
-    )
+    specs = (rows, rows, (params, None, kept, P()))
+    return shard_map(run, specs, (rows, (kept, P())), axes=apart)(ctx, x, xs)
 
 
 def _scan(config, name, ctx, x, xs):
@@ -207,44 +212,79 @@ def _scan(config, name, ctx, x, xs):
     return x, out
 
 
-def forward(config: Config, params, tokens, positions, segments, cache=None):
+def forward(config: Config, params, tokens, positions, segments, cache=None, rng=None):
     """(hidden states after the final norm [B, S, D], updated cache, moe.routing_sums).
 
     tokens, positions, segments: int32 [B, S]. Segment 0 is padding. The cache is None without one;
-    the routing sums, over all layers, are None for a dense model.
+    the routing sums, over all layers, are None for a dense model. rng: of dropout; None = without.
     """
     if cache is None:
-        tokens, positions, segments = map(spread, (tokens, positions, segments))
-        with jax.named_scope("embed"):
-            x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
+        ctx = context(config, positions, segments, rng)
+        x = drop_embedding(config, ctx, embed(config, params, spread(tokens), ctx))
     else:
         x = params["embed"]["w"][tokens].astype(config.dtype)
-    if config.embed_scale != 1:
-        x = x * jnp.asarray(config.embed_scale, x.dtype)
-    if config.learned_positions:
-        x = x + params["positions"]["w"][positions].astype(x.dtype)
-    x = constrain(x, "batch", "seq", "act_embed")
-    where, ctx = {"positions": positions, "segments": segments}, {}
-    if cache is not None:
+        x = _embedded(config, params, x, positions)
         cache = _write_places(cache, positions, segments)
-        ctx["slots"] = cache["slots"]
+        where = {"positions": positions, "segments": segments}
         where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
-    ctx |= {"where": where, "angles": _angles(config, **where)}
-    kept, sums = {}, []
-    for loop in range(config.loops):
-        for name in stacks(config):
-            first = kept[f"0/{name}"] if loop else None
-            kv = None if cache is None else cache["kv"][f"{loop}/{name}"]
-            xs = (params["layers"][name], kv, first)
-            x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
-            sums.append(routing)
+        ctx = {"slots": cache["slots"], "where": where, "angles": _angles(config, **where)}
+    x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
     if cache is None:
         x = unspread(x)
     else:
         cache = cache | {"kv": kept}
-    routing = jax.tree.map(lambda *a: sum(jnp.sum(b, axis=0) for b in a), *sums)
     return x, cache, routing
+
+
+def context(config, positions, segments, rng=None) -> dict:
+    """What the layers are told of their tokens, in the order of the mesh's context axis."""
+    positions, segments = spread(positions), spread(segments)
+    where = {"positions": positions, "segments": segments}
+    ctx = {"where": where, "angles": _angles(config, **where)}
+    if rng is not None and config.dropout:
+        ctx["ids"] = spread(dropout.ids(positions.shape))
+        # The embedding's, and one for each layer, whatever the stacks.
+        ctx["seeds"] = dropout.seeds(rng, 1 + config.loops * config.layers)
+    return ctx
+
+
+def embed(config, params, tokens, ctx):
+    """[B, S, D] of tokens in the order of ctx."""
+    with jax.named_scope("embed"):
+        x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
+    return _embedded(config, params, x, ctx["where"]["positions"])
+
+
+def _embedded(config, params, x, positions):
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if config.learned_positions:
+        x = x + params["positions"]["w"][positions].astype(x.dtype)
+    return constrain(x, "batch", "seq", "act_embed")
+
+
+def drop_embedding(config, ctx, x):
+    """Dropout of the embedding x [B, S, D], where there is any."""
+    if "ids" not in ctx:
+        return x
+    return dropout.dropout(x, config.dropout, ctx["seeds"][0], ctx["ids"])
+
+
+def run_layers(config, layers, ctx, x, cache=None):
+    """(x [B, S, D] after all layers, keys and values by stack, moe.routing_sums or None)."""
+    kept, sums, ctx = {}, [], dict(ctx)
+    seeds = ctx.pop("seeds", None)
+    for loop in range(config.loops):
+        for name in stacks(config):
+            first = kept[f"0/{name}"] if loop else None
+            kv = None if cache is None else cache["kv"][f"{loop}/{name}"]
+            at = 1 + loop * config.layers + int(name.split("-")[0])
+            own = None if seeds is None else seeds[at : at + stacks(config)[name]]
+            xs = (layers[name], kv, first, own)
+            x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
+            sums.append(routing)
+    return x, kept, jax.tree.map(lambda *a: sum(jnp.sum(b, axis=0) for b in a), *sums)
 
 
 def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
@@ -293,40 +333,37 @@ def _write_places(cache, positions, segments):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """Config, abstract parameters and pure functions; holds no arrays.
-
-    source: what the weights came from (a Hugging Face directory's facts), for export.
-    """
+class Model(base.Body):
+    """A decoder with a vocabulary head, or with a head of classes; see base.Model."""
 
     config: Config
-    source: Any = dataclasses.field(default=None, compare=False)
+    reads: ClassVar[str] = "last"
 
     @cached_property
     def abstract(self) -> dict:
         return abstract(self.config)
 
-    def outputs(self, params, batch):
+    def outputs(self, params, batch, rng=None):
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch dict.
 
         positions and segments default to one document a row.
         """
-        tokens = batch["tokens"]
-        positions = batch.get("positions")
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segments = batch.get("segments")
-        if segments is None:
-            segments = jnp.ones_like(tokens)
-        x, _, routing = forward(self.config, params, tokens, positions, segments)
+        where = base.places(batch)
+        x, _, routing = forward(self.config, params, batch["tokens"], *where, rng=rng)
         return x, routing
 
-    def hidden(self, params, batch):
-        """The first of `outputs`."""
-        return self.outputs(params, batch)[0]
+    def class_logits(self, params, hidden, rng=None) -> jax.Array:
+        """float32 [B, S, C] of hidden [B, S, D]."""
+        del rng  # these heads have no dropout of their own
+        return base.project_classes(params["score"]["w"], hidden)
 
     def head(self, params):
         """The vocabulary projection, [config.rows, D]."""
+        if self.config.classes:
+            raise ValueError(
+                f"this model has a head of {self.config.classes} classes and none for the"
+                " vocabulary; load the directory of a causal language model"
+            )
         return stored(params["embed" if self.config.tied else "head"]["w"], ("vocab", "embed"))
 
     @property
@@ -347,23 +384,6 @@ class Model:
         """float32 logits [B, S, V] of a Batch dict; only "tokens" is required."""
         return self.logits(params, self.hidden(params, batch))
 
-    @property
-    def attention_features(self) -> set:
-        """What the model asks of an attention backend; see ops.attention.Backend."""
-        c = self.config
-        used = {
-            "window": any(k.window for k in c.kinds) or c.loops > 1,
-            "softcap": c.attn_softcap,
-            "sinks": c.sinks,
-        }
-        return {name for name, on in used.items() if on}
-
-    def check_length(self, length: int, what: str):
-        """Raise ValueError where learned positions do not reach so far."""
-        c = self.config
-        if c.learned_positions and length > c.max_positions:
-            raise ValueError(f"{what}: the model has {c.max_positions} learned positions")
-
     def init_cache(self, batch: int, length: int):
         return init_cache(self.config, batch, length)
 
@@ -372,7 +392,3 @@ class Model:
         x, cache, _ = forward(self.config, params, tokens, positions, segments, cache)
         cache.pop("slots")
         return x, cache
-
-    def replace(self, **changes) -> "Model":
-        """The same model with other fields of its Config: dtype, remat, attention, split."""
-        return Model(dataclasses.replace(self.config, **changes), self.source)

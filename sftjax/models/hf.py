@@ -6,7 +6,6 @@ layout "(n h) d -> d n h" is read in both directions, so import and export canno
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
@@ -21,55 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sftjax import params as params_lib
-from sftjax.models import (
-    common,
-    decoder,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    iquest,
-    layer,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-)
-from sftjax.models.layout import Layout
+from sftjax.models import base, common, decoder, heads, layer
+from sftjax.models.names import FAMILIES as FAMILIES
+from sftjax.models.names import ends, family_of, in_files, tensors, visible
 from sftjax.models.safetensors_io import Reader, WeightsError, write
 from sftjax.ops import rope
 
-FAMILIES = {
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3,
-    "gpt2": gpt2,
-    "gpt_neox": gpt_neox,
-    "gpt_oss": gpt_oss,
-    "granite": granite,
-    "iquestcoder": llama,
-    "iquestloopcoder": iquest,
-    "llama": llama,
-    "mistral": mistral,
-    "mixtral": mixtral,
-    "olmo2": olmo2,
-    "phi3": phi3,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3_moe,
-    "smollm3": smollm3,
-}
-
 # In some files, but no parameters: what they hold follows from the config.
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)")
+IGNORED = re.compile(
+    r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(bert\.)?embeddings\.position_ids"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +40,7 @@ class Source:
     config: dict  # config.json
     generation: dict  # generation_config.json, or {}
     dtypes: dict  # tensor name -> numpy dtype in the files
+    labels: tuple[str, ...] = ()  # of the classes of the model's head, in order
 
 
 def resolve(path_or_id: str, weights: bool = True) -> Path:
@@ -106,31 +67,33 @@ def resolve(path_or_id: str, weights: bool = True) -> Path:
 # ---- config --------------------------------------------------------------------------------
 
 
-def load_model(path_or_id, **changes) -> decoder.Model:
+def load_model(path_or_id, labels=None, **changes) -> base.Model:
     """The Model of a Hugging Face directory (or a config.json); reads no weights.
 
-    changes: fields of decoder.Config, such as dtype, remat, split.
+    labels: the names of the classes of a head of classes, in order; None: the head that the files
+    have, with its labels (their id2label). changes: fields of the Config, such as dtype, remat,
+    split; classes=0 leaves a head of classes out. Raises ValueError, naming the file and the field.
     """
     path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
     hf = _json(file)
     try:
-        family = _family(hf)
+        family = family_of(hf)
         common.check(hf)
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method")
             raise ValueError(f"quantization_config: quantised weights ({method}) are not supported")
-        config = dataclasses.replace(family.config(hf), **changes)
+        labels = heads.choose(hf, labels, changes.pop("classes", None))
+        config = dataclasses.replace(family.config(hf), **changes, classes=len(labels))
         _check(config, hf)
     except KeyError as e:
         raise ValueError(f"{file}: field {e} is missing") from None
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
     generation = file.parent / "generation_config.json"
-    source = Source(
-        str(file.parent), hf, _json(generation) if generation.exists() else {}, dtypes={}
-    )
-    return decoder.Model(config, source)
+    generation = _json(generation) if generation.exists() else {}
+    source = Source(str(file.parent), hf, generation, dtypes={}, labels=labels)
+    return getattr(family, "Model", decoder.Model)(config, source)
 
 
 def _check(c, hf):
@@ -169,77 +132,32 @@ def _json(file) -> dict:
     return out
 
 
-# ---- names ---------------------------------------------------------------------------------
-
-
-def _family(hf: dict):
-    """The family's module: by model_type, but the loop form may call itself a llama."""
-    kind, known = hf.get("model_type"), ", ".join(FAMILIES)
-    if not isinstance(kind, str):
-        raise ValueError(f"model_type is {kind!r}; the known ones are {known}")
-    if "IQuestLoopCoderForCausalLM" in str(hf.get("architectures")):
-        kind = "iquestloopcoder"
-    if kind not in FAMILIES:
-        near = [k for k in FAMILIES if kind and k.startswith(kind)]
-        near = near or difflib.get_close_matches(kind, FAMILIES, 1, 0.4)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"model_type {kind!r} is not supported; known: {known}{hint}")
-    return FAMILIES[kind]
-
-
-def _tensors(model):
-    """(parameter, {leading index: name in the files}, Layout) of every parameter, or part of one.
-
-    The leading index is (), (layer of the stack,), or (layer, expert). Files of a bare model leave
-    out the first part of the names ("transformer.h.0..." is "h.0...").
-    """
-    c, known = model.config, model.source.dtypes
-
-    def in_files(name):
-        short = name.partition(".")[2]
-        return short if known and name not in known and short in known else name
-
-    for name, path, text, *part in _family(model.source.config).names(c):
-        layout = Layout.of(text, *part)
-        if not path.startswith("layers/"):
-            yield path, {(): in_files(name)}, layout
-            continue
-        experts = name.count("{}") > 1
-        for stack, n in decoder.stacks(c).items():
-            first = int(stack.split("-")[0])
-            files = {
-                (i, e) if experts else (i,): in_files(name.format(first + i, e))
-                for i in range(n)
-                for e in range(c.experts if experts else 1)
-            }
-            yield path.replace("layers/", f"layers/{stack}/", 1), files, layout
-
-
-def _visible(model, path, p, lead):
-    """A parameter's shape after its leading dimensions, as far as the files have it."""
-    rows = (model.config.vocab,) if path in ("embed/w", "head/w") else ()
-    return (*rows, *p.shape[lead + len(rows) :])
-
-
 # ---- weights in ----------------------------------------------------------------------------
 
 
-def load_pretrained(path_or_id, dtype=jnp.float32, *, mesh=None, **changes):
+def load_pretrained(path_or_id, dtype=jnp.float32, *, mesh=None, labels=None, seed=0, **changes):
     """(model, params) of a Hugging Face directory or hub id; safetensors only.
 
     dtype: of the parameters in memory, one for all or a tree of dtypes. mesh: lay them out on it;
-    each process reads only its own slices. changes: fields of decoder.Config. Raises WeightsError
-    when tensors are missing, extra, of another shape, or not finite.
+    each process reads only its own slices. labels, changes: see load_model; seed: see load_params.
+    Raises WeightsError when tensors are missing, extra, of another shape, or not finite.
     """
     path = resolve(path_or_id)
-    model = load_model(path, **changes)
-    return load_params(model, path, dtype, mesh)
+    model = load_model(path, labels, **changes)
+    return load_params(model, path, dtype, mesh, seed)
 
 
-def load_params(model, path, dtype=jnp.float32, mesh=None):
-    """(model with its source's dtypes, params): the weights of `path` for an existing Model."""
+def load_params(model, path, dtype=jnp.float32, mesh=None, seed: int = 0):
+    """(model with its source's dtypes, params): the weights of `path` for an existing Model.
+
+    The parameters of a head that the files do not have are initialised from the seed, and the
+    tensors of a head that the model does not have are left out; a line of the log names both.
+    """
     model, reader = with_dtypes(model, path), Reader(path)
-    _compare(model, reader, path)
+    left_out = _compare(model, reader, path)
+    rows = list(tensors(model))
+    fresh = [p for p, files, _ in rows if () in files and _fresh(model, p, files[()])]
+    heads.report(path, left_out, fresh, seed)
     abstract = params_lib.flatten(model.abstract)
     if isinstance(dtype, dict):
         dtypes = params_lib.flatten(dtype)
@@ -255,10 +173,13 @@ def load_params(model, path, dtype=jnp.float32, mesh=None):
 
     def leaf(path, files, layout):
         p, lead = abstract[path], len(next(iter(files)))
-        shape = _visible(model, path, p, lead)
+        shape = visible(model, path, p, lead)
         return _load_leaf(reader, files, layout, p.shape, shape, dtypes[path], shardings[path])
 
-    leaves = {path: leaf(path, files, layout) for path, files, layout in _tensors(model)}
+    leaves = {name: leaf(name, *rest) for name, *rest in rows if name not in fresh}
+    for name in fresh:
+        one, key, kind = {name: abstract[name]}, jax.random.key(seed), dtypes[name]
+        leaves |= params_lib.init(one, key, kind, {name: shardings[name]})
     return model, params_lib.map_named(lambda name, _: leaves[name], model.abstract)
 
 
@@ -266,7 +187,15 @@ def with_dtypes(model, path):
     """The model, its source knowing the dtypes of the files in `path`; reads headers only."""
     reader = Reader(path)
     dtypes = {n: reader.dtype(n) for n in reader.entries}
-    return decoder.Model(model.config, dataclasses.replace(model.source, dtypes=dtypes))
+    config, as_stored = model.config, getattr(family_of(model.source.config), "as_stored", None)
+    if as_stored:
+        config = as_stored(config, reader.entries)
+    source = dataclasses.replace(model.source, dtypes=dtypes)
+    return dataclasses.replace(model, config=config, source=source)
+
+
+def _fresh(model, path, name) -> bool:
+    return heads.fresh(model, path, name in model.source.dtypes)
 
 
 def stored_dtypes(model) -> dict:
@@ -274,7 +203,7 @@ def stored_dtypes(model) -> dict:
     known = model.source.dtypes
     return {
         path: max((known[n] for n in files.values() if n in known), key=lambda d: d.itemsize)
-        for path, files, _ in _tensors(model)
+        for path, files, _ in tensors(model)
         if any(n in known for n in files.values())
     }
 
@@ -320,36 +249,37 @@ def _aligned_zeros(shape, dtype) -> np.ndarray:
     return buffer[start : start + n].view(dtype).reshape(shape)
 
 
-def _compare(model, reader, path):
-    """Raise WeightsError, of at most ten lines, on what differs between the files and the model."""
-    abstract = params_lib.flatten(model.abstract)
-    expected = {}
-    for name, files, layout in _tensors(model):
-        shape = _visible(model, name, abstract[name], len(next(iter(files))))
-        expected |= dict.fromkeys(files.values(), layout.file_shape(shape))
-    embed, head = _ends(model)
+def _compare(model, reader, path) -> list[str]:
+    """Raise WeightsError, of at most ten lines, on what differs between the files and the model.
+
+    Gives the names of the tensors that belong to a head which the model does not have.
+    """
+    abstract, expected = params_lib.flatten(model.abstract), {}
+    for name, files, layout in tensors(model):
+        shape = visible(model, name, abstract[name], len(next(iter(files))))
+        if not _fresh(model, name, next(iter(files.values()))):
+            expected |= dict.fromkeys(files.values(), layout.file_shape(shape))
+    embed, head = ends(model)
+    others = heads.others(model, family_of(model.source.config), head)
     wrong = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in reader.entries]
+    left_out, tied = [], model.config.tied and head in reader.entries and not model.config.classes
     for name in reader.entries:
-        if name not in expected:
-            tied = model.config.tied and name == head
-            if not tied and not IGNORED.fullmatch(name):
-                wrong.append(f"unexpected {name} {list(reader.shape(name))}")
-        elif reader.shape(name) != expected[name]:
-            found = list(reader.shape(name))
-            wrong.append(f"{name} has shape {found}, the config asks for {list(expected[name])}")
+        found = list(reader.shape(name))
+        if name in expected:
+            if tuple(found) != expected[name]:
+                asked = list(expected[name])
+                wrong.append(f"{name} has shape {found}, the config asks for {asked}")
+        elif others.fullmatch(name):
+            left_out.append(name)
+        elif not (tied and name == head) and not IGNORED.fullmatch(name):
+            wrong.append(f"unexpected {name} {found}")
     if wrong:
         shown = wrong if len(wrong) < 10 else [*wrong[:8], f"... and {len(wrong) - 8} more"]
         lines = "\n  ".join(shown)
         raise WeightsError(f"{path}: the weights are not those of its config.json:\n  {lines}")
-    if model.config.tied and head in reader.entries:
+    if tied:
         _check_tied(reader, path, embed, head)
-
-
-def _ends(model):
-    """The names of embedding and head in the files, the head's also where it is tied."""
-    untied = decoder.Model(dataclasses.replace(model.config, tied=False), model.source)
-    names = {path: files[()] for path, files, _ in _tensors(untied) if () in files}
-    return names["embed/w"], names["head/w"]
+    return left_out
 
 
 def _check_tied(reader, path, embed, head, step=4096):
@@ -381,19 +311,16 @@ def save_pretrained(
     directory = Path(directory)
     main = jax.process_index() == 0
     directory.mkdir(parents=True, exist_ok=True)
-    leaves, tensors = params_lib.flatten(params), list(_tensors(model))
-    embed, head = _ends(model)
-    if model.config.tied and head in model.source.dtypes:  # as it was read
-        tensors += [("embed/w", {(): head}, layout) for p, _, layout in tensors if p == "embed/w"]
-    parts = {}  # name in the files -> its parameters
-    for path, files, layout in tensors:
-        shape = _visible(model, path, leaves[path], len(next(iter(files))))
+    leaves, parts = params_lib.flatten(params), {}  # parts: name in the files -> its parameters
+    for path, files, layout in _written(model):
+        shape = visible(model, path, leaves[path], len(next(iter(files))))
         for at, name in files.items():
             parts.setdefault(name, []).append((leaves[path], at, layout, shape))
     rows = []
     for name, found in parts.items():
         leaf, _, layout, shape = found[0]
-        dtype, shape = model.source.dtypes.get(name, np.dtype(leaf.dtype)), layout.file_shape(shape)
+        read = model.source.dtypes.get(in_files(name, model.source.dtypes))
+        dtype, shape = read or np.dtype(leaf.dtype), layout.file_shape(shape)
         rows.append((name, shape, dtype, functools.partial(_tensor, found, shape)))
     if not main:  # the others only take part in the gathers, in the same order
         for row in rows:
@@ -403,8 +330,9 @@ def save_pretrained(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary, rows, max_shard_bytes)
-    _write_json(temporary / "config.json", _hf_config(model, rows))
-    _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
+    _write_json(temporary / "config.json", _hf_config(model, rows, tokenizer))
+    if model.config.causal and not model.config.classes:
+        _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     for old in directory.glob("model*.safetensors*"):
@@ -415,12 +343,25 @@ def save_pretrained(
         temporary.rmdir()
 
 
+def _written(model) -> list[tuple]:
+    """The rows of `tensors` to write: every tensor by the name that it was read with; but all by
+    the names of the whole model where its head is new, for the files may have been a bare model's.
+    """
+    ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
+    new_head = any(path.startswith("score/") and _fresh(model, path, name) for path, name in ones)
+    rows = list(tensors(model, as_read=not new_head))
+    _, head = ends(model)
+    if model.config.tied and not model.config.classes and head in model.source.dtypes:
+        rows += [("embed/w", {(): head}, layout) for p, _, layout in rows if p == "embed/w"]
+    return rows
+
+
 def _tensor(parts, shape) -> np.ndarray:
     """The file's tensor, made of its parameters."""
     out = np.empty(shape, parts[0][0].dtype)
-    for leaf, at, layout, visible in parts:
+    for leaf, at, layout, shown in parts:
         x = _to_host(leaf[at] if at else leaf)
-        layout.write(out, x[: visible[0]])
+        layout.write(out, x[: shown[0]])
     return out
 
 
@@ -432,8 +373,11 @@ def _to_host(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def _hf_config(model, rows) -> dict:
-    hf = model.source.config | {"vocab_size": model.config.vocab}
+def _hf_config(model, rows, tokenizer) -> dict:
+    hf = heads.exported(model) | {"vocab_size": model.config.vocab}
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if model.config.classes and hf.get("pad_token_id") is None and pad is not None:
+        hf["pad_token_id"] = pad  # transformers finds a row's last token by it
     if not model.source.dtypes:  # initialised here: say what was written
         hf["dtype"] = str(np.dtype(rows[0][2]))
         hf.pop("torch_dtype", None)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sftjax.ops import moe, norms, rope
+from sftjax.ops import dropout, moe, norms, rope
 from sftjax.ops.attention import attention
 from sftjax.ops.linear import project
 from sftjax.params import Param, is_param
@@ -23,6 +23,8 @@ ACTIVATIONS = {
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
 }
+# Which norms each half of a layer has: of its input, of its output, of their sum.
+NORMS = {"pre": [""], "post": ["_post"], "both": ["", "_post"], "residual": ["_sum"]}
 SLICE = 3072  # least width of a slice of the MLP: narrower matmuls would not run at full speed
 
 
@@ -75,7 +77,7 @@ def abstract(c, n: int) -> dict:
         mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp)
     if c.experts:
         mlp["router"] = linear(("choice",) * c.mlp_bias, embed=c.width, choice=c.experts)
-    names = {"pre": [""], "post": ["_post"], "both": ["", "_post"]}[c.norms]
+    names = NORMS[c.norms]
     out = {f"{half}{n}_norm": norm_params(c, lead) for half in ("attn", "mlp") for n in names}
     return out | {"attn": attn, "mlp": mlp}
 
@@ -111,6 +113,7 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
+SITES = ("attn", "mlp")  # of dropout in a layer
 LEAST = ("full", "offload")  # of memory: these work off an MLP in slices
 
 
@@ -151,7 +154,8 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
         )
 
     how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
-    attend = functools.partial(attention, q, **ctx["where"], **how, backend=config.attention)
+    how |= dict(causal=config.causal, backend=config.attention)
+    attend = functools.partial(attention, q, **ctx["where"], **how)
 
     if first is None:
         out = attend(k, v, window=kind.window)
@@ -229,20 +233,26 @@ def _slice(p, axes, n, i):
     return jax.tree.map(cut, p, axes)
 
 
-def apply(config, kind, ctx, x, p, kv, first):
-    """(x, (keys and values where they are kept, routing sums))."""
+def apply(config, kind, ctx, x, p, kv, first, seed):
+    """(x, (keys and values where they are kept, routing sums)). seed: of dropout, or None."""
     axes = _axes(config)
     x = checkpoint_name(x, "layer")
     h = norm(config, x, p.get("attn_norm"))
     h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, first)
-    h = norm(config, h, p.get("attn_post_norm")) * weak(config.residual_scale)
-    y = checkpoint_name(constrain(x + h, "batch", "seq", "act_embed"), "layer")
+    y = checkpoint_name(_add(config, "attn", p, ctx, x, h, seed), "layer")
     h = norm(config, x if config.parallel else y, p.get("mlp_norm"))
     h, routing = _mlp(config, axes["mlp"], p["mlp"], h, ctx)
-    h = norm(config, h, p.get("mlp_post_norm")) * weak(config.residual_scale)
-    y = constrain(y + h, "batch", "seq", "act_embed")
+    y = _add(config, "mlp", p, ctx, y, h, seed)
     keep = kv is not None or (config.loops > 1 and first is None)
     return y, (kv_out if keep else None, routing)
+
+
+def _add(config, half, p, ctx, x, h, seed):
+    """The sum of a half's input x and what it computed, h."""
+    if seed is not None:
+        h = dropout.dropout(h, config.dropout, seed, ctx["ids"], SITES.index(half))
+    h = norm(config, h, p.get(f"{half}_post_norm")) * weak(config.residual_scale)
+    return norm(config, constrain(x + h, "batch", "seq", "act_embed"), p.get(f"{half}_sum_norm"))
 
 
 def weak(scale):

@@ -1,0 +1,128 @@
+"""What a model offers to a task, a run and an export: a body, and the head that reads it.
+
+A task asks the Protocol `Model` and knows no architecture. `Body` is the part that the bodies made
+of layer.py share.
+
+Letters of shapes: B rows, S tokens of a row, D width, C classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Model(Protocol):
+    """Config, abstract parameters and pure functions of them; holds no arrays.
+
+    Every model has this. One with a vocabulary head (config.classes == 0) has `head`, `logits` and
+    `logit_options` as well, see decoder.Model.
+    """
+
+    config: Any  # a frozen dataclass; classes: 0, or the size of the head that reads a document
+    source: Any  # hf.Source: the facts of the directory it came from, or None
+    reads: Literal["first", "last"]  # the token of a document from which its class is read
+
+    @property
+    def abstract(self) -> dict:
+        """The tree of params.Param."""
+
+    @property
+    def state(self) -> dict | None:
+        """The tree of Param of what is no parameter, as batch statistics are; None for nothing."""
+
+    def outputs(self, params, batch: dict, rng: jax.Array | None = None) -> tuple:
+        """(hidden [B, S, D], moe.routing_sums or None) of a Batch; rng None: without dropout."""
+
+    def class_logits(self, params, hidden, rng: jax.Array | None = None) -> jax.Array:
+        """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class."""
+
+    def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
+        """(tokens, trained, pairs) -> model FLOPs of a training step; see flops.train_flops."""
+
+    @property
+    def attention_features(self) -> set[str]:
+        """What the model asks of an attention backend; see ops.attention.Backend."""
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raise ValueError where the model has no positions for `length` tokens."""
+
+    def names(self) -> list[tuple]:
+        """The rows of its Hugging Face table: (name in the files, parameter, layout[, part])."""
+
+    def replace(self, **changes) -> "Model":
+        """The same model with other fields of its config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """The part of a Model that all bodies of layer.py have alike.
+
+    source: what the weights came from (a Hugging Face directory's facts), for export.
+    """
+
+    config: Any
+    source: Any = dataclasses.field(default=None, compare=False)
+
+    @property
+    def state(self) -> None:
+        return None
+
+    def hidden(self, params, batch, rng=None):
+        """The first of `outputs`."""
+        return self.outputs(params, batch, rng)[0]
+
+    def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
+        """See flops.train_flops."""
+        from sftjax.models import flops  # it walks the layers of decoder.py, which imports this
+
+        return flops.train_flops(self.config, trainable)
+
+    @property
+    def attention_features(self) -> set[str]:
+        """What the model asks of an attention backend; see ops.attention.Backend."""
+        c = self.config
+        used = {
+            "window": any(k.window for k in c.kinds) or c.loops > 1,
+            "softcap": c.attn_softcap,
+            "sinks": c.sinks,
+            "bidirectional": not c.causal,
+        }
+        return {name for name, on in used.items() if on}
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raise ValueError where learned positions do not reach so far."""
+        c = self.config
+        if c.learned_positions and length > c.max_positions:
+            raise ValueError(f"{what}: the model has {c.max_positions} learned positions")
+
+    def names(self) -> list[tuple]:
+        """The rows of its Hugging Face table; ValueError for a model of no directory."""
+        if self.source is None:
+            raise ValueError("names: this Model has no source, whose model_type names its tensors")
+        from sftjax.models import names
+
+        return names.names(self)
+
+    def replace(self, **changes):
+        """The same model with other fields of its Config: dtype, remat, attention, split."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+
+def places(batch: dict) -> tuple[jax.Array, jax.Array]:
+    """(positions, segments) int32 [B, S] of a Batch; by default one document a row."""
+    tokens, positions = batch["tokens"], batch.get("positions")
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = batch.get("segments")
+    return positions, jnp.ones_like(tokens) if segments is None else segments
+
+
+def project_classes(w, x) -> jax.Array:
+    """float32 [..., C] of x [..., D] and the weight [C, D] of a head."""
+    from sftjax.sharding import whole
+
+    w = whole(w, ("classes", "embed"), x.dtype)
+    return jnp.einsum("...d,cd->...c", x, w, preferred_element_type=jnp.float32)

@@ -1,0 +1,77 @@
+"""Make encoder.json: what transformers computes for BERT, in fp32.
+
+    python tests/golden/make_encoder.py [directory of the fixture minilm-l6]
+
+Needs the extra `parity`. Each document is run alone and without padding.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+from families import write  # noqa: E402
+from reference import F, torch, transformers  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+LENGTHS = (9, 24, 17, 5)
+LABELS = (0, 2, 1, 2)
+WIDTH = 8  # stored elements of a vector
+
+
+def short(x):
+    return [float(f"{v:.7g}") for v in np.asarray(x).ravel().tolist()]
+
+
+def documents(vocab, lengths=LENGTHS):
+    rng = np.random.default_rng(4)
+    return [rng.integers(1, vocab, n).tolist() for n in lengths]
+
+
+def given(document):
+    types = [int(i >= len(document) // 2) for i in range(len(document))]
+    return dict(input_ids=torch.tensor([document]), token_type_ids=torch.tensor([types]))
+
+
+def small(directory) -> dict:
+    """The random model of families.py: logits, mean loss, norms of the gradients by tensor."""
+    path = write("bert-classes", directory)
+    model = transformers.BertForSequenceClassification.from_pretrained(path).eval()
+    docs = documents(64)
+    logits = torch.cat([model(**given(d)).logits for d in docs])
+    loss = F.cross_entropy(logits, torch.tensor(LABELS))
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.grad)
+    model.save_pretrained(path)
+    norms = load_file(path / "model.safetensors")
+    norms = {k: float(f"{np.linalg.norm(norms[k]):.6g}") for k in sorted(norms)}
+    logits = [short(x) for x in logits.detach()]
+    return {"documents": docs, "logits": logits, "loss": short(loss.item()), "gradients": norms}
+
+
+def real(path) -> dict:
+    """The first elements of each document's last hidden state and pooled vector."""
+    model, docs = transformers.BertModel.from_pretrained(path).eval(), documents(30522, (12, 60))
+    with torch.no_grad():
+        outs = [model(**given(d)) for d in docs]
+    hidden = [short(o.last_hidden_state[0, -1, :WIDTH]) for o in outs]
+    pooled = [short(o.pooler_output[0, :WIDTH]) for o in outs]
+    return {"documents": docs, "hidden": hidden, "pooled": pooled}
+
+
+def main(minilm):
+    made = {"torch": torch.__version__, "transformers": transformers.__version__}
+    with tempfile.TemporaryDirectory() as directory:
+        out = {"small": small(Path(directory)), "minilm-l6": real(minilm)}
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in ({"made_with": made} | out).items()]
+    (HERE / "encoder.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else HERE.parents[2] / "shared/fixtures/minilm-l6")

@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from sftjax import config as config_lib
 from sftjax import setup
 from sftjax.data import Rows, build_store, loader, open_source
+from sftjax.tasks.causal_lm import CausalLM
 from sftjax.train import train
 
 LENGTH = 2048
@@ -92,7 +93,9 @@ def ours(path, tokenizer, template):
     os.putenv("TOKENIZERS_PARALLELISM", "true")
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(path)
-        store = build_store(source, tokenizer, dict(template=template), LENGTH, "error", cache)
+        store = build_store(
+            source, CausalLM(tokenizer, dict(template=template)), LENGTH, "error", cache
+        )
         return store.report["tokens"], Rows(store, LENGTH).per_epoch
 
 
@@ -170,7 +173,9 @@ def second_start(fixtures, folder, n):
     for _ in range(2):
         began = time.perf_counter()
         policy = dict(fields=GSM8K)
-        store = build_store(open_source(path), tokenizer, policy, LENGTH, "error", folder / "cache")
+        store = build_store(
+            open_source(path), CausalLM(tokenizer, policy), LENGTH, "error", folder / "cache"
+        )
         Rows(store, LENGTH)
         seconds.append(time.perf_counter() - began)
     return dict(rows=n, first_s=seconds[0], second_s=seconds[1])
@@ -182,7 +187,9 @@ def feeding(fixtures, folder, steps=500):
     tokenizer = AutoTokenizer.from_pretrained(fixtures / "tokenizer-llama2")
     source = open_source(fixtures / "gsm8k" / "train.jsonl")
     policy = dict(fields=GSM8K)
-    store = build_store(source, tokenizer, policy, length, "truncate_end", folder / "cache")
+    store = build_store(
+        source, CausalLM(tokenizer, policy), length, "truncate_end", folder / "cache"
+    )
     packed = Rows(store, length, total_rows=steps * rows)
     one = train_step.prepare("S", *train_step.VARIANTS["default"])
     began = time.perf_counter()

@@ -19,6 +19,7 @@ import numpy as np
 
 from sftjax import setup
 from sftjax.data.pack import STRATEGIES, plan
+from sftjax.tasks.causal_lm import CausalLM
 
 
 def read(path):
@@ -40,7 +41,7 @@ def gsm8k():
     policy = dict(fields=dict(prompt="question", completion="answer"))
     source = open_source(fixtures / "gsm8k" / "train.jsonl")
     with tempfile.TemporaryDirectory() as cache:
-        return build_store(source, tokenizer, policy, 0, "error", cache).lengths
+        return build_store(source, CausalLM(tokenizer, policy), 0, "error", cache).lengths
 
 
 def measure(lengths, name, capacity) -> dict:

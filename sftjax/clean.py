@@ -14,17 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sftjax import config as config_lib
-from sftjax import feed
+from sftjax import feed, tasks
 from sftjax.config import ConfigError
 from sftjax.data import make_batch, open_source
 from sftjax.data.augment import canonical
-from sftjax.data.chat import encode_batch
 from sftjax.data.clean import RULES, Findings, find
 from sftjax.data.clean_report import summary, write_records, write_rejects, write_report
 from sftjax.data.pack import pad_to_multiple
 from sftjax.models import hf
 from sftjax.ops.cross_entropy import linear_cross_entropy
-from sftjax.prepare import FORM, clean_options
+from sftjax.prepare import clean_options
 
 LABELS = 20  # at most so many different answers are class labels
 BATCH = 16  # rows whose losses are taken at a time
@@ -44,17 +43,19 @@ def clean(config, out, report="", rejects="") -> Findings:
     d, out = config.data, Path(out)
     source = open_source(d.train, d.limit)
     rejects = Path(rejects or out.with_suffix(".rejects.jsonl"))
-    rules, policy = tuple(d.clean.rules) or ("all",), feed.policy(config)
+    rules = tuple(d.clean.rules) or ("all",)
     tokenizer = feed.load_tokenizer(config) if d.tokenizer or config.model.path else None
-    options = clean_options(config, tokenizer, policy)
+    task = tasks.make(config, tokenizer)
+    read, encoder, form = task.prepared(source)
+    options = clean_options(config, task)
     inputs = {Path(r.path).resolve() for s in (source, *options["evaluation"]) for r in s.readers}
     for path in (out, rejects, Path(report or out)):
         if path.resolve() in inputs:
             raise ConfigError(f"{path} is read: write what is cleaned to another file")
     if "label_suspects" in rules:
-        asked = (*_load_model(config, tokenizer), tokenizer, policy, d.max_length)
-        options["trust"] = lambda rows: trust(source, rows, *asked)
-    findings = find(source, rules, **options)
+        asked = (*_load_model(config, tokenizer), encoder, form, d.max_length)
+        options["trust"] = lambda rows: trust(read, rows, *asked)
+    findings = find(read, rules, **options)
     write_records(out, source, findings.kept)
     write_rejects(rejects, source, findings)
     print(f"{'cleaned':<10}{summary(findings)}")
@@ -65,7 +66,7 @@ def clean(config, out, report="", rejects="") -> Findings:
         print(f"{'not asked':<10}{', '.join(idle)}")
     files = dict(kept=out, rejects=rejects)
     if report:
-        write_report(report, source, findings, d.train, options["form"])
+        write_report(report, read, findings, d.train, options["form"])
         files["report"] = report
     for what, path in files.items():
         print(f"{what:<10}{path}")
@@ -88,17 +89,16 @@ def _load_model(config, tokenizer):
     return model, params
 
 
-def trust(source, rows, model, params, tokenizer, policy, max_length) -> np.ndarray:
+def trust(source, rows, model, params, task, form, max_length) -> np.ndarray:
     """A number for each row, least for the answers that the model finds least likely, float64 [n].
 
     Where the answers are a few class labels, every label is tried; else it is one loss a row.
     """
-    form = {k: v for k, v in policy.items() if k in FORM}
-    rest = {k: v for k, v in policy.items() if k not in FORM} | dict(train_on="last")
+    task = task.canonical().answers_only()
     records = [canonical(source[i], source.where(i), form) for i in rows]
 
     def losses_of(records):
-        encoded = encode_batch(records, [source.where(i) for i in rows], tokenizer, **rest)
+        encoded = task.examples(records, [source.where(i) for i in rows])
         # Cut at the front: what counts is the answer, at the end.
         docs = [(e.tokens[-max_length:], e.weights[-max_length:]) for e in encoded]
         return document_losses(model, params, docs)

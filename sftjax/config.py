@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 class ConfigError(ValueError):
@@ -27,6 +27,8 @@ def get_default() -> ConfigDict:
     """The whole tree, locked: setting a key that is not here is an error."""
     c = ConfigDict()
     c.seed = 0
+    # causal_lm | classification, or your own: "path/to/file.py:ClassName"; sftjax/tasks
+    c.task = "causal_lm"
 
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face directory, hub id, or (with init="random") a config.json
@@ -65,6 +67,10 @@ def get_default() -> ConfigDict:
     )  # your column names; "" = found by their usual names
     c.data.fields.role = ""  # of a message: your names of its keys
     c.data.fields.content = ""
+    c.data.fields.label = ""  # of a classification; of text and label: several names with "a|b"
+    # Of a classification: the labels' names in order, ("negative", "positive"); then a whole number
+    # in a file is an index. Or {value in the file: name}. () = those that the model knows.
+    c.data.labels = config_dict.FieldReference((), field_type=object)
     c.data.roles = ""  # your names of roles, beside the usual ones: "USER=user,SYSTEM=assistant"
     c.data.train_on = "assistant"  # assistant | last | all | roles with commas
     c.data.stop_token = "turn"  # train the stop token of: trained turns | all | last | none
@@ -111,6 +117,7 @@ def get_default() -> ConfigDict:
     c.loss.z_loss = 0.0
     c.loss.dft = False  # Dynamic Fine-Tuning: each token's loss times its own probability
     c.loss.load_balance = 0.0  # coefficient of a mixture of experts' load-balancing loss
+    c.loss.class_weights = ""  # of a classification: "balanced", or a number for each: "1,2.5"
     c.loss.chunk_tokens = 4096  # positions whose logits exist at a time, at most
 
     c.optim = ConfigDict()
@@ -238,6 +245,8 @@ def _cast(text, old, key):
         value = {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if key == "data.labels" and isinstance(value, (tuple, list, dict)):
+        return tuple(value) if isinstance(value, list) else value
     if isinstance(old, tuple) and isinstance(value, (list, int)):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not type(old):

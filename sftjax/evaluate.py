@@ -1,84 +1,91 @@
-"""Evaluation: exact sums over whole sets, answers by generation, early stopping."""
-
-import math
+"""Evaluation: exact sums over whole sets, predictions and their scores, early stopping."""
 
 import jax
 import numpy as np
 
-from sftjax import generate as generate_lib
-from sftjax import losses
-from sftjax.step import eval_step
+from sftjax.processes import to_host
+from sftjax.step import Loss
 
 
-def loss_over(step, params, batches) -> dict[str, float]:
-    """{"loss", "perplexity", <metrics>} token-weighted over all batches.
+def loss_over(step, params, batches, *state) -> dict[str, float]:
+    """{"loss", <metrics>} weighted over all batches; see `measure`."""
+    return measure(step, params, batches, *state)[0]
 
-    step(params, batch) -> Loss, jitted. The sums are added in float64 on the host and divided once,
-    so neither the batch size nor a last partial batch changes the result.
+
+def measure(step, params, batches, *state) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """({"loss", <metrics>}, predictions of all rows) of a set.
+
+    step(params, batch, *state) -> Loss, or (Loss, predictions), jitted. The sums are added in
+    float64 on the host and divided once, so neither the batch size nor a last partial batch changes
+    the result. Raises: ValueError for a set without anything to measure.
     """
-    total = None
+    total, found = None, []
     for batch in batches:
-        loss = jax.tree.map(np.float64, jax.device_get(step(params, batch)))
+        out = step(params, batch, *state)
+        loss, predictions = (out, {}) if isinstance(out, Loss) else out
+        loss = jax.tree.map(np.float64, jax.device_get(loss.replace(state=None)))
         total = loss if total is None else jax.tree.map(np.add, total, loss)
+        found.append({k: to_host(v) for k, v in predictions.items()})
     if total is None or total.weight == 0:
         raise ValueError("the evaluation set has no trained token to measure")
-    loss = float(total.sum / total.weight)
-    out = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     divide = lambda s, w: float(s if w is None else s / w if w else 0)  # noqa: E731
-    return out | {k: divide(*v) for k, v in total.metrics.items()}
+    values = {"loss": divide(total.sum, total.weight)}
+    values |= {k: divide(*v) for k, v in total.metrics.items()}
+    return values, {k: _joined([part[k] for part in found]) for k in found[0]}
 
 
-def answer(model, params, examples, tokenizer, **options) -> tuple[float, list[str]]:
-    """(exact match, generated texts) for (prompt token ids, reference answer) pairs.
-
-    Exact match is the share of texts equal to the answer, leading and trailing blanks aside.
-    options: those of generate.generate.
-    """
-    out = generate_lib.generate(model, params, [prompt for prompt, _ in examples], **options)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
-    hits = [t.strip() == a.strip() for t, (_, a) in zip(texts, examples, strict=True)]
-    return sum(hits) / max(len(hits), 1), texts
+def _joined(parts) -> np.ndarray:
+    """The rows of all batches. Those of different widths are flattened: what belongs together is
+    then at one place of all arrays."""
+    if len({x.shape[1:] for x in parts}) > 1:
+        parts = [np.ravel(x) for x in parts]
+    return np.concatenate(parts)
 
 
 class Evaluator:
-    """Evaluates parameters on the validation sets and the test questions of a Feed."""
+    """Evaluates parameters on the validation sets and the test set of a Feed."""
 
-    def __init__(self, config, model, tokenizer, stop_ids, feed, mesh):
-        self.model, self.tokenizer, self.feed = model, tokenizer, feed
-        loss_fn = losses.causal_lm(model, accuracy=True, chunk_tokens=config.loss.chunk_tokens)
-        self.step = jax.jit(lambda params, batch: eval_step(params, batch, loss_fn=loss_fn))
-        g = config.generate
-        self.options = dict(stop_ids=stop_ids, mesh=mesh, seed=config.seed, **g.to_dict())
+    def __init__(self, task, model, feed, loss_options: dict, **generation):
+        """generation: the options of generate.generate."""
+        self.task, self.model, self.feed, self.generation = task, model, feed, generation
+        self.step = jax.jit(task.eval_fn(model, loss_options))
 
-    def losses(self, params) -> dict[str, float]:
-        """{"<set>/loss", "<set>/perplexity", "<set>/accuracy"} of every validation set."""
-        out = {}
-        for name in self.feed.sets:
-            values = loss_over(self.step, params, self.feed.eval_batches(name))
-            out |= {f"{name}/{k}": v for k, v in values.items()}
+    def losses(self, params, model_state=None) -> dict[str, float]:
+        """{"<set>/loss", "<set>/<metric>"} of every validation set."""
+        return self._measured(self.feed.sets, params, model_state)[0]
+
+    def full(self, params, model_state=None) -> dict:
+        """{"losses": of all sets, "tables": {"<set>/<table>"}, and the test set's answers}."""
+        values, tables = self._measured(self.feed.sets | self.feed.tests, params, model_state)
+        out = {"losses": values} | ({"tables": tables} if tables else {})
+        if self.feed.questions:
+            asked = self.feed.questions
+            out |= self.task.answers(self.model, params, asked, **self.generation)
         return out
 
-    def full(self, params) -> dict:
-        """The losses, and for the test questions exact match and every generated text."""
-        out = {"losses": self.losses(params)}
-        if self.feed.test:
-            out["exact_match"], out["answers"] = answer(
-                self.model, params, self.feed.test, self.tokenizer, **self.options
-            )
-        return out
+    def _measured(self, sets, params, model_state):
+        values, tables = {}, {}
+        for name, store in sets.items():
+            batches = self.feed.eval_batches(store)
+            found, predictions = measure(self.step, params, batches, model_state)
+            scores = self.task.score(found["loss"], predictions)
+            found = {k: v for k, v in found.items() if k not in self.task.counts}
+            values |= {f"{name}/{k}": v for k, v in (found | scores.values).items()}
+            tables |= {f"{name}/{k}": v for k, v in scores.tables.items()}
+        return values, tables
 
 
 class EarlyStop:
     """Stop after `patience` evaluations without a better value of `metric`.
 
-    Better is lower for a loss or perplexity, else higher. state is JSON-able and goes into the
-    checkpoint, so that a resumed run stops where it would have.
+    state is JSON-able and goes into the checkpoint: a resumed run stops where it would have.
     """
 
-    def __init__(self, metric: str, patience: int, state=None):
+    def __init__(self, metric: str, patience: int, lower: bool, state=None):
+        """lower: is a lower value of the metric the better one."""
         if patience and not metric:
             raise ValueError("eval.patience needs eval.best, the metric to watch")
-        self.metric, self.patience = metric, patience
+        self.metric, self.patience, self.lower = metric, patience, lower
         self.state = state or {"best": None, "bad": 0}
 
     def update(self, values: dict[str, float]) -> None:
@@ -87,7 +94,7 @@ class EarlyStop:
         if self.metric not in values:
             raise ValueError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
         new, best = values[self.metric], self.state["best"]
-        better = best is None or (new < best if lower_is_better(self.metric) else new > best)
+        better = best is None or (new < best if self.lower else new > best)
         self.state = {
             "best": new if better else best,
             "bad": 0 if better else self.state["bad"] + 1,
@@ -96,7 +103,3 @@ class EarlyStop:
     @property
     def stop(self) -> bool:
         return bool(self.patience) and self.state["bad"] >= self.patience
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric.endswith(("loss", "perplexity"))

@@ -1,7 +1,6 @@
-"""The run's data: training rows, validation sets and test questions, put on the mesh."""
+"""The run's data: training rows, validation sets and the test set, put on the mesh."""
 
 import itertools
-import json
 import math
 import time
 from collections import deque
@@ -12,21 +11,24 @@ import numpy as np
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
-from sftjax import prepare, processes, sharding
+from sftjax import prepare, processes, sharding, tasks
 from sftjax.config import ConfigError
 from sftjax.data import lengths as lengths_lib
 from sftjax.data import mix, stream
-from sftjax.data.conversation import to_conversation
+from sftjax.data.pack import Field
 from sftjax.models import hf
-
-BATCH_KEYS = ("tokens", "targets", "weights", "positions", "segments")
 
 
 def load_tokenizer(config):
-    """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set."""
+    """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set.
+
+    None where the config names neither: a task of images or of numbers needs none.
+    """
     from transformers import AutoTokenizer
 
     d = config.data
+    if not (d.tokenizer or config.model.path):
+        return None
     path = hf.resolve(d.tokenizer or config.model.path, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
@@ -58,37 +60,6 @@ def _add_tokens(tokenizer, tokens, model):
     tokenizer.add_tokens(list(tokens), special_tokens=True)
 
 
-def policy(config) -> dict:
-    """The arguments of data.encode that the config sets."""
-    d = config.data
-    return dict(
-        train_on=d.train_on,
-        stop_token=d.stop_token,
-        reasoning=d.reasoning.to_dict(),
-        fields={k: v for k, v in d.fields.items() if v},
-        roles=_roles(d.roles),
-        system=d.system,
-        template_kwargs=_template_kwargs(d.template_kwargs),
-    )
-
-
-def _roles(text):
-    pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]
-    if wrong := [name for name, equals, _ in pairs if not equals]:
-        raise ConfigError(f"data.roles={text!r}: {wrong[0]!r} has no role; write {wrong[0]}=user")
-    return {name.strip(): role.strip() for name, _, role in pairs}
-
-
-def _template_kwargs(text):
-    try:
-        kwargs = json.loads(text or "{}")
-    except json.JSONDecodeError:
-        kwargs = None
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f'data.template_kwargs={text!r} is no JSON object, such as {{"x": true}}')
-    return kwargs
-
-
 def sets(text: str) -> dict[str, str]:
     """{"name": path} of a comma-separated list of evaluation sets; the name is the file's stem."""
     paths = [p.strip() for p in text.split(",") if p.strip()]
@@ -107,9 +78,8 @@ def _pairs(lengths, window):
 class Feed:
     """Everything read from the config's data, and the batches made from it."""
 
-    def __init__(self, config, tokenizer, workdir, mesh):
-        d, self.config, self.mesh = config.data, config, mesh
-        self.policy, self.tokenizer = policy(config), tokenizer
+    def __init__(self, config, task, workdir, mesh):
+        d, self.config, self.mesh, self.task = config.data, config, mesh, task
         self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
         self.sources = mix.sources(config)
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
@@ -121,29 +91,42 @@ class Feed:
         self.wait = 0.0  # seconds the last step waited for its batch
         self._plan()
         for name, path in sets(d.validation).items():
-            self.sets[name] = self._store(data_lib.open_source(path), self.policy, config)
+            self.sets[name] = self._store(data_lib.open_source(path), task, config)
         self._check_best()
-        self.test = self._questions(d.test, config.eval.test_limit) if d.test else []
+        self.questions, self.tests = [], {}  # the test set: one or the other
+        if d.test:
+            self._open_test(d.test, config.eval.test_limit)
+        task.saw([store.report for store in self.stores])
 
     def _prepare(self, source, workdir):
         """Tokenise a source's rows (of a stream, the first ones), and those held out of them."""
-        c, tokenizer, tag = source.config, self.tokenizer, ""
+        c, tag = source.config, ""
+        task = tasks.make(c, self.task.tokenizer) if self.names else self.task
         if self.names:
             workdir, tag = workdir / "sources" / source.name, f"{source.name}: "
         where = workdir if jax.process_index() == 0 else None
-        rows = prepare.training_rows(c, tokenizer, policy(c), self.cache, where)
+        rows = prepare.training_rows(c, task, self.cache, where)
         self.notes += [tag + note for note in rows.notes]
-        self.stores.append(self._store(rows.train, rows.policy, c))
+        self.stores.append(self._store(rows.train, rows.task, c))
         if rows.validation:
             name = f"validation_{source.name}" if self.names else "validation"
-            self.sets[name] = self._store(rows.validation, policy(c), c)
+            self.sets[name] = self._store(rows.validation, rows.held, c)
 
-    def _store(self, source, policy, config):
+    def _open_test(self, path, limit):
+        source = data_lib.open_source(path, limit)
+        if self.task.generates:
+            self.questions = self.task.questions(source)
+            return
+        [name] = sets(path) if "," not in path else ["test"]
+        if name in self.sets:
+            name = f"test_{name}"
+        self.tests[name] = self._store(source, self.task, self.config)
+
+    def _store(self, source, task, config):
         d = config.data
         return data_lib.build_store(
             source,
-            self.tokenizer,
-            policy,
+            task,
             max_length=d.max_length,
             overlong=d.overlong,
             cache_dir=self.cache,
@@ -159,11 +142,12 @@ class Feed:
                 "data.buckets needs data.packing or data.eval_packing none, one source, and no "
                 "data.streaming"
             )
-        options = (d.max_length, d.packing, self.config.seed)
+        packing = "none" if self.task.layout.fixed else d.packing
+        options = (d.max_length, packing, self.config.seed)
         if self.names:
             phases = mix.phases(self.config, self.sources, self.stores)
             stores = dict(zip(self.names, self.stores, strict=True))
-            rows = data_lib.Mixture(stores, *options, phases=phases)
+            rows = data_lib.Mixture(stores, *options, phases=phases, layout=self.task.layout)
         else:
             phases, rows = (), self._rows(self.stores[0], d.packing, size, seed=self.config.seed)
         self.widths = getattr(rows, "widths", [d.max_length])
@@ -192,7 +176,8 @@ class Feed:
         }
 
     def _rows(self, store, packing, batch_size, **options):
-        d = self.config.data
+        d, options["layout"] = self.config.data, self.task.layout
+        packing = "none" if self.task.layout.fixed else packing
         if d.buckets and packing == "none":
             options |= dict(widths=d.buckets, batch_size=batch_size)
             return data_lib.Buckets(store, d.max_length, **options)
@@ -238,8 +223,7 @@ class Feed:
     def _check_best(self):
         """eval.best must be measured, or it would be ignored without a word."""
         e = self.config.eval
-        kinds = ("loss", "perplexity", "accuracy")
-        names = [f"{name}/{kind}" for name in self.sets for kind in kinds]
+        names = [f"{name}/{kind}" for name in self.sets for kind in ("loss", *self.task.metrics)]
         if e.best and e.best not in names:
             raise ConfigError(
                 f"eval.best={e.best!r} is not measured; there is {', '.join(names) or 'nothing'}"
@@ -247,20 +231,6 @@ class Feed:
             )
         if e.best and not self.every(e.every, "eval.every"):
             raise ConfigError("eval.best needs evaluations, but eval.every is 0")
-
-    def _questions(self, path, limit):
-        source = data_lib.open_source(path, limit)
-        policy = {k: v for k, v in self.policy.items() if k not in ("train_on", "stop_token")}
-        return [
-            data_lib.prompt_and_answer(source[i], self.tokenizer, where=source.where(i), **policy)
-            for i in range(len(source))
-        ]
-
-    def question(self, i: int) -> str:
-        """The last user turn of a test question."""
-        source = data_lib.open_source(self.config.data.test)
-        keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
-        return to_conversation(source[i], **keys)["messages"][-2]["content"]
 
     def every(self, text, what) -> int:
         """Steps between two events of duration `text`; 0 = never."""
@@ -271,10 +241,22 @@ class Feed:
         every = self.every(text, what)
         return bool(every) and (step % every == 0 or step == self.steps)
 
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch; those of several sources say which is whose."""
+        spec = self.task.layout.spec(rows, width)
+        if self.names:
+            spec["sources"] = spec["weights"]._replace(dtype=np.int32)
+        return spec
+
+    def width(self, batch) -> int:
+        """Which of `widths` a batch has."""
+        fixed = self.task.layout.fixed
+        return self.widths[0] if fixed else batch["tokens"].shape[1]
+
     def abstract_batch(self, width=None) -> dict:
         """A global training batch as ShapeDtypeStructs with shardings; default the widest."""
         width = int(width or self.config.data.max_length)
-        return sharding.abstract_batch(self.mesh, self.batch_size, width, bool(self.names))
+        return sharding.abstract_batch(self.mesh, self.spec(self.batch_size, width))
 
     def batches(self, start: int, state=None):
         """Global batches of steps start, start+1, ... on the mesh, a few made ahead.
@@ -292,8 +274,7 @@ class Feed:
                     f" {self.position(start)}: use another workdir"
                 )
             host = ((batch, None) for batch in self._indexed(start, prefetch))
-        put = lambda batch: sharding.put_batch(self.mesh, batch, self.batch_size)  # noqa: E731
-        on_device = ((put(batch), state) for batch, state in host)
+        on_device = ((self._put(batch, self.batch_size), state) for batch, state in host)
         ready = deque(itertools.islice(on_device, prefetch))
         while ready:
             began = time.monotonic()
@@ -301,6 +282,10 @@ class Feed:
             ready.extend(itertools.islice(on_device, 1))
             self.wait = time.monotonic() - began
             yield batch
+
+    def _put(self, batch, size):
+        axes = {name: field.axes for name, field in self.spec(1, 1).items()}
+        return sharding.put_batch(self.mesh, batch, size, axes)
 
     def _indexed(self, start, prefetch):
         return data_lib.loader(
@@ -325,11 +310,11 @@ class Feed:
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
         given = zip(self.sources, amounts, strict=True)
-        specs = [stream.Spec.of(s, policy(s.config), weight) for s, weight in given]
+        own = {s.name: tasks.make(s.config, self.task.tokenizer) for s in self.sources}
+        specs = [stream.Spec.of(s, own[s.name], weight) for s, weight in given]
         d = self.config.data
         host = stream.batches(
             specs,
-            self.tokenizer,
             length=d.max_length,
             rows=len(local),
             packing=d.packing,
@@ -348,33 +333,30 @@ class Feed:
         finally:
             host.close()
 
-    def eval_batches(self, name):
-        """Every row of a validation set once, in order; blank rows fill the last batch."""
+    def eval_batches(self, store):
+        """Every row of a validation or test set once, in order; blank rows fill the last batch."""
         d, size = self.config.data, self.config.eval.batch_size
         shards = sharding.axis_size(self.mesh, sharding.RULES["batch"])
         size = -(-size // shards) * shards
-        rows = self._rows(self.sets[name], d.eval_packing, size, shuffle=False)
+        rows = self._rows(store, d.eval_packing, size, shuffle=False)
         local = sharding.local_rows(self.mesh, size)
         for batch in data_lib.loader(rows, size, local=local):
-            yield sharding.put_batch(self.mesh, batch, size)
+            yield self._put(batch, size)
 
     def summary(self) -> str:
         """What is trained, in a few lines."""
         d, rows, lines = self.config.data, self.rows, list(self.notes)
         for source, store in zip(self.sources, self.stores, strict=True):
             tag = f"{source.name}: " * bool(self.names) + "a sample: " * d.streaming
-            r = store.report
-            lines += [
-                f"{tag}{r['examples']} examples, {r['tokens']:,} tokens,"
-                f" {r['trained_fraction']:.1%} trained; stop token {r.get('stop_token')}",
-                *lengths_lib.lines(r),
-            ]
+            lines += [tag + self.task.summary(store.report)]
+            lines += [] if self.task.layout.fixed else lengths_lib.lines(store.report)
         lines += rows.describe() if self.names else []
         epoch = self._units["epoch_rows"]
         size = f"{epoch} rows an epoch, of" if epoch else "rows of"
         epochs = f", {self.epochs:.2f} epochs" if epoch else ""
+        packed = f"{d.max_length} tokens, packing {d.packing}, {rows.efficiency:.1%} full"
         lines += [
-            f"{size} {d.max_length} tokens, packing {d.packing}, {rows.efficiency:.1%} full",
+            f"{size} {'one example' if self.task.layout.fixed else packed}",
             f"{self.steps} steps of {self.batch_size} rows{epochs}",
         ]
         return "\n".join(lines)

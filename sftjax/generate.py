@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sftjax import sharding
+from sftjax import processes, sharding
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -125,7 +125,7 @@ def generate(
             top_k,
             top_p,
         )
-        out, count = _fetch(out), _fetch(count)
+        out, count = processes.to_host(out), processes.to_host(count)
         for j, i in enumerate(rows):
             answers[i] = out[j, : count[j]].tolist()
     return answers
@@ -135,14 +135,6 @@ def _replicated(mesh, *arrays):
     if mesh is None:
         return arrays
     return [jax.device_put(x, sharding.named(mesh)) for x in arrays]
-
-
-def _fetch(x):
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def main(argv):

@@ -99,12 +99,12 @@ def collect(config, wanted: Wanted, set="train", against=None) -> dict:
             return dict(set=name, problem="") | compare(parts, config, against, wanted)
         examples = []
         for part in parts:
-            rows = islice(wanted_rows(part, tokenizer, wanted), wanted.n)
+            rows = islice(wanted_rows(part, wanted), wanted.n)
             examples += _examples(part, list(rows), tokenizer)
         totals, problem = {}, ""
         for part in parts:
             try:
-                totals[part.name] = _totals(part, tokenizer, cache)
+                totals[part.name] = _totals(part, cache)
             except DataError as error:
                 problem = str(error)
     return dict(
@@ -156,19 +156,18 @@ def _example(name, row, places, tokenizer):
     )
 
 
-def _totals(part, tokenizer, cache):
+def _totals(part, cache):
     data = part.config.data
     store = build_store(
         part.source,
-        tokenizer,
-        part.policy,
+        part.task,
         max_length=data.max_length,
         overlong=data.overlong,
         cache_dir=cache,
         on_error=data.on_error,
         max_skipped=data.max_skipped,
     )
-    rows = Rows(store, data.max_length, data.packing, part.config.seed)
+    rows = Rows(store, data.max_length, data.packing, part.config.seed, layout=part.task.layout)
     removed = [finding.rule for finding in part.removed.values()]
     return store.report | dict(
         removed={rule: removed.count(rule) for rule in dict.fromkeys(removed)},

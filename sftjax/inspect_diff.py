@@ -4,7 +4,7 @@ import difflib
 
 import numpy as np
 
-from sftjax import feed
+from sftjax import feed, tasks
 from sftjax.data import DataError, mix
 from sftjax.inspect_rows import encode
 
@@ -26,7 +26,7 @@ def compare(parts, config, other, wanted) -> dict:
     differences = []
     for part in parts:
         shown = 0
-        for a, b in _both(part, other, *tokenizers, wanted.start):
+        for a, b in _both(part, other, tokenizers[1], wanted.start):
             if not wanted.takes(a):
                 continue
             (ids, weights), (ids_there, weights_there) = fed = _fed(a), _fed(b)
@@ -45,13 +45,13 @@ def compare(parts, config, other, wanted) -> dict:
     return dict(comparison=comparison, differences=differences)
 
 
-def _both(part, other, here, there, start):
+def _both(part, other, there, start):
     """Each row as its own config has it, and as the other one would."""
     alone = {s.name: s.config for s in mix.sources(other)} if other.data.sources else {}
     theirs = part._replace(config=alone.get(part.name, other))
-    theirs = theirs._replace(policy=feed.policy(theirs.config))
+    theirs = theirs._replace(task=tasks.make(theirs.config, there))
     rows = range(len(part.source))[start:]
-    return zip(encode(part, here, rows), _blamed(encode(theirs, there, rows)), strict=True)
+    return zip(encode(part, rows), _blamed(encode(theirs, rows)), strict=True)
 
 
 def _blamed(rows):

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sftjax import feed, prepare
+from sftjax import feed, prepare, tasks
 from sftjax.data import DataError, mix, open_source
 from sftjax.data.chat import Encoded
 from sftjax.data.clean import RULES
-from sftjax.data.pipeline import Tally, encode_rows
+from sftjax.data.pipeline import encode_rows
 
 CHUNK = 250  # rows encoded together
 REASONS = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     name: str
     config: object  # the run's config, with the keys that the source sets itself
     source: object
-    policy: dict  # how to encode them
+    task: object  # encodes them
     removed: dict = {}  # {row of data.train: Finding}: what data.clean took out
 
 
@@ -60,17 +60,17 @@ def parts_of(config, set, chosen, tokenizer, cache, augment=True) -> list[Part]:
     if set == "train" or (set == "validation" and not data.validation):
         sources = mix.sources(config) if data.train or data.sources else []
         for source in _choose(sources, chosen, [s.name for s in sources]):
-            policy = feed.policy(source.config)
+            task = tasks.make(source.config, tokenizer)
             source.config.data.augment = source.config.data.augment if augment else ()
-            rows = prepare.training_rows(source.config, tokenizer, policy, cache)
-            part = Part(source.name, source.config, rows.validation, policy)
+            rows = prepare.training_rows(source.config, task, cache)
+            part = Part(source.name, source.config, rows.validation, rows.held)
             if set == "train":
-                part = part._replace(source=rows.train, policy=rows.policy, removed=rows.removed)
+                part = part._replace(source=rows.train, task=rows.task, removed=rows.removed)
             parts += [part] if part.source else []
     else:
         sets = feed.sets(data.validation) if set == "validation" else {"test": data.test}
         for name in _choose(list(sets), chosen, list(sets)) if data[set] else ():
-            parts.append(Part(name, config, open_source(sets[name]), feed.policy(config)))
+            parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
     if not parts:
         raise DataError(f"data.{set} is empty: give a file, a glob or a hub data set id")
     return parts
@@ -100,44 +100,45 @@ class Row:
         return float(trained) / max(sum(len(piece) - 1 for piece in pieces), 1)
 
 
-def wanted_rows(part, tokenizer, wanted):
+def wanted_rows(part, wanted):
     """The rows wanted, from the first on; those that cleaning removed come after the others."""
-    rows = encode(part, tokenizer, range(len(part.source))[wanted.start :])
+    rows = encode(part, range(len(part.source))[wanted.start :])
     yield from filter(wanted.takes, rows)
     if part.removed:
         start = max(wanted.start - len(part.source), 0)
-        yield from filter(wanted.takes, _removed(part, tokenizer, list(part.removed)[start:]))
+        yield from filter(wanted.takes, _removed(part, list(part.removed)[start:]))
 
 
-def encode(part, tokenizer, indices):
+def encode(part, indices):
     """A Row for each index. Raises: DataError, as training would."""
-    d, bos = part.config.data, tokenizer.bos_token_id
-    for _, where, example, error in _encoded(part, tokenizer, indices, d.on_error):
+    d = part.config.data
+    for _, where, example, error in _encoded(part, indices, d.on_error):
         if error:
             yield Row(where, example, [], "skipped", error)
             continue
-        # Indices are cut in place of the tokens; the first of them, 0, stands for bos.
-        tally, n = Tally((), d.max_length, d.overlong), len(example.tokens)
-        numbered = example._replace(tokens=np.arange(n))
-        pieces = tally.fit([(where, numbered)], 0 if n and example.tokens[0] == bos else None)
-        note = f"data.max_length={d.max_length}" if 0 < d.max_length < n else ""
-        yield Row(where, example, [at for at, _ in pieces], next(iter(tally.dropped), ""), note)
+        tally = part.task.tally(d.max_length, d.overlong)
+        tally.fit([(where, example)])  # says why it is dropped, if it is
+        kept = part.task.kept(example, d.max_length, d.overlong)
+        long = 0 < d.max_length < part.task.length(example)
+        notes = [getattr(example, "note", ""), f"data.max_length={d.max_length}" * long]
+        dropped = next(iter(tally.dropped), "")
+        yield Row(where, example, kept, dropped, "; ".join(filter(None, notes)))
 
 
-def _removed(part, tokenizer, indices):
-    d = part.config.data
-    whole = part._replace(source=open_source(d.train, d.limit), policy=feed.policy(part.config))
-    for i, where, example, _ in _encoded(whole, tokenizer, indices, "skip"):
+def _removed(part, indices):
+    d, task = part.config.data, tasks.make(part.config, part.task.tokenizer)
+    whole = part._replace(source=open_source(d.train, d.limit), task=task)
+    for i, where, example, _ in _encoded(whole, indices, "skip"):
         rule, note, other = part.removed[i][1:]
         yield Row(where, example, [], rule, f"{note}: {other}" if other else note)
 
 
-def _encoded(part, tokenizer, indices, on_error):
+def _encoded(part, indices, on_error):
     """(index, file and row, Encoded, error); of a row with an error only the text is there."""
     source = part.source
     for at in range(0, len(indices), CHUNK):
         bad, some = _Bad(source, on_error), indices[at : at + CHUNK]
-        good = iter(encode_rows(source, some, tokenizer, part.policy, bad))
+        good = iter(encode_rows(source, some, part.task, bad))
         for i in some:
             if i in bad:
                 nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)

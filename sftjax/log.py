@@ -8,15 +8,14 @@ import jax
 from sftjax import metrics
 from sftjax.config import ConfigError
 
-COUNTS = ("cells", "tokens", "trained_tokens")
-
 
 class Log:
     """Collects each step's metrics and writes a line every config.train.log_every.
 
     A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
-    cells_per_s, tokens_per_s and trained_tokens_per_s (all positions, those that are not padding,
-    those trained), step_time, data_wait (the share of time spent waiting for a batch), mfu.
+    <count>_per_s of the task's counts (of texts cells, tokens and trained_tokens: all positions,
+    those that are not padding, those trained), step_time, data_wait (the share of time spent
+    waiting for a batch), mfu.
     Of several sources each has, over all the line's steps, trained_tokens/<name> and the mean
     loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
     """
@@ -30,6 +29,7 @@ class Log:
             workdir, feed.steps, jax.process_index(), board, start_step=start
         )
         self.sources, self.position = feed.names, feed.position
+        self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, config.train.log_every, "train.log_every")
         self.lr, self.flops, self._at = lr, flops, start
         self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
@@ -75,10 +75,10 @@ class Log:
         window = jax.device_get(window)  # waits until its last step is done
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        values = {k: float(v) for k, v in window[-1].items() if k not in COUNTS}
+        values = {k: float(v) for k, v in window[-1].items() if k not in self.counts}
         values |= self._by_source(window, values) | self.position(step)
         values["lr"] = float(self.lr(step - 1))  # the rate that this step used
-        values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in COUNTS}
+        values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in self.counts}
         values["step_time"] = seconds / len(window)
         values["data_wait"] = waited / seconds
         mfu = metrics.mfu(

@@ -1,7 +1,11 @@
-"""Loss functions: (params, batch, rng) -> Loss(sum, weight, metrics). One function each."""
+"""Loss functions: (params, batch, rng) -> Loss(sum, weight, metrics). One function each.
+
+rng is None in evaluation: nothing random then, no dropout.
+"""
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sftjax.ops import moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
@@ -53,7 +57,7 @@ def causal_lm(
             n_groups=len(sources),
             **model.logit_options,
         )
-        weight, metrics = jnp.sum(weights), {}
+        weight, metrics = jnp.sum(weights), token_counts(batch)
         if routing is not None:
             balance = moe.load_balance(routing) * weight
             total = total + load_balance * balance
@@ -61,14 +65,79 @@ def causal_lm(
         if accuracy:
             metrics["accuracy"] = (hits, jnp.sum(weights != 0, dtype=jnp.float32))
         if sources:
-            shares = group_sums(weights, groups, len(sources))
-            counts = group_sums(jnp.float32(weights != 0), groups, len(sources))
-            for i, name in enumerate(sources):
-                metrics[f"loss/{name}"] = (by_source[0][i], shares[i])
-                metrics[f"trained_tokens/{name}"] = (counts[i], None)
+            metrics |= _by_source(sources, by_source[0], weights, groups)
         return Loss(total, weight, metrics)
 
     return loss_fn
+
+
+def classification(
+    model,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: tuple[float, ...] = (),
+    predictions: bool = False,
+    sources: tuple[str, ...] = (),
+):
+    """Cross-entropy of a classifier over the documents of a Batch (see tasks.classification).
+
+    A document's class is read where its weight is not 0. class_weights: a factor for each class, ()
+    for none; the loss is divided by the sum of the weights that counted. predictions: return
+    (Loss, {"wanted", "given" int32 [B, S], "weights"}) in place of the Loss; "given" is -1 where a
+    logit is not finite. sources: as of causal_lm.
+    """
+
+    def loss_fn(params, batch, rng):
+        hidden, _ = model.outputs(params, batch, rng)
+        logits = model.class_logits(params, hidden, rng)  # float32 [B, S, C]
+        targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
+        if class_weights:
+            weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
+        trained = weights != 0
+        losses = optax.softmax_cross_entropy(
+            jnp.where(trained[..., None], logits, 0.0),
+            optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), label_smoothing),
+        )
+        losses, weight = losses * weights, jnp.sum(weights)
+        given = jnp.argmax(logits, -1).astype(jnp.int32)
+        given = jnp.where(jnp.all(jnp.isfinite(logits), -1), given, -1)
+        hits = jnp.sum(trained & (given == targets), dtype=jnp.float32)
+        metrics = token_counts(batch)
+        metrics["accuracy"] = (hits, jnp.sum(trained, dtype=jnp.float32))
+        if sources:
+            sums = group_sums(losses, batch["sources"], len(sources))
+            metrics |= _by_source(sources, sums, weights, batch["sources"])
+        loss = Loss(jnp.sum(losses), weight, metrics)
+        if not predictions:
+            return loss
+        return loss, {"wanted": targets, "given": given, "weights": batch["weights"]}
+
+    return loss_fn
+
+
+def token_counts(batch) -> dict:
+    """How many positions a Batch has, how many hold a token, and how many of them are trained.
+
+    {} for a batch that does not say which of its positions hold tokens.
+    """
+    if "segments" not in batch:
+        return {}
+    return {
+        "cells": (jnp.float32(batch["segments"].size), None),
+        "tokens": (jnp.sum(batch["segments"] > 0, dtype=jnp.float32), None),
+        "trained_tokens": (jnp.sum(batch["weights"] != 0, dtype=jnp.float32), None),
+    }
+
+
+def _by_source(sources, sums, weights, groups):
+    """Metrics of each source: its loss, and the number of its trained tokens."""
+    shares = group_sums(weights, groups, len(sources))
+    counts = group_sums(jnp.float32(weights != 0), groups, len(sources))
+    metrics = {}
+    for i, name in enumerate(sources):
+        metrics[f"loss/{name}"] = (sums[i], shares[i])
+        metrics[f"trained_tokens/{name}"] = (counts[i], None)
+    return metrics
 
 
 def _per_document(weights, segments):

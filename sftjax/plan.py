@@ -18,7 +18,7 @@ import jax
 
 from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
-from sftjax import hlo, optim, plan_text, setup, sharding, targets
+from sftjax import hlo, optim, plan_text, setup, sharding, targets, tasks
 from sftjax import memory as memory_lib
 from sftjax import params as params_lib
 
@@ -89,24 +89,25 @@ class Program:
 def build(config, target, trained=0.5, document=0) -> Program:
     """The Program of a config; raises what train would raise of it, before any compile."""
     config = _with_stored_dtype(config)
-    mesh, model, trainable = build_shapes(config, target)
+    task = tasks.make(config, None)
+    mesh, model, trainable = build_shapes(config, task, target)
     tx = optim.make(config.optim, setup.make_schedule(config, 1000), model.abstract, trainable)
     with use(mesh):
         state = setup.abstract_state(config, model, trainable, tx, mesh)
-        step = setup.make_step(config, model, tx, state, platform=platform(target))
+        step = setup.make_step(config, task, model, tx, state, platform=platform(target))
     rows, width = config.train.batch_size, config.data.max_length
-    batch = sharding.abstract_batch(mesh, rows, width)
+    batch = sharding.abstract_batch(mesh, task.layout.spec(rows, width))
     work = Work(rows, width, trained, document or width)
     return Program(config, model, trainable, mesh, state, batch, step, work)
 
 
-def build_shapes(config, target):
+def build_shapes(config, task, target):
     """(mesh, model, trainable), where all their sizes divide."""
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
     mesh = sharding.make_mesh(sizes, target.devices) if target.devices else _abstract(sizes, target)
     rows, width = config.train.batch_size, config.data.max_length
     sharding.check_batch(mesh, rows, config.train.micro_batches, width)
-    model, trainable = setup.make_model(config, platform=platform(target))
+    model, trainable = setup.make_model(config, task, platform=platform(target))
     sharding.param_shardings(mesh, model.abstract)
     return mesh, model, trainable
 
@@ -326,7 +327,7 @@ REMAT = ("none", "dots", "attention", "full", "offload")
 
 def candidates(config, target, remat):
     """(config, mesh without devices) of what a search tries: where all sizes divide."""
-    model, _ = setup.make_model(config, platform=platform(target))
+    model, _ = setup.make_model(config, tasks.make(config, None), platform=platform(target))
     rows, width = config.train.batch_size, config.data.max_length
     for sizes in _meshes(target):
         mesh = _abstract(sizes, target)

@@ -6,31 +6,31 @@ from typing import NamedTuple
 from sftjax.config import ConfigError
 from sftjax.data import open_source, stream
 from sftjax.data.augment import Augmented
-from sftjax.data.chat import encode_batch
 from sftjax.data.clean import find_once
 from sftjax.data.clean_report import summary, write_rejects, write_report
 from sftjax.data.pipeline import store_key
 from sftjax.data.split import Subset, split
+from sftjax.tasks import Task
 
-READING = ("fields", "roles")  # of an encoding policy: what says how to read a record
-FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
+READING = ("fields", "roles")  # of the keywords of to_conversation: how to read a record
 
 
 class Prepared(NamedTuple):
     train: Subset  # or another source of records
-    policy: dict  # how to encode them
-    validation: Subset | None  # rows held out of data.train; to be encoded by the config's policy
+    task: Task  # encodes them
+    validation: Subset | None  # rows held out of data.train
+    held: Task  # encodes these
     notes: list[str]  # what was done, a line each
     removed: dict  # {row of data.train: Finding}: what cleaning took out
 
 
-def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepared:
+def training_rows(config, task, cache_dir, workdir=None) -> Prepared:
     """The rows of data.train as data.clean, data.split and data.augment want them.
 
     Of a stream, only the first rows of its shards: see `data.stream.sample`.
 
     Args:
-      policy: the keywords of `encode` that the config sets.
+      task: encodes the config's records.
       cache_dir: where what cleaning found is kept, so that a restart does not look again.
       workdir: where the rejects and the report of cleaning are written; None = not at all.
     """
@@ -41,9 +41,14 @@ def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepare
             "too: keep one of them"
         )
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
+    options, form = {}, {}
     if d.clean.rules:
-        key = store_key(source, tokenizer, policy, d.max_length, d.overlong)
-        options = clean_options(config, tokenizer, policy)
+        options = clean_options(config, task)
+    if d.clean.rules or d.split.share or d.augment:
+        source, task, form = task.prepared(source)
+    held = task
+    if d.clean.rules:
+        key = store_key(source, task, d.max_length, d.overlong)
         findings = find_once(cache_dir, key, source, tuple(d.clean.rules), **options)
         notes.append(summary(findings))
         if workdir is not None:
@@ -55,34 +60,38 @@ def training_rows(config, tokenizer, policy, cache_dir, workdir=None) -> Prepare
     if d.split.share:
         by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by)
         by["skip"] = d.on_error == "skip"
-        source, held_out = split(source, d.split.share, form=_only(policy, READING), **by)
+        source, held_out = split(source, d.split.share, form=_only(form, READING), **by)
         notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
     if d.augment:
-        form = _only(policy, FORM)
         source = Augmented(source, d.augment, d.augment_copies, config.seed, form)
-        policy = {k: v for k, v in policy.items() if k not in FORM}  # the variants need none of it
+        task = task.canonical()  # the form of the variants
         notes.append(f"augmented by {', '.join(d.augment)}; copies of each row: {d.augment_copies}")
-    return Prepared(source, policy, held_out, notes, removed)
+    return Prepared(source, task, held_out, held, notes, removed)
 
 
-def clean_options(config, tokenizer, policy) -> dict:
-    """The keywords of `clean.find` that the config sets; tokenizer may be None."""
+def clean_options(config, task) -> dict:
+    """The keywords of `clean.find` that the config sets, for sources as Task.prepared gives them.
+
+    Without a tokenizer nothing can be said of lengths.
+    """
     d, c = config.data, config.data.clean
+    evaluation = [open_source(paths) for paths in (d.validation, d.test) if paths]
+    _, encoder, form = task.prepared(None)
 
     def count_tokens(records, wheres):
-        return [len(e.tokens) for e in encode_batch(records, wheres, tokenizer, **policy)]
+        return [encoder.length(example) for example in encoder.examples(records, wheres)]
 
     return dict(
-        form=_only(policy, READING),
+        form=_only(form, READING),
         near=c.near,
         ngram=c.ngram,
-        evaluation=[open_source(paths) for paths in (d.validation, d.test) if paths],
+        evaluation=[task.prepared(source)[0] for source in evaluation],
         max_tokens=c.max_tokens or d.max_length,
-        count_tokens=count_tokens if tokenizer is not None else None,
+        count_tokens=count_tokens if task.tokenizer is not None else None,
         suspects=c.suspects,
         remove_suspects=c.remove_suspects,
     )
 
 
-def _only(policy, keys):
-    return {key: policy[key] for key in keys if key in policy}
+def _only(form, keys):
+    return {key: form[key] for key in keys if key in form}

@@ -22,6 +22,13 @@ def gather(value) -> list:
     return [json.loads(bytes(t[:n])) for t, n in zip(texts, sizes, strict=True)]
 
 
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, of all processes' parts. All processes must call it."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def initialize(coordinator="", processes=0, process_id=-1, timeout=300):
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 

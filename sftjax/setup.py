@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import checkpoint, losses, optim, sharding, xla_flags
+from sftjax import checkpoint, optim, sharding, xla_flags
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
@@ -150,19 +150,18 @@ def environment() -> dict:
 # ---- model and state -----------------------------------------------------------------------
 
 
-def make_model(config, tokenizer=None, platform=""):
+def make_model(config, task, platform=""):
     """(Model, tree of bools: is each parameter trained); reads no weights.
 
-    Without a tokenizer the model's files may be a config.json alone: nothing else is read, and the
-    embedding has the rows that it says. platform: where the model is to run; "" = here.
+    Of a task without a tokenizer the model's files may be a config.json alone: nothing else is
+    read, and the embedding has the rows that it says. platform: where the model is to run; "" =
+    here.
     """
     m = config.model
-    if not m.path:
-        raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
     if m.init not in ("pretrained", "random"):
         raise ConfigError(f"model.init={m.init!r}; expected 'pretrained' or 'random'")
-    model = hf.load_model(
-        m.path,
+    model = task.load_model(
+        m,
         dtype=m.dtype,
         remat=m.remat,
         attention=m.attention,
@@ -170,18 +169,28 @@ def make_model(config, tokenizer=None, platform=""):
         split=tuple(m.split),
         vocab_multiple=m.vocab_multiple,
     )
-    features = {"segments"} | model.attention_features
-    length = config.data.max_length // abs(config.mesh.context)
-    attention.check(m.attention, features, platform, length)
-    model.check_length(config.data.max_length, f"data.max_length={config.data.max_length}")
-    if tokenizer is None:
-        model = model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
-    else:
-        if m.init == "pretrained":
-            model = hf.with_dtypes(model, hf.resolve(m.path))
-        model = _with_rows(model, tokenizer, config.data.add_tokens)
+    if from_files(model):
+        model = _checked(config, model, task.tokenizer, platform)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
     return model, trainable
+
+
+def from_files(model) -> bool:
+    """Is it one of our bodies, made from a Hugging Face directory; else it is a user's own."""
+    return getattr(model, "source", None) is not None
+
+
+def _checked(config, model, tokenizer, platform):
+    """The model with a row for every token; raises what its backend or its positions refuse."""
+    m, longest = config.model, config.data.max_length
+    features = {"segments"} | model.attention_features
+    attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
+    model.check_length(longest, f"data.max_length={longest}")
+    if tokenizer is None:
+        return model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
+    if m.init == "pretrained":
+        model = hf.with_dtypes(model, hf.resolve(m.path))
+    return _with_rows(model, tokenizer, config.data.add_tokens)
 
 
 def _with_rows(model, tokenizer, added):
@@ -202,7 +211,7 @@ def _with_rows(model, tokenizer, added):
 def dtypes(config, model, trainable):
     """Tree of parameter dtypes: trained ones in param_dtype, frozen ones in frozen_dtype."""
     m = config.model
-    stored = hf.stored_dtypes(model)
+    stored = hf.stored_dtypes(model) if from_files(model) else {}
 
     def one(name, on):
         return jnp.dtype(m.param_dtype if on else m.frozen_dtype or stored.get(name, m.param_dtype))
@@ -231,7 +240,10 @@ def abstract_state(config, model, trainable, tx, mesh):
         dtypes(config, model, trainable),
         is_leaf=params_lib.is_param,
     )
-    state = jax.eval_shape(lambda p: _create(config, p, trainable, tx), shapes)
+    model_state = None
+    if model.state is not None:
+        model_state = params_lib.shapes(model.state)
+    state = jax.eval_shape(lambda p, s: _create(config, p, trainable, tx, s), shapes, model_state)
     by_name = {
         name: (p.shape, s)
         for (name, p), s in zip(
@@ -249,12 +261,12 @@ def abstract_state(config, model, trainable, tx, mesh):
     return params_lib.map_named(place, state)
 
 
-def make_step(config, model, tx, target, sources=(), platform=""):
+def make_step(config, task, model, tx, target, sources=(), platform=""):
     """The jitted train_step of a config, to be compiled for a platform ("" = this one).
 
-    target: the abstract state; sources: see losses.causal_lm.
+    target: the abstract state; sources: see Task.loss_fn.
     """
-    loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=sources)
+    loss_fn = task.loss_fn(model, config.loss.to_dict(), sources)
     step = functools.partial(
         train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
     )
@@ -271,9 +283,10 @@ def _tails(name):
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
-def _create(config, params, trainable, tx):
+def _create(config, params, trainable, tx, model_state=None):
+    rng = jax.random.key(config.seed)
     return TrainState.create(
-        params=params, tx=tx, trainable=trainable, rng=jax.random.key(config.seed)
+        params=params, tx=tx, trainable=trainable, rng=rng, model_state=model_state
     )
 
 
@@ -291,9 +304,10 @@ def state_text(state, flops) -> str:
 
 
 def flops_per_step(model, trainable, feed) -> float:
-    """Model FLOPs of an average step; see Model.train_flops."""
-    of = model.train_flops(trainable)
-    row = feed.per_row
+    """Model FLOPs of an average step, see Model.train_flops; 0 where the model doesn't say."""
+    if not hasattr(model, "train_flops"):
+        return 0.0
+    of, row = model.train_flops(trainable), feed.per_row
     return of(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
 
 
@@ -314,21 +328,46 @@ def _added_text(model, trainable, new) -> str:
 def first_state(config, model, tokenizer, trainable, tx, target, mesh):
     """TrainState at step 0: pretrained weights read, or random ones drawn, in place."""
     kinds = dtypes(config, model, trainable)
-    new = tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
-    if new:
-        say("tokens", _added_text(model, trainable, new))
-    if config.model.init == "pretrained":
-        stored = model.replace(vocab=model.source.config["vocab_size"])
-        _, params = hf.load_params(stored, hf.resolve(config.model.path), kinds, mesh)
-        if new:
-            _, params = vocab.grow(stored, params, max(new) + 1, config.seed, first=min(new))
+    if from_files(model) and config.model.init == "pretrained":
+        params = _read_params(config, model, tokenizer, trainable, kinds, mesh)
     else:
-        shardings = sharding.param_shardings(mesh, model.abstract)
-        params = params_lib.init(model.abstract, jax.random.key(config.seed), shardings=shardings)
+        params = _drawn(config, model.abstract, mesh)
         params = jax.tree.map(lambda x, d: x.astype(d), params, kinds)
+    model_state = None if model.state is None else _drawn(config, model.state, mesh)
     create = jax.jit(
-        lambda p: _create(config, p, trainable, tx),
-        donate_argnums=0,
+        lambda p, s: _create(config, p, trainable, tx, s),
+        donate_argnums=(0, 1),
         out_shardings=shardings_of(target),
     )
-    return create(params)
+    return create(params, model_state)
+
+
+def _read_params(config, model, tokenizer, trainable, kinds, mesh):
+    """The files' parameters, with rows drawn for new tokens."""
+    added = list(config.data.add_tokens)
+    new = tokenizer.convert_tokens_to_ids(added) if added else []
+    if new:
+        say("tokens", _added_text(model, trainable, new))
+    stored = model.replace(vocab=model.source.config["vocab_size"])
+    _, params = hf.load_params(stored, hf.resolve(config.model.path), kinds, mesh)
+    if new:
+        _, params = vocab.grow(stored, params, max(new) + 1, config.seed, first=min(new))
+    return params
+
+
+def _drawn(config, abstract, mesh):
+    shardings = sharding.param_shardings(mesh, abstract)
+    return params_lib.init(abstract, jax.random.key(config.seed), shardings=shardings)
+
+
+def export(directory, task, model, state) -> None:
+    """Write the trained model as a Hugging Face directory, or as its own `save` does."""
+    if hasattr(model, "save"):
+        model.save(directory, state.all_params, state.model_state)
+    elif from_files(model):
+        hf.save_pretrained(
+            directory, model, state.all_params, task.tokenizer, stop_ids=task.stop_ids
+        )
+    else:
+        name = type(model).__name__
+        say("export", f"none: {name} has no save(directory, params, model_state)")

@@ -374,12 +374,12 @@ def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
         )
 
 
-def abstract_batch(mesh, rows: int, width: int, sources=False) -> dict:
-    """A Batch as ShapeDtypeStructs laid out on the mesh."""
-    layout = named(mesh, "batch", "seq")
-    kinds = dict.fromkeys(("tokens", "targets", "weights", "positions", "segments"), np.int32)
-    kinds |= {"weights": np.float32} | ({"sources": np.int32} if sources else {})
-    return {k: jax.ShapeDtypeStruct((rows, width), t, sharding=layout) for k, t in kinds.items()}
+def abstract_batch(mesh, spec) -> dict:
+    """A batch as ShapeDtypeStructs laid out on the mesh. spec: {name: Field}, see data.pack."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, *axes))
+        for name, (shape, dtype, axes) in spec.items()
+    }
 
 
 def local_rows(mesh, batch_size: int) -> list[int]:
@@ -405,13 +405,16 @@ def row_parts(mesh, batch_size: int) -> list[list[int]]:
     return [list(part) for part in parts]
 
 
-def put_batch(mesh, batch, batch_size: int):
-    """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh."""
+def put_batch(mesh, batch, batch_size: int, axes=None):
+    """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh.
 
-    def put(x):
-        axes = ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)
+    axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").
+    """
+
+    def put(name, x):
+        own = axes[name] if axes else ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)
         return jax.make_array_from_process_local_data(
-            named(mesh, *axes), x, (batch_size, *x.shape[1:])
+            named(mesh, *own), x, (batch_size, *x.shape[1:])
         )
 
-    return {k: put(np.asarray(v)) for k, v in batch.items()}
+    return {k: put(k, np.asarray(v)) for k, v in batch.items()}

@@ -24,30 +24,38 @@ class Loss:
     """What a loss function returns; sums add over micro-batches, hosts and evaluation batches.
 
     sum / weight is the loss. metrics: {name: (sum, weight)}; weight None: a plain sum, a count.
+    state: the model's state after this batch (such as batch statistics), where it has one.
     """
 
     sum: jax.Array
     weight: jax.Array
-    metrics: dict[str, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
+    metrics: dict[str, tuple[jax.Array, jax.Array | None]] = struct.field(default_factory=dict)
+    state: Any = None
 
 
 @struct.dataclass
 class TrainState:
-    """Everything a step changes. params and frozen have one structure; see params.partition."""
+    """Everything a step changes. params and frozen have one structure; see params.partition.
+
+    model_state: what a model learns besides parameters, such as batch statistics, or None. A loss
+    function then gets it as a fourth argument, and returns the new one as Loss(..., state=new).
+    """
 
     step: jax.Array  # int32 scalar: optimizer steps taken
     params: Any  # trained leaves, None where frozen
     frozen: Any  # frozen leaves, None where trained
     opt_state: Any
     rng: jax.Array
+    model_state: Any = None
 
     @classmethod
-    def create(cls, *, params, tx, trainable=((".*", True),), rng=0):
+    def create(cls, *, params, tx, trainable=((".*", True),), rng=0, model_state=None):
         """A state at step 0.
 
         params: any pytree of arrays. tx: an optax transformation. trainable: ordered
         (regex, bool) rules over whole leaf names such as "layers/0-11/attn/q/w", or a tree of
-        bools. rng: a seed or a JAX key. Raises ValueError for a rule that matches nothing.
+        bools. rng: a seed or a JAX key. model_state: a pytree of arrays, or None. Raises ValueError
+        for a rule that matches nothing.
         """
         if isinstance(trainable, (tuple, list)) and all(
             isinstance(r, (tuple, list)) and isinstance(r[0], str) for r in trainable
@@ -62,6 +70,7 @@ class TrainState:
             frozen=frozen,
             opt_state=tx.init(trained),
             rng=jax.random.key(rng) if isinstance(rng, int) else rng,
+            model_state=model_state,
         )
 
     @property
@@ -74,23 +83,26 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
     """One optimizer step -> (new state, metrics).
 
     batch: a pytree of arrays with a leading batch dimension that micro_batches divides.
-    loss_fn(params, batch, rng) -> Loss. metrics: finished float32 scalars, still on the device:
-    loss, grad_norm (before any clipping in tx), update_ratio (norm of the update / norm of the
-    trained parameters), every metric of loss_fn, and for a Batch with segments and weights:
-    cells, tokens, trained_tokens. Jit it with donate_argnums=0.
+    loss_fn(params, batch, rng) -> Loss, or loss_fn(params, batch, rng, model_state) for a state
+    with one. metrics: finished float32 scalars, still on the device: loss, grad_norm (before any
+    clipping in tx), update_ratio (norm of the update / norm of the trained parameters), and every
+    metric of loss_fn. Jit it with donate_argnums=0.
     """
     rng = jax.random.fold_in(state.rng, state.step)
 
-    def loss_and_grad(params, frozen, micro, rng):
+    def loss_and_grad(params, frozen, micro, rng, model_state):
         def objective(trained):
-            loss = loss_fn(params_lib.combine(trained, frozen), micro, rng)
+            whole = params_lib.combine(trained, frozen)
+            loss = call(loss_fn, whole, micro, rng, model_state)
             return loss.sum.astype(jnp.float32), loss
 
         (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return loss, grads
+        return (loss.replace(state=None), grads), loss.state
 
     work = functools.partial(_accumulate, loss_and_grad, micro_batches)
-    loss, grads = _sum_once(work, micro_batches)(state.params, state.frozen, batch, rng)
+    if state.model_state is None:  # else a micro-batch's statistics are those of all its devices
+        work = _sum_once(work, micro_batches)
+    (loss, grads), model_state = work(state.params, state.frozen, batch, rng, state.model_state)
     grads = jax.tree.map(lambda g: _ratio(g, loss.weight.astype(g.dtype)), grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -101,20 +113,41 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
         "update_ratio": _ratio(optax.tree.norm(updates), optax.tree.norm(params)),
     }
     ratios = {k: s if w is None else _ratio(s, w) for k, (s, w) in loss.metrics.items()}
-    metrics |= ratios | _counts(batch)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    metrics |= ratios
+    state = state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state, model_state=model_state
+    )
     return state, metrics
 
 
-def eval_step(params, batch, *, loss_fn) -> Loss:
-    """The Loss of one batch, to be added up over batches; one division at the very end."""
-    return loss_fn(params, batch, None)
+def eval_step(params, batch, *, loss_fn, model_state=None) -> Loss:
+    """The Loss of one batch, to be added up over batches; one division at the very end.
+
+    loss_fn gets None for rng: nothing random, and no new state.
+    """
+    return call(loss_fn, params, batch, None, model_state)
 
 
-def _accumulate(fn, n, params, frozen, batch, rng):
-    """Sum of fn(params, frozen, micro_batch, rng) over n micro-batches, one at a time."""
+def call(loss_fn, params, batch, rng, model_state=None) -> Loss:
+    """loss_fn's Loss; the model's state is an argument only where there is one.
+
+    Raises: ValueError if it was given a state in training, and returns none.
+    """
+    if model_state is None:
+        return loss_fn(params, batch, rng)
+    loss = loss_fn(params, batch, rng, model_state)
+    if rng is not None and loss.state is None:
+        raise ValueError("the loss function was given model_state, but returned Loss.state=None")
+    return loss
+
+
+def _accumulate(fn, n, params, frozen, batch, rng, model_state):
+    """(sum of the first results of fn over n micro-batches, one at a time; the last one's state).
+
+    fn(params, frozen, micro_batch, rng, model_state) -> (a tree of sums, the new model_state).
+    """
     if n == 1:
-        return fn(params, frozen, batch, rng)
+        return fn(params, frozen, batch, rng, model_state)
 
     def split(x):
         if x.shape[0] % n:
@@ -125,13 +158,15 @@ def _accumulate(fn, n, params, frozen, batch, rng):
     micro = jax.tree.map(split, batch)
     rngs = jax.random.split(rng, n)
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(fn, params, frozen, first, rngs[0])
+    shapes, _ = jax.eval_shape(fn, params, frozen, first, rngs[0], model_state)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def body(total, xs):
-        return jax.tree.map(jnp.add, total, fn(params, frozen, *xs)), None
+    def body(carry, xs):
+        total, model_state = carry
+        new, model_state = fn(params, frozen, *xs, model_state)
+        return (jax.tree.map(jnp.add, total, new), model_state), None
 
-    return jax.lax.scan(body, zero, (micro, rngs))[0]
+    return jax.lax.scan(body, (zero, model_state), (micro, rngs))[0]
 
 
 def _sum_once(work, micro_batches):
@@ -143,23 +178,13 @@ def _sum_once(work, micro_batches):
     if micro_batches == 1 or mesh.empty or mesh.shape.get(DATA, 1) == 1:
         return work
 
-    def shard(params, frozen, batch, rng):
+    def shard(params, frozen, batch, rng, model_state):
         rng = jax.random.fold_in(rng, jax.lax.axis_index(DATA))
-        return jax.lax.psum(work(params, frozen, batch, rng), DATA)
+        return jax.lax.psum(work(params, frozen, batch, rng, model_state), DATA)
 
-    return sharding.shard_map(shard, (P(), P(), P(DATA), P()), P(), axes={DATA})
+    return sharding.shard_map(shard, (P(), P(), P(DATA), P(), P()), P(), axes={DATA})
 
 
 def _ratio(a, b):
     """a / b, and exactly 0 where b is 0."""
     return jnp.where(b == 0, jnp.zeros_like(a), a / jnp.where(b == 0, 1, b))
-
-
-def _counts(batch):
-    if not (isinstance(batch, dict) and {"segments", "weights"} <= batch.keys()):
-        return {}
-    return {
-        "cells": jnp.float32(batch["segments"].size),
-        "tokens": jnp.sum(batch["segments"] > 0, dtype=jnp.float32),
-        "trained_tokens": jnp.sum(batch["weights"] != 0, dtype=jnp.float32),
-    }

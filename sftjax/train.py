@@ -11,14 +11,12 @@ import time
 import jax
 
 from sftjax import config as config_lib
-from sftjax import data as data_lib
-from sftjax import optim, plan, processes, report, setup, sharding, xla_flags
+from sftjax import optim, plan, processes, report, setup, sharding, tasks, xla_flags
 from sftjax import params as params_lib
 from sftjax.checkpoint import Checkpointer
-from sftjax.evaluate import EarlyStop, Evaluator, lower_is_better
+from sftjax.evaluate import EarlyStop, Evaluator
 from sftjax.feed import Feed, load_tokenizer
 from sftjax.log import Log
-from sftjax.models import hf
 from sftjax.profiler import Profiler
 
 
@@ -41,26 +39,26 @@ def train(config, workdir) -> dict:
 
     with plan.advice(config), setup.compile_cache(workdir), jax.set_mesh(mesh):
         # ==== Data ====
-        tokenizer = load_tokenizer(config)
-        feed = Feed(config, tokenizer, workdir, mesh)
-        stop_ids = data_lib.stop_ids(tokenizer)
+        task = tasks.make(config, load_tokenizer(config))
+        feed = Feed(config, task, workdir, mesh)
         say("data", feed.summary())
 
         # ==== Model, optimizer, state ====
-        model, trainable = setup.make_model(config, tokenizer)
+        model, trainable = setup.make_model(config, task)
         profiler = Profiler(config, workdir, feed.steps)
         lr = setup.make_schedule(config, feed.steps)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         target = setup.abstract_state(config, model, trainable, tx, mesh)
+        lower = task.lower_is_better(config.eval.best)
         checkpoints = Checkpointer(
             workdir / "checkpoints",
             manifest=setup.manifest(config, feed),
             keep=config.train.keep,
             best_metric=config.eval.best,
-            best_mode="min" if lower_is_better(config.eval.best) else "max",
+            best_mode="min" if lower else "max",
         )
         if checkpoints.latest_step() is None:
-            state = setup.first_state(config, model, tokenizer, trainable, tx, target, mesh)
+            state = setup.first_state(config, model, task.tokenizer, trainable, tx, target, mesh)
             extra = {"before": None, "early_stop": None, "data": None}
         else:
             state, extra = checkpoints.restore(target)
@@ -72,26 +70,27 @@ def train(config, workdir) -> dict:
         # ==== Compile: once for each batch shape there is, the widest last ====
         if xla_flags.text(jax.default_backend()):
             say("flags", xla_flags.text(jax.default_backend()))
-        step_fn = setup.make_step(config, model, tx, target, feed.names)
+        step_fn = setup.make_step(config, task, model, tx, target, feed.names)
         began = time.monotonic()
         steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}
         say("compiled", setup.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
 
         # ==== Before ====
-        evaluator = Evaluator(config, model, tokenizer, stop_ids, feed, mesh)
+        generation = dict(mesh=mesh, seed=config.seed, **config.generate.to_dict())
+        evaluator = Evaluator(task, model, feed, config.loss.to_dict(), **generation)
         if extra["before"] is None:
-            extra["before"] = evaluator.full(state.all_params)
+            extra["before"] = evaluator.full(state.all_params, state.model_state)
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
         log = Log(config, workdir, feed, lr, flops, start=step)
-        early_stop = EarlyStop(config.eval.best, config.eval.patience, extra["early_stop"])
+        early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
         for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
                 break
             with profiler.step(step + 1), jax.transfer_guard("disallow"):
-                state, metrics = steps[batch["tokens"].shape[1]](state, batch)
+                state, metrics = steps[feed.width(batch)](state, batch)
             step += 1
             profiler.end(step, metrics)
             checkpoints.check()  # a save that failed behind the loop ends it now
@@ -99,7 +98,7 @@ def train(config, workdir) -> dict:
             values = None
             if feed.sets and feed.due(step, config.eval.every, "eval.every"):
                 with log.pause():
-                    values = evaluator.losses(state.all_params)
+                    values = evaluator.losses(state.all_params, state.model_state)
                 log.write(step, values)
                 early_stop.update(values)
                 extra["early_stop"] = early_stop.state
@@ -114,13 +113,11 @@ def train(config, workdir) -> dict:
         checkpoints.close()
 
         # ==== After ====
-        after = evaluator.full(state.all_params)
+        after = evaluator.full(state.all_params, state.model_state)
         if config.train.export:
-            hf.save_pretrained(
-                workdir / "export", model, state.all_params, tokenizer, stop_ids=stop_ids
-            )
+            setup.export(workdir / "export", task, model, state)
         result = {"before": extra["before"], "after": after, "steps": step}
-        report.finish(config, workdir, feed, tokenizer, result)
+        report.finish(config, workdir, task, feed, result)
     return result
 
 

@@ -11,6 +11,7 @@ from sftjax.data import DataError, build_store, encode, open_source
 from sftjax.data import augment as augment_lib
 from sftjax.data.augment import AUGMENTATIONS, TEMPLATES, Augmented, canonical
 from sftjax.data.conversation import to_conversation
+from sftjax.tasks.causal_lm import CausalLM
 
 LONG = "tell me one two three four five six seven eight nine ten eleven twelve words about the sea"
 CHAT = [
@@ -137,7 +138,7 @@ def test_the_answers_are_trained_as_they_stand(tmp_path):
     data = source(tmp_path, RECORDS[:2])
     policy = dict(train_on="assistant", stop_token="turn", fields={}, system="")
     stores = [
-        build_store(s, TOKENIZER, policy, 0, "drop", tmp_path / "cache")
+        build_store(s, CausalLM(TOKENIZER, policy), 0, "drop", tmp_path / "cache")
         for s in (data, Augmented(data, ("token_dropout", "paraphrase_template"), copies=4))
     ]
     assert len(stores[1]) == 8 and stores[0].folder != stores[1].folder

@@ -11,9 +11,9 @@ import pytest
 from test_chat import PLAIN, TOKENIZER, make_tokenizer
 
 from sftjax.data import DataError, build_store, open_source
-from sftjax.data import pipeline as pipeline_lib
 from sftjax.data.rejects import kind_of
 from sftjax.data.split import split
+from sftjax.tasks.causal_lm import CausalLM
 
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}
 USER = {"role": "user", "content": "what is two?"}
@@ -210,7 +210,7 @@ def line(row):
 def build(path, tokenizer=TOKENIZER, policy=None, **settings):
     cache = path.parent / "cache"
     return build_store(
-        open_source(path), tokenizer, policy or {}, 64, "drop", cache, **settings
+        open_source(path), CausalLM(tokenizer, policy), 64, "drop", cache, **settings
     )  # fmt: skip
 
 
@@ -318,7 +318,7 @@ def test_bad_rows_are_on_the_training_side_of_a_split(tmp_path):
         split(source, 0.2)
     train, validation = split(source, 0.2, skip=True)
     assert {40, 41} <= set(train.rows) and len(train) + len(validation) == 42
-    store = build_store(train, TOKENIZER, {}, 64, "drop", tmp_path / "c", "skip", 0.5)
+    store = build_store(train, CausalLM(TOKENIZER), 64, "drop", tmp_path / "c", "skip", 0.5)
     assert len(store) == len(train) - 2 == store.report["examples"]
     with pytest.raises(DataError, match="d.jsonl:41: malformed JSON"):  # of no group
         split(source, 0.2, group_by="prompt", skip=True)
@@ -335,14 +335,14 @@ def test_good_rows_are_still_encoded_together(tmp_path, monkeypatch):
     path = tmp_path / "d.jsonl"
     rows = [GOOD] * 300 + [{"prompt": "a"}] + [GOOD] * 211
     path.write_bytes(b"\n".join(map(line, rows)))
-    sizes, encode_batch = [], pipeline_lib.encode_batch
+    sizes, examples = [], CausalLM.examples
 
-    def counted(records, *args, **policy):
-        encoded = encode_batch(records, *args, **policy)
+    def counted(self, *args):
+        encoded = examples(self, *args)
         sizes.append(len(encoded))
         return encoded
 
-    monkeypatch.setattr(pipeline_lib, "encode_batch", counted)
+    monkeypatch.setattr(CausalLM, "examples", counted)
     assert len(build(path, on_error="skip")) == sum(sizes) == 511
     assert len(sizes) == 9  # halves: 2 ** 9 rows, one of them bad
 

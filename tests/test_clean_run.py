@@ -14,7 +14,7 @@ from test_clean import Records, good, places, planted
 
 from sftjax import clean as command
 from sftjax import config as config_lib
-from sftjax import losses, sharding
+from sftjax import losses, sharding, tasks
 from sftjax.config import ConfigError, get_default
 from sftjax.data import DataError, make_batch, open_source
 from sftjax.data.clean import find
@@ -100,7 +100,7 @@ def config(tmp_path):
 def make_feed(config, workdir):
     workdir.mkdir(exist_ok=True)
     mesh = sharding.make_mesh({a: config.mesh[a] for a in sharding.AXES})
-    return Feed(config, load_tokenizer(config), workdir, mesh)
+    return Feed(config, tasks.make(config, load_tokenizer(config)), workdir, mesh)
 
 
 def test_command(config, tmp_path, capsys):

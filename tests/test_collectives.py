@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import sftjax
 from sftjax import hlo, sharding
 from sftjax import params as params_lib
+from sftjax.data.pack import CAUSAL
 
 ROWS, LENGTH, F32 = 8, 32, 4
 TOKENS = ROWS * LENGTH  # of a micro-batch; the loss takes them in one chunk
@@ -38,7 +39,7 @@ def collectives(sizes, micro=1):
         params = params_lib.shapes(MODEL.abstract, jnp.float32, layout)
         state = jax.eval_shape(lambda p: sftjax.TrainState.create(params=p, tx=tx), params)
         state = state.replace(params=params)
-        batch = sharding.abstract_batch(mesh, ROWS * micro, LENGTH)
+        batch = sharding.abstract_batch(mesh, CAUSAL.spec(ROWS * micro, LENGTH))
         out = (jax.tree.map(lambda x: x.sharding, state), None)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
         cost = hlo.analyze(jitted.lower(state, batch).compile().as_text())

@@ -11,7 +11,7 @@ import pytest
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import optim, setup, sharding
+from sftjax import optim, setup, sharding, tasks
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = sorted(p.name for p in (REPO / "configs").glob("*.py"))
@@ -37,7 +37,7 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
     mesh = sharding.make_mesh({a: config.mesh[a] for a in sharding.AXES})
     with jax.set_mesh(mesh):
         tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 99})
-        model, trainable = setup.make_model(config, tokenizer)
+        model, trainable = setup.make_model(config, tasks.make(config, tokenizer))
         lr = setup.make_schedule(config, 100)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         state = setup.abstract_state(config, model, trainable, tx, mesh)

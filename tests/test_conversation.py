@@ -6,9 +6,9 @@ import pytest
 from test_chat import TOKENIZER, assistant, fails, system, user
 
 from sftjax import config as config_lib
-from sftjax import feed
 from sftjax.data import DataError, encode
 from sftjax.data.conversation import to_conversation
+from sftjax.tasks.causal_lm import policy as policy_of
 
 # --- record forms ---
 
@@ -255,13 +255,13 @@ def test_a_row_s_template_options_count_before_the_set_s():
 
 def test_the_config_s_roles_and_template_options():
     config = config_lib.get_default()
-    assert feed.policy(config)["roles"] == feed.policy(config)["template_kwargs"] == {}
+    assert policy_of(config.data)["roles"] == policy_of(config.data)["template_kwargs"] == {}
     config.data.roles, config.data.template_kwargs = "USER=user, BOT = assistant", '{"a": [1]}'
-    policy = feed.policy(config)
+    policy = policy_of(config.data)
     assert policy["roles"] == {"USER": "user", "BOT": "assistant"}
     assert policy["template_kwargs"] == {"a": [1]}
     for key, value in dict(roles="USER", template_kwargs="[1]").items():
         config = config_lib.get_default()
         config.data[key] = value
         with pytest.raises(config_lib.ConfigError, match=f"data.{key}="):
-            feed.policy(config)
+            policy_of(config.data)

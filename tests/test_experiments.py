@@ -17,7 +17,7 @@ from experiments.custom_loop import nnx as own_nnx
 from experiments.sst2 import prepare
 from experiments.stories import run as stories
 from sftjax import config as config_lib
-from sftjax import data, feed
+from sftjax import data, feed, tasks
 from sftjax import params as params_lib
 from sftjax.train import train
 
@@ -122,8 +122,8 @@ def test_sst2(in_repository, tmp_path):
 def test_gsm8k(in_repository, tmp_path):
     config = config_lib.load(str(EXPERIMENTS / "gsm8k/config.py"))
     source, tokenizer = data.open_source(config.data.train), feed.load_tokenizer(config)
-    policy, length = feed.policy(config), config.data.max_length
-    store = data.build_store(source, tokenizer, policy, length, "error", tmp_path)
+    task, length = tasks.make(config, tokenizer), config.data.max_length
+    store = data.build_store(source, task, length, "error", tmp_path)
     assert data.Rows(store, length).efficiency >= 0.98
     assert store.report["examples"] == 6473 and store.report["stop_token"] == "<|im_end|>"
     assert 0.6 < store.report["trained_fraction"] < 0.65

@@ -8,6 +8,7 @@ from test_chat import TOKENIZER
 
 from sftjax.data import DataError, build_store, encode, open_source
 from sftjax.data.chat import REASONING, STOP_TOKEN
+from sftjax.tasks.causal_lm import CausalLM
 
 FUZZ = settings(derandomize=True, max_examples=120, deadline=None, database=None)
 WHERE = "d.jsonl:7"
@@ -134,7 +135,7 @@ def test_any_bytes_in_a_file(tmp_path_factory, records, data):
     path.write_bytes(b"\n".join(lines))
     try:
         source = open_source(path)
-        store = build_store(source, TOKENIZER, {}, 16, "split", folder / "c", "skip", 1.0)
+        store = build_store(source, CausalLM(TOKENIZER), 16, "split", folder / "c", "skip", 1.0)
     except DataError as error:  # of the file, or of all its rows
         known = (f"{path}: the file ", "nothing is trained in any of ")
         assert str(error).startswith(known)

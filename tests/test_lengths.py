@@ -15,6 +15,7 @@ from sftjax.config import ConfigError
 from sftjax.data import Buckets, DataError, build_store, loader, open_source
 from sftjax.data import lengths as lengths_lib
 from sftjax.data.lengths import OVERLONG, describe, fit
+from sftjax.tasks.causal_lm import CausalLM
 
 BOS = 1
 BOS_CHATML = (
@@ -74,7 +75,7 @@ def build(tmp_path, records, **settings):
     source = open_source(tmp_path / "d.jsonl")
     settings = dict(max_length=32, overlong="truncate_prompt") | settings
     tokenizer = make_tokenizer(BOS_CHATML)
-    return build_store(source, tokenizer, {}, cache_dir=tmp_path / "c", **settings), tokenizer
+    return build_store(source, CausalLM(tokenizer), cache_dir=tmp_path / "c", **settings), tokenizer
 
 
 def test_an_answer_survives_a_prompt_that_is_too_long(tmp_path):

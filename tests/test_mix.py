@@ -19,6 +19,7 @@ from sftjax import train as train_lib
 from sftjax.config import ConfigError
 from sftjax.data import Mixture, Rows, loader, mix, pack
 from sftjax.data import mixture as mixture_lib
+from sftjax.data.pack import CAUSAL
 from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.step import TrainState, train_step
 
@@ -435,9 +436,10 @@ def test_a_curriculum_runs_logs_each_source_and_resumes(files, kinds, tmp_path, 
 
 
 def make_feed(config, workdir):
-    from sftjax import feed, sharding
+    from sftjax import feed, sharding, tasks
 
-    return feed.Feed(config, feed.load_tokenizer(config), workdir, sharding.make_mesh({"fsdp": -1}))
+    task = tasks.make(config, feed.load_tokenizer(config))
+    return feed.Feed(config, task, workdir, sharding.make_mesh({"fsdp": -1}))
 
 
 def test_each_source_has_its_own_fields_masks_and_limits(files, kinds, tmp_path):  # noqa: F811
@@ -457,9 +459,7 @@ def test_each_source_has_its_own_fields_masks_and_limits(files, kinds, tmp_path)
 
 
 def feed_keys():
-    from sftjax.feed import BATCH_KEYS
-
-    return BATCH_KEYS
+    return CAUSAL.spec(1, 1)
 
 
 @pytest.mark.parametrize(

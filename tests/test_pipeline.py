@@ -7,7 +7,8 @@ from test_chat import TOKENIZER, assistant, make_tokenizer, user
 
 from sftjax.data import DataError, Rows, TokenStore, build_store, loader, make_batch, open_source
 from sftjax.data import pipeline as pipeline_lib
-from sftjax.data.pipeline import fit, mark_spans
+from sftjax.data.lengths import fit
+from sftjax.tasks.causal_lm import CausalLM, mark_spans
 
 POLICY = dict(train_on="assistant", stop_token="turn", template=None, fields={}, system="")
 
@@ -23,7 +24,9 @@ def pairs(n):
 
 def build(tmp_path, records, tokenizer=TOKENIZER, max_length=64, overlong="truncate_end", **policy):
     source = open_source(write(tmp_path / "d.jsonl", records))
-    return build_store(source, tokenizer, POLICY | policy, max_length, overlong, tmp_path / "cache")
+    return build_store(
+        source, CausalLM(tokenizer, POLICY | policy), max_length, overlong, tmp_path / "cache"
+    )
 
 
 class Documents:
@@ -72,7 +75,7 @@ def test_a_second_start_does_not_tokenise(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(pipeline_lib, "encode_batch", refuse)
+    monkeypatch.setattr(CausalLM, "examples", refuse)
     second = build(tmp_path, pairs(20))
     np.testing.assert_array_equal(first.tokens, second.tokens)
     assert second.report == first.report
@@ -88,7 +91,8 @@ def test_the_key_follows_everything_that_changes_the_tokens(tmp_path):  # I8
         arguments = list(base)
         for name, value in changed.items():
             arguments[places[name]] = value
-        return pipeline_lib.store_key(*arguments)
+        source, tokenizer, policy, *rest = arguments
+        return pipeline_lib.store_key(source, CausalLM(tokenizer, policy), *rest)
 
     more_tokens = make_tokenizer()
     more_tokens.add_tokens(["<new>"])
@@ -348,7 +352,7 @@ def test_gsm8k_packs_tightly(fixtures, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(fixtures / "tokenizer-qwen")
     policy = POLICY | dict(fields=dict(prompt="question", completion="answer"))
     source = open_source(fixtures / "gsm8k" / "train.jsonl")
-    store = build_store(source, tokenizer, policy, 1024, "error", tmp_path)
+    store = build_store(source, CausalLM(tokenizer, policy), 1024, "error", tmp_path)
     assert store.report["documents"] == 6473 and store.report["stop_token"] == "<|im_end|>"
     assert 0.6 < store.report["trained_fraction"] < 0.65
     assert Rows(store, 1024).efficiency >= 0.98

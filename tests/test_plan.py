@@ -9,7 +9,7 @@ import pytest
 
 from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
-from sftjax import hlo, memory, plan, plan_text, setup, targets
+from sftjax import hlo, memory, plan, plan_text, setup, targets, tasks
 from sftjax import params as params_lib
 
 LLAMA = dict(
@@ -311,7 +311,8 @@ def test_what_cannot_be_is_refused_before_any_compile(file, flags, says, monkeyp
 def test_rows_that_a_backend_cannot_take(make, changes, tokens):
     says = f"takes rows of a multiple of 128 tokens on each shard of mesh.context, found {tokens};"
     with pytest.raises(ValueError, match=says):
-        setup.make_model(make(model__attention="splash", **changes), platform="tpu")
+        config = make(model__attention="splash", **changes)
+        setup.make_model(config, tasks.make(config, None), platform="tpu")
 
 
 # ---- a TPU's compiler ----------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from sftjax import config as config_lib
-from sftjax import feed
 from sftjax.data import open_source
 from sftjax.data.chat import encode_batch
+from sftjax.tasks.causal_lm import policy as policy_of
 
 pytestmark = pytest.mark.fixtures
 END = "<|im_end|>"
@@ -28,7 +28,7 @@ def trained(tokenizer, spec, rows, *lines):
     config = config_lib.get_default()
     for line in lines:
         config_lib.override(config, *line.split("=", 1))
-    source, policy = open_source(spec, config.data.limit), feed.policy(config)
+    source, policy = open_source(spec, config.data.limit), policy_of(config.data)
     n = min(rows, len(source))
     wheres = [source.where(i) for i in range(n)]
     examples = encode_batch(source[:n], wheres, tokenizer, **policy)

@@ -18,6 +18,7 @@ from sftjax import config as config_lib
 from sftjax import train as train_lib
 from sftjax.config import ConfigError
 from sftjax.data import DataError, Rows, build_store, make_batch, open_source, stream
+from sftjax.tasks.causal_lm import CausalLM
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 
@@ -53,7 +54,7 @@ def shards(tmp_path):
 
 
 def spec(paths, name="a", **more):
-    return stream.Spec(name, ",".join(paths), POLICY, **more)
+    return stream.Spec(name, ",".join(paths), CausalLM(TOKENIZER, POLICY), **more)
 
 
 class Stream:
@@ -64,7 +65,7 @@ class Stream:
         self.specs, self.options, self.open = list(specs), defaults | options, []
 
     def __call__(self, state=None):
-        self.open.append(stream.batches(self.specs, TOKENIZER, **self.options))
+        self.open.append(stream.batches(self.specs, **self.options))
         if state is not None:
             self.open[-1].set_state(state)
         return self.open[-1]
@@ -91,7 +92,9 @@ def documents(batches):
 
 def stored(tmp_path, path, length=48, overlong="truncate_end"):
     """The documents as the index has them."""
-    store = build_store(open_source(path), TOKENIZER, POLICY, length, overlong, tmp_path / "cache")
+    store = build_store(
+        open_source(path), CausalLM(TOKENIZER, POLICY), length, overlong, tmp_path / "cache"
+    )
     return documents([make_batch([store[i]]) for i in range(len(store))])
 
 
@@ -147,7 +150,9 @@ def test_every_pass_has_the_documents_of_the_index(shards, tmp_path, window):
 def test_rows_of_a_stream_are_those_of_the_index(tmp_path):  # P8, of rows like P1's
     texts = ["ABC", "DEFGH", "IJ"]
     path = write(tmp_path / "x.jsonl", [{"segments": [dict(text=t, train=True)]} for t in texts])
-    store = build_store(open_source(path), TOKENIZER, POLICY, 5, "truncate_end", tmp_path / "cache")
+    store = build_store(
+        open_source(path), CausalLM(TOKENIZER, POLICY), 5, "truncate_end", tmp_path / "cache"
+    )
     assert store.lengths.tolist() == [3, 5, 2]
     rows = Rows(store, 5)
     expected = {documents_of_row(rows[r]) for r in range(rows.per_epoch)}
@@ -350,9 +355,10 @@ def test_gsm8k_streams_tightly(fixtures, monkeypatch):
 
     monkeypatch.setattr(stream, "BINS", 256)
     policy = POLICY | dict(fields=dict(prompt="question", completion="answer"))
-    gsm8k = stream.Spec("gsm8k", str(fixtures / "gsm8k" / "train.jsonl"), policy)
     tokenizer = AutoTokenizer.from_pretrained(fixtures / "tokenizer-qwen")
-    iterator = stream.batches([gsm8k], tokenizer, length=1024, rows=32)
+    task = CausalLM(tokenizer, policy)
+    gsm8k = stream.Spec("gsm8k", str(fixtures / "gsm8k" / "train.jsonl"), task)
+    iterator = stream.batches([gsm8k], length=1024, rows=32)
     batches = [next(iterator) for _ in range(16)]
     iterator.close()
     assert np.mean([batch["segments"] > 0 for batch in batches]) > 0.96

@@ -221,17 +221,17 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
 
         return traced
 
-    import sftjax.evaluate as evaluate_lib
+    from sftjax import generate as generate_lib
 
     monkeypatch.setattr(sftjax.losses, "causal_lm", counting)
     monkeypatch.setattr(config_lib, "to_dict", no_recording(config_lib.to_dict))
-    answer = evaluate_lib.answer
+    generate = generate_lib.generate
 
     def reading_options(*args, **options):
         read.update(f"generate.{k}" for k in options)
-        return answer(*args, **options)
+        return generate(*args, **options)
 
-    monkeypatch.setattr(evaluate_lib, "answer", reading_options)
+    monkeypatch.setattr(generate_lib, "generate", reading_options)
     variants = [
         {
             "optim__weight_decay": 0.1,
@@ -288,7 +288,7 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_kept(files, tmp_path):
 def test_early_stop_by_a_scripted_series():
     from sftjax.evaluate import EarlyStop
 
-    stop = EarlyStop("v/loss", 2)
+    stop = EarlyStop("v/loss", 2, True)
     for value, stopped in [
         (3, False),
         (2, False),
@@ -299,16 +299,16 @@ def test_early_stop_by_a_scripted_series():
     ]:
         stop.update({"v/loss": value})
         assert stop.stop is stopped
-    resumed = EarlyStop("v/loss", 2, stop.state)
+    resumed = EarlyStop("v/loss", 2, True, stop.state)
     assert resumed.stop
-    higher = EarlyStop("v/accuracy", 1)
+    higher = EarlyStop("v/accuracy", 1, False)
     higher.update({"v/accuracy": 0.5})
     higher.update({"v/accuracy": 0.6})
     assert not higher.stop
     with pytest.raises(ValueError, match="eval.best='v/acc' is not measured"):
-        EarlyStop("v/acc", 1).update({"v/loss": 1.0})
+        EarlyStop("v/acc", 1, False).update({"v/loss": 1.0})
     with pytest.raises(ValueError, match="eval.patience needs eval.best"):
-        EarlyStop("", 1)
+        EarlyStop("", 1, False)
 
 
 @pytest.mark.parametrize(

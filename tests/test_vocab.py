@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import feed, setup, sharding
+from sftjax import feed, setup, sharding, tasks
 from sftjax import params as params_lib
 from sftjax import train as train_lib
 from sftjax.generate import generate
@@ -308,12 +308,12 @@ def test_a_tokenizer_that_does_not_fit_the_model(files, tmp_path):
         r" '<think>'. Take .* \(data.tokenizer\), or list .* in data.add_tokens"
     )
     with pytest.raises(config_lib.ConfigError, match=message):
-        setup.make_model(config, feed.load_tokenizer(config))
+        setup.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
     config.data.add_tokens = NEW
-    model, _ = setup.make_model(config, feed.load_tokenizer(config))
+    model, _ = setup.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
     assert (model.config.vocab, model.config.rows) == (114, 128)
     config.data.add_tokens, config.data.tokenizer = (), ""
-    model, _ = setup.make_model(config, feed.load_tokenizer(config))
+    model, _ = setup.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
     assert model.config.vocab == 112
 
 
@@ -321,7 +321,7 @@ def first_params(config):
     tokenizer = feed.load_tokenizer(config)
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     with jax.set_mesh(mesh):
-        model, trainable = setup.make_model(config, tokenizer)
+        model, trainable = setup.make_model(config, tasks.make(config, tokenizer))
         tx = optax.adamw(1e-3)
         target = setup.abstract_state(config, model, trainable, tx, mesh)
         state = setup.first_state(config, model, tokenizer, trainable, tx, target, mesh)

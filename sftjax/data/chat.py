@@ -34,6 +34,10 @@ class Encoded(NamedTuple):
     spans: list[tuple[int, int]]  # trained characters of text: (start, stop)
     kind: str = "chat"  # chat: rendered with a template; pair, segments, text: as it stands
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens, self.weights
+
 
 class Policy(NamedTuple):
     """What is trained of a conversation."""

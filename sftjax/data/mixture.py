@@ -69,7 +69,7 @@ KEPT = 1 << 20  # documents in the cycles kept; of the newest two, all
 
 
 class Mixture(Rows):
-    """`Rows` of several sources. Batches have `sources` too: int32 [B, S], each token's source.
+    """`Rows` of several sources. Batches have `sources` too, int32, shaped like their weights.
 
     per_epoch is the number of rows of the first phase's cycle. Cycles are planned in order, from
     the first: two seconds for a million documents, at a resumption too.
@@ -85,12 +85,16 @@ class Mixture(Rows):
         *,
         phases: list[Phase],
         ends=(),
+        **options,
     ):
-        """ends: the rows at which the phases end, all but the last's; they may be set later."""
+        """ends: the rows at which the phases end, all but the last's; they may be set later.
+
+        options: as of `Rows`.
+        """
         self.names, self.phases, self.ends = tuple(stores), phases, tuple(ends)
         self._seeds = [name_seed(name) for name in stores]
         self._cycles, self._held, self._place = [], 0, None
-        super().__init__(Joined(stores.values()), length, packing, seed, total_rows)
+        super().__init__(Joined(stores.values()), length, packing, seed, total_rows, **options)
 
     def _count_rows(self):
         """Plan a cycle of each phase, to know its number of rows."""
@@ -140,12 +144,13 @@ class Mixture(Rows):
 
     def batch(self, indices) -> Batch:
         batch = super().batch(indices)
-        batch["sources"] = np.zeros_like(batch["segments"])
+        batch["sources"] = np.zeros(batch["weights"].shape, np.int32)
         for b, r in enumerate(indices):
             if r < self.total:
                 docs, start, stop = np.array(self.pieces(int(r))).T
                 owners = np.repeat(self.store.owner(docs), stop - start)
-                batch["sources"][b, : len(owners)] = owners
+                cells = () if self.layout.fixed else slice(len(owners))
+                batch["sources"][b, ...][cells] = owners
         return batch
 
     def _cycle(self, r) -> Cycle:

@@ -4,11 +4,37 @@
 a token is read. `shift` is the one place in which targets and their weights are built.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+
+
+class Field(NamedTuple):
+    """One array of a batch: its shape, its dtype, and the logical axis of each dimension."""
+
+    shape: tuple[int, ...]
+    dtype: type
+    axes: tuple[str | None, ...]
+
+
+class Layout(Protocol):
+    """How examples lie in the rows of a batch: the one place that knows the batch's arrays."""
+
+    fixed: bool  # a row is exactly one example, whose arrays have one shape; nothing is packed
+    shifted: bool  # targets are the next tokens, so the first token of a document is none
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch of `rows` rows of `width` tokens."""
+
+    def fill(self, row: Batch, examples, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Write `pieces`, (example, start, stop) each, into the arrays of one row."""
+
+    def trained(self, example: tuple[np.ndarray, ...]) -> int:
+        """How many targets of an example (or of a piece of one) have a weight."""
 
 
 @dataclass(frozen=True)
@@ -177,29 +203,87 @@ def make_batch(encoded_docs, length: int | None = None, rows=None, pad_id: int =
         )
     batch = blank_batch(len(rows), length, pad_id)
     for r, row in enumerate(rows):
-        fill_row({k: v[r] for k, v in batch.items()}, docs, row)
+        CAUSAL.fill({k: v[r] for k, v in batch.items()}, docs, row)
     return batch
 
 
-def blank_batch(rows: int, length: int, pad_id: int = 0) -> Batch:
+@dataclass(frozen=True)
+class TokenRows:
+    """Documents one after the other in a row of tokens; segments 1, 2, ... say which is which.
+
+    shifted: a position's target is the next token, with that token's weight (see `shift`), and an
+    example is (tokens, weights). Otherwise an example is (tokens, weights, targets), each [n], and
+    targets stand where they are: the class of a document at the token that it is read from.
+    target: the dtype of targets.
+    """
+
+    shifted: bool = True
+    target: type = np.int32
+    fixed = False
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        kinds = dict(tokens=np.int32, targets=self.target, weights=np.float32)
+        kinds |= dict(positions=np.int32, segments=np.int32)
+        return {k: Field((rows, width), dtype, ("batch", "seq")) for k, dtype in kinds.items()}
+
+    def document(self, tokens, weights, targets=None) -> Batch:
+        """The arrays [n] that a document brings into its row."""
+        if self.shifted:
+            targets, weights = shift(tokens, weights)
+        return dict(tokens=tokens, targets=targets, weights=weights)
+
+    def fill(self, row: Batch, examples, pieces) -> None:
+        at = 0
+        for segment, (doc, start, stop) in enumerate(pieces, 1):
+            cells = slice(at, at + stop - start)
+            for name, values in self.document(*(x[start:stop] for x in examples[doc])).items():
+                row[name][cells] = values
+            row["positions"][cells] = np.arange(stop - start)
+            row["segments"][cells] = segment
+            at = cells.stop
+
+    def trained(self, example) -> int:
+        weights = example[1][1:] if self.shifted else example[1]
+        return int(np.count_nonzero(weights))
+
+
+CAUSAL = TokenRows()
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """One example a row, of arrays that have one shape each: images, features.
+
+    fields: (name, shape of one example's array, dtype), in the order of an example's arrays. A
+    batch has `weights` float32 [rows] too: 1, and 0 of the blank rows that fill up a last batch.
+    """
+
+    fields: tuple[tuple[str, tuple[int, ...], type], ...]
+    fixed, shifted = True, False
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        kinds = (*self.fields, ("weights", (), np.float32))
+        return {
+            name: Field((rows, *shape), dtype, ("batch", *(None,) * len(shape)))
+            for name, shape, dtype in kinds
+        }
+
+    def fill(self, row: Batch, examples, pieces) -> None:
+        [(i, _, _)] = pieces
+        for (name, _, _), values in zip(self.fields, examples[i], strict=True):
+            row[name][...] = values
+        row["weights"][...] = 1.0
+
+    def trained(self, example) -> int:
+        return 1
+
+
+def blank_batch(rows: int, length: int, pad_id: int = 0, layout: Layout = CAUSAL) -> Batch:
     """A batch of padding: every segment 0, every weight 0."""
-    batch = {k: np.zeros((rows, length), np.int32) for k in ("targets", "positions", "segments")}
-    tokens = np.full((rows, length), pad_id, np.int32)
-    return {"tokens": tokens, "weights": np.zeros((rows, length), np.float32), **batch}
-
-
-def fill_row(row: Batch, docs, pieces):
-    """Write `pieces`, (document, start, stop) each, one after the other into the arrays [S]."""
-    at = 0
-    for segment, (doc, start, stop) in enumerate(pieces, 1):
-        tokens, weights = docs[doc]
-        cells = slice(at, at + stop - start)
-        row["tokens"][cells] = tokens[start:stop]
-        targets, moved = shift(tokens[start:stop], weights[start:stop])
-        row["targets"][cells], row["weights"][cells] = targets, moved
-        row["positions"][cells] = np.arange(stop - start)
-        row["segments"][cells] = segment
-        at = cells.stop
+    batch = {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
+    if pad_id:
+        batch["tokens"][...] = pad_id
+    return batch
 
 
 def pad_to_multiple(length: int, multiple: int) -> int:

@@ -13,7 +13,7 @@ from threading import Lock
 
 import numpy as np
 
-from sftjax.data.pack import Batch, Plan, blank_batch, fill_row, plan
+from sftjax.data.pack import CAUSAL, Batch, Layout, Plan, blank_batch, plan
 from sftjax.data.sources import DataError
 
 
@@ -36,16 +36,18 @@ class Rows:
         epochs: float = 1,
         shuffle: bool = True,
         pad_id: int = 0,
+        layout: Layout = CAUSAL,
     ):
         """Args:
-        store: a TokenStore, or anything with `lengths` and [i] -> (tokens, weights).
+        store: a Store, or anything with `lengths` and [i] -> the arrays of an example.
         length: tokens in a row.
         packing: a strategy of `pack`.
         total_rows: how many rows there are in all; default as many as `epochs` has,
         epochs: how often to go through the data, fractions too.
+        layout: how examples lie in a row; the default is that of causal language models.
         """
         self.store, self.length, self.packing = store, length, packing
-        self.seed, self.shuffle, self.pad_id = seed, shuffle, pad_id
+        self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
         self._plans, self._lock = {}, Lock()
         longest = int(max(store.lengths, default=0))
         if longest > length and packing in ("bfd", "none"):
@@ -78,12 +80,13 @@ class Rows:
 
     def batch(self, indices) -> Batch:
         """The rows of these indices as arrays [B, S]; blank from `total` on."""
-        batch = blank_batch(len(indices), self.length, self.pad_id)
+        batch = blank_batch(len(indices), self.length, self.pad_id, self.layout)
         for b, r in enumerate(indices):
             if r < 0:
                 raise IndexError(f"row {r}")
             if r < self.total:
-                fill_row({k: v[b] for k, v in batch.items()}, self.store, self.pieces(int(r)))
+                row = {k: v[b, ...] for k, v in batch.items()}
+                self.layout.fill(row, self.store, self.pieces(int(r)))
         return batch
 
     def pieces(self, r: int) -> list[tuple[int, int, int]]:

@@ -17,8 +17,7 @@ from grain import experimental as graph
 
 from sftjax.config import ConfigError
 from sftjax.data.mixture import name_seed
-from sftjax.data.pack import shift
-from sftjax.data.pipeline import CHUNK, Tally, encode_rows
+from sftjax.data.pipeline import CHUNK, encode_rows
 from sftjax.data.rejects import Rejects
 from sftjax.data.sources import DataError, Source, find_files, kind, open_bytes, parse_line
 
@@ -153,22 +152,21 @@ class Spec(NamedTuple):
 
     name: str
     paths: str  # as open_source takes them
-    policy: dict  # keywords of encode_batch
+    task: object  # what its examples are
     overlong: str = "truncate_end"
     on_error: str = "raise"
     max_skipped: float = 0.01  # of CHUNK rows
     weight: float = 1.0  # its share of the tokens, beside the other weights
 
     @classmethod
-    def of(cls, source, policy, weight):
+    def of(cls, source, task, weight):
         """Of a source of the config, see `mix.sources`."""
         d = source.config.data
-        return cls(source.name, d.train, policy, d.overlong, d.on_error, d.max_skipped, weight)
+        return cls(source.name, d.train, task, d.overlong, d.on_error, d.max_skipped, weight)
 
 
 def batches(
     sources: list[Spec],
-    tokenizer,
     *,
     length: int,
     rows: int,
@@ -197,7 +195,7 @@ def batches(
         seeds = [int(s) // 2 for s in seeds]  # the number of a window is added, in 32 bits
         records = Records(shards(source.paths), part, parts, seeds[0])
         records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
-        streams.append(Documents(records, source, tokenizer, length, rejects))
+        streams.append(Documents(records, source, length, rejects))
     several = len(sources) > 1
     keys = ["tokens", "targets", "weights", *(["sources"] if several else [])]
     packed = graph.BestFitPackIterDataset(
@@ -288,9 +286,9 @@ class Documents(grain.IterDataset):
 
 
 class _Documents(grain.DatasetIterator):
-    def __init__(self, parent, source, tokenizer, length, rejects):
+    def __init__(self, parent, source, length, rejects):
         super().__init__(parent)
-        self.source, self.tokenizer, self.length, self.rejects = source, tokenizer, length, rejects
+        self.source, self.length, self.rejects = source, length, rejects
         self.before, self.documents, self.at = parent.get_state(), [], 0
 
     def __next__(self):
@@ -303,18 +301,16 @@ class _Documents(grain.DatasetIterator):
                 )
             self.before, self.at, chunks = self._parent.get_state(), 0, chunks + 1
             self._read()
-        tokens, weights = self.documents[self.at]
+        document = self.documents[self.at]
         self.at += 1
-        targets, weights = shift(tokens, weights)
-        return dict(tokens=tokens, targets=targets, weights=weights)
+        return self.source.task.layout.document(*document)
 
     def _read(self):
         s = self.source
         chunk = Source([Found(s.paths, islice(self._parent, CHUNK))])
         rejects = Rejects(self.rejects, self.rejects, chunk, s.on_error, s.max_skipped)
-        encoded = encode_rows(chunk, range(len(chunk)), self.tokenizer, s.policy, rejects)
-        tally = Tally((), self.length, s.overlong)
-        self.documents = tally.fit(encoded, self.tokenizer.bos_token_id)
+        encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects)
+        self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
 
     def get_state(self):
         return dict(before=self.before, at=self.at)

@@ -1,0 +1,58 @@
+"""The kinds of supervised tasks, by the name that `config.task` gives.
+
+A new task is one file here and one line in TASKS; a user's own is `path/to/file.py:ClassName`.
+"""
+
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+
+from sftjax.config import ConfigError
+from sftjax.tasks.base import Example, Scores, Task
+
+# name -> "module:class"; imported when a config names it.
+TASKS = {
+    "causal_lm": "sftjax.tasks.causal_lm:CausalLM",
+    "classification": "sftjax.tasks.classification:Classification",
+}
+
+__all__ = ["TASKS", "Example", "Scores", "Task", "find", "make"]
+
+
+def find(name: str) -> type[Task]:
+    """The class of a task: a row of TASKS, or "path/to/file.py:ClassName".
+
+    Raises: ConfigError for a name, a file or a class that does not exist.
+    """
+    if ".py:" in name:
+        return _users(name)
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1, 0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"task={name!r} is unknown; {hint}The tasks are {', '.join(TASKS)}, and your own is"
+            " named as 'path/to/file.py:ClassName'"
+        )
+    module, _, cls = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def _users(name) -> type[Task]:
+    path, _, cls = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"task={name!r}: file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, cls, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(
+            f"task={name!r}: {path} has no class {cls} derived from sftjax.tasks.Task"
+        )
+    return found
+
+
+def make(config, tokenizer) -> Task:
+    """The task that a config names, with its settings. tokenizer: None where it needs none."""
+    return find(config.task).of(config, tokenizer)

@@ -1,0 +1,224 @@
+"""What one kind of supervised task answers; nothing else of it is known elsewhere.
+
+A task of your own is a class derived from Task in a file of yours, named in the config as
+`task="path/to/file.py:ClassName"`; see experiments/custom_task.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from sftjax.config import ConfigError
+from sftjax.data.pack import CAUSAL, Layout
+from sftjax.data.pipeline import Tally
+from sftjax.data.sources import DataError
+from sftjax.models import hf
+from sftjax.step import Loss
+
+LossFn = Callable[..., Loss]  # (params, batch, rng[, model_state]) -> Loss
+
+
+class Encoded(Protocol):
+    """An example as `Task.examples` gives it."""
+
+    arrays: tuple[np.ndarray, ...]  # in the order of Task.columns
+    text: str  # for people to read
+    spans: list[tuple[int, int]]  # characters of text that are trained
+
+
+class Example(NamedTuple):
+    """An Encoded of arrays of fixed shapes."""
+
+    arrays: tuple[np.ndarray, ...]
+    text: str = ""
+    spans: list[tuple[int, int]] = []
+    note: str = ""
+
+
+class Scores(NamedTuple):
+    """What was measured of one evaluation set."""
+
+    values: dict[str, float]  # "accuracy" -> a number; they go into every log and table
+    tables: dict[str, Any] = {}  # "confusion" -> anything JSON holds; they go into the result
+
+
+class Task:
+    """One kind of supervised task: from a record to an example, a loss, and a score.
+
+    layout: how examples lie in the rows of a batch, which is the batch's schema.
+    columns: {name: (dtype, shape)} of an example's arrays; shape None is one value a token.
+    metrics: what is measured of each validation set, beside "loss"; eval.best is one of them.
+    lower: those of which a lower value is the better one.
+    counts: those of a step's metrics that are counts, of which the log shows rates.
+    tokenizer: a fast Hugging Face tokenizer, or None where a task reads none.
+    """
+
+    layout: Layout = CAUSAL
+    columns: Mapping[str, tuple[str, tuple[int, ...] | None]] = {}
+    metrics: ClassVar[tuple[str, ...]] = ()
+    lower: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    counts: ClassVar[tuple[str, ...]] = ()
+    tokenizer: Any = None
+
+    @classmethod
+    def of(cls, config, tokenizer) -> "Task":
+        """The task of a config. tokenizer: None where the config names none."""
+        task = cls()
+        task.tokenizer = tokenizer
+        return task
+
+    # ---- data: from records to examples ----
+
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Encoded]:
+        """The example of each record. wheres: file and row of each, for errors.
+
+        Raises: DataError for a record that cannot be an example.
+        """
+        raise NotImplementedError
+
+    def fields_read(self, record: dict) -> set[str]:
+        """The record's keys that `examples` reads; the others it leaves out."""
+        raise NotImplementedError
+
+    def key(self) -> list:
+        """All settings, as JSON holds them, that change what `examples` gives of a record."""
+        return [type(self).__name__]
+
+    def length(self, example: Encoded) -> int:
+        """Its number of tokens; 1 for an example of fixed shapes."""
+        return 1 if self.layout.fixed else len(example.arrays[0])
+
+    def cut(self, example: Encoded, max_length: int, overlong: str) -> list[tuple]:
+        """The arrays of what becomes of an example, each of at most max_length tokens (0 = all)."""
+        return [example.arrays]
+
+    def kept(self, example: Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
+        """What `cut` keeps, as the places of the tokens of each piece in the example."""
+        return [np.arange(self.length(example))]
+
+    def tally(self, max_length: int, overlong: str) -> Tally:
+        """What cuts and counts the examples of a source."""
+        return Tally(self, max_length, overlong)
+
+    def prepared(self, source) -> tuple[Any, "Task", dict]:
+        """(source, task, form): the source as cleaning, splitting and augmentation read it.
+
+        task encodes its records; form: the keywords with which `to_conversation` reads them.
+        Raises: DataError where a task's records are no texts.
+        """
+        raise DataError(
+            f"data.clean, data.split and data.augment read texts, and {type(self).__name__} has"
+            " none; leave them out"
+        )
+
+    def canonical(self) -> "Task":
+        """The task that encodes records in the form of `augment.canonical`."""
+        return self
+
+    def answers_only(self) -> "Task":
+        """The task of a language model that trains nothing but the answers of its records."""
+        raise DataError(
+            "data.clean.rules: label_suspects asks a language model how likely the answers are:"
+            f" {type(self).__name__} has none"
+        )
+
+    def summary(self, report: dict) -> str:
+        """A line on what a store's report says is trained."""
+        return f"{report['examples']:,} examples"
+
+    def warnings(self, report: dict) -> Iterable[str]:
+        """What a person should know of a store before training."""
+        return ()
+
+    def nothing_left(self, first, report: dict, max_length: int) -> str:
+        """Why a store has no document. first: (where, example), or None."""
+        lost = report["dropped"] | report["skipped"]
+        return f"no example is left of {sum(lost.values())} rows ({counted(lost)})"
+
+    def saw(self, reports: Sequence[dict]) -> None:
+        """Told the reports of the training data's stores, before the loss is made."""
+
+    # ---- model and loss ----
+
+    def load_model(self, section, **changes):
+        """The Model, without weights, of the config's section `model`; see models.base.Model.
+
+        changes: fields of the model's own config, such as remat and split.
+        """
+        raise NotImplementedError
+
+    def loss_fn(self, model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """The loss of training. options: the config's section `loss`; sources: their names, where
+        there are several, and the batch says in `sources` which is whose."""
+        raise NotImplementedError
+
+    # ---- evaluation ----
+
+    def eval_fn(self, model, options: dict) -> Callable[..., tuple[Loss, dict[str, jax.Array]]]:
+        """(params, batch, model_state) -> (Loss, predictions) in one forward pass.
+
+        predictions: {name: array with the rows of the batch in front}, for `score`.
+        """
+        loss_fn = self.loss_fn(model, options)
+
+        def evaluate(params, batch, model_state=None):
+            state = () if model_state is None else (model_state,)
+            return loss_fn(params, batch, None, *state), {}
+
+        return evaluate
+
+    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        """What a set scores, by its mean loss and the predictions of all its rows."""
+        return Scores({})
+
+    def lower_is_better(self, metric: str) -> bool:
+        """metric: "<set>/<metric>", as eval.best names it."""
+        return metric.rpartition("/")[2] in self.lower
+
+    generates: ClassVar[bool] = False  # data.test is questions, answered by generating text
+
+    def questions(self, source) -> list:
+        """What is asked of each record of data.test; where `generates`."""
+        raise NotImplementedError
+
+    def answers(self, model, params, questions: list, **options) -> dict:
+        """{"<score>": number, "answers": list of text}; options: as of generate.generate."""
+        raise NotImplementedError
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end a generated answer; the export lists them."""
+        return []
+
+    # ---- for people ----
+
+    def shown(self, result: dict, questions: list, n: int) -> str:
+        """Text under the table of results: n samples, a confusion matrix."""
+        return ""
+
+    def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
+        """Every question with its answers, as JSON lines; where `generates`."""
+
+    def try_it(self, config, export: Path) -> str:
+        """A command that uses the exported model; "" for none."""
+        return ""
+
+
+def read_model(section, **changes):
+    """hf.load_model of the config's section `model`. Raises: ConfigError where it names none."""
+    if not section.path:
+        raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
+    return hf.load_model(section.path, **changes)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), a number even where it is too large for one."""
+    return math.exp(min(loss, 700.0))
+
+
+def counted(counts: dict) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"

@@ -1,0 +1,280 @@
+"""Causal language modelling: conversations and texts, of which the responses are trained."""
+
+import functools
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+
+from sftjax import generate, losses
+from sftjax.config import ConfigError
+from sftjax.data import chat, open_source
+from sftjax.data.conversation import to_conversation
+from sftjax.data.lengths import fit
+from sftjax.data.pipeline import COLUMNS, Tally
+from sftjax.data.sources import DataError
+from sftjax.data.template import template_text
+from sftjax.tasks.base import LossFn, Scores, Task, counted, perplexity, read_model
+
+READING = ("fields", "roles")  # of a policy: what says how to read a record
+FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
+
+
+class CausalLM(Task):
+    """policy: the keywords of `data.encode`: what is trained of a record, and how it is read."""
+
+    columns = COLUMNS
+    metrics = ("perplexity", "accuracy")
+    counts = ("cells", "tokens", "trained_tokens")
+    generates = True
+
+    def __init__(self, tokenizer, policy: dict | None = None):
+        self.tokenizer, self.policy = tokenizer, dict(policy or {})
+
+    @classmethod
+    def of(cls, config, tokenizer) -> "CausalLM":
+        if config.loss.class_weights:
+            raise ConfigError(
+                f"loss.class_weights={config.loss.class_weights!r} belongs to task="
+                f"'classification', and this is {config.task!r}; leave it empty"
+            )
+        return cls(tokenizer, policy(config.data))
+
+    # ---- data ----
+
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[chat.Encoded]:
+        return chat.encode_batch(records, wheres, self.tokenizer, **self.policy)
+
+    def fields_read(self, record: dict) -> set[str]:
+        """Found by leaving out one key at a time: a key is read where that changes the example."""
+        whole = _said(self.examples([record], [""])[0])
+
+        def matters(key):
+            rest = {k: v for k, v in record.items() if k != key}
+            try:
+                return _said(self.examples([rest], [""])[0]) != whole
+            except DataError:
+                return True
+
+        return {key for key in record if matters(key)}
+
+    def key(self) -> list:
+        special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
+        settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
+        settings["template"] = template_text(self.tokenizer, self.policy.get("template"))
+        return [settings, special]
+
+    def cut(self, example, max_length: int, overlong: str) -> list[tuple]:
+        bos = self.tokenizer.bos_token_id
+        return fit(example.tokens, example.weights, max_length, overlong, bos)
+
+    def kept(self, example, max_length: int, overlong: str) -> list[np.ndarray]:
+        # The places are cut as the tokens would be; a bos that stands first has place 0.
+        places = np.arange(len(example.tokens))
+        bos = 0 if len(places) and example.tokens[0] == self.tokenizer.bos_token_id else None
+        return [at for at, _ in fit(places, example.weights, max_length, overlong, bos)]
+
+    def tally(self, max_length: int, overlong: str) -> "CausalTally":
+        return CausalTally(self, max_length, overlong)
+
+    def prepared(self, source) -> tuple:
+        return source, self, only(self.policy, FORM)
+
+    def canonical(self) -> "CausalLM":
+        rest = {k: v for k, v in self.policy.items() if k not in FORM}
+        return CausalLM(self.tokenizer, rest)
+
+    def answers_only(self) -> "CausalLM":
+        return CausalLM(self.tokenizer, self.policy | dict(train_on="last"))
+
+    def summary(self, report: dict) -> str:
+        return (
+            f"{report['examples']} examples, {report['tokens']:,} tokens,"
+            f" {report['trained_fraction']:.1%} trained; stop token {report.get('stop_token')}"
+        )
+
+    def warnings(self, report: dict) -> Iterable[str]:
+        fraction = report["trained_fraction"]
+        if report["chat"] and fraction == 1:
+            yield "every token of the chats is trained, the users' too: see data.train_on"
+        if fraction < 0.01:
+            yield f"only {100 * fraction:.2f}% of the tokens are trained: see sftjax inspect"
+        if report["chat"] and not report["stop_token_trained"]:
+            yield "no stop token is trained: the model won't learn to end its answer"
+
+    def nothing_left(self, first, report: dict, max_length: int) -> str:
+        lost = report["dropped"] | report["skipped"]
+        text = (
+            f"nothing is trained in any of {sum(lost.values())} rows ({counted(lost)}): check "
+            f"data.train_on={self.policy.get('train_on', 'assistant')!r} and"
+            f" data.max_length={max_length}."
+        )
+        if not first:
+            return text
+        where, example = first
+        shown = mark_spans(example.text, example.spans)
+        return f"{text} {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n{shown}"
+
+    # ---- model and loss ----
+
+    def load_model(self, section, **changes):
+        return read_model(section, classes=0, **changes)
+
+    def loss_fn(self, model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        own = {k: v for k, v in options.items() if k != "class_weights"}
+        return losses.causal_lm(model, **own, sources=sources)
+
+    def eval_fn(self, model, options: dict):
+        """The token-weighted loss, whatever the weighting of training, and the accuracy."""
+        chunk = options.get("chunk_tokens", losses.CHUNK_TOKENS)
+        loss_fn = losses.causal_lm(model, accuracy=True, chunk_tokens=chunk)
+        return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
+
+    # ---- evaluation ----
+
+    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        return Scores({"perplexity": perplexity(loss)})
+
+    def questions(self, source) -> list:
+        """(prompt token ids, reference answer) of each record."""
+        own = {k: v for k, v in self.policy.items() if k not in ("train_on", "stop_token")}
+        return [
+            chat.prompt_and_answer(source[i], self.tokenizer, where=source.where(i), **own)
+            for i in range(len(source))
+        ]
+
+    def answers(self, model, params, questions: list, **options) -> dict:
+        """Exact match: the share of texts equal to the answer, blanks at their ends aside."""
+        prompts = [prompt for prompt, _ in questions]
+        out = generate.generate(model, params, prompts, stop_ids=self.stop_ids, **options)
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
+        hits = [t.strip() == a.strip() for t, (_, a) in zip(texts, questions, strict=True)]
+        return {"exact_match": sum(hits) / max(len(hits), 1), "answers": texts}
+
+    @functools.cached_property
+    def stop_ids(self) -> list[int]:
+        return chat.stop_ids(self.tokenizer, self.policy.get("template"))
+
+    # ---- for people ----
+
+    def shown(self, result: dict, questions: list, n: int) -> str:
+        lines, before, after = [], result["before"], result["after"]
+        for i, (prompt, reference) in enumerate(questions[:n]):
+            prompt = self.tokenizer.decode(prompt, skip_special_tokens=True)
+            lines += [
+                f"  prompt  {_line(prompt)}",
+                f"  before  {_line(before['answers'][i])}",
+                f"  after   {_line(after['answers'][i])}",
+                f"  wanted  {_line(reference)}",
+                "",
+            ]
+        return "\n".join(lines)
+
+    def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as f:
+            rows = zip(questions, before["answers"], after["answers"], strict=True)
+            for (prompt, reference), old, new in rows:
+                row = {
+                    "prompt": self.tokenizer.decode(prompt),
+                    "reference": reference,
+                    "before": old,
+                    "after": new,
+                }
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def try_it(self, config, export: Path) -> str:
+        d = config.data
+        if not (d.test and self.tokenizer.chat_template):
+            return ""
+        keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
+        first = to_conversation(open_source(d.test)[0], **keys)
+        prompt = quote(first["messages"][-2]["content"])
+        python, export = os.path.relpath(sys.executable), os.path.relpath(export)
+        system = f" --system={quote(d.system)}" if d.system else ""
+        return (
+            "Ask the trained model:\n"
+            f"  {python} -m sftjax.generate --model={export}{system} --prompt={prompt}"
+        )
+
+
+class CausalTally(Tally):
+    """Counts chats and trained stop tokens too."""
+
+    def __init__(self, task, max_length: int, overlong: str):
+        super().__init__(task, max_length, overlong)
+        self.stops, self.stopped, self.chats = task.stop_ids, Counter(), 0
+
+    def fit(self, encoded) -> list[tuple[np.ndarray, ...]]:
+        self.chats += sum(example.kind == "chat" for _, example in encoded)
+        return super().fit(encoded)
+
+    def count(self, pieces) -> None:
+        super().count(pieces)
+        if pieces:
+            tokens, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+            self.stopped.update(tokens[np.isin(tokens, self.stops) & (weights > 0)].tolist())
+
+    def report(self, skipped) -> dict:
+        stop = self.stopped.most_common(1)
+        token = self.task.tokenizer.convert_ids_to_tokens(stop[0][0]) if stop else None
+        return super().report(skipped) | dict(
+            chat=self.chats > 0, stop_token=token, stop_token_trained=bool(stop)
+        )
+
+
+def policy(data) -> dict:
+    """The keywords of `data.encode` that the config's section `data` sets."""
+    return dict(
+        train_on=data.train_on,
+        stop_token=data.stop_token,
+        reasoning=data.reasoning.to_dict(),
+        fields={k: v for k, v in data.fields.items() if v and k != "label"},
+        roles=_roles(data.roles),
+        system=data.system,
+        template_kwargs=_template_kwargs(data.template_kwargs),
+    )
+
+
+def _roles(text):
+    pairs = [pair.strip().partition("=") for pair in text.split(",") if pair.strip()]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ConfigError(f"data.roles={text!r}: {wrong[0]!r} has no role; write {wrong[0]}=user")
+    return {name.strip(): role.strip() for name, _, role in pairs}
+
+
+def _template_kwargs(text):
+    try:
+        kwargs = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f'data.template_kwargs={text!r} is no JSON object, such as {{"x": true}}')
+    return kwargs
+
+
+def only(policy: dict, keys: Sequence[str]) -> dict:
+    return {key: policy[key] for key in keys if key in policy}
+
+
+def mark_spans(text: str, spans, before: str = "⟦", after: str = "⟧") -> str:
+    """`text` with `before` and `after` put around each trained span."""
+    pieces, at = [], 0
+    for start, stop in spans:
+        pieces += [text[at:start], before, text[start:stop], after]
+        at = stop
+    return "".join(pieces) + text[at:]
+
+
+def _said(example) -> tuple:
+    return example.text, example.spans, example.weights.tolist()
+
+
+def _line(text, most=100):
+    text = text.strip().replace("\n", "\\n")
+    return text if len(text) <= most else text[: most - 3] + "..."

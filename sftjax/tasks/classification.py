@@ -1,0 +1,365 @@
+"""Classification of texts: one label of several, read from a body's first or last token.
+
+Each document of a packed row has its own label, at the token that the class is read from; every
+other token has weight 0. So a batch is that of a language model whose targets are not shifted.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sftjax import losses
+from sftjax.config import ConfigError
+from sftjax.data.conversation import _field as read_field
+from sftjax.data.pack import TokenRows
+from sftjax.data.pipeline import Tally
+from sftjax.data.sources import DataError
+from sftjax.tasks.base import LossFn, Scores, Task, read_model
+
+TEXTS = ("text", "sentence", "content", "review", "prompt", "input")  # usual names, in this order
+LABELS = ("label", "labels", "class", "completion", "output")
+MAJORITY = 0.9  # a share of one label from which on a warning proposes class weights
+
+
+class Labelled(NamedTuple):
+    """One text with its label."""
+
+    tokens: np.ndarray  # int32 [n]
+    weights: np.ndarray  # float32 [n]: 1 at the token that the class is read from, else 0
+    targets: np.ndarray  # int32 [n]: the label's index there, else 0
+    text: str
+    note: str  # the label, for people to read
+    spans: list[tuple[int, int]] = []
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.tokens, self.weights, self.targets
+
+
+class Labels:
+    """Names in order, and which of them a value in a file means.
+
+    given: names; then a whole number in a file is an index, a text a name (or, where no label is
+    called so, an index written out). Or {value in the file: name}.
+    """
+
+    def __init__(self, given):
+        self.given = given
+        if isinstance(given, Mapping) or hasattr(given, "items"):
+            self.by_value = {str(value): name for value, name in given.items()}
+            self.names = tuple(dict.fromkeys(self.by_value.values()))
+        else:
+            self.names = tuple(given)
+            self.by_value = {str(i): name for i, name in enumerate(self.names)}
+            self.by_value |= {name: name for name in self.names}
+        wrong = [n for n in self.names if not isinstance(n, str) or not n]
+        if wrong or len(set(self.names)) < len(self.names) or len(self.names) < 2:
+            raise ConfigError(
+                f"data.labels={given!r}: expected two or more different names, such as"
+                " ('negative', 'positive'), or {0: 'negative', 1: 'positive'}"
+            )
+
+    def index(self, value, where: str) -> int:
+        """The index of a value. Raises: DataError for one that means no label."""
+        texts = [str(value)]
+        if isinstance(value, bool):
+            texts += [str(value).lower(), str(int(value))]
+        elif isinstance(value, float) and value.is_integer():
+            texts.append(str(int(value)))
+        name = next((self.by_value[t] for t in texts if t in self.by_value), None)
+        if name is None:
+            expected = ", ".join(map(repr, self.by_value))
+            raise DataError(
+                f"{where}: label {value!r} is unknown; expected one of {expected}: correct the row,"
+                " or name the label in data.labels"
+            )
+        return self.names.index(name)
+
+
+class Classification(Task):
+    """tokenizer: a fast one; its special tokens surround each text as it wants them.
+
+    names: the record's own names of text and label ("" = found by their usual ones; several with
+    "|": the first that a record has). reads: "first" | "last": the token of a text from which its
+    class is read.
+    """
+
+    layout = TokenRows(shifted=False)
+    columns = {
+        "tokens": ("int32", None),
+        "weights": ("float32", None),
+        "targets": ("int32", None),
+    }
+    metrics = ("accuracy", "f1")
+    counts = ("cells", "tokens", "trained_tokens")
+
+    def __init__(self, tokenizer, labels, names: dict | None = None, reads: str = "first"):
+        self.tokenizer, self.labels, self.reads = tokenizer, Labels(labels), reads
+        self.names = {"text": "", "label": ""} | dict(names or {})
+
+    @classmethod
+    def of(cls, config, tokenizer) -> "Classification":
+        d = config.data
+        if d.overlong == "split":
+            raise ConfigError(
+                "data.overlong='split' would give the pieces of a text its label; set"
+                " truncate_end, truncate_prompt, drop or error"
+            )
+        model, given = read_model(config.model), d.labels
+        given = given if given else model.source.labels
+        if not given:
+            raise ConfigError(
+                "data.labels is empty, and the model names none: list the labels' names in order,"
+                " such as ('negative', 'positive'), or give {value in the file: name}"
+            )
+        _check_options(config.loss)
+        names = {key: d.fields[key] for key in ("text", "label")}
+        return cls(tokenizer, given, names, model.reads)
+
+    # ---- data ----
+
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Labelled]:
+        pairs = [self._read(r, where) for r, where in zip(records, wheres, strict=True)]
+        encoded = self.tokenizer([text for text, _ in pairs])["input_ids"]
+        rows = zip(encoded, pairs, wheres, strict=True)
+        return [self._example(ids, *pair, where) for ids, pair, where in rows]
+
+    def _example(self, ids, text, label, where) -> Labelled:
+        if not ids:
+            raise DataError(f"{where}: the text {text!r} has no token; take the row out")
+        at = 0 if self.reads == "first" else len(ids) - 1
+        weights, targets = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
+        weights[at], targets[at] = 1.0, label
+        note = f"label {self.labels.names[label]}"
+        return Labelled(np.array(ids, np.int32), weights, targets, text, note)
+
+    def _read(self, record, where) -> tuple[str, int]:
+        text = self._field(record, "text", TEXTS, where)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{where}: field {self._name(record, 'text', TEXTS)!r} is {text!r}, expected text"
+            )
+        return text, self.labels.index(self._field(record, "label", LABELS, where), where)
+
+    def _field(self, record, kind, usual, where):
+        name = self._name(record, kind, usual)
+        if name is None:
+            asked = self.names[kind] or " | ".join(usual)
+            raise DataError(
+                f"{where}: no {kind}: none of the fields {asked}; the row has"
+                f" {', '.join(map(repr, record)) or 'none'}: set data.fields.{kind}"
+            )
+        return read_field(record, name, where)
+
+    def _name(self, record, kind, usual) -> str | None:
+        names = self.names[kind].split("|") if self.names[kind] else usual
+        names = [name.strip() for name in names]
+        there = (n for n in names if n in record or "{" in n or n.partition(".")[0] in record)
+        return next(there, None)
+
+    def fields_read(self, record: dict) -> set[str]:
+        found = {self._name(record, "text", TEXTS), self._name(record, "label", LABELS)}
+        return found & set(record)
+
+    def key(self) -> list:
+        special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
+        return ["classification", self.names, self.labels.by_value, self.reads, special]
+
+    def kept(self, example: Labelled, max_length: int, overlong: str) -> list[np.ndarray]:
+        """A long text loses words at its end or its beginning, never its special tokens."""
+        n, (before, after) = len(example.tokens), self.special_ends
+        places = np.arange(n)
+        if not max_length or n <= max_length:
+            return [places]
+        room = max_length - before - after
+        if overlong not in ("truncate_end", "truncate_prompt") or room < 1:
+            return []
+        cut = slice(before + room, n - after)
+        if overlong == "truncate_prompt":
+            cut = slice(before, n - after - room)
+        return [np.delete(places, cut)]
+
+    @functools.cached_property
+    def special_ends(self) -> tuple[int, int]:
+        """How many special tokens the tokenizer puts before a text, and after it."""
+        mask = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        before, after = (len(list(itertools.takewhile(bool, some))) for some in (mask, mask[::-1]))
+        return before, after
+
+    def cut(self, example: Labelled, max_length: int, overlong: str) -> list[tuple]:
+        pieces = []
+        for at in self.kept(example, max_length, overlong):
+            tokens, weights, targets = (x[at] for x in example.arrays)
+            read = 0 if self.reads == "first" else -1  # where a token was cut off, of the new end
+            weights, targets = np.zeros_like(weights), np.zeros_like(targets)
+            weights[read], targets[read] = 1.0, example.targets.max()
+            pieces.append((tokens, weights, targets))
+        return pieces
+
+    def tally(self, max_length: int, overlong: str) -> "LabelTally":
+        return LabelTally(self, max_length, overlong)
+
+    def prepared(self, source) -> tuple:
+        return Pairs(source, self), self.canonical(), {}
+
+    def canonical(self) -> "Classification":
+        names = {"text": "prompt", "label": "completion"}
+        return Classification(self.tokenizer, self.labels.names, names, self.reads)
+
+    def summary(self, report: dict) -> str:
+        total = max(report["documents"], 1)
+        shares = ", ".join(f"{name} {n / total:.1%}" for name, n in report["labels"].items())
+        return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {shares}"
+
+    def warnings(self, report: dict) -> Iterable[str]:
+        counts, total = report["labels"], max(report["documents"], 1)
+        if absent := [name for name, n in counts.items() if not n]:
+            yield f"no example has the label {', '.join(absent)}: see data.labels"
+        name, n = max(counts.items(), key=lambda x: x[1])
+        if n > MAJORITY * total:
+            yield (
+                f"{n / total:.1%} of the examples have the label {name}: accuracy says little, see"
+                " f1; loss.class_weights='balanced' weighs labels alike"
+            )
+
+    # ---- model and loss ----
+
+    def load_model(self, section, **changes):
+        return read_model(section, labels=self.labels.names, **changes)
+
+    def loss_fn(self, model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        return losses.classification(
+            model,
+            label_smoothing=options["label_smoothing"],
+            class_weights=self.class_weights(options["class_weights"]),
+            sources=sources,
+        )
+
+    def class_weights(self, text: str) -> tuple[float, ...]:
+        """() for none, or a weight for each label. Raises: ConfigError."""
+        if not text:
+            return ()
+        if text == "balanced":
+            return self._balanced
+        try:
+            weights = tuple(float(x) for x in text.split(","))
+        except ValueError:
+            weights = ()
+        if len(weights) != len(self.labels.names) or min(weights, default=-1) < 0:
+            raise ConfigError(
+                f"loss.class_weights={text!r}: expected 'balanced', or a number of 0 or more for"
+                f" each of {', '.join(self.labels.names)}, separated by commas"
+            )
+        return weights
+
+    _balanced: tuple[float, ...] = ()
+
+    def saw(self, reports: Sequence[dict]) -> None:
+        """The reports of the training stores: what 'balanced' weights are made of."""
+        counts = sum((Counter(r["labels"]) for r in reports), Counter())
+        total, k = sum(counts.values()), len(self.labels.names)
+        each = [counts.get(name, 0) for name in self.labels.names]
+        self._balanced = tuple(total / (k * n) if n else 0.0 for n in each)
+
+    # ---- evaluation ----
+
+    def eval_fn(self, model, options: dict):
+        loss_fn = losses.classification(model, predictions=True)
+        return lambda params, batch, model_state=None: loss_fn(params, batch, None)
+
+    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        """Accuracy, macro-averaged F1 and the confusion matrix (rows: wanted, columns: given).
+
+        An answer that is not finite is wrong, and counted as "not_finite".
+        """
+        from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+        real = predictions["weights"] > 0
+        wanted, given = predictions["wanted"][real], predictions["given"][real]
+        every = range(len(self.labels.names))
+        values = {
+            "accuracy": float(accuracy_score(wanted, given)),
+            "f1": float(f1_score(wanted, given, labels=every, average="macro", zero_division=0.0)),
+        }
+        if lost := int((given < 0).sum()):
+            values["not_finite"] = float(lost)
+        rows = confusion_matrix(wanted, given, labels=every).tolist()
+        return Scores(values, {"confusion": {"labels": list(self.labels.names), "rows": rows}})
+
+    # ---- for people ----
+
+    def shown(self, result: dict, questions: list, n: int) -> str:
+        tables = result["after"].get("tables", {})
+        return "\n\n".join(
+            f"  {name}, after: wanted in rows, given in columns\n{confusion_text(table)}"
+            for name, table in tables.items()
+        )
+
+
+class LabelTally(Tally):
+    """Counts the labels too."""
+
+    def __init__(self, task, max_length: int, overlong: str):
+        super().__init__(task, max_length, overlong)
+        self.labels = Counter()
+
+    def count(self, pieces) -> None:
+        super().count(pieces)
+        self.labels.update(int(targets[weights > 0][0]) for _, weights, targets in pieces)
+
+    def report(self, skipped) -> dict:
+        names = self.task.labels.names
+        return super().report(skipped) | dict(
+            labels={name: self.labels[i] for i, name in enumerate(names)}
+        )
+
+
+class Pairs(Sequence):
+    """The records of a source as {"prompt": text, "completion": name of the label}."""
+
+    def __init__(self, source, task: Classification):
+        self.source, self.task = source, task
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict:
+        text, label = self.task._read(self.source[i], self.source.where(i))
+        return {"prompt": text, "completion": self.task.labels.names[label]}
+
+    def where(self, i: int) -> str:
+        return self.source.where(i)
+
+    @property
+    def readers(self):
+        return self.source.readers
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()} {self.task.key()}"
+
+
+def confusion_text(table: dict) -> str:
+    """A confusion matrix as aligned lines."""
+    head = ["", *table["labels"]]
+    rows = [head, *([n, *row] for n, row in zip(table["labels"], table["rows"], strict=True))]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  " + "  ".join(str(x).rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows
+    )
+
+
+# Keys of the config's section `loss` that a classification takes; the others must be as they come.
+OPTIONS = ("label_smoothing", "class_weights", "chunk_tokens")
+
+
+def _check_options(section) -> None:
+    for key, plain in dict(normalise="tokens", z_loss=0.0, dft=False, load_balance=0.0).items():
+        if section[key] != plain:
+            raise ConfigError(
+                f"loss.{key}={section[key]!r} belongs to task='causal_lm'; of a classification"
+                f" only {', '.join(OPTIONS)} may be set"
+            )

@@ -1,0 +1,249 @@
+"""What every task inherits, asked of all of them: schema, resumption, meshes, bad records, export.
+
+A new row of TASKS needs a case here; `test_every_task_has_a_case` says so.
+"""
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import sftjax
+from sftjax import config as config_lib
+from sftjax import feed as feed_lib
+from sftjax import optim, plan, setup, sharding, targets, tasks
+from sftjax import train as train_lib
+from sftjax.data import DataError, open_source
+from sftjax.inspect_data import inspect
+
+REPO = Path(__file__).resolve().parents[1]
+QUICKSTART = REPO / "experiments" / "quickstart"
+CUSTOM = REPO / "experiments" / "custom_task"
+WORDS = {"good": ("fine", "glad", "warm"), "bad": ("dull", "sour", "cold")}
+LABELS = tuple(WORDS)
+LLAMA = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
+BERT = dict(
+    model_type="bert", architectures=["BertModel"], vocab_size=512, hidden_size=32,
+    intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+    hidden_dropout_prob=0.1, initializer_range=0.1,
+)  # fmt: skip
+
+
+def model(where, config=None):
+    """A tiny random model's directory, with the quickstart's tokenizer."""
+    where.mkdir()
+    for file in (QUICKSTART / "base_model").iterdir():
+        if file.suffix != ".safetensors":
+            (where / file.name).write_bytes(file.read_bytes())
+    own = json.loads((where / "config.json").read_text())
+    (where / "config.json").write_text(json.dumps(config or own | LLAMA))
+    return str(where)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def reviews(n, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        label = LABELS[rng.integers(2)]
+        words = [WORDS[label][rng.integers(3)], *rng.choice(["a", "film", "of", "day"], i % 9 + 1)]
+        rows.append({"text": " ".join(words), "label": label, "extra": i})
+    return rows
+
+
+def causal(c, where):
+    c.model.path, c.model.init = model(where / "model"), "random"
+    for name, n in {"train": 60, "validation": 21, "test": 3}.items():
+        lines = (QUICKSTART / "data" / f"{name}.jsonl").read_text().splitlines()[:n]
+        c.data[name] = write(where / f"{name}.jsonl", map(json.loads, lines))
+
+
+def classes(c, where, config=None):
+    c.task, c.data.labels = "classification", LABELS
+    c.model.path, c.model.init = model(where / "model", config), "random"
+    c.data.train = write(where / "train.jsonl", reviews(120))
+    c.data.validation = write(where / "validation.jsonl", reviews(21, seed=1))
+
+
+def custom(c, where):
+    c.task = f"{CUSTOM / 'task.py'}:Regression"
+    rng = np.random.default_rng(0)
+    for name, n in {"train": 60, "validation": 11}.items():
+        x = rng.normal(size=(n, 10))
+        rows = [dict(features=f.tolist(), target=f[:3].sum(), extra=0) for f in x]
+        c.data[name] = write(where / f"{name}.jsonl", rows)
+
+
+# case -> (what it sets in a config, a record that is none, what the error names)
+CASES = {
+    "causal_lm": (causal, {"prompt": "a", "completion": ""}, "completion"),
+    "classification": (classes, {"text": "a", "label": "odd"}, "odd"),
+    "classification bert": (functools.partial(classes, config=BERT), {"label": "bad"}, "text"),
+    "custom": (custom, {"features": [1], "target": 0.0}, "features"),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(name, config): six steps of eight rows, a checkpoint after every third."""
+    where = tmp_path_factory.mktemp("case")
+    c = config_lib.get_default()
+    c.model.dtype, c.data.max_length = "float32", 64
+    c.train.batch_size = c.eval.batch_size = 8
+    c.train.duration, c.train.log_every, c.train.checkpoint_every = "6 steps", "1", "3 steps"
+    c.optim.lr, c.optim.warmup, c.eval.every = 3e-3, "0 steps", "3 steps"
+    c.generate.max_new_tokens = 2
+    CASES[request.param][0](c, where)
+    return request.param, c
+
+
+@pytest.fixture(scope="module")
+def ran(case, tmp_path_factory):
+    """(workdir, result) of the whole run."""
+    workdir = tmp_path_factory.mktemp("ran") / "run"
+    return workdir, train_lib.train(case[1], workdir)
+
+
+def make(config):
+    return tasks.make(config, feed_lib.load_tokenizer(config))
+
+
+def test_every_task_has_a_case():
+    assert {name.split()[0] for name in CASES} - {"custom"} == set(tasks.TASKS)
+
+
+def test_batches_are_as_the_spec_says(case, tmp_path):
+    config, task = case[1], make(case[1])
+    feed = feed_lib.Feed(config, task, tmp_path, sharding.make_mesh({"fsdp": -1}))
+    spec = feed.spec(8, 64)
+    for batch in (next(feed.batches(0)), next(feed.eval_batches(feed.sets["validation"]))):
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+            k: (f.shape, np.dtype(f.dtype)) for k, f in spec.items()
+        }
+        assert all(len(f.axes) == len(f.shape) and f.axes[0] == "batch" for f in spec.values())
+    abstract = feed.abstract_batch()
+    assert {k: (v.shape, v.sharding) for k, v in abstract.items()} == {
+        k: (v.shape, v.sharding) for k, v in next(feed.batches(0)).items()
+    }
+
+
+def losses(workdir):
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {x["step"]: (x["loss"], x["grad_norm"]) for x in lines if "loss" in x}
+
+
+def test_what_is_measured_is_what_the_task_promises(case, ran):
+    task, result = make(case[1]), ran[1]
+    assert set(result["after"]["losses"]) >= {f"validation/{k}" for k in ("loss", *task.metrics)}
+    assert json.loads((ran[0] / "result.json").read_text())["after"]["losses"]
+    logged = {k for x in (ran[0] / "metrics.jsonl").read_text().splitlines() for k in json.loads(x)}
+    assert logged >= {f"{k}_per_s" for k in task.counts}
+    assert all(np.isfinite(v).all() for v in losses(ran[0]).values())
+
+
+def test_a_run_cut_off_resumes_bit_equal(case, ran, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(ran[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    again = train_lib.train(case[1], workdir)
+    assert losses(workdir) == losses(ran[0])
+    assert again["after"] == ran[1]["after"]
+
+
+def test_eight_devices_give_what_one_gives(case, tmp_path):
+    config, found = case[1], []
+    for devices in (1, 8):
+        task = make(config)
+        mesh = sharding.make_mesh({"fsdp": -1}, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            feed = feed_lib.Feed(config, task, tmp_path, mesh)
+            net, trainable = setup.make_model(config, task)
+            tx = optim.make(config.optim, setup.make_schedule(config, 6), net.abstract, trainable)
+            target = setup.abstract_state(config, net, trainable, tx, mesh)
+            tokenizer = task.tokenizer
+            state = setup.first_state(config, net, tokenizer, trainable, tx, target, mesh)
+            loss_fn = task.loss_fn(net, config.loss.to_dict())
+            step = functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx)
+            run, some = jax.jit(step), []
+            for _, batch in zip(range(2), feed.batches(0), strict=False):
+                state, metrics = run(state, batch)
+                some += [float(metrics["loss"]), float(metrics["grad_norm"])]
+            some += [float(np.abs(x).sum()) for x in jax.tree.leaves(state.model_state)]
+        found.append(some)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
+
+
+def test_a_bad_record_is_refused_by_file_row_and_field(case, tmp_path):
+    name, config = case
+    task, (_, record, names) = make(config), CASES[name]
+    path = write(tmp_path / "bad.jsonl", [record])
+    source = open_source(path)
+    with pytest.raises(DataError, match=names) as error:
+        task.examples([source[0]], [source.where(0)])
+    assert str(error.value).startswith(f"{path}:1: ")
+
+
+def test_fields_that_are_read_are_known(case):
+    task, source = make(case[1]), open_source(case[1].data.train)
+    read = task.fields_read(source[0])
+    assert read and read < set(source[0])
+    left = {k: v for k, v in source[0].items() if k in read}
+    pairs = task.examples([source[0], left], ["a:1", "a:2"])
+    for a, b in zip(*(e.arrays for e in pairs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_plan_and_inspect_work(case, capsys):
+    config = case[1]
+    text = inspect(config, n=2, color=False)
+    assert "extra" not in text and str(config.data.train) in text
+    if config.model.path:
+        found = plan.plan(config, targets.resolve("here"))
+        assert found.total > 0 and found.hardware_flops > 0
+
+
+def test_the_export_is_loaded_again_or_said_to_be_missing(case, ran, capsys):
+    config, export = case[1], ran[0] / "export"
+    if not config.model.path:
+        assert not export.exists()
+        return
+    config = config.copy_and_resolve_references()
+    config.model.path, config.model.init = str(export), "pretrained"
+    config.data.tokenizer = ""
+    config.train.duration, config.train.export = "1 step", False
+    after = train_lib.train(config, ran[0].parent / "again")["before"]["losses"]
+    for key, value in ran[1]["after"]["losses"].items():
+        assert after[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_nobody_asks_for_a_task_by_name():
+    """The run, the evaluator, the planner and the report ask the task, never its name."""
+    names = "|".join([*tasks.TASKS, "CausalLM", "Classification"])
+    branch = re.compile(rf"(==|!=|\bin\b|isinstance).*\b({names})\b|config\.task\b(?!\))")
+    for file in (REPO / "sftjax").rglob("*.py"):
+        if "tasks" not in file.parts:
+            for n, line in enumerate(file.read_text().splitlines(), 1):
+                assert not branch.search(line), f"{file}:{n}: {line}"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("causal_ml", "did you mean 'causal_lm'"),
+        ("nowhere.py:Task", "file nowhere.py does not exist"),
+        (f"{CUSTOM / 'task.py'}:Nothing", "no class Nothing derived from sftjax.tasks.Task"),
+    ],
+)
+def test_a_task_that_is_not_there(name, message):
+    with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
+        tasks.find(name)

@@ -8,8 +8,6 @@ from shlex import quote
 
 import jax
 
-from sftjax import metrics
-
 
 def table(before: dict, after: dict) -> str:
     """A before/after table of exact match and of every validation metric."""
@@ -73,13 +71,15 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
     if feed.test:
         write_answers(workdir / "samples" / "test.jsonl", feed.test, before, after, tokenizer)
         print(samples(feed.test, before, after, config.eval.samples, tokenizer))
-    metrics.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
     numbers = {
         when: {k: v for k, v in result[when].items() if k != "answers"}
         for when in ("before", "after")
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
     (workdir / "result.json").write_text(text + "\n")
+    from sftjax.reports import curves  # a run that trains has no need of matplotlib before
+
+    curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
     for what, path in places(workdir):
         print(f"  {what:<22}{path}")
     if config.train.export and feed.test and tokenizer.chat_template:

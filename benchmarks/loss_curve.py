@@ -42,9 +42,9 @@ import trl
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import metrics as metrics_lib
 from sftjax import optim
 from sftjax import params as params_lib
+from sftjax.reports import curves as curves_lib
 
 MODEL = "stories260K-hf"
 LENGTH, ROWS = 512, 4  # tokens in a row, the model's context; rows in a step
@@ -343,13 +343,10 @@ def save(out, command, results):
     )  # fmt: skip
     (out / "loss_curve.json").write_text(json.dumps(facts, indent=1) + "\n")
     for name, result in results.items():
-        curves = {f"{curve}/loss": result["curves"][curve] for curve in PLOTTED}
-        steps = enumerate(zip(*curves.values(), strict=True), 1)
-        lines = [{"step": i, **dict(zip(curves, losses, strict=True))} for i, losses in steps]
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
-            f.write("".join(json.dumps(line) + "\n" for line in lines))
-            f.flush()
-            metrics_lib.curve_svg(f.name, out / f"loss_curve_{name}.svg", f"Loss on {name}")
+        series = {f"{c}/loss": list(enumerate(result["curves"][c], 1)) for c in PLOTTED}
+        title = f"Loss on {name}"
+        figure = curves_lib.loss_figure(series, title)
+        curves_lib.save(figure, out / f"loss_curve_{name}.svg", title)
 
 
 def main(argv=None):

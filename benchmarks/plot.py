@@ -9,11 +9,15 @@ left out.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-WIDTH, BAR, HEAD = 860, 24, 52
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sftjax.reports import curves
+
+BAR, HEAD = 0.24, 0.5  # inches: the height of a bar with its space, and of a title
 
 
 # ---- readers: a result file's JSON -> (title, {label: (low, middle, high)}) ------------------
@@ -72,98 +76,55 @@ READERS = {"loss": read_loss, "train_step": read_train_step, "attention": read_a
 # ---- drawing -------------------------------------------------------------------------------
 
 
-def escape(text):
-    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+@curves.style()
+def overview(results: dict) -> Figure:
+    """A figure of {name of the result file: (title, bars)}: one panel under the other."""
+    heights = [HEAD + BAR * len(bars) for _, bars in results.values()]
+    width, height = 8.6, sum(heights) + BAR
+    figure = Figure(figsize=(width, height))
+    top = height
+    for i, ((title, bars), high) in enumerate(zip(results.values(), heights, strict=True)):
+        bottom = top - high
+        place = (0.38, bottom / height, 0.54, BAR * len(bars) / height)
+        figure.text(0.02, (top - HEAD / 2) / height, title, weight="bold", va="center")
+        panel(figure.add_axes(place), bars, curves.COLOURS[i % len(curves.COLOURS)])
+        top = bottom
+    return figure
 
 
-def svg(parts, width, height):
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-            f' width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif"'
-            ' font-size="13" fill="#333">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+def panel(axes: Axes, bars: dict, colour: str) -> None:
+    """Bars from a common zero with the ratio, its range over the rounds, and a line at 1."""
+    low, middle, high = np.transpose(list(bars.values()))
+    places = np.arange(len(bars))
+    axes.barh(places, middle, height=0.65, color=colour)
+    axes.hlines(places, low, high, color="black")
+    axes.axvline(1, color="#333333", linestyle="--", linewidth=1)
+    for place, value, end in zip(places, middle, high, strict=True):
+        axes.annotate(f"{value:.2f}", (end, place), (5, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, max(1.0, *high))
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_yticks(places, bars)
+    axes.tick_params(length=0)
+    axes.xaxis.set_visible(False)  # the ratio stands beside each bar
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
 
 
-def text(x, y, value, **attributes):
-    style = "".join(f' {k.replace("_", "-")}="{v}"' for k, v in attributes.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(value)}</text>'
-
-
-def panel(top, title, bars, colour):
-    """Bars from a common zero, each with its range; (SVG parts, height)."""
-    left, right = 330, WIDTH - 70
-    most = max([1.0, *(high for _, _, high in bars.values())])
-
-    def x(value):
-        return left + value / most * (right - left)
-
-    parts = [text(16, top + 22, title, font_size=15, font_weight="bold")]
-    bottom = top + HEAD + BAR * len(bars)
-    for i, (label, (low, middle, high)) in enumerate(bars.items()):
-        y = top + HEAD + BAR * i
-        parts += [
-            text(left - 8, y + 4, label, text_anchor="end"),
-            f'<rect x="{left}" y="{y - 8}" width="{x(middle) - left:.1f}" height="16"'
-            f' fill="{colour}"/>',
-            f'<path d="M{x(low):.1f} {y}H{x(high):.1f}" stroke="#000" stroke-width="2"/>',
-            text(x(high) + 6, y + 4, f"{middle:.2f}"),
-        ]
-    parts.append(
-        f'<path d="M{x(1):.1f} {top + HEAD - 16}V{bottom - 8}" stroke="#333" stroke-dasharray="3"/>'
-    )
-    return parts, bottom - top + 16
-
-
-def overview(results: dict) -> str:
-    """SVG of {name of the result file: (title, bars)}."""
-    parts, top = [], 8
-    for i, (title, bars) in enumerate(results.values()):
-        new, height = panel(top, title, bars, COLOURS[i % len(COLOURS)])
-        parts, top = parts + new, top + height
-    return svg(parts, WIDTH, top + 8)
-
-
-def loglog(series, title, x_label, y_label) -> str:
-    """SVG of {name: [(x, y)]}, both axes logarithmic; one point is a dot, more are a line."""
-    left, right, top, bottom = 80, WIDTH - 150, 48, 420
-    points = [p for s in series.values() for p in s]
-    ranges = []
-    for axis in (0, 1):
-        logs = [math.log10(p[axis]) for p in points]
-        ranges.append((math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)))
-
-    def place(p):
-        shares = [(math.log10(v) - a) / (b - a) for v, (a, b) in zip(p, ranges, strict=True)]
-        return left + shares[0] * (right - left), bottom - shares[1] * (bottom - top)
-
-    parts = [text(left, 26, title, font_size=15, font_weight="bold")]
-    for n in range(ranges[0][0], ranges[0][1] + 1):
-        x, _ = place((10.0**n, 10.0 ** ranges[1][0]))
-        parts.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="#e4e4e4"/>')
-        parts.append(text(x, bottom + 18, f"{10.0**n:g}", text_anchor="middle"))
-    for n in range(ranges[1][0], ranges[1][1] + 1):
-        _, y = place((10.0 ** ranges[0][0], 10.0**n))
-        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#e4e4e4"/>')
-        parts.append(text(left - 8, y + 4, f"{10.0**n:g}", text_anchor="end"))
-    for i, (name, values) in enumerate(series.items()):
-        colour, places = COLOURS[i % len(COLOURS)], [place(p) for p in values]
-        x, y = places[-1]
-        if len(places) == 1:
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
-        else:
-            d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-            parts.append(f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(text(x + 8, y + 4, name, fill=colour))
-    parts.append(text((left + right) / 2, bottom + 40, x_label, text_anchor="middle"))
-    middle = (top + bottom) / 2
-    turn = f"rotate(-90 20 {middle})"
-    parts.append(text(20, middle, y_label, text_anchor="middle", transform=turn))
-    return svg(parts, WIDTH, bottom + 56)
+@curves.style()
+def loglog(series: dict, title: str, x_label: str, y_label: str) -> Figure:
+    """A figure of {name: [(x, y)]}, both axes logarithmic; one point is a dot, more are a line."""
+    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+    for i, (name, points) in enumerate(series.items()):
+        colour = curves.COLOURS[i % len(curves.COLOURS)]
+        axes.loglog(*np.transpose(points), color=colour, marker="o" if len(points) == 1 else "")
+        axes.annotate(
+            name, points[-1], (7, 0), textcoords="offset points", va="center", color=colour
+        )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    return figure
 
 
 def main(argv=None):
@@ -184,7 +145,7 @@ def main(argv=None):
     if not found:
         parser.error(f"no result that can be drawn in {args.results}")
     out = args.out or args.results / "results.svg"
-    out.write_text(overview(found))
+    curves.save(overview(found), out, "Results of the benchmarks")
     print(f"{out}: {', '.join(found)}")
 
 

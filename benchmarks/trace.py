@@ -37,6 +37,7 @@ import optax
 import sftjax
 from sftjax import params as params_lib
 from sftjax import setup
+from sftjax.reports import curves
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plot import loglog  # noqa: E402
@@ -228,7 +229,7 @@ def show(found, idle, seconds, rates):
 
 
 def roofline(found, rates, title):
-    """SVG: the machine's roof, and each kind that multiplies as a point under it."""
+    """A figure: the machine's roof, and each kind that multiplies as a point under it."""
     peak, bandwidth = rates
     points = {
         kind: [(row["flops"] / row["bytes"], row["flops"] / row["seconds"] / 1e9)]
@@ -277,7 +278,7 @@ def main(argv=None):
     show(found, idle, seconds, rates)
     if args.svg:
         title = f"Train step, shape {args.shape}, {jax.devices()[0].device_kind}, {dtype}"
-        Path(args.svg).write_text(roofline(found, rates, title))
+        curves.save(roofline(found, rates, title), args.svg, title)
     if args.out:
         value = dict(
             environment=setup.environment(), shape=args.shape, steps=args.steps, seconds=seconds,

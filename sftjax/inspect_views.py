@@ -1,11 +1,9 @@
 """What `inspect` shows: for a terminal, as JSON, as one HTML page that fetches nothing."""
 
-import html
 import json
 import unicodedata
 
 from sftjax.data import lengths
-from sftjax.page import cells, page, table
 
 COLUMNS = ("token", "id", "weight", "segment", "position")
 CONTEXT = 3  # tokens shown around those that differ
@@ -250,125 +248,38 @@ def as_json(report, color, width):
 
 # --- HTML ---------------------------------------------------------------------------------------
 
-STYLE = """
-body { max-width: 100rem }
-h1, h2 { overflow-wrap: anywhere }
-h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 0 0 .3rem }
-article { border-top: 1px solid #ccc; padding: .8rem 0;
-  content-visibility: auto; contain-intrinsic-size: auto 40rem }
-article[hidden] { display: none }
-.totals { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
-.totals > * { margin-bottom: .6rem }
-.totals td:first-child { white-space: nowrap }
-.totals td { white-space: pre-wrap; overflow-wrap: break-word }
-article p, .beside pre { margin: 0 }
-.beside { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem }
-.beside { align-items: start; margin-top: .4rem }
-.beside > * { max-height: 75vh; overflow: auto }
-.three { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-.tokens table { width: 100% }
-.tokens td, .tokens th { text-align: right; padding: 0 .3rem }
-.tokens td:first-child, .tokens th:first-child { text-align: left; white-space: pre-wrap }
-.tokens th { position: sticky; top: 0; background: #fff }
-.trained { background: #b9efc4 }
-.cut { color: #767676 }
-.only-here { background: #ffd2bd } .only-there { background: #c9dcff }
-.weight { background: #f5e6a3 }
-.problem { background: #ffd2bd; padding: .7rem }
-form { position: sticky; top: 0; z-index: 1; background: #fff; padding: .5rem 0;
-  display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center }
-input, select { font: inherit; max-width: 12rem } input { width: 4.5rem }
-@media (max-width: 50rem) {
-  body { margin: .5rem auto; padding: 0 .6rem }
-  .beside, .three { grid-template-columns: minmax(0, 1fr) }
-  .beside > * { max-height: 60vh }
-  form { position: static }
-}
-"""
-
-# The filters are in the address, #source=...&min=0.2&max=0.9&dropped=..., so a view can be sent.
-SCRIPT = """
-const form = document.forms.filters, rows = [...document.querySelectorAll("article")];
-function show() {
-  const { source, min, max, dropped } = Object.fromEntries(new FormData(form));
-  let shown = 0;
-  for (const row of rows) {
-    const { trained, dropped: reason } = row.dataset;
-    const fate = { "": true, no: !reason, any: !!reason }[dropped] ?? reason === dropped;
-    const share = trained >= +min && trained <= +(max || 1);
-    row.hidden = !(fate && share && (!source || source === row.dataset.source));
-    shown += !row.hidden;
-  }
-  form.elements.shown.value = `${shown} of ${rows.length} rows`;
-}
-function read() {
-  form.reset();
-  for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-    if (form.elements[name]) form.elements[name].value = value;
-  show();
-}
-form.addEventListener("input", () => {
-  show();
-  const wanted = [...new FormData(form)].filter(([, value]) => value !== "");
-  history.replaceState(null, "", "#" + new URLSearchParams(wanted));
-});
-addEventListener("hashchange", read);
-read();
-"""
-
 
 def as_html(report, color, width):
-    diff = "comparison" in report
-    body = _html_diff(report) if diff else _html(report)
-    return page(report["set"], "\n".join(body), STYLE, "" if diff else SCRIPT)
+    from sftjax.reports import html  # only this view draws a page
+
+    show = _difference_page if "comparison" in report else _page
+    return show(html.render, report)
 
 
-def _html(report):
-    totals = "".join(
-        f"<div><b>{_text(name)}</b>{table(summary.items())}</div>"
-        for name, summary in _summaries(report).items()
-    )
-    problem = [f'<p class="problem">{_text(report["problem"])}</p>'] if report["problem"] else []
+def _page(render, report):
     examples, several = report["examples"], _several(report)
-    return [
-        *problem,
-        f'<div class="totals">{totals}</div>',
-        '<p><span class="trained">Trained</span>, or context. Tokens <span class="cut">in grey'
-        "</span> are cut away, or of a row that is dropped.</p>",
-        _filters(examples),
-        *(_article(example, _title(example, several)) for example in examples),
-        *([] if examples else [f"<p>{NOTHING}</p>"]),
-    ]
-
-
-def _filters(examples):
-    sources = dict.fromkeys(e["source"] for e in examples)
     reasons = dict.fromkeys(e["dropped"] for e in examples if e["dropped"])
-    dropped = {"": "all", "no": "kept", "any": "dropped"} | {r: f"dropped: {r}" for r in reasons}
-    number = 'type="number" min="0" max="1" step="0.01"'
-    return (
-        '<form name="filters" onsubmit="return false">'
-        f"<label>source {_select('source', {'': 'all'} | {s: s for s in sources})}</label>"
-        f"<label>show {_select('dropped', dropped)}</label>"
-        f'<label>trained share from <input name="min" {number} placeholder="0"></label>'
-        f'<label>to <input name="max" {number} placeholder="1"></label>'
-        f'<output name="shown">{len(examples)} rows</output></form>'
+    return render(
+        "inspect.html.jinja",
+        styles=["inspect.css"],
+        script="inspect.js",
+        title=report["set"],
+        problem=report["problem"],
+        summaries=_summaries(report),
+        sources={"": "all"} | {e["source"]: e["source"] for e in examples},
+        fates={"": "all", "no": "kept", "any": "dropped"} | {r: f"dropped: {r}" for r in reasons},
+        columns=COLUMNS,
+        examples=[_article(example, several) for example in examples],
+        nothing=NOTHING,
     )
 
 
-def _select(name, options):
-    lines = (f'<option value="{_text(v)}">{_text(label)}</option>' for v, label in options.items())
-    return f'<select name="{name}">{"".join(lines)}</select>'
-
-
-def _article(example, title):
-    data = {name: _text(example[name]) for name in ("source", "trained", "dropped")}
-    note = f"<p>{_text(example['note'])}</p>" if example["note"] else ""
-    rows = [(_token_class(t), _token_cells(t)) for t in example["tokens"]]
-    return (
-        f'<article data-source="{data["source"]}" data-trained="{data["trained"]}" '
-        f'data-dropped="{data["dropped"]}"><h2>{_text(title)}</h2>{note}'
-        f'<div class="beside">{_html_text(example)}{_html_tokens(COLUMNS, rows)}</div></article>'
+def _article(example, several):
+    return dict(
+        {name: example[name] for name in ("source", "trained", "dropped", "note")},
+        title=_title(example, several),
+        pieces=_pieces(example["text"], example["spans"]),
+        rows=[(_token_class(token), _token_cells(token)) for token in example["tokens"]],
     )
 
 
@@ -382,56 +293,28 @@ def _token_cells(token):
     return (_shown(token["token"]), token["id"], _weight(token["weight"]), *place)
 
 
-def _html_text(example):
-    """The newline that HTML takes away after <pre> is not the text's."""
-    pieces = (
-        f'<span class="trained">{_text(piece)}</span>' if trained else _text(piece)
-        for piece, trained in _pieces(example["text"], example["spans"])
-    )
-    return f"<pre>\n{''.join(pieces)}</pre>"
-
-
-def _html_tokens(columns, rows):
-    """rows: (class, values)."""
-    if not rows:
-        return ""
-    lines = [f"<tr>{cells(columns, 'th')}</tr>"]
-    lines += [f'<tr class="{kind}">{cells(values, "td")}</tr>' for kind, values in rows]
-    return f'<div class="tokens"><table>{"".join(lines)}</table></div>'
-
-
-def _text(value):
-    return html.escape(str(value)).replace("\r", "&#13;")
-
-
-def _html_diff(report):
-    lines = "".join(f"<p><b>{_text(line)}</b></p>" for line in _comparison(report))
-    legend = (
-        '<p>Text: <span class="trained">trained</span>. Tokens: there at all, or trained, '
-        '<span class="only-here">only here</span>, <span class="only-there">only there</span>; '
-        '<span class="weight">of another weight</span>. Here is the config, there is the one '
-        "it is compared with.</p>"
-    )
+def _difference_page(render, report):
     several = len({d["source"] for d in report["differences"]}) > 1
-    return [lines, legend, *(_html_difference(d, several) for d in report["differences"])]
-
-
-def _html_difference(difference, several):
-    sides = "".join(
-        f"<div><p>{_text(name)}</p>{_html_text(side)}</div>" for name, side in _sides(difference)
+    return render(
+        "difference.html.jinja",
+        styles=["inspect.css"],
+        title=report["set"],
+        comparison=_comparison(report),
+        differences=[_difference(d, several) for d in report["differences"]],
     )
+
+
+def _difference(difference, several):
+    source = f"{difference['source']}: " if several else ""
     rows = [
         (t["mark"], (_shown(t["token"]), t["id"], _weight(t["here"]), _weight(t["there"])))
         if t
         else ("", ("…", "", "", ""))
         for t in _changes(difference)
     ]
-    source = f"{difference['source']}: " if several else ""
-    return (
-        f"<article><h2>{_text(source + difference['where'])}, {_only(difference)}</h2>"
-        f'<div class="beside three">{sides}'
-        f"{_html_tokens(('token', 'id', 'here', 'there'), rows)}</div></article>"
-    )
+    sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(difference)]
+    title = f"{source}{difference['where']}, {_only(difference)}"
+    return dict(title=title, sides=sides, rows=rows)
 
 
 VIEWS = {"terminal": terminal, "json": as_json, "html": as_html}

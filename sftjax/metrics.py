@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, a progress line, speed, memory and the curve."""
+"""What a run reports: metrics.jsonl, TensorBoard, a progress line, speed and memory."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -127,14 +127,14 @@ def _drop_after(path, step):
     """Rewrite metrics.jsonl without later steps and without a line torn by a kill."""
     if not path.exists():
         return
-    kept = [line for line, at in _lines(path) if at["step"] <= step]
+    kept = [line for line, at in read_lines(path) if at["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
 
-def _lines(path):
-    """(text, object) of every whole line."""
+def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(text, object) of every whole line of a metrics.jsonl."""
     with open(path) as f:
         for line in f:
             try:
@@ -193,117 +193,3 @@ def peak_memory() -> tuple[int, str]:
         return max(peaks), "device"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
-
-
-# ---- the curve -----------------------------------------------------------------------------
-
-
-def curve_svg(metrics_jsonl_path, out_path, title: str = "Loss") -> None:
-    """Draw "loss" and every "<set>/loss" of a metrics.jsonl over steps, as one SVG file."""
-    series: dict[str, list] = {}
-    for _, line in _lines(metrics_jsonl_path):
-        for name, value in line.items():
-            if (name == "loss" or name.endswith("/loss")) and value is not None:
-                series.setdefault(name, []).append((line["step"], value))
-    Path(out_path).write_text(_svg(series, title))
-
-
-# Colours that stay apart for colour-blind readers (Okabe and Ito); the first is the train loss.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 800, 440, 64, 20, 48, 52
-
-
-def _svg(series, title) -> str:
-    points = [p for s in series.values() for p in s]
-    x_ticks = nice_ticks(min([p[0] for p in points] + [0]), max([p[0] for p in points] + [10]), 8)
-    y_ticks = nice_ticks(min([p[1] for p in points] + [0]), max([p[1] for p in points], default=1))
-
-    def x(step):
-        share = (step - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return round(_LEFT + share * (_WIDTH - _LEFT - _RIGHT), 1)
-
-    def y(value):
-        share = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
-
-    parts = _axes(x, y, x_ticks, y_ticks, title)
-    order = sorted(series, key=lambda name: (name != "loss", name))
-    for i, name in enumerate(order):
-        parts += _line(series[name], x, y, _COLOURS[i % len(_COLOURS)], marks=name != "loss")
-    parts += _legend([(name, series[name][-1][1]) for name in order])
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-            f' width="{_WIDTH}" height="{_HEIGHT}" font-family="Helvetica, Arial, sans-serif"'
-            ' font-size="13" fill="#333">',
-            f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
-
-
-def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round numbers, evenly spaced by 1, 2, 2.5 or 5 x 10^n, that span low..high."""
-    rough = (high - low or abs(high) or 1) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
-
-
-def _axes(x, y, x_ticks, y_ticks, title):
-    left, right, bottom = x(x_ticks[0]), x(x_ticks[-1]), y(y_ticks[0])
-    parts = [f'<text x="{left}" y="28" font-size="16" font-weight="bold">{_escape(title)}</text>']
-    for v in y_ticks:
-        parts.append(f'<path d="M{left} {y(v)}H{right}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>')
-    for v in x_ticks:
-        parts.append(f'<path d="M{x(v)} {bottom}v5" stroke="#888"/>')
-        parts.append(f'<text x="{x(v)}" y="{bottom + 20}" text-anchor="middle">{v:,.10g}</text>')
-    middle = (y(y_ticks[-1]) + bottom) / 2
-    return [
-        *parts,
-        f'<path d="M{left} {bottom}H{right}" stroke="#888"/>',
-        f'<text x="{(left + right) / 2}" y="{_HEIGHT - 10}" text-anchor="middle">step</text>',
-        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">loss</text>',
-    ]
-
-
-def _line(points, x, y, colour, marks):
-    """One curve: validation with marks; a long train curve faint, under its running mean."""
-
-    def path(points, style):
-        d = "M" + "L".join(f"{x(s)} {y(v)}" for s, v in points)
-        return f'<path d="{d}" fill="none" stroke="{colour}" stroke-linejoin="round" {style}/>'
-
-    if marks or len(points) == 1:
-        dots = [f'<circle cx="{x(s)}" cy="{y(v)}" r="3.5" fill="{colour}"/>' for s, v in points]
-        return [path(points, 'stroke-width="2"'), *dots]
-    if len(points) < 100:
-        return [path(points, 'stroke-width="2"')]
-    window = len(points) // 50
-    mean = []
-    for i, (step, _) in enumerate(points):
-        near = points[max(0, i - window) : i + window + 1]
-        mean.append((step, sum(v for _, v in near) / len(near)))
-    return [path(points, 'stroke-opacity="0.3"'), path(mean, 'stroke-width="2"')]
-
-
-def _legend(last):
-    """Name and last value of each curve, in a row above the plot, ending at its right edge."""
-    parts, right = [], _WIDTH - _RIGHT
-    for i, (name, value) in reversed(list(enumerate(last))):
-        colour = _COLOURS[i % len(_COLOURS)]
-        label = f"{'train' if name == 'loss' else name.removesuffix('/loss')} {value:.4g}"
-        left = right - 8 * len(label)  # about the width of a character
-        parts += [
-            f'<path d="M{left - 28} 24h22" stroke="{colour}" stroke-width="3"/>',
-            f'<text x="{left}" y="28">{_escape(label)}</text>',
-        ]
-        right = left - 44
-    return parts
-
-
-def _escape(text):
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -5,10 +5,7 @@ from pathlib import Path
 
 import jax
 
-from sftjax import metrics
-
 SHARES = ("accuracy", "exact_match", "f1")  # metrics that are shown in percent
-
 
 def table(before: dict, after: dict) -> str:
     """A before/after table of the test set's scores and of every metric of the sets."""
@@ -40,13 +37,15 @@ def finish(config, workdir: Path, task, feed, result: dict) -> None:
         task.write_answers(workdir / "samples" / "test.jsonl", feed.questions, before, after)
     if text := task.shown(result, feed.questions, config.eval.samples):
         print(text)
-    metrics.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
     numbers = {
         when: {k: v for k, v in result[when].items() if k != "answers"}
         for when in ("before", "after")
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
     (workdir / "result.json").write_text(text + "\n")
+    from sftjax.reports import curves  # a run that trains has no need of matplotlib before
+
+    curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
     for what, path in places(workdir):
         print(f"  {what:<22}{path}")
     if config.train.export and (text := task.try_it(config, workdir / "export")):

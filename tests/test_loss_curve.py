@@ -54,7 +54,8 @@ def test_report(result, capsys, tmp_path):
     kept = json.loads((tmp_path / "loss_curve.json").read_text())
     assert kept["command"] == "the command" and kept["results"]["gsm8k"] == result
     drawn = (tmp_path / "loss_curve_gsm8k.svg").read_text()
-    assert drawn.count("<circle") == STEPS * len(loss_curve.PLOTTED)
+    for curve in loss_curve.PLOTTED:
+        assert f">{curve} {curves[curve][-1]:.4g}</text>" in drawn
 
 
 @pytest.mark.parametrize("name", loss_curve.DATA)

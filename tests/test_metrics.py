@@ -3,14 +3,13 @@
 import io
 import json
 import math
-import xml.etree.ElementTree as ElementTree
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sftjax import metrics
-from sftjax.metrics import Writer, curve_svg, mfu, nice_ticks, peak_memory
+from sftjax.metrics import Writer, mfu, peak_memory
 
 
 def read(workdir):
@@ -121,36 +120,3 @@ def test_peak_memory_says_what_it_measured(monkeypatch):
 
     monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device(5), Device(7)])
     assert peak_memory() == (7, "device")
-
-
-# ---- the curve -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "low, high, count, want",
-    [
-        (0, 1, 6, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0, 600, 8, [0, 100, 200, 300, 400, 500, 600]),
-        (0, 2.7, 6, [0, 0.5, 1, 1.5, 2, 2.5, 3]),
-        (3, 3, 6, [3, 3.5]),
-    ],
-)
-def test_ticks_are_round_and_span_the_values(low, high, count, want):
-    assert nice_ticks(low, high, count) == want
-
-
-@pytest.mark.parametrize("n", [0, 1, 3, 500])
-def test_curve_is_one_svg_inside_its_frame(tmp_path, n):
-    lines = [{"step": i + 1, "loss": 3 / (i + 1)} for i in range(n)]
-    lines += [{"step": n, "val<1>/loss": 1.0, "val<1>/perplexity": 9}, {"step": n, "loss": None}]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines if n))
-    curve_svg(path, tmp_path / "curve.svg", "a & b")
-    root = ElementTree.parse(tmp_path / "curve.svg").getroot()
-    texts = [e.text for e in root.findall(".//{*}text")]
-    assert "a & b" in texts and "step" in texts and "loss" in texts
-    assert any(t.startswith("train ") for t in texts) == (n > 0)
-    assert ("val<1> 1" in texts) == (n > 0)
-    _, _, width, height = map(float, root.get("viewBox").split())
-    for dot in root.findall(".//{*}circle"):
-        assert 0 < float(dot.get("cx")) < width and 0 < float(dot.get("cy")) < height

@@ -29,7 +29,8 @@ def test_a_traced_step_has_the_flops_of_its_model(tmp_path, capsys):
     rates = trace.machine_rates("float32", 128, 1)
     trace.show(found, idle, seconds, rates)
     assert "collectives        -" in capsys.readouterr().out
-    ET.fromstring(trace.roofline(found, rates, "x"))
+    (axes,) = trace.roofline(found, rates, "x").axes
+    assert [text.get_text() for text in axes.texts] == ["roof", "matmul", "attention", "vocabulary"]
 
 
 HLO = """\
@@ -106,3 +107,15 @@ def test_plot_draws_the_results_that_are_here(tmp_path):
     drawn = "".join(ET.parse(tmp_path / "out.svg").getroot().itertext())
     for label in ("Tunix", "lengths: TRL, packed", "long, many documents, blockwise"):
         assert label in drawn
+
+
+def test_a_roofline_has_its_names_and_plain_numbers(tmp_path):
+    roof = [(0.1, 10), (10, 1000), (1000, 1000)]
+    figure = plot.loglog({"roof": roof, "matmul": [(20, 600)]}, "a & b", "FLOP a byte", "GFLOP/s")
+    line, point = figure.axes[0].lines
+    assert line.get_xydata().tolist() == [list(p) for p in roof] and line.get_marker() == ""
+    assert point.get_xydata().tolist() == [[20, 600]] and point.get_marker() == "o"
+    plot.curves.save(figure, tmp_path / "out.svg", "a & b")
+    texts = [e.text for e in ET.parse(tmp_path / "out.svg").getroot().iter() if e.text]
+    assert {"roof", "matmul", "a & b", "FLOP a byte", "GFLOP/s", "0.1", "1000"} <= set(texts)
+    assert not any("$" in text for text in texts)

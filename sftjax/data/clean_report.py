@@ -1,6 +1,5 @@
 """What cleaning leaves behind: the clean rows, the rejects with reasons, one readable page."""
 
-import html
 import json
 from pathlib import Path
 
@@ -8,7 +7,6 @@ from sftjax.data.clean import RULES, Findings
 from sftjax.data.conversation import to_conversation
 from sftjax.data.sources import DataError
 from sftjax.data.split import said
-from sftjax.page import page, table
 
 EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row
 
@@ -65,27 +63,27 @@ def write_report(path, source, findings: Findings, title: str, form=None) -> Non
 
     form: the keywords of `to_conversation`, for the texts shown.
     """
+    from sftjax.reports import html  # training that cleans nothing draws no page
+
     counts, kept = findings.counts(), len(findings.kept)
-    lines = [("rows", findings.rows, ""), ("kept", kept, "")]
-    lines += [
+    totals = [("rows", findings.rows, ""), ("kept", kept, "")]
+    totals += [
         (rule, counts[rule], "removed" if rule in findings.removes else "reported only")
         for rule in counts
     ]
-    body = [table(lines), *(_section(rule, source, findings, form) for rule in counts)]
+    rules = [_section(rule, source, findings, form) for rule in counts]
     with _open(path) as file:
-        file.write(page(title, "\n".join(body)))
+        file.write(html.render("clean.html.jinja", title=title, totals=totals, rules=rules))
 
 
 def _section(rule, source, findings, form):
     found = [f for f in findings.found if f.rule == rule]
-    rows = [(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form)) for f in found]
-    about = " ".join(RULES[rule].__doc__.split("\n\n")[0].split())
-    head = ("row", "found", "clashes with", "prompt", "answer")
-    opened = " open" if len(rows) <= 20 else ""
-    return (
-        f"<h2>{rule}: {len(rows)}</h2>\n<p>{html.escape(about)}</p>\n"
-        f"<details{opened}><summary>{len(rows)} rows</summary>\n{table(rows, head)}</details>"
-    )
+    return dict(
+        name=rule,
+        about=" ".join(RULES[rule].__doc__.split("\n\n")[0].split()),
+        rows=[(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form))
+              for f in found],
+    )  # fmt: skip
 
 
 def _excerpts(source, i, form):

@@ -1,0 +1,1 @@
+"""What people look at: HTML pages and curves. Training loads none of it before its end."""

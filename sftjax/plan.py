@@ -20,7 +20,6 @@ from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
 from sftjax import hlo, optim, plan_text, setup, sharding, targets
 from sftjax import memory as memory_lib
-from sftjax import params as params_lib
 from sftjax.models import flops as flops_lib
 
 GIB = 2**30
@@ -68,7 +67,8 @@ class Program:
     @property
     def model_flops(self) -> float:
         """Of a step, over all devices; see flops.train_flops."""
-        of, w = flops_lib.train_flops(self.model.config, self.trainable), self.work
+        w = self.work
+        of = flops_lib.train_flops(self.model.config, self.trainable, self.model.abstract)
         return w.rows * of(w.width, w.width * w.trained, w.pairs)
 
     def kernel_flops(self, cost) -> float:
@@ -76,15 +76,14 @@ class Program:
         once more going backward."""
         if not cost.kernels or cost.kernel_flops:
             return cost.kernel_flops
-        of = flops_lib.train_flops(self.model.config, self.trainable)
+        of = flops_lib.train_flops(self.model.config, self.trainable, self.model.abstract)
         return self.work.rows * of(0, 0, self.work.pairs) * 7 / 6 / self.mesh.size
 
     @property
     def head_flops(self) -> float:
         """Of them, those of the vocabulary projection, with the rows that pad it."""
-        c, on = self.model.config, params_lib.flatten(self.trainable)
-        each = 4 + 2 * on["embed/w" if c.tied else "head/w"]
-        return c.rows * c.width * each * self.work.tokens * self.work.trained
+        c, tokens = self.model.config, self.work.tokens * self.work.trained
+        return flops_lib.head_flops(c, self.trainable, self.model.abstract, c.rows) * tokens
 
 
 def build(config, target, trained=0.5, document=0) -> Program:

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sftjax.models import layer
-from sftjax.ops import rope
-from sftjax.ops.embed import lookup
+from sftjax.ops import rope, weight
 from sftjax.ops.rope import Rope
-from sftjax.params import Param, is_param
+from sftjax.params import Param, is_param, replace
 from sftjax.sharding import (
     RULES,
     constrain,
@@ -29,7 +28,6 @@ from sftjax.sharding import (
     shard_map,
     spec,
     spread,
-    stored,
     unspread,
 )
 
@@ -138,15 +136,17 @@ def period(config, name) -> list[Kind]:
 def abstract(config: Config) -> dict:
     """The tree of Params."""
     c, normal = config, jax.nn.initializers.normal(config.init_std)
+    head = ("embed",)  # what its product sums over
+    tied = head if c.tied else None
     tree = {
-        "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal)},
+        "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, tied)},
         "layers": {name: layer.abstract(c, n) for name, n in stacks(c).items()},
         "norm": layer.norm_params(c, ((), ())),
     }
     if c.learned_positions:
         tree["positions"] = {"w": Param((c.max_positions, c.width), (None, "embed"), normal)}
     if not c.tied:
-        tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal)}
+        tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, head)}
     return tree
 
 
@@ -166,8 +166,8 @@ def _stack(config, name, ctx, x, xs):
         return _scan(config, name, ctx, x, xs)
     apart = {*RULES["batch"], *needs} - {*manual_axes()}
     rows = spec(("batch", "seq"))
-    abstract = layer.abstract(config, 1)
-    params = jax.tree.map(lambda p: part(p.axes, apart), abstract, is_leaf=is_param)
+    axes = jax.tree.map(lambda p: p.axes, layer.abstract(config, 1), is_leaf=is_param)
+    params = weight.map_arrays(lambda _, axes: part(axes, apart), xs[0], axes)
     kept = P(None, *rows)
     run = functools.partial(_scan, config, name)
     return shard_map(run, (rows, rows, (params, None, kept)), (rows, (kept, P())), axes=apart)(
@@ -216,13 +216,13 @@ def forward(config: Config, params, tokens, positions, segments, cache=None):
     if cache is None:
         tokens, positions, segments = map(spread, (tokens, positions, segments))
         with jax.named_scope("embed"):
-            x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
+            x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
     else:
-        x = params["embed"]["w"][tokens].astype(config.dtype)
+        x = weight.rows(params["embed"]["w"], tokens, config.dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.learned_positions:
-        x = x + params["positions"]["w"][positions].astype(x.dtype)
+        x = x + weight.rows(params["positions"]["w"], positions, x.dtype)
     x = constrain(x, "batch", "seq", "act_embed")
     where, ctx = {"positions": positions, "segments": segments}, {}
     if cache is not None:
@@ -296,15 +296,17 @@ def _write_places(cache, positions, segments):
 class Model:
     """Config, abstract parameters and pure functions; holds no arrays.
 
-    source: what the weights came from (a Hugging Face directory's facts), for export.
+    source: what the weights came from (a Hugging Face directory's facts), for export. nodes: which
+    weights are nodes; see params.replace.
     """
 
     config: Config
     source: Any = dataclasses.field(default=None, compare=False)
+    nodes: tuple = ()
 
     @cached_property
     def abstract(self) -> dict:
-        return abstract(self.config)
+        return replace(abstract(self.config), self.nodes)
 
     def outputs(self, params, batch):
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch dict.
@@ -326,8 +328,9 @@ class Model:
         return self.outputs(params, batch)[0]
 
     def head(self, params):
-        """The vocabulary projection, [config.rows, D]."""
-        return stored(params["embed" if self.config.tied else "head"]["w"], ("vocab", "embed"))
+        """The vocabulary projection, [config.rows, D]; see ops.weight."""
+        w = params["embed" if self.config.tied else "head"]["w"]
+        return weight.as_stored(w, ("vocab", "embed"))
 
     @property
     def logit_options(self) -> dict:
@@ -338,8 +341,9 @@ class Model:
     def logits(self, params, hidden):
         """float32 [..., V]; for people, sampling and tests: training never forms [B, S, V]."""
         c = self.config
-        w = self.head(params).astype(hidden.dtype)
-        y = jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
+        h, w = weight.as_head(hidden, self.head(params))
+        w = w.astype(h.dtype)
+        y = jnp.einsum("...d,vd->...v", h, w, preferred_element_type=jnp.float32)
         y = y[..., : c.vocab] * layer.weak(c.logit_scale)
         return c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
 
@@ -375,4 +379,4 @@ class Model:
 
     def replace(self, **changes) -> "Model":
         """The same model with other fields of its Config: dtype, remat, attention, split."""
-        return Model(dataclasses.replace(self.config, **changes), self.source)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))

@@ -1,40 +1,64 @@
 """Model FLOPs of a training step, from the parameter tree: what MFU is a share of."""
 
+import math
+
 from sftjax import params as params_lib
 from sftjax.models import decoder
 
 
-def train_flops(config: decoder.Config, trainable: dict):
+def train_flops(config: decoder.Config, trainable: dict, abstract: dict | None = None):
     """A function (tokens, trained_tokens, pairs) -> model FLOPs of one training step.
 
     Forward 2 FLOPs per matmul weight and token; backward 2 more for the activations, down to the
     first trained parameter, and 2 more for each trained weight. Of experts, the chosen ones count.
     The vocabulary projection counts for trained tokens only. pairs(window): (query, key) pairs that
     see each other, summed over documents; each costs 4 * heads * head_dim FLOPs a layer forward and
-    twice that backward. trainable: tree of bools like the parameters.
+    twice that backward. trainable: tree of bools like the parameters. abstract: the tree of Params,
+    whose `inputs` say which are matmul weights; the default is the config's own.
     """
     c, on = config, params_lib.flatten(trainable)
-    reached = on["embed/w"] or on.get("positions/w", False)
+    abstract = decoder.abstract(c) if abstract is None else abstract
+    names = ("embed", *(n for n in ("positions",) if n in abstract))
+    reached = any(v for k, v in on.items() if k.startswith(tuple(f"{n}/" for n in names)))
     per_token, per_pair = 0.0, {}
+    for name in names:  # rows are looked up; what they are multiplied by then
+        for key, p in _matrices(abstract[name], f"{name}/"):
+            if "vocab" not in p.axes:
+                per_token += params_lib.count(p) * (2 + 2 * reached + 2 * on[key])
     for loop in range(c.loops):
         for name, n in decoder.stacks(c).items():
-            here = reached or any(v for k, v in on.items() if k.startswith(f"layers/{name}/"))
-            for key, p in params_lib.flatten(decoder.abstract(c)["layers"][name]).items():
-                if key.endswith("/w"):
-                    chosen = "expert" in p.axes
-                    share = c.experts_per_token / c.experts if chosen else 1.0
-                    each = 2 + 2 * here + 2 * on[f"layers/{name}/{key}"]
-                    per_token += share * params_lib.count(p) * each
+            prefix = f"layers/{name}/"
+            here = reached or any(v for k, v in on.items() if k.startswith(prefix))
+            for key, p in _matrices(abstract["layers"][name], prefix):
+                share = c.experts_per_token / c.experts if "expert" in p.axes else 1.0
+                per_token += share * params_lib.count(p) * (2 + 2 * here + 2 * on[key])
             kinds = decoder.period(c, name)
             for kind in kinds:
                 for window in [kind.window, c.loop_window][: loop + 1]:
                     cost = 4 * c.heads * c.head_dim * n / len(kinds) * (3 if here else 1)
                     per_pair[window] = per_pair.get(window, 0.0) + cost
             reached = here
-    head = c.vocab * c.width * (4 + 2 * on["embed/w" if c.tied else "head/w"])
+    head = head_flops(c, trainable, abstract, c.vocab)
 
     def flops(tokens, trained, pairs):
         attention = sum(cost * pairs(window) for window, cost in per_pair.items())
         return per_token * tokens + head * trained + attention
 
     return flops
+
+
+def head_flops(config: decoder.Config, trainable: dict, abstract: dict, rows: int) -> int:
+    """Of one trained token: the vocabulary projection, forward and backward, of `rows` rows."""
+    name, on = "embed" if config.tied else "head", params_lib.flatten(trainable)
+    total = 0
+    for key, p in _matrices(abstract[name], f"{name}/"):
+        sizes = zip(p.shape, p.axes, strict=True)
+        size = math.prod(rows if axis == "vocab" else n for n, axis in sizes)
+        total += size * (4 + 2 * on[key])
+    return total
+
+
+def _matrices(abstract, prefix):
+    """(name, Param) of the matmul weights in a part of the tree whose names begin with `prefix`."""
+    named = params_lib.flatten(abstract).items()
+    return [(prefix + key, p) for key, p in named if p.inputs is not None]

@@ -266,7 +266,7 @@ def with_dtypes(model, path):
     """The model, its source knowing the dtypes of the files in `path`; reads headers only."""
     reader = Reader(path)
     dtypes = {n: reader.dtype(n) for n in reader.entries}
-    return decoder.Model(model.config, dataclasses.replace(model.source, dtypes=dtypes))
+    return dataclasses.replace(model, source=dataclasses.replace(model.source, dtypes=dtypes))
 
 
 def stored_dtypes(model) -> dict:

@@ -136,7 +136,8 @@ def get_default() -> ConfigDict:
     # Ordered (regex over the whole parameter name, value): the first match wins.
     c.optim.trainable = ((".*", True),)
     c.optim.lr_multipliers = ((".*", 1.0),)
-    c.optim.decay = ((r".*(norm/scale|/b)", 0.0), (".*", 1.0))
+    # Norms and biases are not decayed; a "b" inside a weight is a factor of it.
+    c.optim.decay = ((r".*(norm/scale|(?<!/w)/b)", 0.0), (".*", 1.0))
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1, expert=1))
     c.mesh.coordinator = ""  # host:port of process 0, or "auto" on a cluster JAX knows

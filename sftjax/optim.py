@@ -93,7 +93,7 @@ def _muon(c, abstract):
     consistent_rms 0.2 gives Muon's update the size of Adam's, so that one lr serves both
     (Liu et al., Muon is Scalable for LLM Training, arXiv 2502.16982).
     """
-    dims = {name: _matrix(name, p) for name, p in params_lib.flatten(abstract).items()}
+    dims = {name: _matrix(p) for name, p in params_lib.flatten(abstract).items()}
     muon = optax.contrib.muon(
         1.0,
         beta=c.momentum,
@@ -106,14 +106,14 @@ def _muon(c, abstract):
     return optax.chain(muon, optax.scale(-1.0))  # undo its sign: here it is a direction
 
 
-def _matrix(name, p):
+def _matrix(p):
     """Which dimensions of a stacked weight are its input and its output; None = not a matrix."""
-    if p.axes[0] != "layers" or not name.endswith("/w"):
+    if p.axes[:1] != ("layers",) or p.inputs is None:
         return None
-    axes = p.axes[1:]
-    first_out = 1 if axes[0] == "embed" else len(axes) - 1  # [embed, ...out] or [...in, embed]
-    dims = tuple(range(1, len(p.axes)))
-    return optax.contrib.MuonDimensionNumbers(dims[:first_out], dims[first_out:])
+    dims = range(1, len(p.axes))
+    inputs = tuple(i for i in dims if p.axes[i] in (*p.inputs, "expert"))
+    outputs = tuple(i for i in dims if i not in inputs)
+    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
 
 OPTIMIZERS = {

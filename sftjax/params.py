@@ -8,7 +8,7 @@ to the other tree: None is an empty subtree to JAX, so the optimizer and the gra
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +20,22 @@ import numpy as np
 class Param:
     """One parameter before it exists: its shape, the logical axis of each dimension, its init.
 
-    init is called as init(key, shape, dtype), as in jax.nn.initializers.
+    init is called as init(key, shape, dtype), as in jax.nn.initializers. inputs: of the matrix of a
+    product, the logical axes that the product sums over; None for all that is no such matrix: a
+    bias, the scale of a norm, a table whose rows are looked up. Muon and the count of model FLOPs
+    go by it. ValueError where shape, axes and inputs do not belong together.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable = jax.nn.initializers.normal(0.02)
+    inputs: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
             raise ValueError(f"Param has shape {self.shape} but axes {self.axes}")
+        if self.inputs is not None and not (self.inputs and {*self.inputs} <= {*self.axes}):
+            raise ValueError(f"Param has inputs {self.inputs} but axes {self.axes}")
 
 
 def is_param(x) -> bool:
@@ -52,6 +58,18 @@ def map_named(fn, tree, *rest):
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest, is_leaf=is_param
     )
+
+
+def replace(abstract, nodes: Sequence[tuple[str, Callable]]):
+    """The abstract tree with a node in place of each Param whose name one of `nodes` matches.
+
+    nodes: ordered (regex, make) pairs; make(Param) -> a node of Params (see ops.weight), or the
+    Param to leave it as it is. Raises ValueError for a regex that matches no name.
+    """
+    if not nodes:
+        return abstract
+    makers = match_rules((*nodes, (".*", lambda p: p)), abstract, "nodes")
+    return map_named(lambda _, p, make: make(p), abstract, makers)
 
 
 # ---- from the abstract tree ----------------------------------------------------------------

@@ -20,7 +20,7 @@ from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
 from sftjax import hlo, optim, plan_text, setup, sharding, targets, tasks
 from sftjax import memory as memory_lib
-from sftjax import params as params_lib
+from sftjax.models import flops as flops_lib
 
 GIB = 2**30
 
@@ -81,9 +81,8 @@ class Program:
     @property
     def head_flops(self) -> float:
         """Of them, those of the vocabulary projection, with the rows that pad it."""
-        c, on = self.model.config, params_lib.flatten(self.trainable)
-        each = 4 + 2 * on["embed/w" if c.tied else "head/w"]
-        return c.rows * c.width * each * self.work.tokens * self.work.trained
+        c, tokens = self.model.config, self.work.tokens * self.work.trained
+        return flops_lib.head_flops(c, self.trainable, self.model.abstract, c.rows) * tokens
 
 
 def build(config, target, trained=0.5, document=0) -> Program:

@@ -7,6 +7,7 @@ import jax
 
 SHARES = ("accuracy", "exact_match", "f1")  # metrics that are shown in percent
 
+
 def table(before: dict, after: dict) -> str:
     """A before/after table of the test set's scores and of every metric of the sets."""
     rows = [("", "before", "after")]

@@ -319,7 +319,11 @@ def _added_text(model, trainable, new) -> str:
     """Which tokens are new, and where their rows will not be learned."""
     text = f"{len(new)} added, {min(new)} to {max(new)} of {model.config.vocab}"
     on = params_lib.flatten(trainable)
-    frozen = [name for name in ("embed/w", "head/w") if on.get(name) is False]
+    parts = {
+        table: [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
+        for table in ("embed/w", "head/w")
+    }
+    frozen = [table for table, found in parts.items() if found and not any(found)]
     if frozen:
         text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
     return text

@@ -35,10 +35,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     "choice": None,  # of an expert, by the router
     "classes": None,
+    "rank": None,  # of a factor of a weight
 }
-
-
-GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
 
 
 class MeshError(ValueError):
@@ -84,17 +82,23 @@ def _arrange(shape, devices) -> np.ndarray:
                 f"mesh data={shape[0]} does not divide over {len(slices)} slices; only the data"
                 " axis may cross slices"
             )
-        inner = [shape[0] // len(slices), *_two(shape[1]), *shape[2:]]
+        inner = [shape[0] // len(slices), *two_factors(shape[1]), *shape[2:]]
         outer = [len(slices), *(1 for _ in inner[1:])]
         grid = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices, allow_split_physical_axes=True
         )
         return grid.reshape(shape)
-    if tpu:  # each of the two parts of fsdp along lines of chips; see _gather_bwd
-        grid = [shape[0], *_two(shape[1]), *shape[2:]]
+    if tpu:  # each of the two parts of fsdp along lines of chips; see ops.gather
+        grid = [shape[0], *two_factors(shape[1]), *shape[2:]]
         grid = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
         return grid.reshape(shape)
     return np.array(devices).reshape(shape)
+
+
+def two_factors(n: int) -> tuple[int, int]:
+    """Two factors of n, as near to each other as can be, the smaller first."""
+    a = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
+    return a, n // a
 
 
 def spec(axes, rules=None) -> P:
@@ -161,113 +165,7 @@ def constrain(x, *axes):
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-# ---- weights in use ------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _used(w, axes, whole):
-    return constrain(w, *(None if a in GATHERED and whole else a for a in axes))
-
-
-def _used_fwd(w, axes, whole):
-    return _used(w, axes, whole), None
-
-
-def _used_bwd(axes, whole, _, g):
-    return (constrain(g, *axes),)
-
-
-_used.defvjp(_used_fwd, _used_bwd)
-
-
-def stored(w, axes):
-    """w; its gradient too comes in the layout in which w is stored, so that it is never whole."""
-    return _used(w, axes, False)
-
-
-def whole(tree, axes, dtype):
-    """A layer's weights in `dtype`, each gathered over fsdp for this use only.
-
-    Gradients come in the layout in which the weights are stored: they are scattered as they are
-    summed. Left to itself, the partitioner sums them whole, or multiplies by small slices.
-    """
-
-    def one(w, axes):
-        if not any(a in GATHERED for a in axes):
-            return w
-        if RULES["embed"] in manual_axes():
-            return _gather(w.astype(dtype), axes)
-        return _used(w.astype(dtype), axes, True)
-
-    return jax.tree.map(one, tree, axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(w, axes):
-    return _gather_fwd(w, axes)[0]
-
-
-def _gather_fwd(w, axes):
-    """Under a shard_map over the axes that are left too, or XLA would gather over these as well."""
-    dim, left = axes.index("embed"), spec(axes)
-    whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
-    return shard_map(whole, (left,), left)(w), None
-
-
-# A kind of chip that waits for a reduce-scatter, having no cores apart for it (see xla_flags): the
-# largest mesh on which it does not wait for a permute.
-RINGS = {"TPU v5 lite": 16}
-
-
-def _gather_bwd(axes, _, g):
-    """The sum over fsdp, scattered: along the minor part of the axis last.
-
-    In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
-    """
-    dim, left = axes.index("embed"), spec(axes)
-    mesh = jax.sharding.get_abstract_mesh()
-    kind = mesh.abstract_device and mesh.abstract_device.device_kind
-    one = _ring if mesh.size <= RINGS.get(kind, 0) else _scatter
-
-    def scatter(g):
-        n = jax.lax.axis_size(RULES["embed"])
-        grid = np.arange(n).reshape(_two(n))
-        for groups in (grid.T, grid):
-            if groups.shape[1] > 1:
-                g = one(g, dim, groups)
-        return g
-
-    return (shard_map(scatter, (left,), left)(g),)
-
-
-def _scatter(g, dim, groups):
-    return jax.lax.psum_scatter(
-        g, RULES["embed"], scatter_dimension=dim, tiled=True, axis_index_groups=groups.tolist()
-    )
-
-
-def _ring(g, dim, groups):
-    """The same by sums that go round in each group, which run beside other work."""
-    n, size = groups.shape[1], g.shape[dim] // groups.shape[1]
-    ahead = np.stack([groups, np.roll(groups, -1, 1)], -1).reshape(-1, 2).tolist()
-    place = jnp.asarray(np.argsort(groups.ravel()) % n)[jax.lax.axis_index(RULES["embed"])]
-
-    def part(k):
-        return jax.lax.dynamic_slice_in_dim(g, (place - k) % n * size, size, dim)
-
-    total = part(1)
-    for k in range(2, n + 1):
-        total = jax.lax.ppermute(total, RULES["embed"], ahead) + part(k)
-    return total
-
-
-_gather.defvjp(_gather_fwd, _gather_bwd)
-
-
-def _two(n: int) -> tuple[int, int]:
-    """Two factors of n, as near to each other as can be, the smaller first."""
-    a = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
-    return a, n // a
+# ---- programs over shards ------------------------------------------------------------------
 
 
 def manual_axes() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import sftjax
 from sftjax import hlo, sharding
 from sftjax import params as params_lib
 from sftjax.data.pack import CAUSAL
+from sftjax.ops import gather, weight
 
 ROWS, LENGTH, F32 = 8, 32, 4
 TOKENS = ROWS * LENGTH  # of a micro-batch; the loss takes them in one chunk
@@ -65,7 +66,7 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
 
 def test_where_scatters_would_wait_gradients_go_round_in_rings(monkeypatch):
     """On a v5e: the same bytes, in permutes, which run beside other work."""
-    monkeypatch.setattr(sharding, "RINGS", {"cpu": 8})
+    monkeypatch.setattr(gather, "RINGS", {"cpu": 8})
     found = collectives({"fsdp": 8})
     assert found.pop(("reduce-scatter", 8)) == HIDDEN
     # Half to the neighbour; then quarters of that half, three times, to the next of the four.
@@ -80,7 +81,7 @@ def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
 
     def loss(w):
         def use(w):
-            x = sharding.whole(w, axes, w.dtype)
+            x = weight.gather_for_use(w, axes, w.dtype)
             return jnp.sum(jnp.sin(x) * (1 + jax.lax.axis_index("fsdp")))[None]
 
         split = ("data", "fsdp", "expert")
@@ -90,7 +91,7 @@ def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
     w = np.arange(64.0 * 32, dtype=np.float32).reshape(64, 32)
     with jax.set_mesh(sharding.make_mesh(sizes)):
         placed = jax.device_put(w, sharding.named(jax.sharding.get_mesh(), *axes))
-        monkeypatch.setattr(sharding, "RINGS", {"cpu": 8})
+        monkeypatch.setattr(gather, "RINGS", {"cpu": 8})
         ring = jax.jit(jax.grad(loss)).lower(placed).compile()
         assert "reduce-scatter(" not in ring.as_text() and "collective-permute(" in ring.as_text()
         n = sizes["fsdp"]

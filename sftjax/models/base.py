@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from sftjax.ops import weight
+
 
 class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.
@@ -60,11 +62,13 @@ class Model(Protocol):
 class Body:
     """The part of a Model that all bodies of layer.py have alike.
 
-    source: what the weights came from (a Hugging Face directory's facts), for export.
+    source: what the weights came from (a Hugging Face directory's facts), for export. nodes: which
+    weights are nodes; see params.replace.
     """
 
     config: Any
     source: Any = dataclasses.field(default=None, compare=False)
+    nodes: tuple = ()
 
     @property
     def state(self) -> None:
@@ -78,7 +82,7 @@ class Body:
         """See flops.train_flops."""
         from sftjax.models import flops  # it walks the layers of decoder.py, which imports this
 
-        return flops.train_flops(self.config, trainable)
+        return flops.train_flops(self.config, trainable, self.abstract)
 
     @property
     def attention_features(self) -> set[str]:
@@ -122,7 +126,5 @@ def places(batch: dict) -> tuple[jax.Array, jax.Array]:
 
 def project_classes(w, x) -> jax.Array:
     """float32 [..., C] of x [..., D] and the weight [C, D] of a head."""
-    from sftjax.sharding import whole
-
-    w = whole(w, ("classes", "embed"), x.dtype)
-    return jnp.einsum("...d,cd->...c", x, w, preferred_element_type=jnp.float32)
+    w = weight.gather_for_use(w, ("classes", "embed"), jnp.float32)
+    return weight.einsum("bsd,cd->bsc", x.astype(jnp.float32), w)

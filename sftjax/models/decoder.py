@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sftjax.models import base, layer
-from sftjax.ops import dropout, rope
-from sftjax.ops.embed import lookup
+from sftjax.ops import dropout, rope, weight
 from sftjax.ops.rope import Rope
-from sftjax.params import Param, is_param
+from sftjax.params import Param, is_param, replace
 from sftjax.sharding import (
     RULES,
     constrain,
@@ -29,7 +28,6 @@ from sftjax.sharding import (
     shard_map,
     spec,
     spread,
-    stored,
     unspread,
 )
 
@@ -142,17 +140,20 @@ def period(config, name) -> list[Kind]:
 def abstract(config: Config) -> dict:
     """The tree of Params."""
     c, normal = config, jax.nn.initializers.normal(config.init_std)
+    head = ("embed",)  # what its product sums over
+    tied = head if c.tied and c.causal and not c.classes else None
     tree = {
-        "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal)},
+        "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, tied)},
         "layers": {name: layer.abstract(c, n) for name, n in stacks(c).items()},
         "norm": layer.norm_params(c, ((), ())),
     }
     if c.learned_positions:
         tree["positions"] = {"w": Param((c.max_positions, c.width), (None, "embed"), normal)}
     if c.classes:
-        tree["score"] = {"w": Param((c.classes, c.width), ("classes", "embed"), normal)}
+        score = Param((c.classes, c.width), ("classes", "embed"), normal, head)
+        tree["score"] = {"w": score}
     elif not c.tied:
-        tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal)}
+        tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, head)}
     return tree
 
 
@@ -172,8 +173,8 @@ def _stack(config, name, ctx, x, xs):
         return _scan(config, name, ctx, x, xs)
     apart = {*RULES["batch"], *needs} - {*manual_axes()}
     rows = spec(("batch", "seq"))
-    abstract = layer.abstract(config, 1)
-    params = jax.tree.map(lambda p: part(p.axes, apart), abstract, is_leaf=is_param)
+    axes = jax.tree.map(lambda p: p.axes, layer.abstract(config, 1), is_leaf=is_param)
+    params = weight.map_arrays(lambda _, axes: part(axes, apart), xs[0], axes)
     kept = P(None, *rows)
     run = functools.partial(_scan, config, name)
     specs = (rows, rows, (params, None, kept, P()))
@@ -222,7 +223,7 @@ def forward(config: Config, params, tokens, positions, segments, cache=None, rng
         ctx = context(config, positions, segments, rng)
         x = drop_embedding(config, ctx, embed(config, params, spread(tokens), ctx))
     else:
-        x = params["embed"]["w"][tokens].astype(config.dtype)
+        x = weight.rows(params["embed"]["w"], tokens, config.dtype)
         x = _embedded(config, params, x, positions)
         cache = _write_places(cache, positions, segments)
         where = {"positions": positions, "segments": segments}
@@ -252,7 +253,7 @@ def context(config, positions, segments, rng=None) -> dict:
 def embed(config, params, tokens, ctx):
     """[B, S, D] of tokens in the order of ctx."""
     with jax.named_scope("embed"):
-        x = lookup(params["embed"]["w"], tokens).astype(config.dtype)
+        x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
     return _embedded(config, params, x, ctx["where"]["positions"])
 
 
@@ -260,7 +261,7 @@ def _embedded(config, params, x, positions):
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.learned_positions:
-        x = x + params["positions"]["w"][positions].astype(x.dtype)
+        x = x + weight.rows(params["positions"]["w"], positions, x.dtype)
     return constrain(x, "batch", "seq", "act_embed")
 
 
@@ -341,7 +342,7 @@ class Model(base.Body):
 
     @cached_property
     def abstract(self) -> dict:
-        return abstract(self.config)
+        return replace(abstract(self.config), self.nodes)
 
     def outputs(self, params, batch, rng=None):
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch dict.
@@ -358,13 +359,14 @@ class Model(base.Body):
         return base.project_classes(params["score"]["w"], hidden)
 
     def head(self, params):
-        """The vocabulary projection, [config.rows, D]."""
+        """The vocabulary projection, [config.rows, D]; see ops.weight."""
         if self.config.classes:
             raise ValueError(
                 f"this model has a head of {self.config.classes} classes and none for the"
                 " vocabulary; load the directory of a causal language model"
             )
-        return stored(params["embed" if self.config.tied else "head"]["w"], ("vocab", "embed"))
+        w = params["embed" if self.config.tied else "head"]["w"]
+        return weight.as_stored(w, ("vocab", "embed"))
 
     @property
     def logit_options(self) -> dict:
@@ -375,8 +377,9 @@ class Model(base.Body):
     def logits(self, params, hidden):
         """float32 [..., V]; for people, sampling and tests: training never forms [B, S, V]."""
         c = self.config
-        w = self.head(params).astype(hidden.dtype)
-        y = jnp.einsum("...d,vd->...v", hidden, w, preferred_element_type=jnp.float32)
+        h, w = weight.as_head(hidden, self.head(params))
+        w = w.astype(h.dtype)
+        y = jnp.einsum("...d,vd->...v", h, w, preferred_element_type=jnp.float32)
         y = y[..., : c.vocab] * layer.weak(c.logit_scale)
         return c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from sftjax.models import base, decoder, layer
-from sftjax.ops import dropout
-from sftjax.params import Param
-from sftjax.sharding import spread, unspread, whole
+from sftjax.ops import dropout, weight
+from sftjax.params import Param, replace
+from sftjax.sharding import spread, unspread
 
 POOLER_AXES = ("embed", None)
 HEAD = 1  # folded into a key for the head's dropout
@@ -52,11 +52,11 @@ def abstract(c: Config) -> dict:
     tree["embed_norm"] = tree.pop("norm")
     tree["token_types"] = {"w": Param((c.token_types, c.width), (None, "embed"), normal)}
     if c.pooler:
-        weight = Param((c.width, c.width), POOLER_AXES, normal)
-        tree["pooler"] = {"w": weight, "b": Param((c.width,), (None,), zeros)}
+        w = Param((c.width, c.width), POOLER_AXES, normal, ("embed",))
+        tree["pooler"] = {"w": w, "b": Param((c.width,), (None,), zeros)}
     if c.classes:
-        weight = Param((c.classes, c.width), ("classes", "embed"), normal)
-        tree["score"] = {"w": weight, "b": Param((c.classes,), ("classes",), zeros)}
+        w = Param((c.classes, c.width), ("classes", "embed"), normal, ("embed",))
+        tree["score"] = {"w": w, "b": Param((c.classes,), ("classes",), zeros)}
     return tree
 
 
@@ -65,7 +65,7 @@ def forward(config: Config, params, tokens, positions, segments, types, rng=None
     None = without."""
     ctx = decoder.context(config, positions, segments, rng)
     x = decoder.embed(config, params, spread(tokens), ctx)
-    x = x + params["token_types"]["w"][spread(types)].astype(x.dtype)
+    x = x + weight.rows(params["token_types"]["w"], spread(types), x.dtype)
     x = layer.norm(config, x, params["embed_norm"])
     x = decoder.drop_embedding(config, ctx, x)
     x, _, _ = decoder.run_layers(config, params["layers"], ctx, x)
@@ -82,7 +82,7 @@ class Model(base.Body):
 
     @cached_property
     def abstract(self) -> dict:
-        return abstract(self.config)
+        return replace(abstract(self.config), self.nodes)
 
     def outputs(self, params, batch, rng=None):
         """(hidden [B, S, D], None) of a Batch dict; rng None: without dropout.
@@ -97,9 +97,9 @@ class Model(base.Body):
         """[B, S, D] of hidden [B, S, D]: what the head reads; hidden itself without a pooler."""
         c = self.config
         if c.pooler:
-            w = whole(params["pooler"]["w"], POOLER_AXES, hidden.dtype)
-            b = params["pooler"]["b"].astype(hidden.dtype)
-            hidden = jnp.tanh(jnp.einsum("bsd,dp->bsp", hidden, w) + b)
+            w = weight.gather_for_use(params["pooler"]["w"], POOLER_AXES, hidden.dtype)
+            p = {"w": w, "b": params["pooler"]["b"]}
+            hidden = jnp.tanh(weight.project("bsd,dp->bsp", hidden, p))
         if rng is None or not c.head_dropout:
             return hidden
         [seed] = dropout.seeds(jax.random.fold_in(rng, HEAD), 1)

@@ -1,12 +1,14 @@
 """Model FLOPs of a training step, from the parameter tree: what MFU is a share of."""
 
+import math
+
 from sftjax import params as params_lib
 from sftjax.models import decoder
 
 EMBEDDING = ("embed", "positions", "token_types", "embed_norm")
 
 
-def train_flops(config: decoder.Config, trainable: dict):
+def train_flops(config: decoder.Config, trainable: dict, abstract: dict | None = None):
     """A function (tokens, trained_tokens, pairs) -> model FLOPs of one training step.
 
     Forward 2 FLOPs per matmul weight and token; backward 2 more for the activations, down to the
@@ -14,27 +16,32 @@ def train_flops(config: decoder.Config, trainable: dict):
     The head counts for trained tokens only; for a head of classes, these are the labels.
     pairs(window): (query, key) pairs of which the key is not the later one, summed over documents;
     each costs 4 * heads * head_dim FLOPs a layer forward and twice that backward. trainable: tree
-    of bools like the parameters.
+    of bools like the parameters. abstract: the tree of Params, whose `inputs` say which are matmul
+    weights; the default is the config's own.
     """
     c, on = config, params_lib.flatten(trainable)
-    reached = any(v for k, v in on.items() if k.split("/")[0] in EMBEDDING)
+    abstract = decoder.abstract(c) if abstract is None else abstract
+    names = [n for n in EMBEDDING if n in abstract]
+    reached = any(v for k, v in on.items() if k.startswith(tuple(f"{n}/" for n in names)))
     per_token, per_pair = 0.0, {}
+    for name in names:  # rows are looked up; what they are multiplied by then
+        for key, p in _matrices(abstract[name], f"{name}/"):
+            if "vocab" not in p.axes:
+                per_token += params_lib.count(p) * (2 + 2 * reached + 2 * on[key])
     for loop in range(c.loops):
         for name, n in decoder.stacks(c).items():
-            here = reached or any(v for k, v in on.items() if k.startswith(f"layers/{name}/"))
-            for key, p in params_lib.flatten(decoder.abstract(c)["layers"][name]).items():
-                if key.endswith("/w"):
-                    chosen = "expert" in p.axes
-                    share = c.experts_per_token / c.experts if chosen else 1.0
-                    each = 2 + 2 * here + 2 * on[f"layers/{name}/{key}"]
-                    per_token += share * params_lib.count(p) * each
+            prefix = f"layers/{name}/"
+            here = reached or any(v for k, v in on.items() if k.startswith(prefix))
+            for key, p in _matrices(abstract["layers"][name], prefix):
+                share = c.experts_per_token / c.experts if "expert" in p.axes else 1.0
+                per_token += share * params_lib.count(p) * (2 + 2 * here + 2 * on[key])
             kinds = decoder.period(c, name)
             for kind in kinds:
                 for window in [kind.window, c.loop_window][: loop + 1]:
                     cost = 4 * c.heads * c.head_dim * n / len(kinds) * (3 if here else 1)
                     per_pair[window] = per_pair.get(window, 0.0) + cost
             reached = here
-    head = _head(c, on)
+    head = head_flops(c, trainable, abstract, c.vocab)
 
     def flops(tokens, trained, pairs):
         attention = sum(cost * _seen(c, tokens, pairs(window)) for window, cost in per_pair.items())
@@ -43,16 +50,28 @@ def train_flops(config: decoder.Config, trainable: dict):
     return flops
 
 
-def _head(c, on) -> float:
-    """FLOPs of the head for one token that it reads; all of it passes a gradient on."""
-    if not c.classes and "head/w" not in on and not c.causal:
-        return 0.0  # an encoder on its own
-    if not c.classes:
-        return c.vocab * c.width * (4 + 2 * on["embed/w" if c.tied else "head/w"])
-    sizes = {"score/w": c.classes * c.width, "pooler/w": c.width * c.width}
-    return sum(size * (4 + 2 * on[name]) for name, size in sizes.items() if name in on)
-
-
 def _seen(c, tokens, pairs) -> float:
     """All pairs that see each other: in both directions, each but a token with itself is two."""
     return pairs if c.causal else 2 * pairs - tokens
+
+
+def head_flops(config: decoder.Config, trainable: dict, abstract: dict, rows: int) -> int:
+    """Of one trained token: the head, forward and backward; of a vocabulary, `rows` rows of it.
+
+    All of it passes a gradient on. 0 for an encoder on its own.
+    """
+    on, total = params_lib.flatten(trainable), 0
+    vocabulary = "embed" if config.tied and config.causal else "head"
+    names = ("score", "pooler") if config.classes else (vocabulary,)
+    for name in names:
+        for key, p in _matrices(abstract.get(name, {}), f"{name}/"):
+            sizes = zip(p.shape, p.axes, strict=True)
+            size = math.prod(rows if axis == "vocab" else n for n, axis in sizes)
+            total += size * (4 + 2 * on[key])
+    return total
+
+
+def _matrices(abstract, prefix):
+    """(name, Param) of the matmul weights in a part of the tree whose names begin with `prefix`."""
+    named = params_lib.flatten(abstract).items()
+    return [(prefix + key, p) for key, p in named if p.inputs is not None]

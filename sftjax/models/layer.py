@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sftjax.ops import dropout, moe, norms, rope
+from sftjax.ops import dropout, moe, norms, rope, weight
 from sftjax.ops.attention import attention
-from sftjax.ops.linear import project
+from sftjax.ops.weight import gather_for_use, project
 from sftjax.params import Param, is_param
-from sftjax.sharding import RULES, constrain, whole
+from sftjax.sharding import RULES, constrain
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -45,9 +45,10 @@ def abstract(c, n: int) -> dict:
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     lead = ((n,), ("layers",))
 
-    def linear(bias, **sizes):
-        """sizes: the weight's axes in order; bias: those of the bias, () for none."""
-        p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal)}
+    def linear(bias, inputs, **sizes):
+        """sizes: the weight's axes in order; bias: those of the bias, () for none; inputs: those
+        that the product sums over."""
+        p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal, inputs)}
         if bias:
             p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
         return p
@@ -55,10 +56,10 @@ def abstract(c, n: int) -> dict:
     q = {"heads": c.heads, "head_dim": c.head_dim}
     kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
     attn = {
-        "q": linear(tuple(q) * c.qkv_bias, embed=c.width, **q),
-        "k": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
-        "v": linear(tuple(kv) * c.qkv_bias, embed=c.width, **kv),
-        "o": linear(("embed",) * c.out_bias, **q, embed=c.width),
+        "q": linear(tuple(q) * c.qkv_bias, ("embed",), embed=c.width, **q),
+        "k": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
+        "v": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
+        "o": linear(("embed",) * c.out_bias, tuple(q), **q, embed=c.width),
     }
     if c.qk_norm != "none":
         for name, sizes in (("q_norm", q), ("k_norm", kv)):
@@ -67,16 +68,17 @@ def abstract(c, n: int) -> dict:
     if c.sinks:
         attn["sinks"] = Param((n, c.heads), ("layers", "heads"), zeros)
     if c.loops > 1:
-        attn["mix"] = linear(("heads",), **q)
+        attn["mix"] = linear(("heads",), ("head_dim",), **q)
     e = {"expert": c.experts} if c.experts else {}
     mlp = {
-        "up": linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp),
-        "down": linear((*e, "embed") * c.mlp_bias, **e, mlp=c.mlp, embed=c.width),
+        "up": linear((*e, "mlp") * c.mlp_bias, ("embed",), **e, embed=c.width, mlp=c.mlp),
+        "down": linear((*e, "embed") * c.mlp_bias, ("mlp",), **e, mlp=c.mlp, embed=c.width),
     }
     if c.gated:
-        mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, **e, embed=c.width, mlp=c.mlp)
+        mlp["gate"] = linear((*e, "mlp") * c.mlp_bias, ("embed",), **e, embed=c.width, mlp=c.mlp)
     if c.experts:
-        mlp["router"] = linear(("choice",) * c.mlp_bias, embed=c.width, choice=c.experts)
+        bias = ("choice",) * c.mlp_bias
+        mlp["router"] = linear(bias, ("embed",), embed=c.width, choice=c.experts)
     names = NORMS[c.norms]
     out = {f"{half}{n}_norm": norm_params(c, lead) for half in ("attn", "mlp") for n in names}
     return out | {"attn": attn, "mlp": mlp}
@@ -138,7 +140,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 
     first: this layer's keys and values in the first pass, when in a later one.
     """
-    p = whole(p, axes, config.dtype)
+    p = gather_for_use(p, axes, config.dtype)
     q = norm(config, project("bsd,dnh->bsnh", x, p["q"]), p.get("q_norm"))
     k = norm(config, project("bsd,dkh->bskh", x, p["k"]), p.get("k_norm"))
     v = project("bsd,dkh->bskh", x, p["v"])
@@ -168,7 +170,8 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 def _mix(p, q, first, own):
     """A later pass over the same layers: each head's gate weighs its attention to the first pass's
     keys against windowed attention to its own (IQuest-Coder's loop form)."""
-    gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), p["w"].astype(jnp.float32))
+    w = weight.dense(p["w"], jnp.float32)
+    gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), w)
     gate = jax.nn.sigmoid(gate + p["b"].astype(jnp.float32))[..., None].astype(q.dtype)
     return gate * first + (1 - gate) * own
 
@@ -185,7 +188,7 @@ def _glu(config, gate, up):
 def _mlp(config, axes, p, x, ctx):
     """x [B, S, D] -> [B, S, D], and moe.routing_sums (None for a dense MLP)."""
     if config.experts:
-        p = whole(p, axes, config.dtype)
+        p = gather_for_use(p, axes, config.dtype)
         logits = project("bsd,de->bse", x, p["router"])
         k = config.experts_per_token
         chosen, weights, probs = moe.route(logits, k, config.renormalise)
@@ -195,7 +198,7 @@ def _mlp(config, axes, p, x, ctx):
     if n == 1:
         return _dense(config, axes, p, x), None
     # The barriers hold two slices in flight: one is gathered, or scattered, while one is computed.
-    parts, y = [_slice(p, axes, n, i) for i in range(n)], 0
+    parts, y = [weight.cut(p, axes, "mlp", i, n) for i in range(n)], 0
     for i in range(n):
         y = y + jax.checkpoint(functools.partial(_dense, config, axes))(parts[i], x)
         if i + 2 < n:
@@ -204,7 +207,7 @@ def _mlp(config, axes, p, x, ctx):
 
 
 def _dense(config, axes, p, x):
-    p = whole(p, axes, config.dtype)
+    p = gather_for_use(p, axes, config.dtype)
     hidden = project("bsd,df->bsf", x, p["up"])
     if config.gated:
         hidden = _glu(config, project("bsd,df->bsf", x, p["gate"]), hidden)
@@ -222,15 +225,6 @@ def slices(config) -> int:
         return 1
     most = max(config.mlp // SLICE, 1)
     return next(n for n in range(most, 0, -1) if config.mlp % n == 0)
-
-
-def _slice(p, axes, n, i):
-    def cut(w, axes):
-        dim = axes.index("mlp")
-        size = w.shape[dim] // n
-        return jax.lax.slice_in_dim(w, i * size, (i + 1) * size, axis=dim)
-
-    return jax.tree.map(cut, p, axes)
 
 
 def apply(config, kind, ctx, x, p, kv, first, seed):

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from sftjax import sharding
 from sftjax.models.decoder import Model
+from sftjax.ops.weight import is_node
 
 AT_A_TIME = 64  # new rows whose coefficients, one for each old row, exist at a time
 
@@ -37,6 +38,10 @@ def grow(model: Model, params, size: int, seed: int = 0, *, first: int | None = 
     model = model.replace(vocab=max(vocab, size))
     if size == first:
         return model, params
+    for name in ("embed", "head"):
+        if name in params and is_node(params[name]["w"]):
+            kind = type(params[name]["w"]).__name__
+            raise ValueError(f"vocab.grow: {name}/w is a {kind}; grow the plain table before")
     tables = {name: model.abstract[name] for name in ("embed", "head") if name in params}
     now = getattr(params["embed"]["w"], "sharding", None)
     on_mesh = isinstance(now, NamedSharding)

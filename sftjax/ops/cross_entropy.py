@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sftjax import sharding
+from sftjax.ops import weight
 
 CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the devices of one vocabulary
 LOGITS = 2**27  # at most so many of them on a device: half a GiB, however large the vocabulary
@@ -249,14 +250,15 @@ def linear_cross_entropy(
     With groups, int32 [B, S] from 0 to n_groups - 1, a third value: the sum of weights * loss over
     each group's positions, float32 [n_groups], not differentiated.
 
-    h [B, S, D] hidden states, w [V, D] head, targets int32 [B, S], weights float32 [B, S] (0 = not
-    trained; not differentiated). options: the fields of Options. The logits are scale * h @ w.T,
-    soft-capped when softcap > 0; rows of w from `vocab` on (0 = none) are padding, no tokens. dft
-    weighs each token by its own probability, not differentiated (Dynamic Fine-Tuning, Wu et al.
-    2025, arXiv 2508.05629). The second value is 0 unless `accuracy`. All weights zero gives 0 with
-    zero gradients.
+    h [B, S, D] hidden states, w [V, D] head (a weight: see ops.weight), targets int32 [B, S],
+    weights float32 [B, S] (0 = not trained; not differentiated). options: the fields of Options.
+    The logits are scale * h @ w.T, soft-capped when softcap > 0; rows of w from `vocab` on (0 =
+    none) are padding, no tokens. dft weighs each token by its own probability, not differentiated
+    (Dynamic Fine-Tuning, Wu et al. 2025, arXiv 2508.05629). The second value is 0 unless
+    `accuracy`. All weights zero gives 0 with zero gradients.
     """
     o = Options(**options)
+    h, w = weight.as_head(h, w)
     if o.vocab >= w.shape[0]:
         o = dataclasses.replace(o, vocab=0)
     args = jax.tree.map(jnp.asarray, (h, w, targets, weights.astype(jnp.float32), groups))

@@ -8,26 +8,29 @@ import jax.numpy as jnp
 from sftjax.sharding import RULES, axis_size, shard_map, spec
 
 
-def lookup(w, tokens):
-    """w[tokens]: w [V, D], tokens int32 [B, S] -> [B, S, D].
+def lookup(w, tokens, axes=("vocab", "embed")):
+    """w[tokens]: w [V, D] with the logical `axes`, tokens int32 [B, S] -> [B, S, D].
 
     On a mesh each device looks up its part of the width for the rows of all fsdp shards, and they
-    exchange the parts: neither the table nor its gradient is ever whole.
+    exchange the parts: neither the table nor its gradient is ever whole. A table whose width is not
+    shared over fsdp, a narrow factor of one, has nothing to exchange.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return w[tokens]
-    table, rows = spec(("vocab", "embed")), spec(("batch", "seq"))
+    table, rows = spec(axes), spec(("batch", "seq"))
+    look = functools.partial(_shard, exchange=RULES["embed"] == table[1])
     return shard_map(
-        functools.partial(_shard, parts=axis_size(mesh, RULES["vocab"])),
+        functools.partial(look, parts=axis_size(mesh, RULES["vocab"])),
         (table, rows),
         spec(("batch", "seq", "act_embed")),
     )(w, tokens)
 
 
-def _shard(w, tokens, parts):
+def _shard(w, tokens, parts, exchange):
     fsdp, vocab = RULES["embed"], RULES["vocab"]
-    tokens = jax.lax.all_gather(tokens, fsdp, axis=0, tiled=True)
+    if exchange:
+        tokens = jax.lax.all_gather(tokens, fsdp, axis=0, tiled=True)
     if parts == 1:
         x = w[tokens]
     else:  # rows of the other shards count 0
@@ -35,4 +38,6 @@ def _shard(w, tokens, parts):
         here = (row >= 0) & (row < w.shape[0])
         x = jnp.where(here[..., None], w[jnp.where(here, row, 0)], 0)
         x = jax.lax.psum(x, vocab)
+    if not exchange:
+        return x
     return jax.lax.all_to_all(x, fsdp, split_axis=0, concat_axis=2, tiled=True)

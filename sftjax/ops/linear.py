@@ -1,4 +1,4 @@
-"""The one way model code multiplies by a weight."""
+"""The product with a weight that is an array; model code asks ops.weight for it."""
 
 import functools
 import os.path
@@ -8,12 +8,7 @@ import jax.numpy as jnp
 
 
 def einsum(equation: str, x, w):
-    """jnp.einsum(equation, x, w) in x's dtype.
-
-    w is an array, or a weight node (LoRA, quantised) with an `einsum(equation, x)` of its own.
-    """
-    if hasattr(w, "einsum"):
-        return w.einsum(equation, x)
+    """jnp.einsum(equation, x, w) in x's dtype."""
     w = w.astype(x.dtype)
     y = jnp.einsum(equation, x, jax.lax.stop_gradient(w))
     return _by_weight(equation, y, jax.lax.stop_gradient(x), w)
@@ -45,9 +40,3 @@ def _backward(equation, x, dy):
 
 
 _by_weight.defvjp(_forward, _backward)
-
-
-def project(equation: str, x, p):
-    """einsum with p["w"], plus p["b"] where there is one (its dimensions are the output's last)."""
-    y = einsum(equation, x, p["w"])
-    return y + p["b"].astype(y.dtype) if "b" in p else y

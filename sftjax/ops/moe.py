@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sftjax.ops import weight
+from sftjax.ops.gather import in_use
 from sftjax.sharding import RULES, shard_map, spec
 
 
@@ -51,7 +53,8 @@ def mixture(x, chosen, weights, p, glu):
     """The weighted sum of the chosen experts' outputs. x [B, S, D] -> [B, S, D].
 
     chosen, weights [B, S, k]. p: gate and up {"w" [E, D, F], "b" [E, F]}, down {"w" [E, F, D],
-    "b" [E, D]}, biases only where the model has them. glu(gate, up) is the activation.
+    "b" [E, D]}, gathered for use, biases only where the model has them. glu(gate, up) is the
+    activation.
 
     On a mesh each shard of the `expert` axis computes its own experts for the tokens of all of
     them, and each shard of `tensor` its part of F; the results are added up.
@@ -60,12 +63,13 @@ def mixture(x, chosen, weights, p, glu):
         return _experts(x, chosen, weights, p, first=0, glu=glu)
     tokens = spec(("batch", "seq", None))
     axes = {
-        "gate": {"w": ("expert", None, "mlp"), "b": ("expert", "mlp")},
-        "up": {"w": ("expert", None, "mlp"), "b": ("expert", "mlp")},
-        "down": {"w": ("expert", "mlp", None), "b": ("expert", None)},
+        "gate": {"w": ("expert", "embed", "mlp"), "b": ("expert", "mlp")},
+        "up": {"w": ("expert", "embed", "mlp"), "b": ("expert", "mlp")},
+        "down": {"w": ("expert", "mlp", "embed"), "b": ("expert", "embed")},
     }
     p = {n: p[n] for n in axes}
-    specs = {n: {k: spec(axes[n][k]) for k in p[n]} for n in p}
+    axes = {n: {k: axes[n][k] for k in p[n]} for n in p}
+    specs = weight.map_arrays(lambda _, a: spec(in_use(a)), p, axes)
     shard = functools.partial(_shard, glu=glu)
     return shard_map(shard, (tokens, tokens, tokens, specs), tokens)(x, chosen, weights, p)
 
@@ -98,7 +102,7 @@ def _experts(x, chosen, weights, p, first, glu):
     live = here[order][:, None]  # the other rows may come back as anything, also in the backward
 
     def grouped(rows, p):
-        y = jax.lax.ragged_dot(jnp.where(live, rows, 0), p["w"].astype(rows.dtype), sizes)
+        y = weight.ragged(jnp.where(live, rows, 0), p["w"], sizes)
         y = y + p["b"].astype(y.dtype)[row_expert] if "b" in p else y
         return jnp.where(live, y, 0)
 

@@ -1,0 +1,181 @@
+"""The one door to a weight: the matrices and tables of layers, embedding, head and experts.
+
+A weight is an array, or a Node: a pytree of other arrays that stands for one, such as two factors,
+or numbers of fewer bits with their scales. Model code reads weights by the functions of this file
+only, and never asks which of the two it holds. Biases, scales of norms and sinks are arrays.
+
+In the abstract tree a Node holds Params, in a tree of parameters arrays; the names of its arrays go
+on after the weight's: "layers/0-3/attn/q/w/a". Inside `layers` each of them has the stack's leading
+dimension, as the weight would have.
+"""
+
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from sftjax.ops import embed, gather, linear
+
+Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array; see sharding.RULES
+
+
+class Node:
+    """What stands for a weight. A subclass is a flax.struct dataclass of arrays.
+
+    It has to give `leaf_axes` and `dense`. The rest follows from them, and is there to be replaced
+    where it can be had for less than the whole weight.
+    """
+
+    def leaf_axes(self, axes: Axes) -> Self:
+        """This node with the logical axes of each array in its place.
+
+        axes: those of the weight, with or without `layers` in front; the arrays have them, each in
+        the dimensions that it shares with the weight.
+        """
+        raise NotImplementedError
+
+    def dense(self, dtype) -> jax.Array:
+        """The weight as one array in `dtype`."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return jax.eval_shape(lambda node: node.dense(jnp.float32), self).shape
+
+    def einsum(self, equation: str, x: jax.Array) -> jax.Array:
+        """See `einsum`."""
+        return linear.einsum(equation, x, self.dense(x.dtype))
+
+    def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """See `ragged`."""
+        return jax.lax.ragged_dot(x, self.dense(x.dtype), sizes)
+
+    def lookup(self, tokens: jax.Array, dtype) -> jax.Array:
+        """See `lookup`."""
+        return embed.lookup(self.dense(dtype), tokens)
+
+    def rows(self, index: jax.Array, dtype) -> jax.Array:
+        """See `rows`."""
+        return self.dense(dtype)[index]
+
+    def as_head(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `as_head`."""
+        return h, self.dense(h.dtype)
+
+    def cut(self, axes: Axes, axis: str, i: int, n: int) -> Self:
+        """See `cut`."""
+        return jax.tree.map(lambda w, a: _cut(w, a, axis, i, n), self, self.leaf_axes(axes))
+
+    def gather_for_use(self, axes: Axes, dtype) -> Self:
+        """See `gather_for_use`."""
+        return jax.tree.map(lambda w, a: gather.for_use(w, a, dtype), self, self.leaf_axes(axes))
+
+
+Weight = jax.Array | Node
+
+
+def is_node(x) -> bool:
+    return isinstance(x, Node)
+
+
+# ---- one weight ----------------------------------------------------------------------------
+
+
+def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
+    """jnp.einsum(equation, x, w) in x's dtype."""
+    return w.einsum(equation, x) if is_node(w) else linear.einsum(equation, x, w)
+
+
+def project(equation: str, x: jax.Array, p: dict[str, Any]) -> jax.Array:
+    """einsum with p["w"], plus p["b"] where there is one (its dimensions are the output's last)."""
+    y = einsum(equation, x, p["w"])
+    return y + p["b"].astype(y.dtype) if "b" in p else y
+
+
+def ragged(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
+    """The product of x [N, D], in groups of `sizes` int32 [E] rows, each with its matrix of w
+    [E, D, F] -> [N, F] in x's dtype; rows after the last group may come back as anything."""
+    if is_node(w):
+        return w.ragged(x, sizes)
+    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+
+
+def lookup(w: Weight, tokens: jax.Array, dtype) -> jax.Array:
+    """The rows of an embedding w [V, D] for tokens int32 [B, S] of a batch -> [B, S, D] in `dtype`.
+
+    On a mesh by parts of the width, which are exchanged; see ops.embed.
+    """
+    if is_node(w):
+        return w.lookup(tokens, dtype)
+    return embed.lookup(w, tokens).astype(dtype)
+
+
+def rows(w: Weight, index: jax.Array, dtype) -> jax.Array:
+    """w[index] in `dtype`, for a table that is small, or rows that are few: w [N, D]."""
+    return w.rows(index, dtype) if is_node(w) else w[index].astype(dtype)
+
+
+def as_head(h: jax.Array, w: Weight) -> tuple[jax.Array, jax.Array]:
+    """(hidden states [..., K], array [V, K]) with the products of h [..., D] and the head w [V, D].
+
+    So the loss takes any head by chunks of its logits and knows arrays only.
+    """
+    return w.as_head(h) if is_node(w) else (h, w)
+
+
+def dense(w: Weight, dtype) -> jax.Array:
+    """The weight as one array in `dtype`."""
+    return w.dense(dtype) if is_node(w) else w.astype(dtype)
+
+
+# ---- trees of weights ----------------------------------------------------------------------
+# axes: a tree like that of the weights, of the logical axes of each.
+
+
+def map_arrays(fn, tree, axes):
+    """fn(array, its logical axes) in place of each array, those of nodes among them."""
+
+    def one(w, axes):
+        return jax.tree.map(fn, w, w.leaf_axes(axes)) if is_node(w) else fn(w, axes)
+
+    return jax.tree.map(one, tree, axes, is_leaf=is_node)
+
+
+def gather_for_use(tree, axes, dtype):
+    """The weights in `dtype`, each gathered over fsdp for this use only.
+
+    Their arrays' gradients come in the layout in which these are stored: they are scattered as they
+    are summed.
+    """
+
+    def one(w, axes):
+        return w.gather_for_use(axes, dtype) if is_node(w) else gather.for_use(w, axes, dtype)
+
+    return jax.tree.map(one, tree, axes, is_leaf=is_node)
+
+
+def as_stored(tree, axes):
+    """The same weights; the gradients of their arrays too come in the layout in which these are
+    stored, so that none is ever whole."""
+    return map_arrays(gather.as_stored, tree, axes)
+
+
+def cut(tree, axes, axis: str, i: int, n: int):
+    """Part i of n of the weights along their logical axis `axis`, which n divides.
+
+    What a node holds without that axis stays whole.
+    """
+
+    def one(w, axes):
+        return w.cut(axes, axis, i, n) if is_node(w) else _cut(w, axes, axis, i, n)
+
+    return jax.tree.map(one, tree, axes, is_leaf=is_node)
+
+
+def _cut(w, axes, axis, i, n):
+    if axis not in axes:
+        return w
+    dim = axes.index(axis)
+    size = w.shape[dim] // n
+    return jax.lax.slice_in_dim(w, i * size, (i + 1) * size, axis=dim)

@@ -165,6 +165,26 @@ def get_default() -> ConfigDict:
     return c.lock()
 
 
+# Keys that may change between a run and its resumption: they do not change what is learned.
+FREE = (
+    "mesh.",
+    "data.cache_dir",
+    "data.workers",
+    "data.prefetch",
+    "train.log_every",
+    "train.keep",
+    "train.export",
+    "train.tensorboard",
+    "eval.samples",
+    "model.remat",
+    "profile.",
+)
+# Keys of `data` that an entry of data.sources may set for its rows alone.
+OWN = ("limit", "fields", "roles", "train_on", "stop_token", "reasoning", "system", "overlong")
+OWN += ("template_kwargs", "clean", "split", "augment", "augment_copies", "on_error")
+OWN += ("max_skipped",)
+
+
 # ---- reading -------------------------------------------------------------------------------
 
 

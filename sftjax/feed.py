@@ -241,6 +241,12 @@ class Feed:
         every = self.every(text, what)
         return bool(every) and (step % every == 0 or step == self.steps)
 
+    @property
+    def new_tokens(self) -> list[int]:
+        """The ids of the tokens of data.add_tokens."""
+        added = list(self.config.data.add_tokens)
+        return self.task.tokenizer.convert_tokens_to_ids(added) if added else []
+
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """The arrays of a batch; those of several sources say which is whose."""
         spec = self.task.layout.spec(rows, width)

@@ -170,6 +170,7 @@ def _totals(part, cache):
     rows = Rows(store, data.max_length, data.packing, part.config.seed, layout=part.task.layout)
     removed = [finding.rule for finding in part.removed.values()]
     return store.report | dict(
+        facts=part.task.facts(store.report),
         removed={rule: removed.count(rule) for rule in dict.fromkeys(removed)},
         rows=rows.per_epoch,
         row_length=data.max_length,

@@ -41,8 +41,7 @@ def _summary(t, alone=False) -> dict[str, str]:
     if "lengths" in t:  # of one source
         percentiles, histogram, *_ = lengths.lines(t)
         lines["lengths"], lines[""] = percentiles.removeprefix("tokens each: "), histogram
-        stop = f"yes, {t['stop_token']}" if t["stop_token_trained"] else "no"
-        lines["stop token"] = f"trained: {stop}"
+        lines |= t["facts"]
     if alone:
         full = f"{t['packing_efficiency']:.1%} full"
         lines["packing"] = f"{t['rows']:,} rows of {t['row_length']:,}, {full}"

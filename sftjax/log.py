@@ -10,7 +10,7 @@ from sftjax.config import ConfigError
 
 
 class Log:
-    """Collects each step's metrics and writes a line every config.train.log_every.
+    """Collects each step's metrics and writes a line every section.log_every.
 
     A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
     <count>_per_s of the task's counts (of texts cells, tokens and trained_tokens: all positions,
@@ -20,17 +20,18 @@ class Log:
     loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
     """
 
-    def __init__(self, config, workdir, feed, lr, flops, start: int):
-        if not feed.every(config.train.log_every, "train.log_every"):
+    def __init__(self, section, workdir, feed, lr, flops, start: int):
+        """section: the config's `train`."""
+        if not feed.every(section.log_every, "train.log_every"):
             raise ConfigError("train.log_every is 0; write at least 1 step")
         # Lines of steps after `start`, which a killed run left behind, are dropped.
-        board = config.train.tensorboard
+        board = section.tensorboard
         self.writer = metrics.Writer(
             workdir, feed.steps, jax.process_index(), board, start_step=start
         )
         self.sources, self.position = feed.names, feed.position
         self.counts = feed.task.counts
-        self.due = lambda step: feed.due(step, config.train.log_every, "train.log_every")
+        self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
         self.lr, self.flops, self._at = lr, flops, start
         self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
         self._window, self._waited = [], 0.0

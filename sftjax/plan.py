@@ -90,10 +90,13 @@ def build(config, target, trained=0.5, document=0) -> Program:
     config = _with_stored_dtype(config)
     task = tasks.make(config, None)
     mesh, model, trainable = build_shapes(config, task, target)
-    tx = optim.make(config.optim, setup.make_schedule(config, 1000), model.abstract, trainable)
+    lr = setup.make_schedule(config.optim, 1000)
+    tx = optim.make(config.optim, lr, model.abstract, trainable)
     with use(mesh):
-        state = setup.abstract_state(config, model, trainable, tx, mesh)
-        step = setup.make_step(config, task, model, tx, state, platform=platform(target))
+        state = setup.abstract_state(config.model, model, trainable, tx, mesh)
+        loss_fn = task.loss_fn(model, config.loss.to_dict())
+        micro = config.train.micro_batches
+        step = setup.make_step(loss_fn, tx, state, micro, platform(target))
     rows, width = config.train.batch_size, config.data.max_length
     batch = sharding.abstract_batch(mesh, task.layout.spec(rows, width))
     work = Work(rows, width, trained, document or width)

@@ -9,14 +9,14 @@ from sftjax.config import ConfigError
 
 
 class Profiler:
-    """Traces the steps of config.profile.steps, "10-12" or "10", to <workdir>/profile.
+    """Traces some steps, "10-12" or "10" (the config's profile.steps), to <workdir>/profile.
 
     Every step is annotated by its number, traced or not, so that a trace begun from outside reads
     the same.
     """
 
-    def __init__(self, config, workdir, total: int):
-        self.where, text = workdir / "profile", config.profile.steps
+    def __init__(self, steps: str, workdir, total: int):
+        self.where, text = workdir / "profile", steps
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         self.first, self.last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         self.on = False

@@ -27,8 +27,8 @@ def _number(value, share) -> str:
     return "-" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
 
 
-def finish(config, workdir: Path, task, feed, result: dict) -> None:
-    """Print and write what came of the run (process 0 only)."""
+def finish(workdir: Path, task, feed, result: dict, samples: int) -> None:
+    """Print and write what came of the run (process 0 only). samples: of the test set, to show."""
     if jax.process_index():
         return
     before, after = result["before"], result["after"]
@@ -36,7 +36,7 @@ def finish(config, workdir: Path, task, feed, result: dict) -> None:
         print(f"\nAfter {result['steps']} steps:\n{table(before, after)}\n")
     if feed.questions:
         task.write_answers(workdir / "samples" / "test.jsonl", feed.questions, before, after)
-    if text := task.shown(result, feed.questions, config.eval.samples):
+    if text := task.shown(result, feed.questions, samples):
         print(text)
     numbers = {
         when: {k: v for k, v in result[when].items() if k != "answers"}
@@ -49,7 +49,8 @@ def finish(config, workdir: Path, task, feed, result: dict) -> None:
     curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
     for what, path in places(workdir):
         print(f"  {what:<22}{path}")
-    if config.train.export and (text := task.try_it(config, workdir / "export")):
+    export = workdir / "export"
+    if export.exists() and (text := task.try_it(feed.config.data, export)):
         print(f"\n{text}")
 
 

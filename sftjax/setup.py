@@ -24,17 +24,6 @@ from sftjax.models import hf, vocab
 from sftjax.ops import attention
 from sftjax.step import TrainState, train_step
 
-# Keys that may change between a run and its resumption: they do not change what is learned.
-FREE = ("mesh.", "data.cache_dir", "data.workers", "data.prefetch", "train.log_every")
-FREE += (
-    "train.keep",
-    "train.export",
-    "train.tensorboard",
-    "eval.samples",
-    "model.remat",
-    "profile.",
-)
-
 
 def prepare_workdir(config, workdir) -> Path:
     """Make the workdir, or check that the one found is this config's; write config and env."""
@@ -68,7 +57,7 @@ def _write_json(file, value):
 def _same_config(old, new, workdir):
     old, new = _flat(old), _flat(new)
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    keys = [k for k in keys if not k.startswith(FREE)]
+    keys = [k for k in keys if not k.startswith(config_lib.FREE)]
     if keys:
         lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys[:10])
         raise ConfigError(
@@ -208,9 +197,10 @@ def _with_rows(model, tokenizer, added):
     return model.replace(vocab=max(rows, size))
 
 
-def dtypes(config, model, trainable):
-    """Tree of parameter dtypes: trained ones in param_dtype, frozen ones in frozen_dtype."""
-    m = config.model
+def dtypes(section, model, trainable):
+    """Tree of parameter dtypes, by the config's section `model`: trained ones in param_dtype,
+    frozen ones in frozen_dtype."""
+    m = section
     stored = hf.stored_dtypes(model) if from_files(model) else {}
 
     def one(name, on):
@@ -219,31 +209,31 @@ def dtypes(config, model, trainable):
     return params_lib.map_named(one, trainable)
 
 
-def make_schedule(config, steps):
-    """step -> learning rate, from config.optim."""
-    c = config.optim
+def make_schedule(section, steps: int):
+    """step -> learning rate, from the config's section `optim`."""
+    c = section
     warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
     decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
     return optim.schedule(c.schedule, c.lr, steps, warmup, decay, c.floor)
 
 
-def abstract_state(config, model, trainable, tx, mesh):
+def abstract_state(section, model, trainable, tx, mesh):
     """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
 
-    A leaf of the optimizer state whose name ends in a parameter's name and has its shape is laid
-    out like that parameter; all others are replicated.
+    section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's
+    name and has its shape is laid out like that parameter; all others are replicated.
     """
     shardings = sharding.param_shardings(mesh, model.abstract)
     shapes = jax.tree.map(
         lambda p, d: jax.ShapeDtypeStruct(p.shape, d),
         model.abstract,
-        dtypes(config, model, trainable),
+        dtypes(section, model, trainable),
         is_leaf=params_lib.is_param,
     )
     model_state = None
     if model.state is not None:
         model_state = params_lib.shapes(model.state)
-    state = jax.eval_shape(lambda p, s: _create(config, p, trainable, tx, s), shapes, model_state)
+    state = jax.eval_shape(lambda p, s: _create(p, trainable, tx, 0, s), shapes, model_state)
     by_name = {
         name: (p.shape, s)
         for (name, p), s in zip(
@@ -261,15 +251,12 @@ def abstract_state(config, model, trainable, tx, mesh):
     return params_lib.map_named(place, state)
 
 
-def make_step(config, task, model, tx, target, sources=(), platform=""):
-    """The jitted train_step of a config, to be compiled for a platform ("" = this one).
+def make_step(loss_fn, tx, target, micro_batches: int = 1, platform=""):
+    """The jitted train_step, to be compiled for a platform ("" = this one).
 
-    target: the abstract state; sources: see Task.loss_fn.
+    target: the abstract state.
     """
-    loss_fn = task.loss_fn(model, config.loss.to_dict(), sources)
-    step = functools.partial(
-        train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
-    )
+    step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
     return jax.jit(
         step,
         donate_argnums=0,
@@ -283,8 +270,8 @@ def _tails(name):
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
-def _create(config, params, trainable, tx, model_state=None):
-    rng = jax.random.key(config.seed)
+def _create(params, trainable, tx, seed, model_state=None):
+    rng = jax.random.key(seed)
     return TrainState.create(
         params=params, tx=tx, trainable=trainable, rng=rng, model_state=model_state
     )
@@ -329,39 +316,40 @@ def _added_text(model, trainable, new) -> str:
     return text
 
 
-def first_state(config, model, tokenizer, trainable, tx, target, mesh):
-    """TrainState at step 0: pretrained weights read, or random ones drawn, in place."""
-    kinds = dtypes(config, model, trainable)
-    if from_files(model) and config.model.init == "pretrained":
-        params = _read_params(config, model, tokenizer, trainable, kinds, mesh)
+def first_state(section, model, trainable, tx, target, mesh, *, seed: int = 0, new=()):
+    """TrainState at step 0: pretrained weights read, or random ones drawn, in place.
+
+    section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
+    """
+    kinds = dtypes(section, model, trainable)
+    if new:
+        say("tokens", _added_text(model, trainable, new))
+    if from_files(model) and section.init == "pretrained":
+        params = _read_params(section, model, kinds, mesh, seed, new)
     else:
-        params = _drawn(config, model.abstract, mesh)
+        params = _drawn(model.abstract, mesh, seed)
         params = jax.tree.map(lambda x, d: x.astype(d), params, kinds)
-    model_state = None if model.state is None else _drawn(config, model.state, mesh)
+    model_state = None if model.state is None else _drawn(model.state, mesh, seed)
     create = jax.jit(
-        lambda p, s: _create(config, p, trainable, tx, s),
+        lambda p, s: _create(p, trainable, tx, seed, s),
         donate_argnums=(0, 1),
         out_shardings=shardings_of(target),
     )
     return create(params, model_state)
 
 
-def _read_params(config, model, tokenizer, trainable, kinds, mesh):
-    """The files' parameters, with rows drawn for new tokens."""
-    added = list(config.data.add_tokens)
-    new = tokenizer.convert_tokens_to_ids(added) if added else []
-    if new:
-        say("tokens", _added_text(model, trainable, new))
+def _read_params(section, model, kinds, mesh, seed, new):
+    """The files' parameters, with rows drawn for new tokens, and a head where they have none."""
     stored = model.replace(vocab=model.source.config["vocab_size"])
-    _, params = hf.load_params(stored, hf.resolve(config.model.path), kinds, mesh)
+    _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
     if new:
-        _, params = vocab.grow(stored, params, max(new) + 1, config.seed, first=min(new))
+        _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
     return params
 
 
-def _drawn(config, abstract, mesh):
+def _drawn(abstract, mesh, seed):
     shardings = sharding.param_shardings(mesh, abstract)
-    return params_lib.init(abstract, jax.random.key(config.seed), shardings=shardings)
+    return params_lib.init(abstract, jax.random.key(seed), shardings=shardings)
 
 
 def export(directory, task, model, state) -> None:

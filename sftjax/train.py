@@ -45,10 +45,10 @@ def train(config, workdir) -> dict:
 
         # ==== Model, optimizer, state ====
         model, trainable = setup.make_model(config, task)
-        profiler = Profiler(config, workdir, feed.steps)
-        lr = setup.make_schedule(config, feed.steps)
+        profiler = Profiler(config.profile.steps, workdir, feed.steps)
+        lr = setup.make_schedule(config.optim, feed.steps)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
-        target = setup.abstract_state(config, model, trainable, tx, mesh)
+        target = setup.abstract_state(config.model, model, trainable, tx, mesh)
         lower = task.lower_is_better(config.eval.best)
         checkpoints = Checkpointer(
             workdir / "checkpoints",
@@ -58,7 +58,8 @@ def train(config, workdir) -> dict:
             best_mode="min" if lower else "max",
         )
         if checkpoints.latest_step() is None:
-            state = setup.first_state(config, model, task.tokenizer, trainable, tx, target, mesh)
+            how = dict(seed=config.seed, new=feed.new_tokens)
+            state = setup.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra = {"before": None, "early_stop": None, "data": None}
         else:
             state, extra = checkpoints.restore(target)
@@ -70,7 +71,8 @@ def train(config, workdir) -> dict:
         # ==== Compile: once for each batch shape there is, the widest last ====
         if xla_flags.text(jax.default_backend()):
             say("flags", xla_flags.text(jax.default_backend()))
-        step_fn = setup.make_step(config, task, model, tx, target, feed.names)
+        loss_fn = task.loss_fn(model, config.loss.to_dict(), feed.names)
+        step_fn = setup.make_step(loss_fn, tx, target, config.train.micro_batches)
         began = time.monotonic()
         steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}
         say("compiled", setup.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
@@ -83,7 +85,7 @@ def train(config, workdir) -> dict:
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        log = Log(config, workdir, feed, lr, flops, start=step)
+        log = Log(config.train, workdir, feed, lr, flops, start=step)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
         for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
@@ -117,7 +119,7 @@ def train(config, workdir) -> dict:
         if config.train.export:
             setup.export(workdir / "export", task, model, state)
         result = {"before": extra["before"], "after": after, "steps": step}
-        report.finish(config, workdir, task, feed, result)
+        report.finish(workdir, task, feed, result, config.eval.samples)
     return result
 
 

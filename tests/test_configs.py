@@ -38,9 +38,9 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
     with jax.set_mesh(mesh):
         tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 99})
         model, trainable = setup.make_model(config, tasks.make(config, tokenizer))
-        lr = setup.make_schedule(config, 100)
+        lr = setup.make_schedule(config.optim, 100)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
-        state = setup.abstract_state(config, model, trainable, tx, mesh)
+        state = setup.abstract_state(config.model, model, trainable, tx, mesh)
         size, length = config.train.batch_size, config.data.max_length
         sharding.check_batch(mesh, size, config.train.micro_batches, length)
         layout = sharding.named(mesh, "batch", "seq")

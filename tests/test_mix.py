@@ -297,8 +297,8 @@ def test_every_key_of_data_is_a_sources_own_or_the_runs():
         "test", "tokenizer", "add_tokens", "template", "max_length", "packing", "eval_packing",
         "buckets", "cache_dir", "workers", "prefetch",
     }  # fmt: skip
-    assert set(config_lib.get_default().data) == run | set(mix.OWN)
-    assert not run & set(mix.OWN)
+    assert set(config_lib.get_default().data) == run | set(config_lib.OWN)
+    assert not run & set(config_lib.OWN)
 
 
 # --- the loss of each source ---

@@ -19,7 +19,7 @@ from sftjax.step import TrainState, train_step
 def profiler(where, steps, total=20):
     c = config_lib.get_default()
     c.profile.steps = steps
-    return Profiler(c, where, total)
+    return Profiler(c.profile.steps, where, total)
 
 
 def run(p, steps):

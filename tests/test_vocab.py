@@ -323,8 +323,10 @@ def first_params(config):
     with jax.set_mesh(mesh):
         model, trainable = setup.make_model(config, tasks.make(config, tokenizer))
         tx = optax.adamw(1e-3)
-        target = setup.abstract_state(config, model, trainable, tx, mesh)
-        state = setup.first_state(config, model, tokenizer, trainable, tx, target, mesh)
+        target = setup.abstract_state(config.model, model, trainable, tx, mesh)
+        new = tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
+        how = dict(seed=config.seed, new=new)
+        state = setup.first_state(config.model, model, trainable, tx, target, mesh, **how)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), target
     )

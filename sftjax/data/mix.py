@@ -14,11 +14,6 @@ import numpy as np
 from sftjax import config as config_lib
 from sftjax.config import ConfigError
 
-# Keys of `data` that an entry of data.sources may set for its rows alone.
-OWN = ("limit", "fields", "roles", "train_on", "stop_token", "reasoning", "system", "overlong")
-OWN += ("template_kwargs", "clean", "split", "augment", "augment_copies", "on_error")
-OWN += ("max_skipped",)
-
 
 class Source(NamedTuple):
     """An entry of data.sources. Of weight, count and replay at most one is given."""
@@ -53,7 +48,7 @@ def sources(config) -> list[Source]:
 
 
 def _source(config, i, entry) -> Source:
-    what, keys = f"data.sources[{i}]", ("path", "name", *Source._fields[2:], *OWN)
+    what, keys = f"data.sources[{i}]", ("path", "name", *Source._fields[2:], *config_lib.OWN)
     _check_keys(what, entry, keys)
     if not entry.get("path"):
         raise ConfigError(f"{what} has no 'path': a file, a glob or a hub data set id")
@@ -74,7 +69,7 @@ def _alone(config, what, entry):
     """The config as it would be if this entry's rows were all of data.train."""
     alone = config.copy_and_resolve_references()
     alone.data.update(dict(train=entry["path"], sources=(), phases=(), temperature=1.0))
-    for key, value in ((k, v) for k, v in entry.items() if k in OWN):
+    for key, value in ((k, v) for k, v in entry.items() if k in config_lib.OWN):
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
         for part, part_value in inner:
             try:

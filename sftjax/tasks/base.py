@@ -130,6 +130,10 @@ class Task:
         """A line on what a store's report says is trained."""
         return f"{report['examples']:,} examples"
 
+    def facts(self, report: dict) -> dict[str, str]:
+        """{what: text} of a store's report that inspect shows beside the counts of tokens."""
+        return {}
+
     def warnings(self, report: dict) -> Iterable[str]:
         """What a person should know of a store before training."""
         return ()
@@ -203,8 +207,8 @@ class Task:
     def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
         """Every question with its answers, as JSON lines; where `generates`."""
 
-    def try_it(self, config, export: Path) -> str:
-        """A command that uses the exported model; "" for none."""
+    def try_it(self, section, export: Path) -> str:
+        """A command that uses the exported model; "" for none. section: the config's `data`."""
         return ""
 
 

@@ -98,6 +98,10 @@ class CausalLM(Task):
             f" {report['trained_fraction']:.1%} trained; stop token {report.get('stop_token')}"
         )
 
+    def facts(self, report: dict) -> dict[str, str]:
+        stop = f"yes, {report['stop_token']}" if report["stop_token_trained"] else "no"
+        return {"stop token": f"trained: {stop}"}
+
     def warnings(self, report: dict) -> Iterable[str]:
         fraction = report["trained_fraction"]
         if report["chat"] and fraction == 1:
@@ -188,8 +192,8 @@ class CausalLM(Task):
                 }
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def try_it(self, config, export: Path) -> str:
-        d = config.data
+    def try_it(self, section, export: Path) -> str:
+        d = section
         if not (d.test and self.tokenizer.chat_template):
             return ""
         keys = {k: self.policy[k] for k in ("fields", "roles", "system")}

@@ -211,9 +211,13 @@ class Classification(Task):
         return Classification(self.tokenizer, self.labels.names, names, self.reads)
 
     def summary(self, report: dict) -> str:
-        total = max(report["documents"], 1)
-        shares = ", ".join(f"{name} {n / total:.1%}" for name, n in report["labels"].items())
+        shares = self.facts(report)["labels"]
         return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {shares}"
+
+    def facts(self, report: dict) -> dict[str, str]:
+        total = max(report["documents"], 1)
+        shares = (f"{name} {n / total:.1%}" for name, n in report["labels"].items())
+        return {"labels": ", ".join(shares)}
 
     def warnings(self, report: dict) -> Iterable[str]:
         counts, total = report["labels"], max(report["documents"], 1)

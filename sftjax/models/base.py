@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from sftjax.sharding import whole
+
 
 class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.
@@ -122,7 +124,5 @@ def places(batch: dict) -> tuple[jax.Array, jax.Array]:
 
 def project_classes(w, x) -> jax.Array:
     """float32 [..., C] of x [..., D] and the weight [C, D] of a head."""
-    from sftjax.sharding import whole
-
     w = whole(w, ("classes", "embed"), x.dtype)
     return jnp.einsum("...d,cd->...c", x, w, preferred_element_type=jnp.float32)

@@ -220,8 +220,10 @@ def forward(config: Config, params, tokens, positions, segments, cache=None, rng
     the routing sums, over all layers, are None for a dense model. rng: of dropout; None = without.
     """
     if cache is None:
+        tokens, positions, segments = map(spread, (tokens, positions, segments))
+        x = embed(config, params, tokens, positions)
         ctx = context(config, positions, segments, rng)
-        x = drop_embedding(config, ctx, embed(config, params, spread(tokens), ctx))
+        x = drop_embedding(config, ctx, x)
     else:
         x = weight.rows(params["embed"]["w"], tokens, config.dtype)
         x = _embedded(config, params, x, positions)
@@ -239,8 +241,7 @@ def forward(config: Config, params, tokens, positions, segments, cache=None, rng
 
 
 def context(config, positions, segments, rng=None) -> dict:
-    """What the layers are told of their tokens, in the order of the mesh's context axis."""
-    positions, segments = spread(positions), spread(segments)
+    """What the layers are told of their tokens, here and below in the context axis's order."""
     where = {"positions": positions, "segments": segments}
     ctx = {"where": where, "angles": _angles(config, **where)}
     if rng is not None and config.dropout:
@@ -250,11 +251,11 @@ def context(config, positions, segments, rng=None) -> dict:
     return ctx
 
 
-def embed(config, params, tokens, ctx):
-    """[B, S, D] of tokens in the order of ctx."""
+def embed(config, params, tokens, positions):
+    """[B, S, D] of tokens and positions int32 [B, S]."""
     with jax.named_scope("embed"):
         x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
-    return _embedded(config, params, x, ctx["where"]["positions"])
+    return _embedded(config, params, x, positions)
 
 
 def _embedded(config, params, x, positions):

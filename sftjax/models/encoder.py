@@ -63,10 +63,11 @@ def abstract(c: Config) -> dict:
 def forward(config: Config, params, tokens, positions, segments, types, rng=None):
     """Hidden states [B, S, D]. tokens, positions, segments, types: int32 [B, S]; rng: of dropout,
     None = without."""
-    ctx = decoder.context(config, positions, segments, rng)
-    x = decoder.embed(config, params, spread(tokens), ctx)
-    x = x + weight.rows(params["token_types"]["w"], spread(types), x.dtype)
+    tokens, positions, segments, types = map(spread, (tokens, positions, segments, types))
+    x = decoder.embed(config, params, tokens, positions)
+    x = x + weight.rows(params["token_types"]["w"], types, x.dtype)
     x = layer.norm(config, x, params["embed_norm"])
+    ctx = decoder.context(config, positions, segments, rng)
     x = decoder.drop_embedding(config, ctx, x)
     x, _, _ = decoder.run_layers(config, params["layers"], ctx, x)
     return unspread(x)

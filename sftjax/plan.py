@@ -94,7 +94,8 @@ def build(config, target, trained=0.5, document=0) -> Program:
     tx = optim.make(config.optim, setup.make_schedule(config, 1000), model.abstract, trainable)
     with use(mesh):
         state = setup.abstract_state(config, model, trainable, tx, mesh)
-        step = setup.make_step(config, model, tx, state, platform=platform(target))
+        device = target.devices[0] if target.devices else None
+        step = setup.make_step(config, model, tx, state, device=device)
     rows, width = config.train.batch_size, config.data.max_length
     batch = sharding.abstract_batch(mesh, rows, width)
     work = Work(rows, width, trained, document or width)

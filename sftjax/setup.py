@@ -249,11 +249,12 @@ def abstract_state(config, model, trainable, tx, mesh):
     return params_lib.map_named(place, state)
 
 
-def make_step(config, model, tx, target, sources=(), platform=""):
-    """The jitted train_step of a config, to be compiled for a platform ("" = this one).
+def make_step(config, model, tx, target, sources=(), device=None):
+    """The jitted train_step of a config, to be compiled for a device (None: one that is here).
 
     target: the abstract state; sources: see losses.causal_lm.
     """
+    platform = device.platform if device else jax.default_backend()
     loss_fn = losses.causal_lm(model, **config.loss.to_dict(), sources=sources)
     step = functools.partial(
         train_step, loss_fn=loss_fn, tx=tx, micro_batches=config.train.micro_batches
@@ -262,7 +263,7 @@ def make_step(config, model, tx, target, sources=(), platform=""):
         step,
         donate_argnums=0,
         out_shardings=(shardings_of(target), None),
-        compiler_options=xla_flags.options(platform or jax.default_backend()),
+        compiler_options=xla_flags.options(platform, device),
     )
 
 

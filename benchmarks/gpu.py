@@ -143,6 +143,7 @@ def lower(case, attention="triton", platform="cuda"):
 
     import sftjax
     from sftjax import params as params_lib
+    from sftjax import targets
 
     model, trainable, tx, dtypes, step = build(case, attention)
     params = jax.tree.map(
@@ -151,7 +152,9 @@ def lower(case, attention="triton", platform="cuda"):
     create = functools.partial(sftjax.TrainState.create, tx=tx, trainable=trainable)
     state = jax.eval_shape(lambda p: create(params=p), params)
     batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, make_batch(case)[0]))
-    return jax.jit(step, donate_argnums=0).trace(state, batch).lower(lowering_platforms=(platform,))
+    with targets.stand_in(targets.parse("gpu-h100")):
+        traced = jax.jit(step, donate_argnums=0).trace(state, batch)
+        return traced.lower(lowering_platforms=(platform,))
 
 
 def measure_sftjax(case, steps, attention):

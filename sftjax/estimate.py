@@ -144,8 +144,9 @@ def _activations(jaxpr) -> tuple[float, float, float]:
 
 def _stacked(eqn) -> list:
     """The results with a part from each round of a scan, also of one over shards."""
-    if eqn.primitive.name == "scan":
-        return eqn.outvars[eqn.params["num_carry"] :]
+    if eqn.primitive.name == "scan":  # by their shapes: how many it carries has a name that changed
+        each = zip(eqn.outvars, eqn.params["jaxpr"].out_avals, strict=True)
+        return [var for var, one in each if var.aval.shape != one.shape]
     if eqn.primitive.name != "shard_map":
         return []
     inner = eqn.params["jaxpr"]

@@ -94,9 +94,10 @@ def build(config, target, trained=0.5, document=0) -> Program:
     tx = optim.make(config.optim, lr, model.abstract, trainable)
     with use(mesh):
         state = setup.abstract_state(config.model, model, trainable, tx, mesh)
+        device = target.devices[0] if target.devices else None
         loss_fn = task.loss_fn(model, config.loss.to_dict())
         micro = config.train.micro_batches
-        step = setup.make_step(loss_fn, tx, state, micro, platform(target))
+        step = setup.make_step(loss_fn, tx, state, micro, device)
     rows, width = config.train.batch_size, config.data.max_length
     batch = sharding.abstract_batch(mesh, task.layout.spec(rows, width))
     work = Work(rows, width, trained, document or width)

@@ -251,17 +251,18 @@ def abstract_state(section, model, trainable, tx, mesh):
     return params_lib.map_named(place, state)
 
 
-def make_step(loss_fn, tx, target, micro_batches: int = 1, platform=""):
-    """The jitted train_step, to be compiled for a platform ("" = this one).
+def make_step(loss_fn, tx, target, micro_batches: int = 1, device=None):
+    """The jitted train_step, to be compiled for a device (None: one that is here).
 
     target: the abstract state.
     """
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
+    platform = device.platform if device else jax.default_backend()
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings_of(target), None),
-        compiler_options=xla_flags.options(platform or jax.default_backend()),
+        compiler_options=xla_flags.options(platform, device),
     )
 
 

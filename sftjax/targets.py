@@ -133,6 +133,13 @@ def parse(text: str) -> Target:
     return Target(text, chip, n, f"{name}:{topology}", slices)
 
 
+def stand_in(target: Target):
+    """A context to lower a program in for GPUs that are not here: newer JAX lowers a Triton kernel
+    for a kind of GPU that it is told. The mesh has no axes, which is to say that there is none."""
+    device = jax.sharding.AbstractDevice(target.chip.kind, num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 def _shape_of(text, name, chip, number) -> str:
     shapes = SHAPES[chip.dims]
     if number % chip.named_by or number // chip.named_by not in shapes:

@@ -1,11 +1,14 @@
 """XLA's options for the training step, by platform: one table.
 
-They go with the step as compile options, so that `plan` compiles what `train` runs, and XLA refuses
-a name it does not know. An option that you set in XLA_FLAGS or LIBTPU_INIT_ARGS is left to you.
+They go with the step as compile options, so that `plan` compiles what `train` runs. An option that
+you set in XLA_FLAGS or LIBTPU_INIT_ARGS is left to you; one that XLA does not know is left out.
 """
 
+import functools
 import os
 import re
+
+import jax
 
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
@@ -45,6 +48,14 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
     },
 }
 
+# What newer XLAs, as of JAX 0.11.2, call some of them, and the value there.
+_ON = "COLLECTIVE_PIPELINING_MODE_ON"
+NEWER = {
+    "xla_gpu_enable_pipelined_all_gather": ("xla_gpu_pipeline_all_gather", _ON),
+    "xla_gpu_enable_pipelined_reduce_scatter": ("xla_gpu_pipeline_reduce_scatter", _ON),
+    "xla_gpu_enable_pipelined_all_reduce": ("xla_gpu_pipeline_all_reduce", _ON),
+}
+
 
 def yours() -> dict[str, str]:
     """{option: value} of what the user has set in the environment."""
@@ -55,19 +66,62 @@ def yours() -> dict[str, str]:
     return found
 
 
-def options(platform: str) -> dict:
-    """The compile options of a platform: the table's, without those that the user has set."""
-    own = yours()
-    return {k: v for k, v in TABLE[platform].items() if k not in own}
+@functools.cache
+def known(platform: str, device=None) -> dict[str, tuple]:
+    """{the table's option: its (name, value) in this XLA}, of those that this XLA knows.
+
+    XLA lists its options nowhere, but refuses to compile with one that it does not know. A TPU's
+    are known to the TPU's compiler alone: where no device is one, all are believed to be known.
+    """
+    found = {k: (k, v) for k, v in TABLE[platform].items()}
+    if platform == "tpu" and device is None and jax.default_backend() != "tpu":
+        return found
+    while refused := _refused(dict(found.values()), device or jax.local_devices()[0]):
+        key = next(k for k, (name, _) in found.items() if name == refused)
+        if key == refused and key in NEWER:
+            found[key] = NEWER[key]
+        else:
+            del found[key]
+    return found
+
+
+def _refused(options, device) -> str | None:
+    """The first of the options that XLA does not know."""
+    try:
+        with jax.set_mesh(jax.sharding.Mesh([device], "one")):  # which may be none of the caller's
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        name = re.search(r"No such compile option: '(\w+)'", str(error))
+        if not name:
+            raise
+        return name[1]
+    return None
+
+
+def options(platform: str, device=None) -> dict:
+    """The compile options of a platform: the table's, without those that the user has set.
+
+    device: what is compiled for, where it is none of this machine's.
+    """
+    own, table = yours(), known(platform, device)
+    return {name: value for k, (name, value) in table.items() if not own.keys() & {k, name}}
 
 
 def text(platform: str) -> str:
-    """What is set, and what of it is left to the user; "" for nothing."""
-    own, table = yours(), TABLE[platform]
-    lines = [f"{k}={str(v).lower()}" for k, v in options(platform).items()]
-    lines += [
-        f"{k}={own[k]} is yours, and stays (here: {str(v).lower()})"
-        for k, v in table.items()
-        if k in own
-    ]
+    """What is set, and what of it is left to the user or left out; "" for nothing."""
+    own, table = yours(), known(platform)
+    lines = [f"{name}={_show(value)}" for name, value in options(platform).items()]
+    for k, v in TABLE[platform].items():
+        name, value = table.get(k, (k, v))
+        lines += [
+            f"{x}={own[x]} is yours, and stays (here: {_show(value)})"
+            for x in dict.fromkeys((k, name))
+            if x in own
+        ]
+        if k not in table:
+            lines.append(f"{k}={_show(v)} is left out: this XLA does not know it")
     return "\n".join(lines)
+
+
+def _show(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

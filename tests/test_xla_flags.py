@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sftjax import targets, xla_flags
+from sftjax import sharding, targets, xla_flags
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +13,8 @@ def clean(monkeypatch):
     jax.devices()  # which reads the variables, among them how many devices the tests need
     for variable in xla_flags.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
+    yield
+    xla_flags.known.cache_clear()  # of tables that a test has changed
 
 
 def compile_with(options, sharding=None):
@@ -23,9 +25,29 @@ def compile_with(options, sharding=None):
 @pytest.mark.parametrize("name", xla_flags.TABLE["gpu"])
 def test_xla_knows_the_options_for_gpus(name):
     """Its options are the same on every platform but a TPU's, whichever reads them."""
-    compile_with({name: xla_flags.TABLE["gpu"][name]})
+    here, value = xla_flags.known("gpu")[name]
+    compile_with({here: value})
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         compile_with({name + "_not": True})
+
+
+def test_what_xla_does_not_know_is_left_out_and_said(monkeypatch):
+    """In a mesh too, whatever its devices: a run asks inside its own."""
+    known = xla_flags.options("gpu")
+    monkeypatch.setitem(xla_flags.TABLE, "gpu", {"xla_no_such": 7} | xla_flags.TABLE["gpu"])
+    xla_flags.known.cache_clear()
+    with jax.set_mesh(sharding.make_mesh({"fsdp": 8})):
+        assert xla_flags.options("gpu") == known
+        compile_with(xla_flags.options("gpu"))
+    last = xla_flags.text("gpu").splitlines()[-1]
+    assert last == "xla_no_such=7 is left out: this XLA does not know it"
+
+
+def test_a_value_that_xla_does_not_take_is_no_unknown_option(monkeypatch):
+    monkeypatch.setitem(xla_flags.TABLE, "gpu", {"xla_gpu_enable_latency_hiding_scheduler": "x"})
+    xla_flags.known.cache_clear()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_enable_latency_hiding_scheduler"):
+        xla_flags.options("gpu")
 
 
 @pytest.mark.tpu
@@ -56,12 +78,11 @@ def test_a_cpu_sums_bfloat16_over_some_axes():
 
 def test_what_the_user_set_stays_and_is_said(monkeypatch):
     name = "xla_gpu_enable_latency_hiding_scheduler"
-    assert xla_flags.options("gpu") == xla_flags.TABLE["gpu"]
+    table = xla_flags.options("gpu")
+    assert len(table) == len(xla_flags.TABLE["gpu"]) and "left out" not in xla_flags.text("gpu")
     assert f"{name}=true" in xla_flags.text("gpu").splitlines()
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x --{name}=false")
-    assert xla_flags.options("gpu") == {
-        k: v for k, v in xla_flags.TABLE["gpu"].items() if k != name
-    }
+    assert xla_flags.options("gpu") == {k: v for k, v in table.items() if k != name}
     assert f"{name}=false is yours, and stays (here: true)" in xla_flags.text("gpu").splitlines()
     name = "xla_enable_async_all_gather"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}")
@@ -71,3 +92,12 @@ def test_what_the_user_set_stays_and_is_said(monkeypatch):
         "xla_disable_hlo_passes=all-reduce-promotion",
         "xla_cpu_enable_concurrency_optimized_scheduler=false",
     ]
+
+
+def test_an_option_is_yours_by_its_older_and_its_newer_name(monkeypatch):
+    table, name = xla_flags.options("gpu"), "xla_gpu_enable_pipelined_all_gather"
+    here, _ = xla_flags.known("gpu")[name]
+    for yours in {name, here}:
+        monkeypatch.setenv("XLA_FLAGS", f"--{yours}=off")
+        assert xla_flags.options("gpu") == {k: v for k, v in table.items() if k != here}
+        assert f"{yours}=off is yours, and stays (here: " in xla_flags.text("gpu")

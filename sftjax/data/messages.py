@@ -7,7 +7,7 @@ and `weight` are for us; all others are kept, for templates that know them.
 
 import json
 
-from sftjax.data.sources import DataError
+from sftjax.data.sources import DataError, loads
 
 ROLES = {  # the names that data sets use -> the names that templates use
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -153,7 +153,7 @@ def _listed(value, name, where):
 
 def parse_json(text, name, where):
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {name!r} is not valid JSON: {error}: {text[:60]!r}") from None
 

@@ -41,8 +41,7 @@ def _summary(t, alone=False) -> dict[str, str]:
     lines["tokens"] = f"{t['tokens']:,}"
     lines["trained"] = f"{t['trained_tokens']:,} tokens, {t['trained_fraction']:.1%}"
     if "lengths" in t:  # of one source
-        percentiles, histogram, *_ = lengths.lines(t)
-        lines["lengths"], lines[""] = percentiles.removeprefix("tokens each: "), histogram
+        lines["lengths"], lines[""] = lengths.percentiles(t), lengths.histogram(t)
         stop = f"yes, {t['stop_token']}" if t["stop_token_trained"] else "no"
         lines["stop token"] = f"trained: {stop}"
     if alone:

@@ -7,6 +7,7 @@ import numpy as np
 
 from sftjax import generate as generate_lib
 from sftjax import losses
+from sftjax.errors import ConfigError, DataError
 from sftjax.step import eval_step
 
 
@@ -21,7 +22,9 @@ def loss_over(step, params, batches) -> dict[str, float]:
         loss = jax.tree.map(np.float64, jax.device_get(step(params, batch)))
         total = loss if total is None else jax.tree.map(np.add, total, loss)
     if total is None or total.weight == 0:
-        raise ValueError("the evaluation set has no trained token to measure")
+        raise DataError(
+            "the evaluation set has no trained token to measure", kind="nothing_trained"
+        )
     loss = float(total.sum / total.weight)
     out = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     divide = lambda s, w: float(s if w is None else s / w if w else 0)  # noqa: E731
@@ -77,7 +80,7 @@ class EarlyStop:
 
     def __init__(self, metric: str, patience: int, state=None):
         if patience and not metric:
-            raise ValueError("eval.patience needs eval.best, the metric to watch")
+            raise ConfigError("eval.patience needs eval.best, the metric to watch")
         self.metric, self.patience = metric, patience
         self.state = state or {"best": None, "bad": 0}
 
@@ -85,7 +88,7 @@ class EarlyStop:
         if not self.metric:
             return
         if self.metric not in values:
-            raise ValueError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
+            raise ConfigError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
         new, best = values[self.metric], self.state["best"]
         better = best is None or (new < best if lower_is_better(self.metric) else new > best)
         self.state = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sftjax import sharding
+from sftjax.errors import DataError
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -98,7 +99,8 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if prompts and not len(prompts[order[0]]):
-        raise ValueError(f"prompt {order[0]} is empty; a prompt needs at least one token")
+        problem = f"prompt {order[0]} is empty; a prompt needs at least one token"
+        raise DataError(problem, kind="empty_text")
     shards = sharding.axis_size(mesh, sharding.RULES["batch"]) if mesh else 1
     size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
     answers = [None] * len(prompts)
@@ -152,14 +154,15 @@ def main(argv):
     args = parser.parse_args(argv)
     from transformers import AutoTokenizer
 
-    from sftjax.data import DataError, stop_ids
+    from sftjax.data import stop_ids
     from sftjax.data.template import load_template
     from sftjax.models import hf
 
     path = hf.resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
-        raise DataError(f"--model={path}: its tokenizer has no chat template")
+        problem = "its tokenizer has no chat template"
+        raise DataError(problem, where=f"--model={path}", kind="no_template")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     chat = dict(messages=messages, tools=None, options={})

@@ -9,6 +9,7 @@ from shlex import quote
 import jax
 
 from sftjax import metrics
+from sftjax.errors import writing
 
 
 def table(before: dict, after: dict) -> str:
@@ -50,8 +51,9 @@ def _line(text, most=100):
 
 def write_answers(path: Path, questions, before: dict, after: dict, tokenizer) -> None:
     """Every test question with its answers, as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
+    with writing("the directory", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing("the file", path), open(path, "w") as f:
         rows = zip(questions, before["answers"], after["answers"], strict=True)
         for (prompt, reference), old, new in rows:
             row = {
@@ -79,7 +81,8 @@ def finish(config, workdir: Path, feed, tokenizer, result: dict) -> None:
         for when in ("before", "after")
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
-    (workdir / "result.json").write_text(text + "\n")
+    with writing("the file", workdir / "result.json"):
+        (workdir / "result.json").write_text(text + "\n")
     for what, path in places(workdir):
         print(f"  {what:<22}{path}")
     if config.train.export and feed.test and tokenizer.chat_template:

@@ -15,8 +15,9 @@ import numpy as np
 from sftjax.data.chat import encode_batch, stop_ids
 from sftjax.data.lengths import OVERLONG, describe, fit
 from sftjax.data.rejects import Rejects, check
-from sftjax.data.sources import DataError, Source
+from sftjax.data.sources import Source
 from sftjax.data.template import template_text
+from sftjax.errors import DataError
 
 FORMAT = 3  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
@@ -78,7 +79,8 @@ def build_store(
     Raises: DataError for a bad row, or if nothing at all is trained.
     """
     if overlong not in OVERLONG:
-        raise DataError(f"data.overlong={overlong!r}: expected {' | '.join(OVERLONG)}")
+        problem = f"data.overlong={overlong!r}: expected {' | '.join(OVERLONG)}"
+        raise DataError(problem, kind="setting")
     check(on_error, max_skipped)
     settings = (policy, max_length, overlong, on_error, max_skipped)
     folder = Path(cache_dir) / store_key(source, tokenizer, *settings)
@@ -110,13 +112,15 @@ def _write_atomically(folder, *inputs):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
-        raise DataError(f"data.cache_dir={folder.parent}: can't be written: {error}") from None
+        problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
+        raise DataError(problem, kind="unwritable") from None
     try:
         _write(temporary, folder, *inputs)
         os.rename(temporary, folder)
-    except OSError:
+    except OSError as error:
         if not (folder / "report.json").exists():  # else another process was first
-            raise
+            problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
+            raise DataError(problem, kind="unwritable") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -139,7 +143,8 @@ def _write(
                 weights.tofile(weights_file)
     report = tally.report(tokenizer, rejects.counts)
     if not tally.lengths:
-        raise DataError(_nothing_trained(first, report, policy, max_length))
+        problem = _nothing_trained(first, report, policy, max_length)
+        raise DataError(problem, kind="nothing_trained")
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
     (temporary / "report.json").write_text(json.dumps(report, indent=1))
 
@@ -193,8 +198,12 @@ class Tally:
             too_long = 0 < self.max_length < n
             if too_long and self.overlong == "error":
                 raise DataError(
-                    f"{where}: {n} tokens, more than data.max_length={self.max_length}: raise it, "
-                    "or set data.overlong to truncate_end, truncate_prompt, drop or split"
+                    f"{n} tokens, more than data.max_length={self.max_length}",
+                    "raise it, or set data.overlong to truncate_end, truncate_prompt, drop or "
+                    "split",
+                    joint=": ",
+                    where=where,
+                    kind="too_long",
                 )
             weights = example.weights
             pieces = fit(example.tokens, weights, self.max_length, self.overlong, bos)

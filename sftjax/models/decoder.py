@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sftjax.errors import ConfigError
 from sftjax.models import layer
 from sftjax.ops import rope
 from sftjax.ops.embed import lookup
@@ -105,7 +106,7 @@ def stacks(config) -> dict[str, int]:
     """{name: number of layers} of each stack in order; the name is its range: "0-11"."""
     cuts = [0, *config.split, config.layers]
     if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
-        raise ValueError(
+        raise ConfigError(
             f"model.split={config.split} must rise strictly between 0 and {config.layers} layers"
         )
     kinds, out = _kinds(config), {}
@@ -359,10 +360,10 @@ class Model:
         return {name for name, on in used.items() if on}
 
     def check_length(self, length: int, what: str):
-        """Raise ValueError where learned positions do not reach so far."""
+        """Raise ConfigError where learned positions do not reach so far."""
         c = self.config
         if c.learned_positions and length > c.max_positions:
-            raise ValueError(f"{what}: the model has {c.max_positions} learned positions")
+            raise ConfigError(f"{what}: the model has {c.max_positions} learned positions")
 
     def init_cache(self, batch: int, length: int):
         return init_cache(self.config, batch, length)

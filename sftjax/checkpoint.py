@@ -23,9 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message names the place and the fix."""
+from sftjax.errors import CheckpointError, ConfigError, NotFoundError
 
 
 class Checkpointer:
@@ -39,7 +37,7 @@ class Checkpointer:
 
     def __init__(self, directory, *, manifest=None, keep=2, best_metric="", best_mode="min"):
         if keep < 1 or best_mode not in ("min", "max"):
-            raise ValueError(
+            raise ConfigError(
                 f"keep={keep}, best_mode={best_mode!r}; expected keep >= 1 and 'min' or 'max'"
             )
         self.directory = Path(directory).absolute()
@@ -105,13 +103,13 @@ class Checkpointer:
         """(state, extra) of `step`, or of the newest complete checkpoint.
 
         abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
-        mesh (see abstract_like). Raises FileNotFoundError when there is no such checkpoint, and
+        mesh (see abstract_like). Raises NotFoundError when there is no such checkpoint, and
         CheckpointError naming every leaf whose name, shape or dtype is another.
         """
         self.wait()
         steps = self.all_steps()
         if not steps or (step is not None and step not in steps):
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory};"
                 f" complete steps there: {steps or 'none'}"
             )

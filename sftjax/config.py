@@ -6,6 +6,7 @@ number of steps; see `duration`.
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -18,9 +19,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
-
-class ConfigError(ValueError):
-    """A config file, key or value that is wrong; the message says where and what to write."""
+from sftjax.errors import ConfigError, UserError
 
 
 def get_default() -> ConfigDict:
@@ -191,17 +190,56 @@ OWN += ("max_skipped",)
 def load(spec: str) -> ConfigDict:
     """The config of "path/to/file.py" or "file.py:argument", given to its get_config."""
     path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={spec}: file {path} does not exist")
+    if not os.path.isfile(path):
+        state = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"--config={spec}: file {path} {state}")
+    if Path(path).suffix != ".py":
+        raise ConfigError(
+            f"--config={spec}: {path} is not a Python file; a config is a file NAME.py with a"
+            " function get_config(arg='')"
+        )
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _blamed(path):
         module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ConfigError(f"{path} has no function get_config(arg='')")
-        return module.get_config(argument) if argument else module.get_config()
-    except (AttributeError, KeyError, TypeError) as e:
-        raise ConfigError(f"{path}: {' '.join(str(e.args[0]).split())}") from e
+    make = getattr(module, "get_config", None)
+    if not callable(make):
+        raise ConfigError(f"{path} has no function get_config(arg='')")
+    with _blamed(path):
+        config = make(argument) if argument else make()
+    if not isinstance(config, ConfigDict):
+        line = getattr(getattr(make, "__code__", None), "co_firstlineno", 1)
+        raise ConfigError(
+            f"{path}:{line}: get_config returned {config!r:.60} ({type(config).__name__}), expected"
+            " the ConfigDict of sftjax.config.get_default() with what differs"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _blamed(path):
+    """Whatever the user's config file raises is shown with the line of that file."""
+    try:
+        yield
+    except SyntaxError as e:
+        text = f": {e.text.strip()!r:.80}" if e.text else ""
+        raise ConfigError(f"{e.filename or path}:{e.lineno or 1}: {e.msg}{text}") from e
+    except Exception as e:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(e.__traceback__)
+            if os.path.abspath(frame.filename) == os.path.abspath(path)
+        ]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise ConfigError(f"{where}: {_said(e)}") from e
+
+
+def _said(error):
+    """An error's class and message in one line; str() of a KeyError would be a repr."""
+    if error.args and isinstance(error.args[0], Exception):  # as ml-collections wraps its own
+        return _said(error.args[0])
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {' '.join(str(text).split())}"
 
 
 def parse(argv, **flags):
@@ -235,11 +273,15 @@ def parse(argv, **flags):
             value = rest[i]
         override(config, match[1], value)
         i += 1
+    check(config)
     return config, known
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
-    """Set config.<key> from text, cast to the type of the present value."""
+def override(config: ConfigDict, key: str, text: str, what: str = "--config.") -> None:
+    """Set config.<key> from text, cast to the type of the present value.
+
+    what: what stands before the key in the message of a ConfigError.
+    """
     *parents, last = key.split(".")
     node = config
     for i, part in enumerate([*parents, last]):
@@ -248,13 +290,13 @@ def override(config: ConfigDict, key: str, text: str) -> None:
             where = ".".join(["config", *key.split(".")[:i]])
             near = difflib.get_close_matches(part, siblings, 1, 0.4)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(siblings) or 'none'}"
-            raise ConfigError(f"--config.{key}: {where} has no key {part!r}; {hint}")
+            raise ConfigError(f"{what}{key}: {where} has no key {part!r}; {hint}")
         if i < len(parents):
             node = node[part]
     old = node[last]
     if isinstance(old, ConfigDict):
-        raise ConfigError(f"--config.{key} is a group; set one of {', '.join(old)}")
-    node[last] = _cast(text, old, key)
+        raise ConfigError(f"{what}{key} is a group; set one of {', '.join(old)}")
+    node[last] = _cast(text, old, f"{what}{key}")
 
 
 def _cast(text, old, key):
@@ -262,18 +304,70 @@ def _cast(text, old, key):
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if key == "data.labels" and isinstance(value, (tuple, list, dict)):
         return tuple(value) if isinstance(value, list) else value
     if isinstance(old, tuple) and isinstance(value, (list, int)):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not type(old):
         expected = type(old).__name__
-        raise ConfigError(f"--config.{key}={text}: expected {expected}, like {old!r}")
+        raise ConfigError(f"{key}={text}: expected {expected}, like {old!r}")
     return value
+
+
+# The least and the most that a number may be. What other files check with more knowledge (the mesh,
+# the shares of sources, the rules of cleaning) is not repeated here.
+_RANGES = {
+    "seed": (0, 2**63 - 1),
+    "data.limit data.workers data.prefetch data.clean.max_tokens": (0, math.inf),
+    "data.max_length train.batch_size train.micro_batches train.keep": (1, math.inf),
+    "loss.label_smoothing optim.floor optim.b1 optim.b2 optim.momentum": (0, 1),
+    "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
+    "loss.chunk_tokens mesh.processes mesh.timeout eval.batch_size": (1, math.inf),
+    "eval.patience eval.samples eval.test_limit": (0, math.inf),
+    "generate.max_new_tokens generate.batch_size": (1, math.inf),
+    "generate.temperature generate.top_k": (0, math.inf),
+    "generate.top_p": (0, 1),
+}
+RANGES = {key: limits for keys, limits in _RANGES.items() for key in keys.split()}
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ConfigError, with the key, its value and what is expected, for the first wrong value.
+
+    It looks at types and at RANGES; what depends on data, model and machine is checked there.
+    """
+    _check_group(config, get_default(), "")
+
+
+def _check_group(group, default, prefix):
+    for key, value in default.items():
+        name = f"{prefix}{key}"
+        if key not in group:
+            raise ConfigError(f"the config has no {name}: start from sftjax.config.get_default()")
+        if not isinstance(value, ConfigDict):
+            _check_value(name, group[key], value)
+        elif isinstance(group[key], ConfigDict):
+            _check_group(group[key], value, f"{name}.")
+        else:
+            raise ConfigError(f"{name}={group[key]!r}: expected a group with {', '.join(value)}")
+
+
+def _check_value(name, value, default):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kinds = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        raise ConfigError(f"{name}={value!r}: expected {type(default).__name__}, like {default!r}")
+    least, most = RANGES.get(name, (-math.inf, math.inf))
+    if number and not (least <= value <= most and abs(value) < math.inf):
+        bounds = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
+        if most == math.inf and not abs(value) < math.inf:
+            bounds = "a finite number" + f", {least} or more" * (least > -math.inf)
+        raise ConfigError(f"{name}={value!r}: expected {bounds}")
 
 
 def to_dict(config) -> dict:
@@ -304,6 +398,8 @@ def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_ro
         n = float(match[1])
     except ValueError:
         raise ConfigError(f"{what}={text!r}: {match[1]!r} is not a number") from None
+    if n == math.inf:
+        raise ConfigError(f"{what}={text!r}: expected a finite number")
     known = {"total": total, "batch": batch, "epoch_rows": epoch_rows, "per_row": per_row}
     need = {"%": ["total"], "epochs": ["batch", "epoch_rows"]}
     need |= {"examples": ["batch", "per_row"], "tokens": ["batch", "per_row"]}
@@ -327,17 +423,13 @@ def epochs(text) -> float | None:
 
 
 def run(main_fn, argv=None):
-    """Run a command; an error that sftjax itself raised is shown as one message, no traceback."""
+    """Run a command: a UserError is shown as one message, and the exit status is 1.
+
+    Any other error is a bug, and keeps its traceback.
+    """
     # transformers is here for tokenizers and templates; its advice to install torch is not wanted.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         main_fn(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError, RuntimeError) as e:
-        frames = [f.filename for f in traceback.extract_tb(e.__traceback__)]
-        if Path(frames[-1]).parent not in _PACKAGE:
-            raise
+    except UserError as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e
-
-
-_HERE = Path(__file__).parent
-_PACKAGE = {_HERE, *(p for p in _HERE.iterdir() if p.is_dir())}

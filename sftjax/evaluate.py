@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from sftjax.errors import ConfigError, DataError
 from sftjax.processes import to_host
 from sftjax.step import Loss
 
@@ -17,7 +18,7 @@ def measure(step, params, batches, *state) -> tuple[dict[str, float], dict[str, 
 
     step(params, batch, *state) -> Loss, or (Loss, predictions), jitted. The sums are added in
     float64 on the host and divided once, so neither the batch size nor a last partial batch changes
-    the result. Raises: ValueError for a set without anything to measure.
+    the result. Raises: DataError for a set without anything to measure.
     """
     total, found = None, []
     for batch in batches:
@@ -27,7 +28,8 @@ def measure(step, params, batches, *state) -> tuple[dict[str, float], dict[str, 
         total = loss if total is None else jax.tree.map(np.add, total, loss)
         found.append({k: to_host(v) for k, v in predictions.items()})
     if total is None or total.weight == 0:
-        raise ValueError("the evaluation set has no trained token to measure")
+        problem = "the evaluation set has no trained token to measure"
+        raise DataError(problem, kind="nothing_trained")
     divide = lambda s, w: float(s if w is None else s / w if w else 0)  # noqa: E731
     values = {"loss": divide(total.sum, total.weight)}
     values |= {k: divide(*v) for k, v in total.metrics.items()}
@@ -84,7 +86,7 @@ class EarlyStop:
     def __init__(self, metric: str, patience: int, lower: bool, state=None):
         """lower: is a lower value of the metric the better one."""
         if patience and not metric:
-            raise ValueError("eval.patience needs eval.best, the metric to watch")
+            raise ConfigError("eval.patience needs eval.best, the metric to watch")
         self.metric, self.patience, self.lower = metric, patience, lower
         self.state = state or {"best": None, "bad": 0}
 
@@ -92,7 +94,7 @@ class EarlyStop:
         if not self.metric:
             return
         if self.metric not in values:
-            raise ValueError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
+            raise ConfigError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
         new, best = values[self.metric], self.state["best"]
         better = best is None or (new < best if self.lower else new > best)
         self.state = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sftjax import processes, sharding
+from sftjax.errors import DataError, ModelError
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -97,13 +98,14 @@ def generate(
     after max_new_tokens. Every process must call this with the same prompts.
     """
     if not hasattr(model, "decode") or getattr(model.config, "classes", 0):
-        raise ValueError(
+        raise ModelError(
             "generate: this model has no vocabulary head to draw tokens from; take the directory of"
             " a causal language model"
         )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if prompts and not len(prompts[order[0]]):
-        raise ValueError(f"prompt {order[0]} is empty; a prompt needs at least one token")
+        problem = f"prompt {order[0]} is empty; a prompt needs at least one token"
+        raise DataError(problem, kind="empty_text")
     shards = sharding.axis_size(mesh, sharding.RULES["batch"]) if mesh else 1
     size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
     answers = [None] * len(prompts)
@@ -149,14 +151,15 @@ def main(argv):
     args = parser.parse_args(argv)
     from transformers import AutoTokenizer
 
-    from sftjax.data import DataError, stop_ids
+    from sftjax.data import stop_ids
     from sftjax.data.template import load_template
     from sftjax.models import hf
 
     path = hf.resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.chat_template:
-        raise DataError(f"--model={path}: its tokenizer has no chat template")
+        problem = "its tokenizer has no chat template"
+        raise DataError(problem, where=f"--model={path}", kind="no_template")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     chat = dict(messages=messages, tools=None, options={})

@@ -25,6 +25,7 @@ import numpy as np
 from sftjax import config as config_lib
 from sftjax import feed
 from sftjax.data import DataError, Rows, build_store, make_batch, pack
+from sftjax.errors import writing
 from sftjax.inspect_diff import compare
 from sftjax.inspect_rows import Wanted, parts_of, wanted_rows
 from sftjax.inspect_views import VIEWS
@@ -36,13 +37,16 @@ def main(argv):
     config, flags = config_lib.parse(argv, **options, **Wanted()._asdict())
     wanted = {name: getattr(flags, name) for name in Wanted._fields}
     against = config_lib.load(flags.against) if flags.against else None
+    if against is not None:
+        config_lib.check(against)
     view, color = _view(flags.format), not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
     report = collect(config, Wanted(**wanted), flags.set, against)
     # Damaged text may hold what UTF-8 can't: shown as its escape.
     page = view(report, color, width).encode("utf-8", "backslashreplace")
     if flags.out:
-        Path(flags.out).write_bytes(page)
+        with writing("--out", flags.out):
+            Path(flags.out).write_bytes(page)
         print(f"written to {flags.out}")
         if report["problem"]:
             raise DataError(report["problem"])
@@ -75,7 +79,7 @@ def inspect(
 
 def _view(format):
     if format not in VIEWS:
-        raise DataError(f"--format={format}: expected {' | '.join(VIEWS)}")
+        raise DataError(f"--format={format}: expected {' | '.join(VIEWS)}", kind="setting")
     return VIEWS[format]
 
 
@@ -87,7 +91,7 @@ def collect(config, wanted: Wanted, set="train", against=None) -> dict:
     """
     wanted.check()
     if set not in ("train", "validation", "test"):
-        raise DataError(f"--set={set}: expected train | validation | test")
+        raise DataError(f"--set={set}: expected train | validation | test", kind="setting")
     tokenizer = feed.load_tokenizer(config)
     with tempfile.TemporaryDirectory() as temporary:  # where training's cache is not named
         cache = config.data.cache_dir or temporary

@@ -58,7 +58,7 @@ def _blamed(rows):
     try:
         yield from rows
     except DataError as error:
-        raise DataError(f"--against: {error}") from None
+        raise DataError(f"--against: {error}", kind=error.kind) from None
 
 
 class _Words(dict):

@@ -35,12 +35,14 @@ class Wanted(NamedTuple):
     def check(self):
         """Raises: DataError for a value that can't be."""
         if self.n < 0 or self.start < 0:
-            raise DataError(f"--n={self.n} --start={self.start}: expected 0 or more")
+            problem = f"--n={self.n} --start={self.start}: expected 0 or more"
+            raise DataError(problem, kind="setting")
         if not 0 <= self.min_trained <= self.max_trained <= 1:
             found = f"--min_trained={self.min_trained} --max_trained={self.max_trained}"
-            raise DataError(f"{found}: expected shares, 0 <= min <= max <= 1")
+            raise DataError(f"{found}: expected shares, 0 <= min <= max <= 1", kind="setting")
         if self.dropped not in ("", "any", *REASONS):
-            raise DataError(f"--dropped={self.dropped}: expected any | {' | '.join(REASONS)}")
+            problem = f"--dropped={self.dropped}: expected any | {' | '.join(REASONS)}"
+            raise DataError(problem, kind="setting")
 
 
 class Part(NamedTuple):
@@ -72,13 +74,14 @@ def parts_of(config, set, chosen, tokenizer, cache, augment=True) -> list[Part]:
         for name in _choose(list(sets), chosen, list(sets)) if data[set] else ():
             parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
     if not parts:
-        raise DataError(f"data.{set} is empty: give a file, a glob or a hub data set id")
+        problem, fix = f"data.{set} is empty", "give a file, a glob or a hub data set id"
+        raise DataError(problem, fix, joint=": ", kind="setting")
     return parts
 
 
 def _choose(items, name, names):
     if name and name not in names:
-        raise DataError(f"--source={name}: expected {' | '.join(names)}")
+        raise DataError(f"--source={name}: expected {' | '.join(names)}", kind="setting")
     return [item for item, its in zip(items, names, strict=True) if name in ("", its)]
 
 
@@ -154,10 +157,9 @@ class _Bad(dict):
         self.source, self.on_error = source, on_error
 
     def add(self, i, error):
-        where = f"{self.source.where(i)}: "
-        if self.on_error == "raise" or not str(error).startswith(where):
+        if self.on_error == "raise" or error.where != self.source.where(i):
             raise error
-        self[i] = str(error).removeprefix(where)
+        self[i] = error.reason
 
 
 def _record(source, i) -> str:

@@ -39,8 +39,7 @@ def _summary(t, alone=False) -> dict[str, str]:
     lines["tokens"] = f"{t['tokens']:,}"
     lines["trained"] = f"{t['trained_tokens']:,} tokens, {t['trained_fraction']:.1%}"
     if "lengths" in t:  # of one source
-        percentiles, histogram, *_ = lengths.lines(t)
-        lines["lengths"], lines[""] = percentiles.removeprefix("tokens each: "), histogram
+        lines["lengths"], lines[""] = lengths.percentiles(t), lengths.histogram(t)
         lines |= t["facts"]
     if alone:
         full = f"{t['packing_efficiency']:.1%} full"

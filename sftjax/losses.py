@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sftjax.errors import ConfigError
 from sftjax.ops import moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
 from sftjax.step import Loss
@@ -34,7 +35,7 @@ def causal_lm(
     int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>.
     """
     if normalise not in ("tokens", "documents"):
-        raise ValueError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
+        raise ConfigError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
 
     def loss_fn(params, batch, rng) -> Loss:
         del rng  # no dropout in this model

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from sftjax.errors import MetricError, writing
+
 # ---- writing -------------------------------------------------------------------------------
 
 
@@ -63,7 +65,8 @@ class Writer:
             return
         values = {name: _number(name, value) for name, value in values.items()}
         line = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": int(step), **line}, allow_nan=False) + "\n")
+        with writing("the file", self._file.name):
+            self._file.write(json.dumps({"step": int(step), **line}, allow_nan=False) + "\n")
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -120,7 +123,7 @@ def _number(name, value):
     try:
         return value if isinstance(value, int) else float(value)
     except (TypeError, ValueError) as e:
-        raise TypeError(f"metric {name!r} is {value!r}; expected one number") from e
+        raise MetricError(f"metric {name!r} is {value!r}; expected one number") from e
 
 
 def _drop_after(path, step):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sftjax import params as params_lib
+from sftjax.errors import ConfigError
 
 # ---- schedules -----------------------------------------------------------------------------
 # Each is (t, steps, floor, warmup, decay) -> share of the peak learning rate, t steps after the
@@ -52,7 +53,7 @@ def schedule(name: str, lr: float, total: int, warmup: int = 0, decay: int = 0, 
     `total`; floor is the lowest share of lr; decay is the length of wsd's last phase, in steps.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"optim.schedule={name!r}; known: {', '.join(SCHEDULES)}")
+        raise ConfigError(f"optim.schedule={name!r}; known: {', '.join(SCHEDULES)}")
     steps = max(total - warmup, 1)
 
     def at(step):
@@ -134,9 +135,9 @@ def make(c, lr, abstract, trainable):
     multiplier * weight_decay * factor * parameter is taken off, for every optimizer but adam.
     """
     if c.name not in OPTIMIZERS:
-        raise ValueError(f"optim.name={c.name!r}; known: {', '.join(OPTIMIZERS)}")
+        raise ConfigError(f"optim.name={c.name!r}; known: {', '.join(OPTIMIZERS)}")
     if c.name == "adam" and c.weight_decay:
-        raise ValueError("optim.name='adam' has no weight decay; use 'adamw', or weight_decay=0")
+        raise ConfigError("optim.name='adam' has no weight decay; use 'adamw', or weight_decay=0")
 
     def factors(rules, what):
         tree = params_lib.match_rules(rules, abstract, what)

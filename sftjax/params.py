@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sftjax.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Param:
@@ -123,7 +125,7 @@ def table(params, trainable) -> str:
 def match_rules(rules, tree, what: str):
     """A tree like `tree` of the values of the first rule whose regex matches the whole leaf name.
 
-    rules: ordered (regex, value) pairs. Raises ValueError for a leaf that no rule covers and for a
+    rules: ordered (regex, value) pairs. Raises ConfigError for a leaf that no rule covers and for a
     rule that matches no leaf: nearly always typing errors that would train the wrong thing.
     """
     names = list(flatten(tree))
@@ -132,9 +134,11 @@ def match_rules(rules, tree, what: str):
         try:
             hit[i] = any(re.fullmatch(pattern, n) for n in names)
         except re.error as e:
-            raise ValueError(f"{what}: rule {pattern!r} is not a regular expression: {e}") from None
+            raise ConfigError(
+                f"{what}: rule {pattern!r} is not a regular expression: {e}"
+            ) from None
         if not hit[i]:
-            raise ValueError(
+            raise ConfigError(
                 f"{what}: rule {pattern!r} matches no parameter. Rules match whole names; the names"
                 f" here are: {_some(names)}"
             )
@@ -143,7 +147,7 @@ def match_rules(rules, tree, what: str):
         for pattern, v in rules:
             if re.fullmatch(pattern, name):
                 return v
-        raise ValueError(
+        raise ConfigError(
             f"{what}: no rule covers parameter {name!r}; end the rules with ('.*', value) for the"
             " rest"
         )

@@ -20,6 +20,7 @@ from sftjax import config as config_lib
 from sftjax import estimate as estimate_lib
 from sftjax import hlo, optim, plan_text, setup, sharding, targets, tasks
 from sftjax import memory as memory_lib
+from sftjax.errors import OutOfMemory, writing
 from sftjax.models import flops as flops_lib
 
 GIB = 2**30
@@ -373,10 +374,6 @@ def advice(config):
         raise OutOfMemory(f"{reason}\n{suggestions(config, targets.resolve('here'))}") from e
 
 
-class OutOfMemory(RuntimeError):
-    """The devices' memory does not hold a step; the message says what may."""
-
-
 def suggestions(config, target, trained=0.5, document=0) -> str:
     """What may fit, from shapes alone, as a table and config lines."""
     found = search(config, target, trained, document, compiled=0)[:5]
@@ -403,7 +400,8 @@ def main(argv):
         print(suggestions(config, target, *work))
     if flags.json:
         text = json.dumps([p.as_json() for p in found], indent=1)
-        Path(flags.json).write_text(text + "\n")
+        with writing("--json", flags.json):
+            Path(flags.json).write_text(text + "\n")
 
 
 if __name__ == "__main__":

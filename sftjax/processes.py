@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sftjax.sharding import MeshError
+from sftjax.errors import MeshError, ProcessError
 
 
 def gather(value) -> list:
@@ -33,7 +33,7 @@ def initialize(coordinator="", processes=0, process_id=-1, timeout=300):
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 
     coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,
-    Slurm, ...); "" for one process. Raises RuntimeError naming the processes that are missing after
+    Slurm, ...); "" for one process. Raises ProcessError naming the processes that are missing after
     `timeout` seconds.
     """
     if not coordinator:
@@ -72,7 +72,7 @@ def _meet(coordinator, processes, me, timeout):
                 if peer.recv(2) == b"go":
                     return
         if time.monotonic() > deadline:
-            raise RuntimeError(
+            raise ProcessError(
                 f"process {me} of {processes} found no complete group at {coordinator} within"
                 f" {timeout} s: is process 0 running there, and are all others?"
             )
@@ -81,14 +81,20 @@ def _meet(coordinator, processes, me, timeout):
 
 def _wait_for_all(port, processes, deadline, timeout):
     peers = {}
-    with socket.create_server(("", port)) as server:
+    try:
+        server = socket.create_server(("", port))
+    except OSError as e:
+        raise ProcessError(
+            f"mesh.coordinator: port {port} can't be opened: {e.strerror or e}; choose another port"
+        ) from None
+    with server:
         while len(peers) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 peer, _ = server.accept()
             except TimeoutError:
                 missing = sorted(set(range(1, processes)) - set(peers))
-                raise RuntimeError(
+                raise ProcessError(
                     f"after {timeout} s, process {', '.join(map(str, missing))} of {processes} has"
                     " not come. Start every process with the same mesh.coordinator and"
                     " mesh.processes, each with its own mesh.process_id (0 is the coordinator)."

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from sftjax.errors import writing
+
 SHARES = ("accuracy", "exact_match", "f1")  # metrics that are shown in percent
 
 
@@ -43,7 +45,8 @@ def finish(workdir: Path, task, feed, result: dict, samples: int) -> None:
         for when in ("before", "after")
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
-    (workdir / "result.json").write_text(text + "\n")
+    with writing("the file", workdir / "result.json"):
+        (workdir / "result.json").write_text(text + "\n")
     from sftjax.reports import curves  # a run that trains has no need of matplotlib before
 
     curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")

@@ -20,6 +20,7 @@ from sftjax import checkpoint, optim, sharding, xla_flags
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
+from sftjax.errors import WriteError
 from sftjax.models import hf, vocab
 from sftjax.ops import attention
 from sftjax.step import TrainState, train_step
@@ -33,7 +34,7 @@ def prepare_workdir(config, workdir) -> Path:
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as e:
-        raise OSError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
+        raise WriteError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
     new, file = config_lib.to_dict(config), workdir / "config.json"
     if not any(p.name.isdecimal() for p in (workdir / "checkpoints").glob("*")):
         # Nothing trained yet: a first start that failed must not bind its workdir.

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sftjax import params as params_lib
+from sftjax.errors import MeshError
 
 AXES = ("data", "fsdp", "context", "tensor", "expert")
 
@@ -37,10 +38,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "classes": None,
     "rank": None,  # of a factor of a weight
 }
-
-
-class MeshError(ValueError):
-    """A mesh, or an array on it, that cannot be laid out as asked."""
 
 
 def make_mesh(sizes=None, devices=None) -> Mesh:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sftjax import params as params_lib
 from sftjax import sharding
+from sftjax.errors import ConfigError
 
 DATA = "data"  # the mesh axis whose shards hold all parameters and some of the rows
 
@@ -63,7 +64,7 @@ class TrainState:
             trainable = params_lib.match_rules(trainable, params, "trainable")
         trained, frozen = params_lib.partition(params, trainable)
         if not jax.tree.leaves(trained):
-            raise ValueError("trainable: every parameter is frozen; nothing would be trained")
+            raise ConfigError("trainable: every parameter is frozen; nothing would be trained")
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=trained,
@@ -151,7 +152,7 @@ def _accumulate(fn, n, params, frozen, batch, rng, model_state):
 
     def split(x):
         if x.shape[0] % n:
-            raise ValueError(f"a batch of {x.shape[0]} does not divide into {n} micro-batches")
+            raise ConfigError(f"a batch of {x.shape[0]} does not divide into {n} micro-batches")
         # Every n-th row, so that each device's rows stay on it.
         return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 

@@ -11,11 +11,8 @@ import re
 
 import jax
 
+from sftjax.errors import TargetError
 from sftjax.metrics import peak_flops
-
-
-class TargetError(ValueError):
-    """A target that does not exist, or that this machine can't compile for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import pytest
 from test_chat import PLAIN, TOKENIZER, make_tokenizer
 
 from sftjax.data import DataError, build_store, open_source
-from sftjax.data.rejects import kind_of
 from sftjax.data.split import split
 from sftjax.tasks.causal_lm import CausalLM
 
@@ -346,15 +345,3 @@ def test_good_rows_are_still_encoded_together(tmp_path, monkeypatch):
     monkeypatch.setattr(CausalLM, "examples", counted)
     assert len(build(path, on_error="skip")) == sum(sizes) == 511
     assert len(sizes) == 9  # halves: 2 ** 9 rows, one of them bad
-
-
-def test_kinds_of_reasons():
-    for reason, kind in {
-        "message 2: unknown role 'x'; known roles: user": "unknown role",
-        "message 3: 'a' is {'b': 'c, expected'} (dict), expected text (or": "'a', expected text",
-        "field 'output' is missing; the row has 'a'": "field 'output' is missing",
-        "malformed JSON at column 31: Extra data": "malformed JSON at column N",
-        "the turns can't be found in what it made. Set": "the turns can't be found in what it made",
-        "weight=nan, expected a number": "weight, expected a number",
-    }.items():
-        assert kind_of(reason) == kind

@@ -79,9 +79,11 @@ class Regression(Task):
             x = np.array(record["features"], np.float32)
             y = np.float32(record["target"])
         except (KeyError, TypeError, ValueError) as e:
-            raise DataError(f"{where}: expected 'features' and 'target', numbers: {e!r}") from e
+            problem = f"expected 'features' and 'target', numbers: {e!r}"
+            raise DataError(problem, where=where, kind="wrong_type") from e
         if x.shape != (FEATURES,) or not np.isfinite([*x, y]).all():
-            raise DataError(f"{where}: expected {FEATURES} finite features and a finite target")
+            problem = f"expected {FEATURES} finite features and a finite target"
+            raise DataError(problem, where=where, kind="wrong_value")
         return Example((x, y), text=f"{x.tolist()} -> {y}")
 
     def fields_read(self, record):

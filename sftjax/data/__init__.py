@@ -6,7 +6,8 @@ from sftjax.data.mixture import Mixture
 from sftjax.data.pack import make_batch, pack, shift
 from sftjax.data.pipeline import TokenStore, build_store
 from sftjax.data.rows import Rows, loader
-from sftjax.data.sources import DataError, open_source
+from sftjax.data.sources import open_source
+from sftjax.errors import DataError
 
 __all__ = [
     "Buckets",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sftjax.data.conversation import to_conversation
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError
 
 DROPPED = 0.1  # the share of words that token_dropout takes out
 TEMPLATES = ("{}", "Please answer this: {}", "Here is a task. {}", "Respond to the following. {}")
@@ -49,10 +49,11 @@ class Augmented(Sequence):
         if unknown := [name for name in names if name not in AUGMENTATIONS]:
             raise DataError(
                 f"data.augment: unknown augmentation {unknown[0]!r}; known: "
-                f"{', '.join(AUGMENTATIONS)}"
+                f"{', '.join(AUGMENTATIONS)}",
+                kind="setting",
             )
         if copies < 1:
-            raise DataError(f"data.augment_copies={copies}: expected 1 or more")
+            raise DataError(f"data.augment_copies={copies}: expected 1 or more", kind="setting")
         self.source, self.names, self.copies, self.seed = source, tuple(names), copies, seed
         self.form = dict(form or {})
 

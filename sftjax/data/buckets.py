@@ -4,7 +4,7 @@ import numpy as np
 
 from sftjax.data.pack import Batch, Plan
 from sftjax.data.rows import Rows, take_rows
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError
 
 
 class Buckets(Rows):
@@ -25,7 +25,8 @@ class Buckets(Rows):
         if self.widths[0] < 1 or (np.diff(self.widths) <= 0).any():
             raise DataError(
                 f"data.buckets={tuple(widths)}: expected ascending lengths below {length}, the "
-                "length of a row (data.max_length)"
+                "length of a row (data.max_length)",
+                kind="setting",
             )
         super().__init__(store, length, "none", seed, total_rows, **options)
 

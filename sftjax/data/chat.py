@@ -17,8 +17,8 @@ import numpy as np
 
 from sftjax.data.conversation import last_turn, to_conversation, without_reasoning
 from sftjax.data.messages import ROLES
-from sftjax.data.sources import DataError
 from sftjax.data.template import Case, after_empty_think, load_template
+from sftjax.errors import DataError
 
 PART = 250  # records rendered, and then tokenised, together
 STOP_TOKEN = ("turn", "all", "last", "none")
@@ -87,7 +87,8 @@ def encode_batch(
 ) -> list[Encoded]:
     """`encode` for many records, which uses all cores."""
     if stop_token not in STOP_TOKEN:
-        raise DataError(f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}")
+        problem = f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}"
+        raise DataError(problem, kind="setting")
     policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, _reasoning(reasoning))
     chat_template = load_template(tokenizer, template)
     pairs = zip(records, wheres, strict=True)
@@ -131,8 +132,12 @@ def _check_unicode(texts, wheres):
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{where}: half of a surrogate pair, {text[error.start]!r}, is no character, and "
-                "no tokenizer reads it: repair the text, which was cut there, or drop the row"
+                f"half of a surrogate pair, {text[error.start]!r}, is no character, and no "
+                "tokenizer reads it",
+                "repair the text, which was cut there, or drop the row",
+                joint=": ",
+                where=where,
+                kind="surrogate",
             ) from None
 
 
@@ -151,7 +156,8 @@ def prompt_and_answer(record: dict, tokenizer, *, where: str = "", **policy):
     chat = _conversation(record, where, _reasoning(policy.pop("reasoning", None)), policy)
     kind = _kind(chat, template)
     if kind in ("text", "segments"):
-        raise DataError(f"{where}: plain text has no prompt and answer: evaluate its loss instead")
+        problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
+        raise DataError(problem, fix, joint=": ", where=where, kind="no_prompt")
     if kind == "pair":
         text, answer = _raw_text(chat["messages"], where), chat["messages"][-1]["content"]
         ids = _ids_before(tokenizer, text, len(text) - len(answer))
@@ -190,7 +196,8 @@ def _trained_roles(train_on):
     if unknown := [role for role in roles if role not in ROLES]:
         raise DataError(
             f"data.train_on={train_on!r}: unknown role {unknown[0]!r}; expected assistant | last "
-            f"| all | a comma-separated list of {', '.join(sorted(set(ROLES.values())))}"
+            f"| all | a comma-separated list of {', '.join(sorted(set(ROLES.values())))}",
+            kind="setting",
         )
     return {ROLES[role] for role in roles}
 
@@ -202,7 +209,7 @@ def _reasoning(given):
         expected = ("train", "keep") if key == "empty" else ("train", "keep", "drop")
         if key not in REASONING or value not in expected:
             known = "history, last: train | keep | drop; empty: train | keep"
-            raise DataError(f"data.reasoning.{key}={value!r}: expected {known}")
+            raise DataError(f"data.reasoning.{key}={value!r}: expected {known}", kind="setting")
     return reasoning
 
 
@@ -229,11 +236,16 @@ def _message_weights(messages, policy, where):
         trained = message.get("train", "weight" in message or by_role)
         weight = message.get("weight", 1.0)
         if not isinstance(trained, (bool, int)):
-            raise DataError(f"{where}: message {i + 1}: train={trained!r}, expected a bool")
+            raise _wrong_value(i, "train", trained, "a bool", where)
         if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise DataError(f"{where}: message {i + 1}: weight={weight!r}, expected a number")
+            raise _wrong_value(i, "weight", weight, "a number", where)
         weights.append(float(weight) if trained else 0.0)
     return weights
+
+
+def _wrong_value(i, key, value, expected, where):
+    problem = f"message {i + 1}: {key}={value!r}, expected {expected}"
+    return DataError(problem, where=where, kind="wrong_value", subject=repr(key))
 
 
 # --- from conversations to spans ---
@@ -271,8 +283,11 @@ def _trained_spans(template, chats, texts, wheres, policy):
 def _check_template(template, where):
     if not template.source:
         raise DataError(
-            f"{where}: a chat, but the tokenizer has no chat template: set "
-            "data.template=FILE to a Jinja chat template, or use prompt and completion in text"
+            "a chat, but the tokenizer has no chat template",
+            "set data.template=FILE to a Jinja chat template, or use prompt and completion in text",
+            joint=": ",
+            where=where,
+            kind="no_template",
         )
 
 
@@ -313,7 +328,8 @@ def _spans(case, regions, weights, policy):
 
 def _raw_text(messages, where):
     if messages[0]["role"] in ("system", "developer"):
-        raise DataError(f"{where}: a system message needs a chat template: set data.template=FILE")
+        problem, fix = "a system message needs a chat template", "set data.template=FILE"
+        raise DataError(problem, fix, joint=": ", where=where, kind="system_unused")
     return "".join(m["content"] for m in messages)
 
 
@@ -332,8 +348,11 @@ def _encoded(template, text, spans, kind, encoding, where):
     bos = template.tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         raise DataError(
-            f"{where}: the text begins with {template.tokenizer.bos_token!r} twice: take it out "
-            f"of the template or the first message; the text begins {text[:80]!r}"
+            f"the text begins with {template.tokenizer.bos_token!r} twice",
+            f"take it out of the template or the first message; the text begins {text[:80]!r}",
+            joint=": ",
+            where=where,
+            kind="double_bos",
         )
     if kind in ("pair", "text"):
         return _with_ends(template.tokenizer, text, spans, kind, tokens, weights)

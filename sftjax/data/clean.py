@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sftjax.data.conversation import to_conversation
-from sftjax.data.sources import DataError
 from sftjax.data.split import normalise, said
+from sftjax.errors import DataError
 
 FORMAT = 1  # of what the rules find; part of the cache's key
 SHINGLE = 5  # characters in a piece of text that near duplicates are compared by
@@ -93,11 +93,13 @@ def find(
     Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
     """
     if not 0.1 <= near <= 0.95:  # the range in which LSH has several bands
-        raise DataError(f"data.clean.near={near}: expected a similarity from 0.1 to 0.95")
+        problem = f"data.clean.near={near}: expected a similarity from 0.1 to 0.95"
+        raise DataError(problem, kind="setting")
     if ngram < 1 or not 0 <= suspects <= 1:
         raise DataError(
             f"data.clean.ngram={ngram}, suspects={suspects}: expected 1 or more words, and a share "
-            "from 0 to 1"
+            "from 0 to 1",
+            kind="setting",
         )
     inputs = dict(contamination=evaluation, too_long=max_tokens and count_tokens)
     rules = _chosen(rules, inputs | dict(label_suspects=trust))
@@ -121,10 +123,11 @@ def _chosen(rules, inputs):
     """The rules to apply, in the table's order."""
     if unknown := [r for r in rules if r not in RULES and r != "all"]:
         raise DataError(
-            f"data.clean.rules: unknown rule {unknown[0]!r}; known: all, {', '.join(RULES)}"
+            f"data.clean.rules: unknown rule {unknown[0]!r}; known: all, {', '.join(RULES)}",
+            kind="setting",
         )
     if idle := [r for r in rules if not inputs.get(r, True)]:
-        raise DataError(f"data.clean.rules: {idle[0]} {NEEDS[idle[0]]}")
+        raise DataError(f"data.clean.rules: {idle[0]} {NEEDS[idle[0]]}", kind="setting")
     return [r for r in RULES if r in rules or ("all" in rules and inputs.get(r, True))]
 
 
@@ -427,5 +430,6 @@ def find_once(folder, key: str, source, rules, **options) -> Findings:
             json.dump(list(vars(findings).values()), out)
         os.replace(temporary, file)
     except OSError as error:
-        raise DataError(f"data.cache_dir={folder}: can't be written: {error}") from None
+        problem = f"data.cache_dir={folder}: can't be written: {error}"
+        raise DataError(problem, kind="unwritable") from None
     return findings

@@ -1,12 +1,13 @@
 """What cleaning leaves behind: the clean rows, the rejects with reasons, one readable page."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from sftjax.data.clean import RULES, Findings
 from sftjax.data.conversation import to_conversation
-from sftjax.data.sources import DataError
 from sftjax.data.split import said
+from sftjax.errors import DataError, writing
 
 EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row
 
@@ -41,7 +42,8 @@ def write_records(path, source, rows) -> None:
     elif path.suffix == ".parquet":
         _write_parquet(path, list(records))
     else:
-        raise DataError(f"--out={path}: expected a name that ends in .parquet or .jsonl")
+        problem = f"--out={path}: expected a name that ends in .parquet or .jsonl"
+        raise DataError(problem, kind="setting")
 
 
 def _write_parquet(path, records):
@@ -51,10 +53,15 @@ def _write_parquet(path, records):
     names = dict.fromkeys(name for record in records for name in record)
     try:
         columns = {name: pa.array([record.get(name) for record in records]) for name in names}
-        pq.write_table(pa.table(columns), path)
+        rows = pa.table(columns)
+        with writing("the file", path):
+            pq.write_table(rows, path)
     except (pa.ArrowException, UnicodeError, TypeError) as error:
         raise DataError(
-            f"{path}: these rows fit no Parquet table: {error}; write them to a .jsonl file"
+            f"these rows fit no Parquet table: {error}",
+            "write them to a .jsonl file",
+            where=path,
+            kind="bad_table",
         ) from None
 
 
@@ -104,7 +111,10 @@ def _record(source, i):
         return None
 
 
+@contextmanager
 def _open(path):
     """A lone surrogate, which is damage that gets here, is written as its escape."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return open(path, "w", encoding="utf-8", errors="backslashreplace")
+    with writing("the file", path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file

@@ -6,8 +6,15 @@ A new record form is one function and one line in `_read_form`.
 import re
 
 from sftjax.data.marks import THINK
-from sftjax.data.messages import known_roles, parse_json, read_messages, read_tools, wrong_type
-from sftjax.data.sources import DataError
+from sftjax.data.messages import (
+    empty,
+    known_roles,
+    parse_json,
+    read_messages,
+    read_tools,
+    wrong_type,
+)
+from sftjax.errors import DataError
 
 MAY_FOLLOW = {
     "": ("system", "developer", "user"),
@@ -57,14 +64,16 @@ def to_conversation(
     """
     fields = {key: name for key, name in dict(fields or {}).items() if name}
     if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
-        raise DataError(f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}")
-    own = _field(record, fields["tools"], where) if "tools" in fields else record.get("tools")
+        problem = f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}"
+        raise DataError(problem, kind="setting")
+    own = read_field(record, fields["tools"], where) if "tools" in fields else record.get("tools")
     chat = dict(tools=read_tools(own, where), options=_options(record, template_kwargs, where))
     kind, messages = _read_form(record, fields, known_roles(roles), where)
     if kind in ("text", "segments") and (system or "system" in fields):
-        raise DataError(f"{where}: a system message is set, but plain text is no conversation")
+        problem = "a system message is set, but plain text is no conversation"
+        raise DataError(problem, where=where, kind="system_unused")
     if kind in ("chat", "pair"):
-        own = _field(record, fields["system"], where) if "system" in fields else None
+        own = read_field(record, fields["system"], where) if "system" in fields else None
         system = own or record.get("system") or system
         if not isinstance(system, str):
             raise wrong_type("system", system, "text", where)
@@ -107,7 +116,7 @@ def _read_form(record, fields, roles, where):
     present = {key for key, value in record.items() if value is not None}
     pair = {"prompt", "completion"}
     if "messages" in fields:
-        raw = _field(record, fields["messages"], where)
+        raw = read_field(record, fields["messages"], where)
         return "chat", read_messages(raw, fields, roles, where)
     if "text" in fields:
         return "text", _text_message(record, fields["text"], where)
@@ -126,16 +135,19 @@ def _read_form(record, fields, roles, where):
     if "text" in present:
         return "text", _text_message(record, "text", where)
     raise DataError(
-        f"{where}: no known form in the fields {_names(record)}; expected {KNOWN_FORMS}, or say "
-        "which are which: data.fields.prompt=NAME data.fields.completion=NAME"
+        f"no known form in the fields {_names(record)}; expected {KNOWN_FORMS}",
+        "say which are which: data.fields.prompt=NAME data.fields.completion=NAME",
+        joint=", or ",
+        where=where,
+        kind="no_form",
     )
 
 
 def _read_pair(record, prompt_name, completion_name, fields, roles, where):
-    prompt = _field(record, prompt_name, where)
-    completion = _field(record, completion_name, where)
+    prompt = read_field(record, prompt_name, where)
+    completion = read_field(record, completion_name, where)
     if "input" in fields and isinstance(prompt, str):
-        prompt = _with_input(prompt, _field(record, fields["input"], where), where)
+        prompt = _with_input(prompt, read_field(record, fields["input"], where), where)
     if isinstance(completion, str) and isinstance(prompt, str):
         return "pair", [_user(prompt), _answer(completion, completion_name, where)]
     if isinstance(prompt, str):
@@ -160,7 +172,7 @@ def _read_instruction(record, fields, where):
     prompt = _text(record, "instruction", where)
     extra = record.get("input")
     if "input" in fields:
-        extra = _field(record, fields["input"], where)
+        extra = read_field(record, fields["input"], where)
     name = "output" if record.get("output") is not None else "response"
     name = name if record.get(name) is not None else "output"
     answer = _answer(_text(record, name, where), name, where)
@@ -179,16 +191,18 @@ def _read_segments(segments, where):
         raise wrong_type("segments", segments, "a list, not empty", where)
     messages = []
     for n, segment in enumerate(segments, 1):
-        at = f"{where}: segment {n}"
+        inside = f"segment {n}: "
         if not isinstance(segment, dict):
-            raise wrong_type("the segment", segment, 'an object {"text": ..., "train": ...}', at)
+            expected = 'an object {"text": ..., "train": ...}'
+            raise wrong_type("the segment", segment, expected, where, inside)
         text = segment.get("text", segment.get("content"))
         if not isinstance(text, str):
-            raise wrong_type("text", text, "text", at)
+            raise wrong_type("text", text, "text", where, inside)
         said = {k: segment[k] for k in ("train", "weight") if k in segment}
         said |= {"train": segment["label"]} if "label" in segment else {}
         if not said:
-            raise DataError(f'{at}: it says neither "train" (true, false) nor "weight"')
+            problem = f'{inside}it says neither "train" (true, false) nor "weight"'
+            raise DataError(problem, where=where, kind="no_weight")
         messages.append({"role": "text", "content": text} | said)
     return messages
 
@@ -199,14 +213,14 @@ def _user(text):
 
 def _answer(text, name, where):
     if not text.strip():
-        raise DataError(f"{where}: empty response: {name!r} is {text!r}; fill it or drop the row")
+        raise empty("response", f"{name!r} is {text!r}", where)
     return {"role": "assistant", "content": text}
 
 
 def _text_message(record, name, where):
     text = _text(record, name, where)
     if not text.strip():
-        raise DataError(f"{where}: empty text: {name!r} is {text!r}; fill it or drop the row")
+        raise empty("text", f"{name!r} is {text!r}", where)
     return [{"role": "text", "content": text}]
 
 
@@ -217,22 +231,27 @@ def _check_order(messages, where):
         if role not in MAY_FOLLOW[before]:
             place = f"after {before!r}" if before else "first"
             raise DataError(
-                f"{where}: roles out of order: message {n} is {role!r} {place}, where "
+                f"roles out of order: message {n} is {role!r} {place}, where "
                 f"{' or '.join(MAY_FOLLOW[before])} is expected; "
-                f"the roles are: {', '.join(m['role'] for m in messages)}"
+                f"the roles are: {', '.join(m['role'] for m in messages)}",
+                where=where,
+                kind="role_order",
             )
         before = role
     if before != "assistant":
         raise DataError(
-            f"{where}: roles out of order: the last message is {before!r}, expected 'assistant': "
-            "there is no answer to train on; drop the last message or the row"
+            f"roles out of order: the last message is {before!r}, expected 'assistant': "
+            "there is no answer to train on",
+            "drop the last message or the row",
+            where=where,
+            kind="role_order",
         )
 
 
 # --- the fields of a record ---
 
 
-def _field(record, name, where):
+def read_field(record, name, where):
     """`record[name]`; inside for a dotted name; a text with names in braces is filled in."""
     if "{" in name:
         return re.sub(r"\{([^{}]+)\}", lambda m: _text(record, m[1], where), name)
@@ -240,10 +259,13 @@ def _field(record, name, where):
     if value is None and "." in name:
         value = _inside(record, name.split("."))
     if value is None:
-        state = "is null" if name in record else "is missing"
+        kind, state = ("null_field", "null") if name in record else ("missing_field", "missing")
         raise DataError(
-            f"{where}: field {name!r} {state}; the row has {_names(record)}; "
-            "set data.fields.* to the names that your data uses"
+            f"field {name!r} is {state}; the row has {_names(record)}",
+            "set data.fields.* to the names that your data uses",
+            where=where,
+            kind=kind,
+            subject=repr(name),
         )
     return value
 
@@ -261,7 +283,7 @@ def _inside(value, parts):
 
 
 def _text(record, name, where):
-    value = _field(record, name, where)
+    value = read_field(record, name, where)
     if not isinstance(value, str):
         raise wrong_type(name, value, "text", where)
     return value

@@ -71,17 +71,24 @@ def describe(lengths) -> dict:
     return dict(percentiles=percentiles | {"max": int(max(lengths))}, histogram=histogram)
 
 
+def percentiles(report: dict) -> str:
+    """The percentiles of a store's report in one line."""
+    return "  ".join(f"{name} {n:,}" for name, n in report["lengths"]["percentiles"].items())
+
+
+def histogram(report: dict) -> str:
+    """The histogram of a store's report in one line of bars."""
+    bins, total = report["lengths"]["histogram"], report["examples"]
+    most = max(n for _, n in bins)
+    return "  ".join(f"≤{bound} {BARS[-(-8 * n // most)]} {n / total:.0%}" for bound, n in bins)
+
+
 def lines(report: dict) -> list[str]:
     """What a store's report says of lengths and of the rows lost, for a terminal."""
-    lengths, most = report["lengths"], max(n for _, n in report["lengths"]["histogram"])
-    total = report["examples"]
-    percentiles = "  ".join(f"{name} {n:,}" for name, n in lengths["percentiles"].items())
-    bars = (
-        f"≤{bound} {BARS[-(-8 * n // most)]} {n / total:.0%}" for bound, n in lengths["histogram"]
-    )
-    lost = [f"{report['truncated']:,} truncated", f"{report['split']:,} split"]
-    lost += [f"{report['pieces_dropped']:,} pieces dropped: no_trained_token"]
-    lost += [f"{n:,} dropped: {reason}" for reason, n in report["dropped"].items()]
-    lost += [f"{n:,} skipped: {reason}" for reason, n in report["skipped"].items()]
-    lost = [text for text in lost if not text.startswith("0 ")]
-    return [f"tokens each: {percentiles}", "  ".join(bars), *(["; ".join(lost)] if lost else [])]
+    lost = [(report["truncated"], "truncated"), (report["split"], "split")]
+    lost += [(report["pieces_dropped"], "pieces dropped: no_trained_token")]
+    lost += [(n, f"dropped: {reason}") for reason, n in report["dropped"].items()]
+    lost += [(n, f"skipped: {reason}") for reason, n in report["skipped"].items()]
+    texts = [f"{n:,} {what}" for n, what in lost if n]
+    shown = [f"tokens each: {percentiles(report)}", histogram(report)]
+    return shown + (["; ".join(texts)] if texts else [])

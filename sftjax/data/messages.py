@@ -7,7 +7,8 @@ and `weight` are for us; all others are kept, for templates that know them.
 
 import json
 
-from sftjax.data.sources import DataError, loads
+from sftjax.data.sources import loads
+from sftjax.errors import DataError
 
 ROLES = {  # the names that data sets use -> the names that templates use
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -24,7 +25,8 @@ def known_roles(more=None) -> dict:
     for name, role in dict(more or {}).items():
         if role not in ROLES:
             expected = ", ".join(sorted(set(ROLES.values())))
-            raise DataError(f"data.roles: {name}={role!r}, expected one of {expected}")
+            problem = f"data.roles: {name}={role!r}, expected one of {expected}"
+            raise DataError(problem, kind="setting")
     return ROLES | dict(more or {})
 
 
@@ -41,7 +43,7 @@ def read_messages(raw, fields, roles, where) -> list[dict]:
         raw = _best_thread(raw, fields, roles)
     if not isinstance(raw, list) or not raw:
         raise wrong_type("messages", raw, "a list of messages, not empty", where)
-    return [_message(m, fields, roles, f"{where}: message {n}") for n, m in enumerate(raw, 1)]
+    return [_message(m, fields, roles, where, f"message {n}: ") for n, m in enumerate(raw, 1)]
 
 
 def _best_thread(node, fields, roles):
@@ -61,14 +63,17 @@ def _replies(node):
     return node["replies"] if isinstance(node.get("replies"), list) else []
 
 
-def _message(raw, fields, roles, where):
+def _message(raw, fields, roles, where, inside):
     if not isinstance(raw, dict):
-        raise wrong_type("the message", raw, 'an object {"role": ..., "content": ...}', where)
+        expected = 'an object {"role": ..., "content": ...}'
+        raise wrong_type("the message", raw, expected, where, inside)
     name = raw.get(fields.get("role"), raw.get("role", raw.get("from")))
     if not isinstance(name, str) or name not in roles:
         raise DataError(
-            f"{where}: unknown role {name!r}; known roles: {', '.join(roles)}; map yours with "
-            "data.roles=NAME=user,NAME=assistant"
+            f"{inside}unknown role {name!r}; known roles: {', '.join(roles)}",
+            "map yours with data.roles=NAME=user,NAME=assistant",
+            where=where,
+            kind="unknown_role",
         )
     role = roles[name]
     content = raw.get(fields.get("content"), raw.get("content", raw.get("value")))
@@ -79,27 +84,27 @@ def _message(raw, fields, roles, where):
     calls = raw.get("tool_calls") or raw.get("function_call") or []
     if name == "function_call":
         calls, content = content, None
-    calls = _listed(calls, "tool_calls", where)
+    calls = _listed(calls, "tool_calls", where, inside)
     if content is None and calls:
         content = ""
     if isinstance(content, list):
-        content, reasoning, calls = _parts(content, reasoning, calls, where)
+        content, reasoning, calls = _parts(content, reasoning, calls)
     if role == "tool" and content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
-        raise wrong_type("content", content, "text (or a list of text parts)", where)
+        raise wrong_type("content", content, "text (or a list of text parts)", where, inside)
     message["content"] = content
     message.pop("tool_calls", None)
     if role == "assistant" and reasoning:
         message["reasoning_content"] = reasoning
     if role == "assistant" and calls:
-        message["tool_calls"] = [_tool_call(call, where) for call in calls]
+        message["tool_calls"] = [_tool_call(call, where, inside) for call in calls]
     if role == "assistant" and not (content.strip() or calls or reasoning):
-        raise DataError(f"{where}: empty response: content is {content!r}; fill it or drop the row")
+        raise empty("response", f"content is {content!r}", where, inside)
     return message
 
 
-def _parts(parts, reasoning, calls, where):
+def _parts(parts, reasoning, calls):
     """A content of typed parts to text, reasoning and tool calls; other lists stay as they are."""
     texts, thoughts, called = [], [reasoning], list(calls)
     for part in parts:
@@ -117,17 +122,18 @@ def _parts(parts, reasoning, calls, where):
     return "".join(texts), "".join(thoughts), called
 
 
-def _tool_call(raw, where):
+def _tool_call(raw, where, inside):
     """Nested or flat, its arguments an object or JSON text of one: to the form of templates."""
-    call = parse_json(raw, "tool call", where) if isinstance(raw, str) else raw
+    call = parse_json(raw, "tool call", where, inside) if isinstance(raw, str) else raw
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise wrong_type("tool call", raw, 'an object {"name": ..., "arguments": {...}}', where)
+        expected = 'an object {"name": ..., "arguments": {...}}'
+        raise wrong_type("tool call", raw, expected, where, inside)
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
-        arguments = parse_json(arguments, "arguments", f"{where}: {function['name']}")
+        arguments = parse_json(arguments, "arguments", where, f"{inside}{function['name']}: ")
     if not isinstance(arguments or {}, dict):
-        raise wrong_type("arguments", arguments, "an object or JSON text of one", where)
+        raise wrong_type("arguments", arguments, "an object or JSON text of one", where, inside)
     known = {"id": call["id"]} if call.get("id") else {}
     function = {"name": function["name"], "arguments": arguments or {}}
     return known | {"type": "function", "function": function}
@@ -143,21 +149,36 @@ def read_tools(raw, where) -> list | None:
     return list(wrapped) or None
 
 
-def _listed(value, name, where):
-    value = parse_json(value, name, where) if isinstance(value, str) else value
+def _listed(value, name, where, inside=""):
+    value = parse_json(value, name, where, inside) if isinstance(value, str) else value
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise wrong_type(name, value, "a list, or JSON text of one", where)
+        raise wrong_type(name, value, "a list, or JSON text of one", where, inside)
     return value
 
 
-def parse_json(text, name, where):
+def parse_json(text: str, name: str, where: str, inside: str = ""):
+    """The value of a field's JSON text. Raises: DataError.
+
+    Args:
+      where: file and row, for errors.
+      inside: what of the row the field is in, "message 2: "; "" for the row itself.
+    """
     try:
         return loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {name!r} is not valid JSON: {error}: {text[:60]!r}") from None
+        problem = f"{inside}{name!r} is not valid JSON: {error}: {text[:60]!r}"
+        raise DataError(problem, where=where, kind="bad_json") from None
 
 
-def wrong_type(name, value, expected, where) -> DataError:
+def wrong_type(name: str, value, expected: str, where: str, inside: str = "") -> DataError:
+    """The error of a field of another type; `where` and `inside` as in `parse_json`."""
     found = f"{value!r:.60} ({type(value).__name__})"
-    return DataError(f"{where}: {name!r} is {found}, expected {expected}")
+    problem = f"{inside}{name!r} is {found}, expected {expected}"
+    return DataError(problem, where=where, kind="wrong_type", subject=repr(name))
+
+
+def empty(what: str, found: str, where: str, inside: str = "") -> DataError:
+    """The error of an empty "response" or "text"; `where` and `inside` as in `parse_json`."""
+    problem = f"{inside}empty {what}: {found}"
+    return DataError(problem, "fill it or drop the row", where=where, kind=f"empty_{what}")

@@ -72,10 +72,8 @@ def _alone(config, what, entry):
     for key, value in ((k, v) for k, v in entry.items() if k in config_lib.OWN):
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
         for part, part_value in inner:
-            try:
-                config_lib.override(alone, f"data.{key}.{part}".rstrip("."), str(part_value))
-            except ConfigError as e:
-                raise ConfigError(f"{what}: {str(e).removeprefix('--config.')}") from None
+            name = f"data.{key}.{part}".rstrip(".")
+            config_lib.override(alone, name, str(part_value), f"{what}: ")
     return alone
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from sftjax.errors import DataError
+
 Batch = dict[str, np.ndarray]
 
 
@@ -74,11 +76,13 @@ def pack(lengths, capacity: int, strategy: str = "bfd") -> list[list[tuple[int, 
 
 
 def plan(lengths, capacity: int, strategy: str = "bfd") -> Plan:
-    """`pack` as flat arrays: a million documents in about a second. Raises ValueError."""
+    """`pack` as flat arrays: a million documents in about a second. Raises: DataError."""
     if strategy not in STRATEGIES:
-        raise ValueError(f"data.packing={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+        problem = f"data.packing={strategy!r}: expected one of {', '.join(STRATEGIES)}"
+        raise DataError(problem, kind="setting")
     if capacity < 1:
-        raise ValueError(f"a row holds at least 1 token, but the capacity is {capacity}")
+        problem = f"a row holds at least 1 token, but the capacity is {capacity}"
+        raise DataError(problem, kind="setting")
     return STRATEGIES[strategy](np.asarray(lengths, np.int64).reshape(-1), int(capacity))
 
 
@@ -188,7 +192,7 @@ def make_batch(encoded_docs, length: int | None = None, rows=None, pad_id: int =
       pad_id: what pad cells hold in `tokens`; no real token is judged by it.
 
     Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S].
-    Raises: ValueError if a row doesn't fit.
+    Raises: DataError if a row doesn't fit.
     """
     docs = [(np.asarray(d[0]), np.asarray(d[1])) for d in encoded_docs]
     if rows is None:
@@ -197,9 +201,11 @@ def make_batch(encoded_docs, length: int | None = None, rows=None, pad_id: int =
     length = max(used, default=0) if length is None else length
     if max(used, default=0) > length:
         r = int(np.argmax(used))
-        raise ValueError(
-            f"row {r} has {used[r]} tokens, but length is {length}: raise the length, "
-            "or place the documents with pack(lengths, length, strategy)"
+        raise DataError(
+            f"row {r} has {used[r]} tokens, but length is {length}",
+            "raise the length, or place the documents with pack(lengths, length, strategy)",
+            joint=": ",
+            kind="too_long",
         )
     batch = blank_batch(len(rows), length, pad_id)
     for r, row in enumerate(rows):

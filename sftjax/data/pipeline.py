@@ -18,7 +18,8 @@ import numpy as np
 
 from sftjax.data.lengths import OVERLONG, describe
 from sftjax.data.rejects import Rejects, check
-from sftjax.data.sources import DataError, Source
+from sftjax.data.sources import Source
+from sftjax.errors import DataError
 
 FORMAT = 3  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
@@ -98,7 +99,8 @@ def build_store(
     Raises: DataError for a bad row, or if nothing at all is trained.
     """
     if overlong not in OVERLONG:
-        raise DataError(f"data.overlong={overlong!r}: expected {' | '.join(OVERLONG)}")
+        problem = f"data.overlong={overlong!r}: expected {' | '.join(OVERLONG)}"
+        raise DataError(problem, kind="setting")
     check(on_error, max_skipped)
     settings = (max_length, overlong, on_error, max_skipped)
     folder = Path(cache_dir) / store_key(source, task, *settings)
@@ -127,13 +129,15 @@ def _write_atomically(folder, *inputs):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
-        raise DataError(f"data.cache_dir={folder.parent}: can't be written: {error}") from None
+        problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
+        raise DataError(problem, kind="unwritable") from None
     try:
         _write(temporary, folder, *inputs)
         os.rename(temporary, folder)
-    except OSError:
+    except OSError as error:
         if not (folder / "report.json").exists():  # else another process was first
-            raise
+            problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
+            raise DataError(problem, kind="unwritable") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -157,7 +161,8 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
     report = tally.report(rejects.counts)
     if not tally.lengths:
-        raise DataError(task.nothing_left(first, report, max_length))
+        problem = task.nothing_left(first, report, max_length)
+        raise DataError(problem, kind="nothing_trained")
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
     (temporary / "report.json").write_text(json.dumps(report, indent=1))
 
@@ -210,8 +215,12 @@ class Tally:
             too_long = 0 < self.max_length < n
             if too_long and self.overlong == "error":
                 raise DataError(
-                    f"{where}: {n} tokens, more than data.max_length={self.max_length}: raise it, "
-                    "or set data.overlong to truncate_end, truncate_prompt, drop or split"
+                    f"{n} tokens, more than data.max_length={self.max_length}",
+                    "raise it, or set data.overlong to truncate_end, truncate_prompt, drop or "
+                    "split",
+                    joint=": ",
+                    where=where,
+                    kind="too_long",
                 )
             pieces = self.task.cut(example, self.max_length, self.overlong)
             self.read.append(n)

@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
 from collections import Counter
 
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError, writing
 
 ON_ERROR = ("raise", "skip")
 
@@ -13,15 +12,17 @@ ON_ERROR = ("raise", "skip")
 def check(on_error: str, max_skipped: float) -> None:
     """Raises: DataError for settings that there are not."""
     if on_error not in ON_ERROR:
-        raise DataError(f"data.on_error={on_error!r}: expected {' | '.join(ON_ERROR)}")
+        problem = f"data.on_error={on_error!r}: expected {' | '.join(ON_ERROR)}"
+        raise DataError(problem, kind="setting")
     if not 0 <= max_skipped <= 1:
-        raise DataError(f"data.max_skipped={max_skipped!r}: expected a share of rows, 0 to 1")
+        problem = f"data.max_skipped={max_skipped!r}: expected a share of rows, 0 to 1"
+        raise DataError(problem, kind="setting")
 
 
 class Rejects:
-    """The rows of a source that can't be used, as JSON lines: row, file, reason, record.
+    """The rows of a source that can't be used, as JSON lines: row, file, kind, reason, record.
 
-    counts: how many for each kind of reason.
+    counts: how many of each kind, by the kind in words (DataError.label).
     """
 
     def __init__(self, path, kept, source, on_error: str, max_skipped: float):
@@ -37,22 +38,26 @@ class Rejects:
 
     def add(self, row: int, error: DataError) -> None:
         """Raises: DataError as the settings want it, and if the error is of no single row."""
-        where = self.source.where(row) + ": "
-        if self.on_error == "raise" or not str(error).startswith(where):
+        if self.on_error == "raise" or error.where != self.source.where(row):
             raise error
-        reason = str(error).removeprefix(where)
-        line = dict(row=row + 1, file=where[:-2], reason=reason, record=self._record(row))
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-        self.counts[kind_of(reason)] += 1
+        line = dict(row=row + 1, file=error.where, kind=error.kind, reason=error.reason)
+        line["record"] = self._record(row)
+        text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+        with writing("the file", self.path):
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        self.counts[error.label] += 1
         rows, rejected = len(self.source), self.counts.total()
         if rejected > self.max_skipped * rows:
             os.replace(self.path, self.kept)
-            counts = ", ".join(f"{n} {kind}" for kind, n in self.counts.most_common())
+            counts = ", ".join(f"{n} {label}" for label, n in self.counts.most_common())
             raise DataError(
                 f"{rejected} of {rows} rows can't be used, more than data.max_skipped="
                 f"{self.max_skipped:g} allows ({counts}); the last one was {error}\nThey are in "
-                f"{self.kept}: repair them, or raise data.max_skipped"
+                f"{self.kept}",
+                "repair them, or raise data.max_skipped",
+                joint=": ",
+                kind="too_many_rejects",
             )
 
     def _record(self, row):
@@ -60,11 +65,3 @@ class Rejects:
             return self.source[row]
         except DataError:  # malformed: the reason says how
             return None
-
-
-def kind_of(reason: str) -> str:
-    """A reason without what is of one row only: its first words, without values and numbers."""
-    text = re.sub(r"^(message|segment) \d+: ", "", reason)
-    text = re.sub(r"( is |=).*, expected", ", expected", text, flags=re.DOTALL)
-    text = re.split(r"[:;.](?= |$)|(?<!field) [\"'{(\[]", text)[0]
-    return re.sub(r"(?<= )\d+", "N", text)

@@ -14,7 +14,7 @@ from threading import Lock
 import numpy as np
 
 from sftjax.data.pack import CAUSAL, Batch, Layout, Plan, blank_batch, plan
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError
 
 
 class Rows:
@@ -52,8 +52,11 @@ class Rows:
         longest = int(max(store.lengths, default=0))
         if longest > length and packing in ("bfd", "none"):
             raise DataError(
-                f"a document of {longest} tokens is longer than a row of {length}: build the store "
-                f"with max_length={length}, or set data.packing to bfd_split or wrapped"
+                f"a document of {longest} tokens is longer than a row of {length}",
+                f"build the store with max_length={length}, or set data.packing to bfd_split or "
+                "wrapped",
+                joint=": ",
+                kind="setting",
             )
         self.per_epoch = self._count_rows()
         if total_rows is None:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from threading import Lock
 
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError
 
 SECONDS = 10  # of processor time for one conversation
 MEMORY = 4 << 30  # bytes, of the process
@@ -54,8 +54,10 @@ def render(template: str, variables: dict, chats: list[dict], wheres: list[str])
             if code >= 0:
                 raise RuntimeError(f"{WORKER.name} ended with code {code}; its message is above")
             raise DataError(
-                f"{wheres[at]}: the chat template was stopped: it took more than {limits} (signal "
-                f"{-code}); take another with data.template=FILE"
+                f"the chat template was stopped: it took more than {limits} (signal {-code})",
+                "take another with data.template=FILE",
+                where=wheres[at],
+                kind="template_stopped",
             )
     return results
 

@@ -20,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sftjax.errors import DataError
+
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by its content
-
-
-class DataError(ValueError):
-    """Data that can't be used. The message names the file, the row, what is wrong and the fix."""
 
 
 class Source(Sequence):
@@ -46,8 +44,11 @@ class Source(Sequence):
         record = reader[row]
         if not isinstance(record, dict):
             raise DataError(
-                f"{reader.where(row)}: the row is {_excerpt(record)} ({type(record).__name__}), "
-                'expected an object such as {"prompt": "...", "completion": "..."}'
+                f"the row is {_excerpt(record)} ({type(record).__name__}), expected an object "
+                'such as {"prompt": "...", "completion": "..."}',
+                where=reader.where(row),
+                kind="wrong_type",
+                subject="the row",
             )
         return record
 
@@ -85,11 +86,13 @@ def open_source(spec: str, limit: int = 0) -> Source:
     """
     readers = []
     for part in str(spec or "").split(","):
-        files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
-        opened = [_open(path) for path in (_find(files) if files.strip() else [])]
+        with _readable(part.strip()):
+            files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
+            opened = [_open(path) for path in (_find(files) if files.strip() else [])]
         readers += [Nested(reader, lists.strip()) for reader in opened] if lists else opened
     if not readers:
-        raise DataError("no data file is named: set data.train=FILE (JSONL, JSON, Parquet, CSV)")
+        fix = "set data.train=FILE (JSONL, JSON, Parquet, CSV)"
+        raise DataError("no data file is named", fix, joint=": ", kind="setting")
     return Source(readers, limit)
 
 
@@ -106,7 +109,8 @@ def _find(part) -> list[Path]:
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", part)
     if is_hub_id and kind(path) not in READERS:
         return _hub_files(*part.partition(":")[::2])
-    raise DataError(f"{part}: no such file; check data.train and data.validation")
+    fix = "check data.train and data.validation"
+    raise DataError("no such file", fix, where=part, kind="no_file")
 
 
 def _data_files(folder):
@@ -118,9 +122,11 @@ def _folder_files(folder):
     files = _data_files(folder)
     names = ", ".join(f.name for f in files[:8])
     if not files:
-        raise DataError(f"{folder}: no data file in this folder (known: {', '.join(READERS)})")
+        problem = f"no data file in this folder (known: {', '.join(READERS)})"
+        raise DataError(problem, where=folder, kind="no_file")
     if len({_split_of(f.name) for f in files}) > 1:
-        raise DataError(f"{folder} holds several splits ({names}): name the files to use")
+        problem, fix = f"{folder} holds several splits ({names})", "name the files to use"
+        raise DataError(problem, fix, joint=": ", kind="mixed_splits")
     return files
 
 
@@ -138,7 +144,9 @@ def _hub_files(repo, split):
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:
         raise DataError(
-            f"{repo}: no such local file, and as a hub data set it can't be fetched: {error}"
+            f"no such local file, and as a hub data set it can't be fetched: {error}",
+            where=repo,
+            kind="no_file",
         ) from error
     files = _data_files(Path(folder))
     names = [str(f.relative_to(folder)) for f in files]
@@ -147,7 +155,8 @@ def _hub_files(repo, split):
     wanted = [f for f, n in pairs if _split_of(n) in known or (split and split in n)]
     if not wanted:
         names = ", ".join(names[:8])
-        raise DataError(f"{repo}: no file of split {split or 'train'!r}; it holds: {names}")
+        problem = f"no file of split {split or 'train'!r}; it holds: {names}"
+        raise DataError(problem, where=repo, kind="no_file")
     return wanted
 
 
@@ -164,13 +173,28 @@ def kind(path: Path) -> str:
 
 def _open(path):
     if kind(path) not in READERS:
-        raise DataError(f"{path}: unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}")
+        problem = f"unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}"
+        raise DataError(problem, where=path, kind="unknown_format")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError("the file is empty", where=path, kind="no_rows")
     reader = READERS[kind(path)](path)
     if len(reader) == 0:
-        raise DataError(f"{path}: the file holds no row")
+        raise DataError("the file holds no row", where=path, kind="no_rows")
     return reader
+
+
+@contextmanager
+def _readable(name):
+    """The system's own errors, such as a missing permission, as errors of the data."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(name, "data", error) from None
+
+
+def unreadable(path, what: str, error) -> DataError:
+    """The error of a file that can't be read as the kind of file, `what`, that it should be."""
+    return DataError(f"not a readable {what} file: {error}", where=path, kind="unreadable")
 
 
 class JsonLines:
@@ -227,11 +251,11 @@ def parse_line(line: bytes, where: str):
     try:
         return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        raise DataError(_malformed(where, error)) from None
+        raise _malformed(where, error) from None
     except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(where, error)) from None
+        raise _not_utf8(where, error) from None
     except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
-        raise DataError(f"{where}: JSON that can't be read: {error}") from None
+        raise _not_read(where, error) from None
 
 
 @contextmanager
@@ -239,7 +263,9 @@ def open_bytes(path):
     """A binary file to read, decompressed where the name ends in .gz or .zst."""
     compression = COMPRESSED.get(path.suffix.lower())
     if compression is None:
-        with open(path, "rb") as file:
+        with _readable(path):
+            file = open(path, "rb")
+        with file:
             yield file
         return
     import pyarrow as pa
@@ -248,7 +274,7 @@ def open_bytes(path):
         with io.BufferedReader(pa.input_stream(path, compression=compression)) as file:
             yield file
     except OSError as error:
-        raise DataError(f"{path}: not a readable {compression} file: {error}") from None
+        raise unreadable(path, compression, error) from None
 
 
 def _line_starts(data, chunk=1 << 26):
@@ -281,18 +307,22 @@ def _read_json(path):
         text = path.read_text(encoding="utf-8-sig")
         data = loads(text)
     except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, error)) from None
+        raise _not_utf8(path, error) from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them
-        raise DataError(_malformed(f"{path}:{error.lineno}", error)) from None
+        raise _malformed(f"{path}:{error.lineno}", error) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that can't be read: {error}") from None
+        raise _not_read(path, error) from None
     lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
-            f"{path}: expected a list of objects, or an object with one list such as "
-            f'{{"data": [...]}}; found {_excerpt(data)}. One object per line belongs in .jsonl'
+            "expected a list of objects, or an object with one list such as "
+            f'{{"data": [...]}}; found {_excerpt(data)}',
+            "One object per line belongs in .jsonl",
+            joint=". ",
+            where=path,
+            kind="bad_table",
         )
     return Table(path, lists[0])
 
@@ -309,7 +339,8 @@ class Nested:
             for at in _elements(reader[row], names, reader.where(row))
         ]
         if not self._at:
-            raise DataError(f"{self.path}: #{lists} holds no element in any row")
+            problem = f"#{lists} holds no element in any row"
+            raise DataError(problem, where=self.path, kind="no_rows")
 
     def __len__(self):
         return len(self._at)
@@ -331,13 +362,18 @@ class Nested:
 def _elements(value, names, where):
     """The indices of all elements of the nested lists in one row."""
     if not isinstance(value, dict):
-        raise DataError(f"{where}: {_excerpt(value)} is no object, expected a list of objects")
+        raise _no_list(f"{_excerpt(value)} is no object", "an element", where)
     if not names:
         return [()]
     inner = value.get(names[0])
     if not isinstance(inner, list):
-        raise DataError(f"{where}: #{names[0]} is {_excerpt(inner)}, expected a list of objects")
+        raise _no_list(f"#{names[0]} is {_excerpt(inner)}", repr(names[0]), where)
     return [(n, *at) for n, e in enumerate(inner) for at in _elements(e, names[1:], where)]
+
+
+def _no_list(found, subject, where):
+    problem = f"{found}, expected a list of objects"
+    return DataError(problem, where=where, kind="wrong_type", subject=subject)
 
 
 class Parquet:
@@ -351,7 +387,7 @@ class Parquet:
         try:
             self._table = pq.read_table(path, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+            raise unreadable(path, "Parquet", error) from None
 
     def __len__(self):
         return self._table.num_rows
@@ -371,17 +407,21 @@ def _read_table(path, **dialect):
             reader = csv.reader(file, strict=True, **dialect)
             lines = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: malformed: {error}") from None
+        where = f"{path}:{reader.line_num}"
+        raise DataError(f"malformed: {error}", where=where, kind="bad_table") from None
     except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, error)) from None
+        raise _not_utf8(path, error) from None
     names = lines[0][1] if lines else []
     if len(set(names)) < len(names):
-        raise DataError(f"{path}:{lines[0][0]}: the header names a column twice: {names}")
+        problem = f"the header names a column twice: {names}"
+        raise DataError(problem, where=f"{path}:{lines[0][0]}", kind="bad_table")
     for line, row in lines[1:]:
         if len(row) != len(names):
             raise DataError(
-                f"{path}:{line}: {len(row)} fields, but the header has {len(names)} "
-                f"({', '.join(names)}); the row begins {_excerpt(row[0])}"
+                f"{len(row)} fields, but the header has {len(names)} ({', '.join(names)}); the "
+                f"row begins {_excerpt(row[0])}",
+                where=f"{path}:{line}",
+                kind="bad_table",
             )
     rows = [dict(zip(names, row, strict=True)) for _, row in lines[1:]]
     return Table(path, rows, [line for line, _ in lines[1:]])
@@ -406,14 +446,18 @@ READERS = {
 
 def _malformed(where, error):
     near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip("\r\n")
-    return (
-        f"{where}: malformed JSON at column {error.colno}: {error.msg}, near {near!r}; "
-        "expected JSON, in .jsonl one object per line"
-    )
+    problem = f"malformed JSON at column {error.colno}: {error.msg}, near {near!r}"
+    fix = "expected JSON, in .jsonl one object per line"
+    return DataError(problem, fix, where=where, kind="bad_json")
+
+
+def _not_read(where, error):
+    return DataError(f"JSON that can't be read: {error}", where=where, kind="bad_json")
 
 
 def _not_utf8(where, error):
-    return f"{where}: not UTF-8 at byte {error.start}: save the file as UTF-8"
+    problem, fix = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
+    return DataError(problem, fix, joint=": ", where=where, kind="not_utf8")
 
 
 def _excerpt(value, width=60):

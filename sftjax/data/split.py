@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sftjax.data.conversation import to_conversation
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError
 
 DRIFT = 0.005  # how far a stratified label's share may be from the one asked for
 
@@ -62,7 +62,8 @@ def split(source, share: float, *, group_by="", stratify_by="", form=None, skip=
     Raises: DataError for a row without the field, or if a side is left empty.
     """
     if not 0 < share < 1:
-        raise DataError(f"data.split.share={share!r}: expected a share between 0 and 1")
+        problem = f"data.split.share={share!r}: expected a share between 0 and 1"
+        raise DataError(problem, kind="setting")
     side_of, held, seen = {}, Counter(), Counter()
     sides = np.zeros(len(source), bool)
     for i in range(len(source)):
@@ -87,8 +88,10 @@ def split(source, share: float, *, group_by="", stratify_by="", form=None, skip=
     if sides.all() or not sides.any():
         raise DataError(
             f"data.split.share={share}: of {len(source)} rows with {len(side_of)} different "
-            f"{group_by or 'prompt'}s {'all' if sides.any() else 'none'} fall to validation: set "
-            "another share, or give data.validation"
+            f"{group_by or 'prompt'}s {'all' if sides.any() else 'none'} fall to validation",
+            "set another share, or give data.validation",
+            joint=": ",
+            kind="setting",
         )
     return Subset(source, np.flatnonzero(~sides)), Subset(source, np.flatnonzero(sides))
 
@@ -125,7 +128,10 @@ def said(message: dict) -> str:
 def _value(record, field, where):
     if record.get(field) is None:
         raise DataError(
-            f"{where}: no field {field!r} to split by (data.split); the row has "
-            f"{', '.join(map(repr, record)) or 'none'}"
+            f"no field {field!r} to split by (data.split); the row has "
+            f"{', '.join(map(repr, record)) or 'none'}",
+            where=where,
+            kind="missing_field",
+            subject=repr(field),
         )
     return str(record[field])

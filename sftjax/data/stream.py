@@ -19,7 +19,8 @@ from sftjax.config import ConfigError
 from sftjax.data.mixture import name_seed
 from sftjax.data.pipeline import CHUNK, encode_rows
 from sftjax.data.rejects import Rejects
-from sftjax.data.sources import DataError, Source, find_files, kind, open_bytes, parse_line
+from sftjax.data.sources import Source, find_files, kind, open_bytes, parse_line, unreadable
+from sftjax.errors import DataError
 
 BINS = 256  # rows packed at a time
 EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
@@ -51,7 +52,7 @@ def _parquet(path, start):
                             yield row, record
                         row += 1
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
+        raise unreadable(path, "Parquet", error) from None
 
 
 # Path and row number to begin at -> (row number, record or line of JSON), one after the other.
@@ -94,7 +95,9 @@ def shards(spec: str) -> list[Path]:
     for path in files:
         if kind(path) not in READERS:
             raise DataError(
-                f"{path}: {kind(path)!r} can't be streamed; known: {', '.join(READERS)}"
+                f"{kind(path)!r} can't be streamed; known: {', '.join(READERS)}",
+                where=path,
+                kind="unknown_format",
             )
     return files
 
@@ -106,7 +109,7 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
     each = -(-n // len(files))
     parts = [Found(p, ((where, x) for where, _, x in islice(_read(p, 0), each))) for p in files]
     if not any(map(len, parts)):
-        raise DataError(f"{spec}: the shards hold no row")
+        raise DataError("the shards hold no row", where=spec, kind="no_rows")
     return Source(parts)
 
 
@@ -254,9 +257,8 @@ class _Records(grain.DatasetIterator):
         if self.shard == len(self.order):
             if self.empty:
                 names = ", ".join(map(str, self.data.files[:3]))
-                raise DataError(
-                    f"{names}: no row for part {self.data.part + 1} of {self.data.parts}"
-                )
+                problem = f"no row for part {self.data.part + 1} of {self.data.parts}"
+                raise DataError(problem, where=names, kind="no_rows")
             self._begin(self.passed + 1)
 
     def _begin(self, passed):
@@ -296,8 +298,11 @@ class _Documents(grain.DatasetIterator):
         while self.at == len(self.documents):
             if chunks == EMPTY:
                 raise DataError(
-                    f"{self.source.paths}: nothing is trained in {chunks * CHUNK} rows one after"
-                    f" the other: check data.max_length={self.length} with sftjax inspect"
+                    f"nothing is trained in {chunks * CHUNK} rows one after the other",
+                    f"check data.max_length={self.length} with sftjax inspect",
+                    joint=": ",
+                    where=self.source.paths,
+                    kind="nothing_trained",
                 )
             self.before, self.at, chunks = self._parent.get_state(), 0, chunks + 1
             self._read()

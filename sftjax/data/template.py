@@ -16,7 +16,7 @@ from typing import NamedTuple
 from sftjax.data import sandbox
 from sftjax.data.dialect import learn
 from sftjax.data.marks import put_back, put_marks, split
-from sftjax.data.sources import DataError
+from sftjax.errors import DataError
 
 OURS = ("train", "weight")  # keys of a message that are for us, not for the template
 KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -56,7 +56,8 @@ def load_template(tokenizer, template: str | None = None) -> "ChatTemplate":
     """The template in use for this tokenizer; one object, so that its skeletons are shared."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{type(tokenizer).__name__} gives no character offsets: a tokenizer.json is needed"
+            f"{type(tokenizer).__name__} gives no character offsets: a tokenizer.json is needed",
+            kind="setting",
         )
     return _load(tokenizer, template_text(tokenizer, template), len(tokenizer))
 
@@ -73,8 +74,13 @@ def template_text(tokenizer, template: str | None = None) -> str:
     if "{" in template:
         return template
     if not Path(template).is_file():
-        raise DataError(f"data.template={template!r}: no such file, and it is no template text")
-    return Path(template).read_text(encoding="utf-8")
+        problem = f"data.template={template!r}: no such file, and it is no template text"
+        raise DataError(problem, kind="setting")
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"data.template={template!r} can't be read as text: {error}"
+        raise DataError(problem, kind="setting") from None
 
 
 class ChatTemplate:
@@ -111,8 +117,10 @@ class ChatTemplate:
         for result, chat, where in zip(results, chats, wheres, strict=True):
             if "error" in result:
                 raise DataError(
-                    f"{where}: the chat template failed: {result['error']}; the roles are: "
-                    + ", ".join(m["role"] for m in chat["messages"])
+                    f"the chat template failed: {result['error']}; the roles are: "
+                    + ", ".join(m["role"] for m in chat["messages"]),
+                    where=where,
+                    kind="template_failed",
                 )
             texts.append(result["text"])
         return texts
@@ -165,10 +173,13 @@ class ChatTemplate:
 
     def _not_found(self, case, why):
         return DataError(
-            f"{case.where}: the trained turns can't be found in what the chat template made of "
-            f"them: {why}. Set data.template=FILE to a template that keeps the text, or put "
-            "{% generation %} ... {% endgeneration %} around the assistant's turn. The rendering: "
-            f"{case.text!r}"
+            f"the trained turns can't be found in what the chat template made of them: {why}",
+            "Set data.template=FILE to a template that keeps the text, or put {% generation %} ... "
+            "{% endgeneration %} around the assistant's turn. The rendering: "
+            f"{case.text!r}",
+            joint=". ",
+            where=case.where,
+            kind="turn_not_found",
         )
 
     def _by_trained_marks(self, cases):

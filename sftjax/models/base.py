@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from sftjax.errors import ConfigError, ModelError
 from sftjax.ops import weight
 
 
@@ -97,15 +98,15 @@ class Body:
         return {name for name, on in used.items() if on}
 
     def check_length(self, length: int, what: str) -> None:
-        """Raise ValueError where learned positions do not reach so far."""
+        """Raise ConfigError where learned positions do not reach so far."""
         c = self.config
         if c.learned_positions and length > c.max_positions:
-            raise ValueError(f"{what}: the model has {c.max_positions} learned positions")
+            raise ConfigError(f"{what}: the model has {c.max_positions} learned positions")
 
     def names(self) -> list[tuple]:
-        """The rows of its Hugging Face table; ValueError for a model of no directory."""
+        """The rows of its Hugging Face table; ModelError for a model of no directory."""
         if self.source is None:
-            raise ValueError("names: this Model has no source, whose model_type names its tensors")
+            raise ModelError("names: this Model has no source, whose model_type names its tensors")
         from sftjax.models import names
 
         return names.names(self)

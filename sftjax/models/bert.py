@@ -6,6 +6,7 @@ see encoder.py.
 
 import dataclasses
 
+from sftjax.errors import ModelError
 from sftjax.models import common
 from sftjax.models.encoder import Config, Model
 
@@ -19,7 +20,7 @@ def config(hf: dict) -> Config:
     )
     dropout, heads = hf.get("hidden_dropout_prob", 0.1), hf["num_attention_heads"]
     if hf["hidden_size"] % heads:
-        raise ValueError(
+        raise ModelError(
             f"hidden_size={hf['hidden_size']} does not divide over num_attention_heads={heads}"
         )
     own = hf.get("classifier_dropout")

@@ -2,6 +2,7 @@
 
 import math
 
+from sftjax.errors import ModelError
 from sftjax.models.decoder import Kind
 from sftjax.ops.rope import Rope
 
@@ -83,32 +84,32 @@ _FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}
 
 
 def check(hf: dict, where: str = ""):
-    """Raise ValueError naming the first field that does not hold what EXPECTED says of it.
+    """Raise ModelError naming the first field that does not hold what EXPECTED says of it.
 
     where: the fields that hold `hf`, "rope_parameters."; "" for the whole.
     """
     for field, value in hf.items():
         expected, ok = _FIELDS.get(field) or _FIELDS.get(field + "?") or ("", lambda x: True)
         if not ok(value) and not (value is None and field + "?" in _FIELDS):
-            raise ValueError(f"{where}{field} is {value!r}, expected {expected}")
+            raise ModelError(f"{where}{field} is {value!r}, expected {expected}")
         if field in ("rope_parameters", "rope_scaling", FULL, SLIDING) and value:
             check(value, f"{where}{field}.")
         elif where and any(isinstance(x, (list, dict)) for x in _entries(value)):
-            raise ValueError(f"{where}{field} is {value!r}, expected a plain value")
+            raise ModelError(f"{where}{field} is {value!r}, expected a plain value")
     depth = hf.get("num_hidden_layers")
     for field in ("layer_types", "no_rope_layers"):
         if depth and len(hf.get(field) or ()) not in (0, depth):
-            raise ValueError(f"{field} has {len(hf[field])} entries, num_hidden_layers is {depth}")
+            raise ModelError(f"{field} has {len(hf[field])} entries, num_hidden_layers is {depth}")
 
 
 def refuse(hf: dict, **plain):
-    """Raise ValueError for a field whose value is none of those of the plain model.
+    """Raise ModelError for a field whose value is none of those of the plain model.
 
     plain: {field: value}; an absent or null field is plain.
     """
     for field, value in plain.items():
         if hf.get(field) not in (None, value):
-            raise ValueError(f"{field}={hf[field]!r} is not supported, only {value!r}")
+            raise ModelError(f"{field}={hf[field]!r} is not supported, only {value!r}")
 
 
 def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0, of=None) -> Rope:
@@ -119,7 +120,7 @@ def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0,
     """
     fields = of or hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if FULL in fields or SLIDING in fields:
-        raise ValueError("rope_parameters of each layer type: all layers of this model share one")
+        raise ModelError("rope_parameters of each layer type: all layers of this model share one")
     s = {("rope_type" if k == "type" else k): v for k, v in fields.items()}
     theta = s.pop("rope_theta", None) or hf.get("rope_theta") or theta
     share = s.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or partial
@@ -136,7 +137,7 @@ def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0,
         s = {}
     dim = int(head_dim * share)
     if dim < 2 or dim % 2 or dim > head_dim:
-        raise ValueError(
+        raise ModelError(
             f"rotary embedding of {dim} dimensions ({share:g} of a head's {head_dim}); expected an"
             " even number of them (head_dim, partial_rotary_factor)"
         )
@@ -148,6 +149,6 @@ def kinds(hf: dict, types: list[str], rope: Rope, window_key="sliding_window") -
     known = {FULL: 0, SLIDING: hf.get(window_key) or 0}
     for name in types:
         if name not in known:
-            raise ValueError(f"layer type {name!r} is not supported; known: {', '.join(known)}")
+            raise ModelError(f"layer type {name!r} is not supported; known: {', '.join(known)}")
     out = tuple(Kind(known[name], rope) for name in types)
     return out[:1] if len(set(out)) == 1 else out

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sftjax.errors import ConfigError, ModelError
 from sftjax.models import base, layer
 from sftjax.ops import dropout, rope, weight
 from sftjax.ops.rope import Rope
@@ -107,7 +108,7 @@ def stacks(config) -> dict[str, int]:
     """{name: number of layers} of each stack in order; the name is its range: "0-11"."""
     cuts = [0, *config.split, config.layers]
     if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
-        raise ValueError(
+        raise ConfigError(
             f"model.split={config.split} must rise strictly between 0 and {config.layers} layers"
         )
     kinds, out = _kinds(config), {}
@@ -362,7 +363,7 @@ class Model(base.Body):
     def head(self, params):
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
         if self.config.classes:
-            raise ValueError(
+            raise ModelError(
                 f"this model has a head of {self.config.classes} classes and none for the"
                 " vocabulary; load the directory of a causal language model"
             )

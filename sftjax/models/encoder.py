@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from sftjax.errors import ModelError
 from sftjax.models import base, decoder, layer
 from sftjax.ops import dropout, weight
 from sftjax.params import Param, replace
@@ -112,7 +113,7 @@ class Model(base.Body):
         return base.project_classes(params["score"]["w"], pooled) + params["score"]["b"]
 
     def head(self, params):
-        raise ValueError(
+        raise ModelError(
             "an encoder has no vocabulary head to train on tokens or to generate from; load it with"
             " labels, or take the directory of a causal language model"
         )

@@ -3,6 +3,7 @@ layers with a rotary base of their own to each global one."""
 
 import dataclasses
 
+from sftjax.errors import ModelError
 from sftjax.models import common, gemma2
 from sftjax.models.decoder import Config, Kind
 
@@ -14,7 +15,7 @@ def config(hf: dict) -> Config:
     hf = {"max_position_embeddings": 131072, "sliding_window": 4096} | hf
     hf = {"attn_logit_softcapping": None, "final_logit_softcapping": None} | hf
     if not hf["sliding_window"]:
-        raise ValueError("sliding_window is 0 or null, expected a positive whole number")
+        raise ModelError("sliding_window is 0 or null, expected a positive whole number")
     nested = hf.get("rope_parameters") or {}
     each = {name: nested.get(name) for name in (common.FULL, common.SLIDING)}
     period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6

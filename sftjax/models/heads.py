@@ -5,6 +5,8 @@ import re
 
 import jax
 
+from sftjax.errors import ModelError
+
 CLASSIFIER = "ForSequenceClassification"
 # The first part of transformers' class names.
 PREFIXES = {
@@ -45,32 +47,32 @@ def stored_labels(hf: dict) -> tuple[str, ...]:
         return numbered(hf.get("num_labels", 2))
     expected = [str(i) for i in range(len(by_id))]
     if not by_id or sorted(map(str, by_id)) != sorted(expected):
-        raise ValueError(f"id2label has the keys {list(by_id)}, expected 0, 1, ... without a gap")
+        raise ModelError(f"id2label has the keys {list(by_id)}, expected 0, 1, ... without a gap")
     return tuple(str(by_id.get(i, by_id.get(int(i)))) for i in expected)
 
 
 def choose(hf: dict, given, classes: int | None) -> tuple[str, ...]:
     """The labels of the model to load; () for the vocabulary head.
 
-    given: the user's, or None; classes: how many, or None. ValueError where these and the
+    given: the user's, or None; classes: how many, or None. ModelError where these and the
     directory's own head disagree.
     """
     own = stored_labels(hf)
     if given is None:
         n = len(own) if classes is None else classes
         if own and n not in (0, len(own)):
-            raise ValueError(f"classes={n}, but the files have a head of {_list(own)}")
+            raise ModelError(f"classes={n}, but the files have a head of {_list(own)}")
         return own if n == len(own) else numbered(n)
     given = _checked(given)
     if classes is not None and classes != len(given):
-        raise ValueError(f"classes={classes}, but there are {len(given)} labels")
+        raise ModelError(f"classes={classes}, but there are {len(given)} labels")
     if own and len(own) != len(given):
-        raise ValueError(
+        raise ModelError(
             f"{_list(given)} asked for, but the files (id2label) have a head of {_list(own)}; give"
             f" {len(own)} labels, or take a directory without a head of classes"
         )
     if own and set(own) == set(given) and own != given:
-        raise ValueError(
+        raise ModelError(
             f"labels={given} are those of the files in another order, which is {own}: a row of the"
             " head would get another's name; give them in the files' order"
         )
@@ -79,10 +81,10 @@ def choose(hf: dict, given, classes: int | None) -> tuple[str, ...]:
 
 def _checked(given) -> tuple[str, ...]:
     if isinstance(given, str) or not all(isinstance(x, str) and x for x in given):
-        raise ValueError(f"labels={given!r}, expected names in a row: ('negative', 'positive')")
+        raise ModelError(f"labels={given!r}, expected names in a row: ('negative', 'positive')")
     given = tuple(given)
     if not given or len(set(given)) < len(given):
-        raise ValueError(f"labels={given!r}, expected one or more names, all of them different")
+        raise ModelError(f"labels={given!r}, expected one or more names, all of them different")
     return given
 
 

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sftjax import params as params_lib
+from sftjax.errors import ModelError, NotFoundError, WeightsError, writing
 from sftjax.models import base, common, decoder, heads, layer
 from sftjax.models.names import FAMILIES as FAMILIES
 from sftjax.models.names import ends, family_of, in_files, tensors, visible
-from sftjax.models.safetensors_io import Reader, WeightsError, write
+from sftjax.models.safetensors_io import Reader, write
 from sftjax.ops import rope
 
 # In some files, but no parameters: what they hold follows from the config.
@@ -52,14 +53,14 @@ def resolve(path_or_id: str, weights: bool = True) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
-        raise FileNotFoundError(f"model path {path_or_id!r} does not exist, and is no hub id")
+        raise NotFoundError(f"model path {path_or_id!r} does not exist, and is no hub id")
     try:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except Exception as e:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"model {path_or_id!r} is no local directory and could not be fetched from the hub: {e}"
         ) from e
 
@@ -82,14 +83,14 @@ def load_model(path_or_id, labels=None, **changes) -> base.Model:
         common.check(hf)
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method")
-            raise ValueError(f"quantization_config: quantised weights ({method}) are not supported")
+            raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
         labels = heads.choose(hf, labels, changes.pop("classes", None))
         config = dataclasses.replace(family.config(hf), **changes, classes=len(labels))
         _check(config, hf)
     except KeyError as e:
-        raise ValueError(f"{file}: field {e} is missing") from None
+        raise ModelError(f"{file}: field {e} is missing") from None
     except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
+        raise ModelError(f"{file}: {e}") from None
     generation = file.parent / "generation_config.json"
     generation = _json(generation) if generation.exists() else {}
     source = Source(str(file.parent), hf, generation, dtypes={}, labels=labels)
@@ -101,19 +102,19 @@ def _check(c, hf):
         fields = ("hidden_activation", "activation_function", "hidden_act")
         field = next((f for f in fields if hf.get(f) == c.activation), fields[-1])
         known = ", ".join(layer.ACTIVATIONS)
-        raise ValueError(f"{field} {c.activation!r} is not supported; known: {known}")
+        raise ModelError(f"{field} {c.activation!r} is not supported; known: {known}")
     if c.heads % c.kv_heads:
-        raise ValueError(
+        raise ModelError(
             f"num_attention_heads={c.heads} do not divide over num_key_value_heads={c.kv_heads}"
         )
     if c.head_dim < 1:
-        raise ValueError(f"{c.heads} heads share {c.width} dimensions: head_dim would be 0")
+        raise ModelError(f"{c.heads} heads share {c.width} dimensions: head_dim would be 0")
     if c.experts_per_token > c.experts or bool(c.experts_per_token) < bool(c.experts):
-        raise ValueError(f"num_experts_per_tok={c.experts_per_token} of {c.experts} experts")
+        raise ModelError(f"num_experts_per_tok={c.experts_per_token} of {c.experts} experts")
     if c.mlp < 1:
-        raise ValueError("moe_intermediate_size is 0, expected a positive whole number")
+        raise ModelError("moe_intermediate_size is 0, expected a positive whole number")
     if c.vocab_multiple < 1:
-        raise ValueError(f"model.vocab_multiple is {c.vocab_multiple}, expected 1 or more")
+        raise ModelError(f"model.vocab_multiple is {c.vocab_multiple}, expected 1 or more")
     decoder.stacks(c)
     for kind in c.kinds:
         if kind.rope is not None:
@@ -122,13 +123,15 @@ def _check(c, hf):
 
 def _json(file) -> dict:
     if not Path(file).exists():
-        raise FileNotFoundError(f"{file} does not exist; a model directory needs a config.json")
+        raise NotFoundError(f"{file} does not exist; a model directory needs a config.json")
     try:
         out = json.loads(Path(file).read_text())
     except ValueError as e:
-        raise ValueError(f"{file} is not valid JSON: {e}") from None
+        raise ModelError(f"{file} is not valid JSON: {e}") from None
+    except OSError as e:
+        raise ModelError(f"{file} cannot be read: {e.strerror or e}") from None
     if not isinstance(out, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ModelError(f"{file} holds no JSON object")
     return out
 
 
@@ -307,10 +310,11 @@ def save_pretrained(
     this; process 0 writes.
     """
     if model.source is None:
-        raise ValueError("save_pretrained: this Model has no source, the config.json to write")
+        raise ModelError("save_pretrained: this Model has no source, the config.json to write")
     directory = Path(directory)
     main = jax.process_index() == 0
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing("the directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
     leaves, parts = params_lib.flatten(params), {}  # parts: name in the files -> its parameters
     for path, files, layout in _written(model):
         shape = visible(model, path, leaves[path], len(next(iter(files))))

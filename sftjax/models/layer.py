@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sftjax.errors import ConfigError
 from sftjax.ops import dropout, moe, norms, rope, weight
 from sftjax.ops.attention import attention
 from sftjax.ops.weight import gather_for_use, project
@@ -123,7 +124,7 @@ def remat(config, fn):
     policy = REMAT.get(config.remat) or getattr(_policies, config.remat, None)
     if policy is None:
         known = [n for n in dir(_policies) if not n.startswith("_")]
-        raise ValueError(f"model.remat={config.remat!r} is none of {', '.join(REMAT)}, {known}")
+        raise ConfigError(f"model.remat={config.remat!r} is none of {', '.join(REMAT)}, {known}")
     return jax.checkpoint(fn, policy=policy, prevent_cse=not config.scan)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 
+from sftjax.errors import ModelError
 from sftjax.models import (
     bert,
     decoder,
@@ -53,14 +54,14 @@ def family_of(hf: dict):
     """The family's module: by model_type, but the loop form may call itself a llama."""
     kind, known = hf.get("model_type"), ", ".join(FAMILIES)
     if not isinstance(kind, str):
-        raise ValueError(f"model_type is {kind!r}; the known ones are {known}")
+        raise ModelError(f"model_type is {kind!r}; the known ones are {known}")
     if "IQuestLoopCoderForCausalLM" in str(hf.get("architectures")):
         kind = "iquestloopcoder"
     if kind not in FAMILIES:
         near = [k for k in FAMILIES if kind and k.startswith(kind)]
         near = near or difflib.get_close_matches(kind, FAMILIES, 1, 0.4)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"model_type {kind!r} is not supported; known: {known}{hint}")
+        raise ModelError(f"model_type {kind!r} is not supported; known: {known}{hint}")
     return FAMILIES[kind]
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from sftjax.errors import WeightsError, writing
+
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -28,10 +30,6 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 _CODES = {np.dtype(v): k for k, v in DTYPES.items()}
-
-
-class WeightsError(ValueError):
-    """Weights that are absent, damaged, or not those the model needs."""
 
 
 class Reader:
@@ -94,12 +92,15 @@ class Reader:
 
 
 def _header(file) -> dict:
-    size = os.path.getsize(file)
-    with open(file, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > size - 8:
-            raise WeightsError(f"{file} is not a safetensors file, or is cut short ({size} bytes)")
-        text = f.read(n)
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            text = f.read(n) if n <= size - 8 else b""
+    except OSError as e:
+        raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from None
+    if size < 8 or n > size - 8:
+        raise WeightsError(f"{file} is not a safetensors file, or is cut short ({size} bytes)")
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
@@ -168,7 +169,7 @@ def _write_file(path, rows):
         offset += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensors start aligned
-    with open(path, "wb") as f:
+    with writing("the file", path), open(path, "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         for name, shape, dtype, get, _ in rows:
             x = np.ascontiguousarray(get(), dtype=dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from sftjax import sharding
+from sftjax.errors import ModelError
 from sftjax.models.decoder import Model
 from sftjax.ops.weight import is_node
 
@@ -26,12 +27,12 @@ def grow(model: Model, params, size: int, seed: int = 0, *, first: int | None = 
     checkpoint holds in reserve: rows `first` to `size` - 1 are drawn, from the statistics of those
     before them, and the vocabulary stays at least what it was. A new row follows from the seed, the
     table and its token, whatever the padding; it costs one pass over the table, in float32.
-    ValueError where the vocabulary would shrink or have a gap.
+    ModelError where the vocabulary would shrink or have a gap.
     """
     vocab = model.config.vocab
     first = vocab if first is None else first
     if not 0 < first <= min(vocab, size):
-        raise ValueError(
+        raise ModelError(
             f"vocab.grow: new tokens {first} to {size - 1} for a model of {vocab} tokens; they must"
             " follow on old ones, and there cannot be fewer than before"
         )
@@ -41,7 +42,7 @@ def grow(model: Model, params, size: int, seed: int = 0, *, first: int | None = 
     for name in ("embed", "head"):
         if name in params and is_node(params[name]["w"]):
             kind = type(params[name]["w"]).__name__
-            raise ValueError(f"vocab.grow: {name}/w is a {kind}; grow the plain table before")
+            raise ModelError(f"vocab.grow: {name}/w is a {kind}; grow the plain table before")
     tables = {name: model.abstract[name] for name in ("embed", "head") if name in params}
     now = getattr(params["embed"]["w"], "sharding", None)
     on_mesh = isinstance(now, NamedSharding)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sftjax.errors import ConfigError
 from sftjax.ops.blockwise import NEG_INF, blockwise
 from sftjax.ops.gpu_attention import triton
 from sftjax.ops.splash import splash
@@ -65,24 +66,24 @@ BACKENDS = {
 
 
 def check(backend: str, features=(), platform="", length=0) -> None:
-    """Raise ValueError unless `backend` exists, supports `features`, runs on `platform` ("" = this
+    """Raise ConfigError unless `backend` exists, supports `features`, runs on `platform` ("" = this
     one) and takes rows of which a shard of mesh.context holds `length` tokens (0 = any)."""
     if backend not in BACKENDS:
-        raise ValueError(
+        raise ConfigError(
             f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"
         )
     missing = set(features) - BACKENDS[backend].features
     if missing:
-        raise ValueError(f"attention backend {backend!r} does not support {sorted(missing)}")
+        raise ConfigError(f"attention backend {backend!r} does not support {sorted(missing)}")
     platform = platform or jax.default_backend()
     if platform not in BACKENDS[backend].platforms:
         here = [name for name, b in BACKENDS.items() if platform in b.platforms]
-        raise ValueError(
+        raise ConfigError(
             f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}"
         )
     multiple = BACKENDS[backend].multiple
     if length % multiple:
-        raise ValueError(
+        raise ConfigError(
             f"model.attention={backend!r} takes rows of a multiple of {multiple} tokens on each"
             f" shard of mesh.context, found {length}; change data.max_length and data.buckets, or"
             " set model.attention='xla'"

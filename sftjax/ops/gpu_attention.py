@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sftjax import sharding
+from sftjax.errors import ConfigError
 
 LOG2E = math.log2(math.e)
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -362,7 +363,7 @@ def triton(
     (_, S, _, H), T = q.shape, k.shape[1]
     width = max(16, pl.next_power_of_2(H))
     if sizes is None and width > max(SIZES):
-        raise ValueError(f"attention backend 'triton': head_dim={H}; at most {max(SIZES)}")
+        raise ConfigError(f"attention backend 'triton': head_dim={H}; at most {max(SIZES)}")
     sizes = sizes or next(sizes for most, sizes in SIZES.items() if width <= most)
     sizes = tuple(blocks.fit(S, T) for blocks in sizes)
     q_rows, k_rows = (max(getattr(b, x) for b in sizes) for x in "qk")

@@ -11,6 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sftjax.errors import ModelError
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -88,7 +90,7 @@ def _longrope(theta, dim, s, lengths):
     original = s["original_max_position_embeddings"]
     for name in ("short_factor", "long_factor"):
         if len(s[name]) != dim // 2:
-            raise ValueError(f"{name} has {len(s[name])} entries, expected {dim // 2}")
+            raise ModelError(f"{name} has {len(s[name])} entries, expected {dim // 2}")
     short, long = (np.float32(freqs / np.array(s[k])) for k in ("short_factor", "long_factor"))
     factor = s.get("factor") or s["max_position_embeddings"] / original
     attention = s.get("attention_factor")
@@ -112,16 +114,16 @@ def frequencies(rope: Rope, head_dim: int, lengths=None):
     """(float32 angular frequencies [..., dim/2], factor on sine and cosine)."""
     if rope.kind not in FREQUENCIES:
         known = ", ".join(FREQUENCIES)
-        raise ValueError(f"rope type {rope.kind!r} is not supported; known: {known}")
+        raise ModelError(f"rope type {rope.kind!r} is not supported; known: {known}")
     settings = {k: v for k, v in rope.scaling if v is not None}
     lengths = jnp.zeros((1, 1, 1, 1)) if lengths is None else lengths
     try:
         with np.errstate(divide="raise", over="raise", invalid="raise"):
             out = FREQUENCIES[rope.kind](rope.theta, rope.dim or head_dim, settings, lengths)
     except KeyError as e:
-        raise ValueError(f"rope type {rope.kind!r} needs the field {e}") from None
+        raise ModelError(f"rope type {rope.kind!r} needs the field {e}") from None
     except ArithmeticError as e:
-        raise ValueError(
+        raise ModelError(
             f"rope type {rope.kind!r}: no frequencies for theta {rope.theta} and {settings}: {e}"
         ) from None
     return out[0].astype(np.float32), out[1]

@@ -12,6 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from sftjax import sharding
+from sftjax.errors import ConfigError
 
 INTERPRET = False  # run the kernels as plain JAX, on any platform: for tests
 LANES = 128  # a block is a multiple of it
@@ -47,7 +48,7 @@ def block(length: int, most: int) -> int:
     most = max(min(most, length // 4), LANES)
     sizes = [n for n in range(LANES, most + 1, LANES) if length % n == 0]
     if not sizes:
-        raise ValueError(
+        raise ConfigError(
             f"attention backend 'splash' needs rows of a multiple of {LANES} tokens on each shard"
             f" of mesh.context, found {length}: change data.max_length, or take model.attention="
             "'xla'"

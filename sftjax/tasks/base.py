@@ -12,10 +12,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from sftjax.config import ConfigError
 from sftjax.data.pack import CAUSAL, Layout
 from sftjax.data.pipeline import Tally
-from sftjax.data.sources import DataError
+from sftjax.errors import ConfigError, DataError
 from sftjax.models import hf
 from sftjax.step import Loss
 
@@ -112,7 +111,9 @@ class Task:
         """
         raise DataError(
             f"data.clean, data.split and data.augment read texts, and {type(self).__name__} has"
-            " none; leave them out"
+            " none",
+            "leave them out",
+            kind="setting",
         )
 
     def canonical(self) -> "Task":
@@ -123,7 +124,8 @@ class Task:
         """The task of a language model that trains nothing but the answers of its records."""
         raise DataError(
             "data.clean.rules: label_suspects asks a language model how likely the answers are:"
-            f" {type(self).__name__} has none"
+            f" {type(self).__name__} has none",
+            kind="setting",
         )
 
     def summary(self, report: dict) -> str:

@@ -12,13 +12,12 @@ from shlex import quote
 import numpy as np
 
 from sftjax import generate, losses
-from sftjax.config import ConfigError
 from sftjax.data import chat, open_source
 from sftjax.data.conversation import to_conversation
 from sftjax.data.lengths import fit
 from sftjax.data.pipeline import COLUMNS, Tally
-from sftjax.data.sources import DataError
 from sftjax.data.template import template_text
+from sftjax.errors import ConfigError, DataError, writing
 from sftjax.tasks.base import LossFn, Scores, Task, counted, perplexity, read_model
 
 READING = ("fields", "roles")  # of a policy: what says how to read a record
@@ -180,8 +179,9 @@ class CausalLM(Task):
         return "\n".join(lines)
 
     def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as f:
+        with writing("the directory", path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing("the file", path), open(path, "w") as f:
             rows = zip(questions, before["answers"], after["answers"], strict=True)
             for (prompt, reference), old, new in rows:
                 row = {

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sftjax import losses
-from sftjax.config import ConfigError
-from sftjax.data.conversation import _field as read_field
+from sftjax.data.conversation import read_field
 from sftjax.data.pack import TokenRows
 from sftjax.data.pipeline import Tally
-from sftjax.data.sources import DataError
+from sftjax.errors import ConfigError, DataError
 from sftjax.tasks.base import LossFn, Scores, Task, read_model
 
 TEXTS = ("text", "sentence", "content", "review", "prompt", "input")  # usual names, in this order
@@ -74,8 +73,11 @@ class Labels:
         if name is None:
             expected = ", ".join(map(repr, self.by_value))
             raise DataError(
-                f"{where}: label {value!r} is unknown; expected one of {expected}: correct the row,"
-                " or name the label in data.labels"
+                f"label {value!r} is unknown; expected one of {expected}",
+                "correct the row, or name the label in data.labels",
+                joint=": ",
+                where=where,
+                kind="unknown_label",
             )
         return self.names.index(name)
 
@@ -130,7 +132,8 @@ class Classification(Task):
 
     def _example(self, ids, text, label, where) -> Labelled:
         if not ids:
-            raise DataError(f"{where}: the text {text!r} has no token; take the row out")
+            problem = f"the text {text!r} has no token"
+            raise DataError(problem, "take the row out", where=where, kind="empty_text")
         at = 0 if self.reads == "first" else len(ids) - 1
         weights, targets = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
         weights[at], targets[at] = 1.0, label
@@ -140,9 +143,8 @@ class Classification(Task):
     def _read(self, record, where) -> tuple[str, int]:
         text = self._field(record, "text", TEXTS, where)
         if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"{where}: field {self._name(record, 'text', TEXTS)!r} is {text!r}, expected text"
-            )
+            problem = f"field {self._name(record, 'text', TEXTS)!r} is {text!r}, expected text"
+            raise DataError(problem, where=where, kind="empty_text")
         return text, self.labels.index(self._field(record, "label", LABELS, where), where)
 
     def _field(self, record, kind, usual, where):
@@ -150,8 +152,13 @@ class Classification(Task):
         if name is None:
             asked = self.names[kind] or " | ".join(usual)
             raise DataError(
-                f"{where}: no {kind}: none of the fields {asked}; the row has"
-                f" {', '.join(map(repr, record)) or 'none'}: set data.fields.{kind}"
+                f"no {kind}: none of the fields {asked}; the row has"
+                f" {', '.join(map(repr, record)) or 'none'}",
+                f"set data.fields.{kind}",
+                joint=": ",
+                where=where,
+                kind="missing_field",
+                subject=repr(kind),
             )
         return read_field(record, name, where)
 

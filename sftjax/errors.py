@@ -1,0 +1,157 @@
+"""What a user has to mend: every mistake that we can name is an error class of this file.
+
+`config.run` prints a UserError as one message, without a traceback. Any other error is a bug, of
+ours or of a library, and keeps its traceback. Each class also derives from the built-in one that
+fits it, so that code which catches a ValueError or an OSError goes on working.
+"""
+
+import contextlib
+
+
+class UserError(Exception):
+    """What the user has to mend. The message says where, what is wrong and what to write."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config file, key or value that is wrong; the message says where and what to write."""
+
+
+class ModelError(UserError, ValueError):
+    """A model's config.json that we can't build, or a model that can't do what is asked."""
+
+
+class WeightsError(UserError, ValueError):
+    """Weights that are absent, damaged, or not those the model needs."""
+
+
+class MeshError(UserError, ValueError):
+    """A mesh, or an array on it, that cannot be laid out as asked."""
+
+
+class TargetError(UserError, ValueError):
+    """A target that does not exist, or that this machine can't compile for."""
+
+
+class MetricError(UserError, TypeError):
+    """A metric of the user's own loss that is not one number."""
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A model, a file or a checkpoint that is not where the user says it is."""
+
+
+class WriteError(UserError, OSError):
+    """A place that can't be written."""
+
+
+@contextlib.contextmanager
+def writing(what: str, path):
+    """The system's own errors inside, such as a missing permission, become a WriteError.
+
+    what: the option that names `path`, for the message.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise WriteError(f"{what} {path} cannot be written: {e.strerror or e}") from None
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that could not be written or read; the message names the place and the fix."""
+
+
+class OutOfMemory(UserError, RuntimeError):
+    """The devices' memory does not hold a step; the message says what may."""
+
+
+class ProcessError(UserError, RuntimeError):
+    """Processes of one run that did not find one another."""
+
+
+class DataError(UserError, ValueError):
+    """Data that can't be used. The message names the file, the row, what is wrong and the fix.
+
+    It holds its parts, so that nobody has to take its message apart.
+
+    Attributes:
+      where: the file and row, "file.jsonl:17", as the source's `where` gives it; the file alone if
+        no single row is to blame; "" if a setting is.
+      kind: a short name of the mistake, by which rows are counted; see KINDS.
+      problem: what is wrong.
+      fix: what to do about it; "" where the problem says that already.
+      subject: what of the row is wrong, as it is written in a count: a field's name, in quotes.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        fix: str = "",
+        *,
+        where: str = "",
+        kind: str = "",
+        subject: str = "",
+        joint: str = "; ",
+    ):
+        """Args:
+        joint: what stands between the problem and the fix in the message.
+        """
+        super().__init__(problem)
+        self.problem, self.fix, self.joint = problem, fix, joint
+        self.where, self.kind, self.subject = str(where), kind, subject
+
+    @property
+    def reason(self) -> str:
+        """The message without the place."""
+        return f"{self.problem}{self.joint}{self.fix}" if self.fix else self.problem
+
+    @property
+    def label(self) -> str:
+        """The kind in words, for a count of rows: "field 'completion' is missing"."""
+        words = KINDS.get(self.kind) or self.kind.replace("_", " ") or "another reason"
+        if "{}" in words:
+            return words.replace("{}", self.subject)
+        return f"{words}: {self.subject}" if self.subject else words
+
+    def __str__(self):
+        return f"{self.where}: {self.reason}" if self.where else self.reason
+
+
+# The kinds of DataError in words; {} is its subject. A kind that is not here is counted under its
+# own name with blanks for underscores, so a new kind needs no line.
+KINDS = {
+    # --- of a row ---
+    "bad_json": "malformed JSON",
+    "not_utf8": "not UTF-8",
+    "wrong_type": "{} is of the wrong type",
+    "wrong_value": "{} has a value that is not allowed",
+    "missing_field": "field {} is missing",
+    "null_field": "field {} is null",
+    "no_form": "no known form in the fields",
+    "unknown_role": "unknown role",
+    "unknown_label": "unknown label",
+    "role_order": "roles out of order",
+    "empty_response": "empty response",
+    "empty_text": "empty text",
+    "no_weight": "a segment with neither train nor weight",
+    "surrogate": "half of a surrogate pair",
+    "no_prompt": "plain text without a prompt and answer",
+    "no_template": "no chat template",
+    "system_unused": "a system message that has no place",
+    "template_failed": "the chat template failed",
+    "template_stopped": "the chat template was stopped",
+    "turn_not_found": "the trained turns can't be found in the rendering",
+    "double_bos": "the text begins with the first token twice",
+    "too_long": "more tokens than data.max_length",
+    # --- of a file, or of all rows ---
+    "no_file": "no such file",
+    "mixed_splits": "several splits in one folder",
+    "unknown_format": "unknown kind of file",
+    "unreadable": "a file that can't be read",
+    "unwritable": "a place that can't be written",
+    "bad_table": "malformed table",
+    "no_rows": "no rows",
+    "too_many_rejects": "too many rows that can't be used",
+    "nothing_trained": "nothing is trained",
+    # --- of no data at all ---
+    "setting": "a setting that is wrong",
+}

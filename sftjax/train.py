@@ -28,6 +28,7 @@ def main(argv):
 def train(config, workdir) -> dict:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full."""
     # ==== Machine and workdir ====
+    config_lib.check(config)
     m = config.mesh
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
     mesh = sharding.make_mesh({axis: m[axis] for axis in sharding.AXES})

@@ -35,10 +35,10 @@ import trl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sftjax import config as config_lib
-from sftjax import setup
 from sftjax.data import Rows, build_store, loader, open_source
 from sftjax.tasks.causal_lm import CausalLM
 from sftjax.train import train
+from sftjax.training import workdir
 
 LENGTH = 2048
 GSM8K = dict(prompt="question", completion="answer")
@@ -256,7 +256,7 @@ def main():
     if args.out:
         results = dict(prepare=prepared, second_start=second, feeding=fed, data_wait=wait)
         versions = {m.__name__: m.__version__ for m in (trl, datasets, torch)}
-        environment = setup.environment() | dict(others=versions, cores=os.cpu_count())
+        environment = workdir.environment() | dict(others=versions, cores=os.cpu_count())
         value = {"environment": environment, "results": results}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(value, indent=2) + "\n")

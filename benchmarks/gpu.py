@@ -143,7 +143,7 @@ def lower(case, attention="triton", platform="cuda"):
 
     import sftjax
     from sftjax import params as params_lib
-    from sftjax import targets
+    from sftjax.plan import hardware as targets
 
     model, trainable, tx, dtypes, step = build(case, attention)
     params = jax.tree.map(
@@ -162,9 +162,9 @@ def measure_sftjax(case, steps, attention):
     import jax
 
     import sftjax
-    from sftjax import metrics as metrics_lib
     from sftjax import params as params_lib
-    from sftjax import setup
+    from sftjax.training import metrics as metrics_lib
+    from sftjax.training import workdir
 
     attention = attention or ("triton" if jax.default_backend() == "gpu" else "blockwise")
     model, trainable, tx, dtypes, step = build(case, attention)
@@ -192,7 +192,7 @@ def measure_sftjax(case, steps, attention):
     return dict(
         seconds=seconds[1:], first_step=first, peak_bytes=peak, peak_of=held_by, losses=losses,
         device=jax.devices()[0].device_kind, attention=attention,
-        environment=setup.environment(),
+        environment=workdir.environment(),
     )  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def measure_sftjax(case, steps, attention):
 
 
 def candidates():
-    from sftjax.ops.gpu_attention import Blocks
+    from sftjax.ops.attention.triton import Blocks
 
     for q, k in itertools.product((32, 64, 128), repeat=2):
         for warps, stages in itertools.product((4, 8), (1, 2, 3)):
@@ -212,7 +212,7 @@ def tune(case, tries, kernels=range(3)):
     import jax
     import jax.numpy as jnp
 
-    from sftjax.ops import gpu_attention
+    from sftjax.ops.attention import triton as gpu_attention
 
     shape, (batch, _) = SHAPES[case.shape], make_batch(case)
     H = shape["head_dim"]
@@ -284,7 +284,7 @@ def run_child(command, case, steps, timeout):
 
 def summary(name, case, found, reference):
     """One line of the table. found: this variant's runs; reference: sftjax's; by round."""
-    from sftjax import metrics as metrics_lib
+    from sftjax.training import metrics as metrics_lib
 
     good = [r for r in found if "error" not in r]
     if not good:

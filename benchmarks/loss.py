@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sftjax import setup
 from sftjax.ops.cross_entropy import linear_cross_entropy
+from sftjax.training import workdir
 
 CHUNK = 1024
 ROWS = 4
@@ -159,7 +159,7 @@ def main(argv=None):
         timing = time_table(*sizes, (0.1, 0.25, 0.5, 1.0), args.rounds)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        value = dict(environment=setup.environment(), memory=memory, time=timing)
+        value = dict(environment=workdir.environment(), memory=memory, time=timing)
         Path(args.out).write_text(json.dumps(value, indent=1) + "\n")
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sftjax import setup
-from sftjax.data.pack import STRATEGIES, plan
+from sftjax.data.packing.pack import STRATEGIES, plan
 from sftjax.tasks.causal_lm import CausalLM
+from sftjax.training import workdir
 
 
 def read(path):
@@ -77,7 +77,7 @@ def main():
                 )
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        value = {"environment": setup.environment(), "results": results}
+        value = {"environment": workdir.environment(), "results": results}
         Path(args.out).write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@
 Forward and backward of one causal row with segments, for each width of a head and block size.
 Without a TPU it is compiled ahead of time (the extra `tpu`): a size that needs more vector memory
 than the chip has is refused by the compiler. On a TPU each is timed too. For the table BLOCKS in
-sftjax/ops/splash.py.
+sftjax/ops/attention/splash.py.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import setup, targets
-from sftjax.ops import splash
+from sftjax.ops.attention import splash
+from sftjax.plan import hardware as targets
+from sftjax.training import workdir
 
 HEADS = 4
 
@@ -74,7 +75,7 @@ def main():
                 print(f"{target:<14} heads of {width:<5} blocks of {size:<6} {found}", flush=True)
     if args.out:
         with open(args.out, "w") as f:
-            json.dump(dict(environment=setup.environment(), results=rows), f, indent=2)
+            json.dump(dict(environment=workdir.environment(), results=rows), f, indent=2)
 
 
 if __name__ == "__main__":

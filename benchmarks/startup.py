@@ -35,9 +35,9 @@ import optax
 
 import sftjax
 from sftjax import params as params_lib
-from sftjax import setup
 from sftjax.models import decoder
 from sftjax.ops.rope import Rope
+from sftjax.training import workdir
 
 BASE = dict(vocab=512, width=64, heads=4, kv_heads=2, head_dim=16, mlp=128, remat="full")
 LOCAL = decoder.Kind(window=32, rope=Rope(10_000.0))
@@ -183,7 +183,7 @@ def main(argv=None):
         results["depth"] = depth([int(d) for d in args.depths.split(",")], args.repeat)
     if args.out:
         with open(args.out, "w") as f:
-            json.dump({"environment": setup.environment(), "results": results}, f, indent=2)
+            json.dump({"environment": workdir.environment(), "results": results}, f, indent=2)
             f.write("\n")
 
 

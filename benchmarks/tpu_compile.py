@@ -30,8 +30,11 @@ import tempfile
 from pathlib import Path
 
 from sftjax import config as config_lib
+from sftjax import hf
 from sftjax import params as params_lib
-from sftjax import plan, setup, targets
+from sftjax.plan import compile as plan
+from sftjax.plan import hardware as targets
+from sftjax.training import workdir
 
 LLAMA = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256, rms_norm_eps=1e-5,
@@ -96,9 +99,7 @@ def measure(name, run, trained, remat, folder):
     p = plan.plan(config_of(run, folder, remat), target, trained)
     cost, seconds = p.cost, p.cost.total_cycles / (target.chip.clock * 1e9)
     kernels = p.hardware_flops / target.n - cost.flops
-    weights = 2 * params_lib.count(
-        setup.hf.load_model(str(Path(folder) / f"{run.model}.json")).abstract
-    )
+    weights = 2 * params_lib.count(hf.load_model(str(Path(folder) / f"{run.model}.json")).abstract)
     parts = p.mesh["fsdp"]
     least = 3 * weights * (parts - 1) / parts
     wire = sum(c.wire for c in cost.collectives.values())
@@ -160,7 +161,7 @@ def main():
             results.append(measure(name, RUNS[name], args.trained, args.remat, folder))
         show(results[-1])
         if args.out:  # after each: a run takes minutes
-            facts = dict(environment=setup.environment(), results=results)
+            facts = dict(environment=workdir.environment(), results=results)
             Path(args.out).write_text(json.dumps(facts, indent=2) + "\n")
 
 

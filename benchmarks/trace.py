@@ -36,8 +36,8 @@ import optax
 
 import sftjax
 from sftjax import params as params_lib
-from sftjax import setup
 from sftjax.reports import curves
+from sftjax.training import workdir
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plot import loglog  # noqa: E402
@@ -281,7 +281,7 @@ def main(argv=None):
         curves.save(roofline(found, rates, title), args.svg, title)
     if args.out:
         value = dict(
-            environment=setup.environment(), shape=args.shape, steps=args.steps, seconds=seconds,
+            environment=workdir.environment(), shape=args.shape, steps=args.steps, seconds=seconds,
             idle=idle, kinds=found, matmul_flops_per_s=rates[0], bytes_per_s=rates[1],
         )  # fmt: skip
         Path(args.out).write_text(json.dumps(value, indent=1) + "\n")

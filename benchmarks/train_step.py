@@ -43,9 +43,9 @@ import optax
 
 import sftjax
 from sftjax import params as params_lib
-from sftjax import setup
 from sftjax.models import flops
 from sftjax.models.decoder import Config
+from sftjax.training import workdir
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import drive  # noqa: E402
@@ -319,7 +319,7 @@ def main():
     else:
         results = peers(args)
     if args.out:
-        value = {"environment": setup.environment() | drive.machine(), "results": results}
+        value = {"environment": workdir.environment() | drive.machine(), "results": results}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(value, indent=2) + "\n")
     failed = [name for table in results.values() for name, row in table.items() if "failed" in row]

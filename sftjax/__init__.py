@@ -3,8 +3,8 @@
 __version__ = "0.1.0"
 
 from sftjax import data, losses
+from sftjax.hf import load_pretrained, save_pretrained
 from sftjax.models.decoder import Model
-from sftjax.models.hf import load_pretrained, save_pretrained
 from sftjax.step import Loss, TrainState, eval_step, train_step
 
 __all__ = [

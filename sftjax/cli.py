@@ -8,8 +8,8 @@ from sftjax import config
 COMMANDS = {
     "train": "sftjax.train",
     "inspect": "sftjax.inspect_data",
-    "clean": "sftjax.clean",
-    "plan": "sftjax.plan",
+    "clean": "sftjax.clean.command",
+    "plan": "sftjax.plan.command",
     "generate": "sftjax.generate",
 }
 

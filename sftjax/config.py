@@ -81,7 +81,7 @@ def get_default() -> ConfigDict:
     c.data.packing = "bfd"  # bfd | bfd_split | wrapped | none
     c.data.buckets = ()  # none: a batch is as wide as the first of (256, 512) that holds its rows
     c.data.eval_packing = "bfd"  # the same, for the validation sets; the loss does not depend on it
-    c.data.clean = ConfigDict()  # see sftjax/data/clean.py; rejects and report go to the workdir
+    c.data.clean = ConfigDict()  # see sftjax/clean/rules.py; rejects and report go to the workdir
     c.data.clean.rules = ()  # names of rules, or ("all",); () = off
     c.data.clean.near = 0.7  # near_duplicate: least similarity of two rows, 0 to 1
     c.data.clean.ngram = 13  # contamination: words in a row shared with data.validation or test
@@ -92,7 +92,7 @@ def get_default() -> ConfigDict:
     c.data.split.share = 0.0  # of data.train, for validation, by a hash of the prompt; 0 = none
     c.data.split.group_by = ""  # a field: rows with one value of it stay on one side
     c.data.split.stratify_by = ""  # a field: hold the share within each of its values
-    c.data.augment = ()  # of training rows: names in sftjax/data/augment.py, one after the other
+    c.data.augment = ()  # of training rows: names in sftjax/clean/augment.py, one after the other
     c.data.augment_copies = 1  # variants of each row; an epoch goes through all of them
     c.data.on_error = "raise"  # of a bad row: raise | skip (to rejects.jsonl in the cache)
     c.data.max_skipped = 0.01  # skip: the share of rows past which the run ends with an error

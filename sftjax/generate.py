@@ -1,142 +1,12 @@
-"""Batched sampling with a key/value cache: one prefill, then one token a step for all rows."""
+"""One answer of a model: python -m sftjax.generate --model=DIR --prompt=TEXT"""
 
 import argparse
-import functools
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from sftjax import processes, sharding
-from sftjax.errors import DataError, ModelError
-
-BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-
-
-def sample(logits, rng, temperature, top_k, top_p):
-    """int32 [B] token ids from float32 logits [B, V]; temperature 0 is greedy.
-
-    top_k keeps the k likeliest tokens (0 = all); top_p the fewest whose probability reaches p.
-    """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
-    if top_k:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if top_p < 1:
-        order = jnp.sort(logits, axis=-1)[:, ::-1]
-        probs = jax.nn.softmax(order, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
-        least = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
-def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k, top_p):
-    """tokens int32 [B, P] right-padded, lengths [B] -> (ids [B, new], count of ids kept [B])."""
-    B, P = tokens.shape
-    stops = jnp.array(stop_ids or (-1,), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    cache = model.init_cache(B, P + new)
-    hidden, cache = model.decode(params, cache, tokens, positions, segments)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-
-    def pick(last, i):
-        key = jax.random.fold_in(rng, i)
-        return sample(model.logits(params, last), key, temperature, top_k, top_p)
-
-    def going(carry):
-        i, _, done, *_ = carry
-        return (i < new) & ~jnp.all(done)
-
-    def body(carry):
-        i, last, done, count, out, cache = carry
-        token = pick(last, i)
-        stop = jnp.any(token[:, None] == stops, axis=1)
-        keep = ~done & ~stop
-        out = out.at[:, i].set(jnp.where(keep, token, 0))
-        done, count = done | stop, count + keep
-        # A finished row goes on with its last token, outside its document: nobody reads it.
-        position = (lengths + i)[:, None]
-        hidden, cache = model.decode(
-            params, cache, token[:, None], position, jnp.ones((B, 1), jnp.int32)
-        )
-        return i + 1, hidden[:, 0], done, count, out, cache
-
-    start = (
-        jnp.int32(0),
-        last,
-        lengths == 0,
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros((B, new), jnp.int32),
-        cache,
-    )
-    *_, count, out, _ = jax.lax.while_loop(going, body, start)
-    return out, count
-
-
-def generate(
-    model,
-    params,
-    prompts,
-    *,
-    stop_ids=(),
-    max_new_tokens=64,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    batch_size=64,
-    mesh=None,
-):
-    """A list of int lists: the tokens generated for each prompt, without the stop token.
-
-    prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
-    after max_new_tokens. Every process must call this with the same prompts.
-    """
-    if not hasattr(model, "decode") or getattr(model.config, "classes", 0):
-        raise ModelError(
-            "generate: this model has no vocabulary head to draw tokens from; take the directory of"
-            " a causal language model"
-        )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if prompts and not len(prompts[order[0]]):
-        problem = f"prompt {order[0]} is empty; a prompt needs at least one token"
-        raise DataError(problem, kind="empty_text")
-    shards = sharding.axis_size(mesh, sharding.RULES["batch"]) if mesh else 1
-    size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
-    answers = [None] * len(prompts)
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        width = -(-max(len(prompts[i]) for i in rows) // BUCKET) * BUCKET
-        tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-        for j, i in enumerate(rows):
-            tokens[j, : len(prompts[i])] = prompts[i]
-            lengths[j] = len(prompts[i])
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        out, count = _run(
-            model,
-            params,
-            *_replicated(mesh, tokens, lengths, key),
-            tuple(sorted(set(stop_ids))),
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-        )
-        out, count = processes.to_host(out), processes.to_host(count)
-        for j, i in enumerate(rows):
-            answers[i] = out[j, : count[j]].tolist()
-    return answers
-
-
-def _replicated(mesh, *arrays):
-    if mesh is None:
-        return arrays
-    return [jax.device_put(x, sharding.named(mesh)) for x in arrays]
+from sftjax import hf
+from sftjax.data import stop_ids
+from sftjax.data.masking.template import load_template
+from sftjax.errors import DataError
+from sftjax.evaluation import generation
 
 
 def main(argv):
@@ -149,11 +19,7 @@ def main(argv):
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from transformers import AutoTokenizer
-
-    from sftjax.data import stop_ids
-    from sftjax.data.template import load_template
-    from sftjax.models import hf
+    from transformers import AutoTokenizer  # slow to import, and not needed for --help
 
     path = hf.resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -167,7 +33,7 @@ def main(argv):
     model, params = hf.load_pretrained(path)
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    out = generate(model, params, [prompt], stop_ids=stop_ids(tokenizer), **options)
+    out = generation.generate(model, params, [prompt], stop_ids=stop_ids(tokenizer), **options)
     print(tokenizer.decode(out[0], skip_special_tokens=True))
 
 

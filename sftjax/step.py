@@ -13,8 +13,8 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
 from sftjax.errors import ConfigError
 
 DATA = "data"  # the mesh axis whose shards hold all parameters and some of the rows
@@ -183,7 +183,7 @@ def _sum_once(work, micro_batches):
         rng = jax.random.fold_in(rng, jax.lax.axis_index(DATA))
         return jax.lax.psum(work(params, frozen, batch, rng, model_state), DATA)
 
-    return sharding.shard_map(shard, (P(), P(), P(DATA), P(), P()), P(), axes={DATA})
+    return parallel.shard_map(shard, (P(), P(), P(DATA), P(), P()), P(), axes={DATA})
 
 
 def _ratio(a, b):

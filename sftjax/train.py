@@ -11,13 +11,17 @@ import time
 import jax
 
 from sftjax import config as config_lib
-from sftjax import optim, plan, processes, report, setup, sharding, tasks, xla_flags
+from sftjax import optim, parallel, tasks
 from sftjax import params as params_lib
-from sftjax.checkpoint import Checkpointer
-from sftjax.evaluate import EarlyStop, Evaluator
-from sftjax.feed import Feed, load_tokenizer
-from sftjax.log import Log
-from sftjax.profiler import Profiler
+from sftjax.evaluation.evaluator import EarlyStop, Evaluator
+from sftjax.parallel import processes
+from sftjax.reports import run as report
+from sftjax.training import build, xla_flags
+from sftjax.training import workdir as workdir_lib
+from sftjax.training.checkpoint import Checkpointer
+from sftjax.training.data import Feed, load_tokenizer
+from sftjax.training.log import Log, say
+from sftjax.training.profiler import Profiler
 
 
 def main(argv):
@@ -31,52 +35,51 @@ def train(config, workdir) -> dict:
     config_lib.check(config)
     m = config.mesh
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
-    mesh = sharding.make_mesh({axis: m[axis] for axis in sharding.AXES})
+    mesh = parallel.make_mesh({axis: m[axis] for axis in parallel.AXES})
     for length in (*config.data.buckets, config.data.max_length):
-        sharding.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
-    workdir = setup.prepare_workdir(config, workdir)
-    say = setup.say
+        parallel.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
+    workdir = workdir_lib.prepare_workdir(config, workdir)
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
-    with plan.advice(config), setup.compile_cache(workdir), jax.set_mesh(mesh):
+    with build.advice(config), workdir_lib.compile_cache(workdir), jax.set_mesh(mesh):
         # ==== Data ====
         task = tasks.make(config, load_tokenizer(config))
         feed = Feed(config, task, workdir, mesh)
         say("data", feed.summary())
 
         # ==== Model, optimizer, state ====
-        model, trainable = setup.make_model(config, task)
+        model, trainable = build.make_model(config, task)
         profiler = Profiler(config.profile.steps, workdir, feed.steps)
-        lr = setup.make_schedule(config.optim, feed.steps)
+        lr = build.make_schedule(config.optim, feed.steps)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
-        target = setup.abstract_state(config.model, model, trainable, tx, mesh)
+        target = build.abstract_state(config.model, model, trainable, tx, mesh)
         lower = task.lower_is_better(config.eval.best)
         checkpoints = Checkpointer(
             workdir / "checkpoints",
-            manifest=setup.manifest(config, feed),
+            manifest=workdir_lib.manifest(config, feed),
             keep=config.train.keep,
             best_metric=config.eval.best,
             best_mode="min" if lower else "max",
         )
         if checkpoints.latest_step() is None:
             how = dict(seed=config.seed, new=feed.new_tokens)
-            state = setup.first_state(config.model, model, trainable, tx, target, mesh, **how)
+            state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra = {"before": None, "early_stop": None, "data": None}
         else:
             state, extra = checkpoints.restore(target)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
-        flops = setup.flops_per_step(model, trainable, feed)
+        flops = build.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
-        say("state", setup.state_text(state, flops))
+        say("state", build.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====
         if xla_flags.text(jax.default_backend()):
             say("flags", xla_flags.text(jax.default_backend()))
         loss_fn = task.loss_fn(model, config.loss.to_dict(), feed.names)
-        step_fn = setup.make_step(loss_fn, tx, target, config.train.micro_batches)
+        step_fn = build.make_step(loss_fn, tx, target, config.train.micro_batches)
         began = time.monotonic()
         steps = {w: step_fn.lower(target, feed.abstract_batch(w)).compile() for w in feed.widths}
-        say("compiled", setup.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
+        say("compiled", build.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
 
         # ==== Before ====
         generation = dict(mesh=mesh, seed=config.seed, **config.generate.to_dict())
@@ -118,7 +121,7 @@ def train(config, workdir) -> dict:
         # ==== After ====
         after = evaluator.full(state.all_params, state.model_state)
         if config.train.export:
-            setup.export(workdir / "export", task, model, state)
+            build.export(workdir / "export", task, model, state)
         result = {"before": extra["before"], "after": after, "steps": step}
         report.finish(workdir, task, feed, result, config.eval.samples)
     return result

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from sftjax import hf as hf_lib
 from sftjax import params as params_lib
-from sftjax.models import hf as hf_lib
 
 BASE = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

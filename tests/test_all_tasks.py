@@ -15,11 +15,14 @@ import pytest
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import feed as feed_lib
-from sftjax import optim, plan, setup, sharding, targets, tasks
+from sftjax import optim, parallel, tasks
 from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
 from sftjax.inspect_data import inspect
+from sftjax.plan import compile as plan
+from sftjax.plan import hardware as targets
+from sftjax.training import build
+from sftjax.training import data as feed_lib
 
 REPO = Path(__file__).resolve().parents[1]
 QUICKSTART = REPO / "experiments" / "quickstart"
@@ -123,7 +126,7 @@ def test_every_task_has_a_case():
 
 def test_batches_are_as_the_spec_says(case, tmp_path):
     config, task = case[1], make(case[1])
-    feed = feed_lib.Feed(config, task, tmp_path, sharding.make_mesh({"fsdp": -1}))
+    feed = feed_lib.Feed(config, task, tmp_path, parallel.make_mesh({"fsdp": -1}))
     spec = feed.spec(8, 64)
     for batch in (next(feed.batches(0)), next(feed.eval_batches(feed.sets["validation"]))):
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
@@ -163,14 +166,14 @@ def test_eight_devices_give_what_one_gives(case, tmp_path):
     config, found = case[1], []
     for devices in (1, 8):
         task = make(config)
-        mesh = sharding.make_mesh({"fsdp": -1}, jax.devices()[:devices])
+        mesh = parallel.make_mesh({"fsdp": -1}, jax.devices()[:devices])
         with jax.set_mesh(mesh):
             feed = feed_lib.Feed(config, task, tmp_path, mesh)
-            net, trainable = setup.make_model(config, task)
-            lr = setup.make_schedule(config.optim, 6)
+            net, trainable = build.make_model(config, task)
+            lr = build.make_schedule(config.optim, 6)
             tx = optim.make(config.optim, lr, net.abstract, trainable)
-            target = setup.abstract_state(config.model, net, trainable, tx, mesh)
-            state = setup.first_state(config.model, net, trainable, tx, target, mesh)
+            target = build.abstract_state(config.model, net, trainable, tx, mesh)
+            state = build.first_state(config.model, net, trainable, tx, target, mesh)
             loss_fn = task.loss_fn(net, config.loss.to_dict())
             step = functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx)
             run, some = jax.jit(step), []

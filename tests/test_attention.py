@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sftjax.ops import blockwise
-from sftjax.ops.attention import BACKENDS, attention
+from sftjax.ops.attention import BACKENDS, attention, blockwise
 
 # name -> (query heads, key/value heads, head width, length, documents of a row, options)
 GRID = {

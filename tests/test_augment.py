@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_chat import TOKENIZER
 
+from sftjax.clean import augment as augment_lib
+from sftjax.clean.augment import AUGMENTATIONS, TEMPLATES, Augmented, canonical
 from sftjax.data import DataError, build_store, encode, open_source
-from sftjax.data import augment as augment_lib
-from sftjax.data.augment import AUGMENTATIONS, TEMPLATES, Augmented, canonical
-from sftjax.data.conversation import to_conversation
+from sftjax.data.masking.conversation import to_conversation
 from sftjax.tasks.causal_lm import CausalLM
 
 LONG = "tell me one two three four five six seven eight nine ten eleven twelve words about the sea"

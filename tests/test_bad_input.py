@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_chat import PLAIN, TOKENIZER, make_tokenizer
 
+from sftjax.clean.split import split
 from sftjax.data import DataError, build_store, open_source
-from sftjax.data.split import split
 from sftjax.tasks.causal_lm import CausalLM
 
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}

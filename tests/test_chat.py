@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftjax.data import DataError, encode, open_source, prompt_and_answer, shift, stop_ids
-from sftjax.data.chat import encode_batch, token_weights
+from sftjax.data.masking.encode import encode_batch, token_weights
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

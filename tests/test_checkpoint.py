@@ -19,7 +19,7 @@ import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sftjax.checkpoint import (
+from sftjax.training.checkpoint import (
     Checkpointer,
     CheckpointError,
     abstract_like,
@@ -300,7 +300,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 FULL_DISK = """
 import resource, signal, sys, time
 import jax.numpy as jnp, numpy as np
-from sftjax.checkpoint import Checkpointer, CheckpointError
+from sftjax.training.checkpoint import Checkpointer, CheckpointError
 noise = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32))
 ckpt = Checkpointer({path!r}, keep=1)
 ckpt.save(1, {{"x": noise}})

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from test_reports import check_self_contained
 
+from sftjax.clean import rules as clean_lib
+from sftjax.clean.report import summary, write_records, write_rejects, write_report
+from sftjax.clean.rules import RULES, find, find_once
 from sftjax.data import DataError, open_source
-from sftjax.data import clean as clean_lib
-from sftjax.data.clean import RULES, find, find_once
-from sftjax.data.clean_report import summary, write_records, write_rejects, write_report
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -352,7 +352,7 @@ def test_the_same_in_every_process(tmp_path):
     """Python's own hashes differ between processes; what is found does not."""
     path, test, _ = planted(tmp_path, n=60)
     code = (
-        "import sys; from sftjax.data import open_source; from sftjax.data.clean import find\n"
+        "import sys; from sftjax.data import open_source; from sftjax.clean.rules import find\n"
         "print(find(open_source(sys.argv[1]), evaluation=[open_source(sys.argv[2])]))"
     )
     outputs = set()

@@ -12,14 +12,14 @@ import tiny
 from test_chat import make_tokenizer
 from test_clean import Records, good, places, planted
 
-from sftjax import clean as command
 from sftjax import config as config_lib
-from sftjax import losses, sharding, tasks
+from sftjax import losses, parallel, tasks
+from sftjax.clean import command
+from sftjax.clean.rules import find
 from sftjax.config import ConfigError, get_default
 from sftjax.data import DataError, make_batch, open_source
-from sftjax.data.clean import find
-from sftjax.feed import Feed, load_tokenizer
 from sftjax.inspect_data import inspect
+from sftjax.training.data import Feed, load_tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -99,7 +99,7 @@ def config(tmp_path):
 
 def make_feed(config, workdir):
     workdir.mkdir(exist_ok=True)
-    mesh = sharding.make_mesh({a: config.mesh[a] for a in sharding.AXES})
+    mesh = parallel.make_mesh({a: config.mesh[a] for a in parallel.AXES})
     return Feed(config, tasks.make(config, load_tokenizer(config)), workdir, mesh)
 
 
@@ -130,7 +130,7 @@ def test_command(config, tmp_path, capsys):
 
 def test_command_with_suspects(config, tmp_path, capsys):
     """A random model's trust means nothing; that it is asked, and heard, is shown."""
-    from sftjax.models import hf
+    from sftjax import hf
 
     model = hf.load_model(config.model.path)
     tokenizer = load_tokenizer(config)

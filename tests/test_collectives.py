@@ -11,10 +11,12 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 import sftjax
-from sftjax import hlo, sharding
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax.data.pack import CAUSAL
-from sftjax.ops import gather, weight
+from sftjax.data.packing.pack import CAUSAL
+from sftjax.ops import weight
+from sftjax.parallel import gather
+from sftjax.plan import hlo
 
 ROWS, LENGTH, F32 = 8, 32, 4
 TOKENS = ROWS * LENGTH  # of a micro-batch; the loss takes them in one chunk
@@ -32,15 +34,15 @@ SMALL = 6_000  # norms' gradients, sums of the loss and of the optimizer's norms
 
 def collectives(sizes, micro=1):
     """{(kind, group size): bytes} of a training step, those of one micro-batch's rows times n."""
-    mesh, tx = sharding.make_mesh(sizes), optax.sgd(0.1)
+    mesh, tx = parallel.make_mesh(sizes), optax.sgd(0.1)
     loss_fn = sftjax.losses.causal_lm(MODEL)
     step = functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro)
     with jax.set_mesh(mesh):
-        layout = sharding.param_shardings(mesh, MODEL.abstract)
+        layout = parallel.param_shardings(mesh, MODEL.abstract)
         params = params_lib.shapes(MODEL.abstract, jnp.float32, layout)
         state = jax.eval_shape(lambda p: sftjax.TrainState.create(params=p, tx=tx), params)
         state = state.replace(params=params)
-        batch = sharding.abstract_batch(mesh, CAUSAL.spec(ROWS * micro, LENGTH))
+        batch = parallel.abstract_batch(mesh, CAUSAL.spec(ROWS * micro, LENGTH))
         out = (jax.tree.map(lambda x: x.sharding, state), None)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
         cost = hlo.analyze(jitted.lower(state, batch).compile().as_text())
@@ -86,11 +88,11 @@ def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
 
         split = ("data", "fsdp", "expert")
         rows = P(split)
-        return sharding.shard_map(use, (sharding.part(axes, split),), rows, split)(w).sum()
+        return parallel.shard_map(use, (parallel.part(axes, split),), rows, split)(w).sum()
 
     w = np.arange(64.0 * 32, dtype=np.float32).reshape(64, 32)
-    with jax.set_mesh(sharding.make_mesh(sizes)):
-        placed = jax.device_put(w, sharding.named(jax.sharding.get_mesh(), *axes))
+    with jax.set_mesh(parallel.make_mesh(sizes)):
+        placed = jax.device_put(w, parallel.named(jax.sharding.get_mesh(), *axes))
         monkeypatch.setattr(gather, "RINGS", {"cpu": 8})
         ring = jax.jit(jax.grad(loss)).lower(placed).compile()
         assert "reduce-scatter(" not in ring.as_text() and "collective-permute(" in ring.as_text()

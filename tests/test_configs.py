@@ -11,7 +11,8 @@ import pytest
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import optim, setup, sharding, tasks
+from sftjax import optim, parallel, tasks
+from sftjax.training import build
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = sorted(p.name for p in (REPO / "configs").glob("*.py"))
@@ -34,16 +35,16 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
     if not Path(config.model.path or "none").exists():  # a hub id, or the user's to give
         (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
         config.model.path, config.model.init = str(tmp_path), "random"
-    mesh = sharding.make_mesh({a: config.mesh[a] for a in sharding.AXES})
+    mesh = parallel.make_mesh({a: config.mesh[a] for a in parallel.AXES})
     with jax.set_mesh(mesh):
         tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 99})
-        model, trainable = setup.make_model(config, tasks.make(config, tokenizer))
-        lr = setup.make_schedule(config.optim, 100)
+        model, trainable = build.make_model(config, tasks.make(config, tokenizer))
+        lr = build.make_schedule(config.optim, 100)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
-        state = setup.abstract_state(config.model, model, trainable, tx, mesh)
+        state = build.abstract_state(config.model, model, trainable, tx, mesh)
         size, length = config.train.batch_size, config.data.max_length
-        sharding.check_batch(mesh, size, config.train.micro_batches, length)
-        layout = sharding.named(mesh, "batch", "seq")
+        parallel.check_batch(mesh, size, config.train.micro_batches, length)
+        layout = parallel.named(mesh, "batch", "seq")
         batch = {
             k: jax.ShapeDtypeStruct((size, length), kind, sharding=layout)
             for k, kind in dict(

@@ -7,7 +7,7 @@ from test_chat import TOKENIZER, assistant, fails, system, user
 
 from sftjax import config as config_lib
 from sftjax.data import DataError, encode
-from sftjax.data.conversation import to_conversation
+from sftjax.data.masking.conversation import to_conversation
 from sftjax.tasks.causal_lm import policy as policy_of
 
 # --- record forms ---

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import token_loss
 
-from sftjax import sharding
+from sftjax import parallel
 from sftjax.ops.cross_entropy import linear_cross_entropy
 
 B, S, D, V = 4, 33, 16, 70
@@ -127,7 +127,7 @@ def test_devices_that_share_the_vocabulary_give_the_loss_of_one(sizes, rows):
 
     run = jax.value_and_grad(loss, (0, 1), has_aux=True)
     expected = jax.jit(run)(h, w)
-    with jax.set_mesh(sharding.make_mesh(sizes)):
+    with jax.set_mesh(parallel.make_mesh(sizes)):
         found = jax.jit(run)(h, w)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())

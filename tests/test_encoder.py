@@ -16,11 +16,11 @@ from families import BERT, case, write
 from safetensors.numpy import load_file, save_file
 
 import sftjax
+from sftjax import hf as hf_lib
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
-from sftjax.generate import generate
-from sftjax.models import hf as hf_lib
-from sftjax.models.safetensors_io import WeightsError
+from sftjax.evaluation.generation import generate
+from sftjax.hf.safetensors_io import WeightsError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "encoder.json").read_text())
 SMALL = GOLDEN["small"]
@@ -205,11 +205,11 @@ MESHES = [
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_meshes_drop_and_compute_what_one_device_does(bert, plain, sizes):
     (model, params), (batch, labels) = bert, eight()
-    mesh = sharding.make_mesh(sizes)
+    mesh = parallel.make_mesh(sizes)
     with jax.set_mesh(mesh):
-        layout = sharding.param_shardings(mesh, model.abstract)
+        layout = parallel.param_shardings(mesh, model.abstract)
         params = jax.device_put(params, layout)
-        batch = sharding.put_batch(mesh, batch | {"labels": labels}, len(labels))
+        batch = parallel.put_batch(mesh, batch | {"labels": labels}, len(labels))
         labels = batch.pop("labels")
         loss, grads = loss_and_grads(model, params, batch, labels, jax.random.key(5))
     close(loss, plain[0])
@@ -268,7 +268,7 @@ def test_a_bare_model_gets_a_head_and_is_saved_as_a_classifier(tmp_path, caplog)
 def test_a_head_made_on_a_mesh_is_that_of_one_device(tmp_path):
     path = write("bert", tmp_path)
     _, expected = sftjax.load_pretrained(path, labels=NAMES)
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = parallel.make_mesh({"fsdp": 8})
     _, params = sftjax.load_pretrained(path, labels=NAMES, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from test_chat import TOKENIZER
 
-from sftjax import checkpoint, config, errors, plan, sharding, targets
-from sftjax.data import DataError, build_store, encode, open_source, pipeline
-from sftjax.models import safetensors_io
+from sftjax import config, errors, parallel
+from sftjax.data import DataError, build_store, encode, open_source
+from sftjax.data import token_store as pipeline
+from sftjax.hf import safetensors_io
+from sftjax.plan import compile as plan
+from sftjax.plan import hardware as targets
+from sftjax.training import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}
@@ -177,7 +181,7 @@ def test_run_prints_each_class_as_one_message(error):
 def test_classes_are_those_of_their_places_and_of_python():
     assert config.ConfigError is errors.ConfigError and DataError is errors.DataError
     assert safetensors_io.WeightsError is errors.WeightsError
-    assert sharding.MeshError is errors.MeshError and targets.TargetError is errors.TargetError
+    assert parallel.MeshError is errors.MeshError and targets.TargetError is errors.TargetError
     assert checkpoint.CheckpointError is errors.CheckpointError
     assert plan.OutOfMemory is errors.OutOfMemory
     builtin = (ValueError, OSError, RuntimeError, TypeError)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import sftjax
-from sftjax import report
-from sftjax.evaluate import loss_over
+from sftjax.evaluation.evaluator import loss_over
+from sftjax.reports import run as report
 from sftjax.tasks.causal_lm import CausalLM
 
 

@@ -17,9 +17,10 @@ from experiments.custom_loop import nnx as own_nnx
 from experiments.sst2 import prepare
 from experiments.stories import run as stories
 from sftjax import config as config_lib
-from sftjax import data, feed, tasks
+from sftjax import data, tasks
 from sftjax import params as params_lib
 from sftjax.train import train
+from sftjax.training import data as feed
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SPECS = ["gsm8k/config.py", "sst2/config.py", "stories/config.py:babyllama105-hf"]
@@ -58,7 +59,7 @@ def test_decoder_loop(tmp_path):
     hf = json.loads((EXPERIMENTS / "quickstart" / "base_model" / "config.json").read_text())
     hf |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    model = sftjax.models.hf.load_model(tmp_path)
+    model = sftjax.hf.load_model(tmp_path)
     base, out = tmp_path / "base", tmp_path / "out"
     sftjax.save_pretrained(base, model, tiny.params(model), tokenizer)
     losses = own_decoder.main(base, str(EXPERIMENTS / "quickstart/data/train.jsonl"), out, steps=8)

@@ -13,9 +13,9 @@ from families import CASES, write
 from safetensors.numpy import load_file
 
 import sftjax
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
-from sftjax.generate import generate
+from sftjax.evaluation.generation import generate
 from sftjax.models import decoder
 from sftjax.ops.attention import BACKENDS
 
@@ -200,11 +200,11 @@ def test_eight_devices_are_as_one(case):
         sizes = {"fsdp": 2, "tensor": 2, "expert": 2}
     else:  # odd sizes do not divide
         sizes = {"data": 4, "context": 2} if "odd" in case.name else {"fsdp": 4, "tensor": 2}
-    mesh = sharding.make_mesh(sizes)
+    mesh = parallel.make_mesh(sizes)
     with jax.set_mesh(mesh):
-        shardings = sharding.param_shardings(mesh, case.model.abstract)
+        shardings = parallel.param_shardings(mesh, case.model.abstract)
         params = jax.device_put(case.params, shardings)
-        ours = run(case.model, params, sharding.put_batch(mesh, golden_batch(), ROWS))
+        ours = run(case.model, params, parallel.put_batch(mesh, golden_batch(), ROWS))
     same(ours, case.plain)
 
 

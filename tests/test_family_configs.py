@@ -7,7 +7,7 @@ import json
 import pytest
 import transformers
 
-from sftjax.models import hf as hf_lib
+from sftjax import hf as hf_lib
 
 SIZES = dict(
     vocab_size=100, hidden_size=512, intermediate_size=64, num_hidden_layers=7,

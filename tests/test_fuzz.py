@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_chat import TOKENIZER
 
 from sftjax.data import DataError, build_store, encode, open_source
-from sftjax.data.chat import REASONING, STOP_TOKEN
+from sftjax.data.masking.encode import REASONING, STOP_TOKEN
 from sftjax.tasks.causal_lm import CausalLM
 
 FUZZ = settings(derandomize=True, max_examples=120, deadline=None, database=None)

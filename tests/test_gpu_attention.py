@@ -7,9 +7,10 @@ import pytest
 import tiny
 
 import sftjax
-from sftjax import sharding, targets
+from sftjax import parallel
 from sftjax.ops import attention as attention_lib
-from sftjax.ops.gpu_attention import NOBODY, Blocks, How, block_map, ranges, triton
+from sftjax.ops.attention.triton import NOBODY, Blocks, How, block_map, ranges, triton
+from sftjax.plan import hardware as targets
 
 SMALL = (Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 4, 2))  # many blocks a row
 
@@ -91,9 +92,9 @@ def test_on_a_mesh_as_on_one_device():
         return jax.jit(fn)(params)
 
     alone = run(batch)
-    mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2})
+    mesh = parallel.make_mesh({"data": 2, "tensor": 2, "context": 2})
     with jax.set_mesh(mesh):
-        shared = run(sharding.put_batch(mesh, batch, 2))
+        shared = run(parallel.put_batch(mesh, batch, 2))
     for ours, theirs in zip(*map(jax.tree.leaves, (shared, alone)), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 

@@ -20,11 +20,11 @@ import safetensors
 from safetensors.numpy import save_file
 
 import sftjax
+from sftjax import hf as hf_lib
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
-from sftjax.models import hf as hf_lib
-from sftjax.models import layout
-from sftjax.models.safetensors_io import Reader, WeightsError
+from sftjax.hf import layout
+from sftjax.hf.safetensors_io import Reader, WeightsError
 
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -203,10 +203,10 @@ def test_a_mesh_reads_every_byte_once_and_only_its_slices(tmp_path, monkeypatch,
         return x
 
     monkeypatch.setattr(Reader, "read", counted)
-    mesh = sharding.make_mesh(sizes)
+    mesh = parallel.make_mesh(sizes)
     _, params = sftjax.load_pretrained(source, mesh=mesh)
     equal(params, plain)
-    expected = sharding.param_shardings(mesh, model.abstract)
+    expected = parallel.param_shardings(mesh, model.abstract)
     assert jax.tree.map(lambda x: x.sharding, params) == expected
     parts = sizes["fsdp"] * sizes["tensor"]
     for name, (_, shape, data) in stored(source).items():
@@ -225,7 +225,7 @@ def test_tensors_are_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(Reader, "read", lambda *a: largest.append(read(*a).nbytes) or read(*a))
     equal(sftjax.load_pretrained(source)[1], whole)
     assert max(largest) == 8 * 16 * 4  # one head of a projection: 8 rows
-    equal(sftjax.load_pretrained(source, mesh=sharding.make_mesh({"fsdp": 8}))[1], whole)
+    equal(sftjax.load_pretrained(source, mesh=parallel.make_mesh({"fsdp": 8}))[1], whole)
 
 
 # ---- what is beside the weights ------------------------------------------------------------
@@ -317,14 +317,14 @@ def test_other_safetensors_beside_model_safetensors_are_not_read(tmp_path):
 MEASURE = """
 import sys
 import jax, sftjax
-from sftjax import params, sharding
+from sftjax import params, parallel
 
 def kib(field):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith(field))
 
 small, large, fsdp = *sys.argv[1:3], int(sys.argv[3])
-mesh = sharding.make_mesh({"fsdp": fsdp}) if fsdp > 1 else None
+mesh = parallel.make_mesh({"fsdp": fsdp}) if fsdp > 1 else None
 sftjax.load_pretrained(small, mesh=mesh)
 before = kib("VmRSS")
 _, loaded = sftjax.load_pretrained(large, mesh=mesh)

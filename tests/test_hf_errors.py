@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 from test_hf import HF, KINDS, Q, checkpoint, refused, shapes
 
 import sftjax
-from sftjax import sharding
-from sftjax.models import common
-from sftjax.models import hf as hf_lib
+from sftjax import hf as hf_lib
+from sftjax import parallel
+from sftjax.families import common
 
 # ---- weights -------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ def test_weights_that_are_not_finite(tmp_path, value, kind, mesh):
     message = (
         rf"model-0000\d-of-00002.safetensors: tensor {Q} holds NaN or infinity; take an intact"
     )
-    refused(source, message, mesh=mesh and sharding.make_mesh(mesh))
+    refused(source, message, mesh=mesh and parallel.make_mesh(mesh))
 
 
 def test_missing_extra_and_misshapen_tensors_are_listed(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sftjax import hlo, hlo_text, memory
+from sftjax.plan import hlo, hlo_text
+from sftjax.plan import memory_account as memory
 
 
 def text_of(fn, *args) -> str:

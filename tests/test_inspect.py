@@ -11,7 +11,7 @@ from sftjax import config as config_lib
 from sftjax.config import get_default
 from sftjax.data import DataError
 from sftjax.inspect_data import inspect, main
-from sftjax.inspect_views import GREEN, PLAIN, RED
+from sftjax.inspect_data.views import GREEN, PLAIN, RED
 
 ROWS = [
     {"prompt": "what is two?", "completion": "two <script>alert(1)</script> & four"},

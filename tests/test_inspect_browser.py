@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import pytest
 from test_chat import make_tokenizer
 
-from sftjax import feed
 from sftjax.config import get_default
 from sftjax.data import encode
 from sftjax.inspect_data import inspect
 from sftjax.reports import html as html_lib
+from sftjax.training import data as feed
 
 pytestmark = pytest.mark.browser
 PHONE = 390  # CSS pixels

@@ -13,8 +13,8 @@ from test_train import files, lines, make  # noqa: F401
 from sftjax import train as train_lib
 from sftjax.config import ConfigError
 from sftjax.data import Buckets, DataError, build_store, loader, open_source
-from sftjax.data import lengths as lengths_lib
-from sftjax.data.lengths import OVERLONG, describe, fit
+from sftjax.data.packing import truncate as lengths_lib
+from sftjax.data.packing.truncate import OVERLONG, describe, fit
 from sftjax.tasks.causal_lm import CausalLM
 
 BOS = 1

@@ -8,7 +8,7 @@ import tiny
 
 import sftjax
 from sftjax import params as params_lib
-from sftjax.generate import generate
+from sftjax.evaluation.generation import generate
 from sftjax.models import decoder, flops
 from sftjax.ops import rope
 from sftjax.ops.attention import attention, check
@@ -121,7 +121,7 @@ def test_greedy_generation_with_a_cache_equals_recomputing_everything(setup):
 
 def test_sampling_follows_temperature_top_k_and_top_p(setup):
     model, params, _ = setup
-    from sftjax.generate import sample
+    from sftjax.evaluation.generation import sample
 
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sftjax import metrics
-from sftjax.metrics import Writer, mfu, peak_memory
+from sftjax.training import metrics
+from sftjax.training.metrics import Writer, mfu, peak_memory
 
 
 def read(workdir):

@@ -17,9 +17,10 @@ from sftjax import config as config_lib
 from sftjax import losses
 from sftjax import train as train_lib
 from sftjax.config import ConfigError
-from sftjax.data import Mixture, Rows, loader, mix, pack
-from sftjax.data import mixture as mixture_lib
-from sftjax.data.pack import CAUSAL
+from sftjax.data import Mixture, Rows, loader, pack
+from sftjax.data.mixing import mixture as mixture_lib
+from sftjax.data.mixing import spec as mix
+from sftjax.data.packing.pack import CAUSAL
 from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.step import TrainState, train_step
 
@@ -436,10 +437,11 @@ def test_a_curriculum_runs_logs_each_source_and_resumes(files, kinds, tmp_path, 
 
 
 def make_feed(config, workdir):
-    from sftjax import feed, sharding, tasks
+    from sftjax import parallel, tasks
+    from sftjax.training import data as feed
 
     task = tasks.make(config, feed.load_tokenizer(config))
-    return feed.Feed(config, task, workdir, sharding.make_mesh({"fsdp": -1}))
+    return feed.Feed(config, task, workdir, parallel.make_mesh({"fsdp": -1}))
 
 
 def test_each_source_has_its_own_fields_masks_and_limits(files, kinds, tmp_path):  # noqa: F811

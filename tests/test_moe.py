@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 import sftjax
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
 from sftjax.models import decoder, flops
 from sftjax.ops import moe
 from sftjax.ops.rope import Rope
@@ -90,7 +90,7 @@ def test_the_layer_equals_a_float64_loop_over_experts(k, renormalise, bias):
     "sizes", [MESH, {"expert": 4, "tensor": 2}, {"context": 2, "data": 2, "expert": 2}], ids=str
 )
 def test_the_layer_on_a_mesh_equals_one_device(sizes):
-    args, mesh = layer(bias=True), sharding.make_mesh(sizes)
+    args, mesh = layer(bias=True), parallel.make_mesh(sizes)
     fn = functools.partial(mixture, k=2, renormalise=True)
     fn = jax.value_and_grad(fn, argnums=(0, 1, 2), has_aux=True)
     expected = jax.jit(fn)(*args)
@@ -128,7 +128,7 @@ def test_rows_of_other_shards_experts_may_come_back_as_anything(monkeypatch):
     fn = jax.value_and_grad(fn, argnums=(0, 1, 2), has_aux=True)
     expected = jax.jit(fn)(*args)
     monkeypatch.setattr(jax.lax, "ragged_dot", careless_dot)
-    with jax.set_mesh(sharding.make_mesh(MESH)):
+    with jax.set_mesh(parallel.make_mesh(MESH)):
         close(jax.jit(fn)(*args), expected, 2e-6)
 
 
@@ -220,11 +220,11 @@ def test_the_loss_adds_it_weighed_by_trained_tokens(setup):
     assert metrics["load_balance"] == pytest.approx(balance, rel=1e-5)
     assert metrics["loss"] == pytest.approx(tokens + 0.01 * balance, rel=1e-6)
 
-    mesh = sharding.make_mesh(MESH)
+    mesh = parallel.make_mesh(MESH)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.param_shardings(mesh, model.abstract))
+        params = jax.device_put(params, parallel.param_shardings(mesh, model.abstract))
         start = sftjax.TrainState.create(params=params, tx=tx)
-        sharded, again = jax.jit(step)(start, sharding.put_batch(mesh, batch, 8))
+        sharded, again = jax.jit(step)(start, parallel.put_batch(mesh, batch, 8))
     for name in ("loss", "load_balance", "grad_norm"):
         np.testing.assert_allclose(again[name], metrics[name], rtol=1e-5)
     close(sharded.params, state.params, 1e-5)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sftjax.data import make_batch, pack, shift
-from sftjax.data.pack import pad_to_multiple, plan
+from sftjax.data.packing.pack import pad_to_multiple, plan
 
 
 def docs_of(*token_lists):

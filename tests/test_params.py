@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
 from sftjax.params import Param
 
 
@@ -51,8 +51,8 @@ def test_adding_a_parameter_changes_no_other():
 
 
 def test_init_on_a_mesh_draws_the_same_numbers():
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-    shardings = sharding.param_shardings(mesh, tree())
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+    shardings = parallel.param_shardings(mesh, tree())
     plain = params_lib.init(tree(), jax.random.key(0), jnp.bfloat16)
     placed = params_lib.init(tree(), jax.random.key(0), jnp.bfloat16, shardings)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(placed), strict=True):
@@ -64,8 +64,8 @@ def test_init_on_a_mesh_draws_the_same_numbers():
 def test_shapes_are_targets_with_shardings():
     plain = params_lib.shapes(tree(), jnp.bfloat16)
     assert plain["embed"]["w"] == jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-    shardings = sharding.param_shardings(mesh, tree())
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+    shardings = parallel.param_shardings(mesh, tree())
     placed = params_lib.shapes(tree(), shardings=shardings)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert {x.dtype for x in jax.tree.leaves(placed)} == {np.dtype(np.float32)}

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import sftjax
 from sftjax import params as params_lib
-from sftjax.generate import generate
+from sftjax.evaluation.generation import generate
 from sftjax.ops import moe
 
 pytestmark = pytest.mark.parity

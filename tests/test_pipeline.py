@@ -6,8 +6,8 @@ import pytest
 from test_chat import TOKENIZER, assistant, make_tokenizer, user
 
 from sftjax.data import DataError, Rows, TokenStore, build_store, loader, make_batch, open_source
-from sftjax.data import pipeline as pipeline_lib
-from sftjax.data.lengths import fit
+from sftjax.data import token_store as pipeline_lib
+from sftjax.data.packing.truncate import fit
 from sftjax.tasks.causal_lm import CausalLM, mark_spans
 
 POLICY = dict(train_on="assistant", stop_token="turn", template=None, fields={}, system="")

@@ -8,9 +8,15 @@ import jax
 import pytest
 
 from sftjax import config as config_lib
-from sftjax import estimate as estimate_lib
-from sftjax import hlo, memory, plan, plan_text, setup, targets, tasks
 from sftjax import params as params_lib
+from sftjax import tasks
+from sftjax.plan import compile as plan
+from sftjax.plan import estimate as estimate_lib
+from sftjax.plan import hardware as targets
+from sftjax.plan import hlo
+from sftjax.plan import memory_account as memory
+from sftjax.plan import text as plan_text
+from sftjax.training import build
 
 LLAMA = dict(
     model_type="llama", vocab_size=512, hidden_size=64, num_hidden_layers=4,
@@ -312,7 +318,7 @@ def test_rows_that_a_backend_cannot_take(make, changes, tokens):
     says = f"takes rows of a multiple of 128 tokens on each shard of mesh.context, found {tokens};"
     with pytest.raises(ValueError, match=says):
         config = make(model__attention="splash", **changes)
-        setup.make_model(config, tasks.make(config, None), platform="tpu")
+        build.make_model(config, tasks.make(config, None), platform="tpu")
 
 
 # ---- a TPU's compiler ----------------------------------------------------------------------

@@ -12,8 +12,8 @@ import tiny
 from sftjax import config as config_lib
 from sftjax import losses
 from sftjax.config import ConfigError
-from sftjax.profiler import Profiler
 from sftjax.step import TrainState, train_step
+from sftjax.training.profiler import Profiler
 
 
 def profiler(where, steps, total=20):

@@ -9,7 +9,7 @@ from families import ALL
 from sftjax import config as config_lib
 from sftjax import data, losses, optim
 from sftjax.cli import COMMANDS
-from sftjax.models.hf import FAMILIES
+from sftjax.hf import FAMILIES
 from sftjax.ops import rope
 
 REPO = Path(__file__).resolve().parents[1]

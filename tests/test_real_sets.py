@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from sftjax import config as config_lib
 from sftjax.data import open_source
-from sftjax.data.chat import encode_batch
+from sftjax.data.masking.encode import encode_batch
 from sftjax.tasks.causal_lm import policy as policy_of
 
 pytestmark = pytest.mark.fixtures

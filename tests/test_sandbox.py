@@ -5,7 +5,8 @@ import os
 import pytest
 from test_chat import CHATML, M, assistant, fails, make_tokenizer, trained, user
 
-from sftjax.data import DataError, encode, sandbox
+from sftjax.data import DataError, encode
+from sftjax.data.masking import sandbox
 
 RECORD = {M: [user("q"), assistant("a")]}
 

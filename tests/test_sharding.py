@@ -17,11 +17,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sftjax
+from sftjax import hf as hf_lib
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
-from sftjax.models import hf as hf_lib
+from sftjax.parallel import MeshError, batches, make_mesh
+from sftjax.parallel import mesh as mesh_lib
 from sftjax.params import Param
-from sftjax.sharding import MeshError, make_mesh
 
 # ---- the mesh ------------------------------------------------------------------------------
 
@@ -85,19 +86,19 @@ def fakes(slices, platform):
 
 
 def test_only_the_data_axis_crosses_slices():
-    devices = sharding._arrange([4, 2, 1, 1, 1], fakes(2, "tpu"))
+    devices = mesh_lib._arrange([4, 2, 1, 1, 1], fakes(2, "tpu"))
     assert devices.shape == (4, 2, 1, 1, 1)
     slices = np.vectorize(lambda d: d.slice_index)(devices).reshape(4, 2)
     assert slices.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
     assert len({d.id for d in devices.ravel()}) == 8
     message = "mesh data=1 does not divide over 2 slices; only the data axis may cross slices"
     with pytest.raises(MeshError, match=message):
-        sharding._arrange([1, 8, 1, 1, 1], fakes(2, "tpu"))
+        mesh_lib._arrange([1, 8, 1, 1, 1], fakes(2, "tpu"))
 
 
 def test_gpu_hosts_are_no_slices():
     """Each GPU host has a slice_index of its own, yet fsdp may span hosts."""
-    devices = sharding._arrange([1, 8, 1, 1, 1], fakes(2, "gpu"))
+    devices = mesh_lib._arrange([1, 8, 1, 1, 1], fakes(2, "gpu"))
     assert [d.id for d in devices.ravel()] == list(range(8))
 
 
@@ -105,23 +106,23 @@ def test_gpu_hosts_are_no_slices():
 
 
 def test_logical_axes_become_mesh_axes():
-    assert sharding.spec(("layers", "embed", "heads", "head_dim")) == P(
+    assert parallel.spec(("layers", "embed", "heads", "head_dim")) == P(
         None, "fsdp", "tensor", None
     )
-    assert sharding.spec(("batch", "seq", None)) == P(("data", "fsdp", "expert"), "context", None)
+    assert parallel.spec(("batch", "seq", None)) == P(("data", "fsdp", "expert"), "context", None)
     message = "logical axes 'heads' and 'mlp' of one array both map to mesh axis 'tensor'"
     with pytest.raises(MeshError, match=message):
-        sharding.spec(("heads", "mlp"))
+        parallel.spec(("heads", "mlp"))
     with pytest.raises(MeshError, match="'batch' and 'embed' of one array both map to .* 'fsdp'"):
-        sharding.spec(("batch", "embed"))
+        parallel.spec(("batch", "embed"))
     with pytest.raises(MeshError, match="unknown logical axis 'haeds'; the table has batch, seq"):
-        sharding.spec(("embed", "haeds"))
+        parallel.spec(("embed", "haeds"))
 
 
 def test_every_parameter_of_a_model_has_a_layout():
     model = tiny.model(qkv_bias=True, out_bias=True, mlp_bias=True, tied=False)
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-    found = params_lib.flatten(sharding.param_shardings(mesh, model.abstract))
+    found = params_lib.flatten(parallel.param_shardings(mesh, model.abstract))
     assert found.keys() == params_lib.flatten(model.abstract).keys()
     assert found["embed/w"].spec == P("tensor", "fsdp")
     assert found["layers/0-3/attn/o/w"].spec == P(None, "tensor", None, "fsdp")
@@ -131,7 +132,7 @@ def test_every_parameter_of_a_model_has_a_layout():
 def test_a_parameter_that_does_not_divide_is_named():
     mesh = make_mesh({"tensor": 8})
     tree = {"head": {"w": Param((64, 16), ("vocab", "embed"))}}
-    sharding.param_shardings(mesh, tree)
+    parallel.param_shardings(mesh, tree)
     tree["layers"] = {
         "0-3": {"k": {"w": Param((4, 16, 2, 8), ("layers", "embed", "kv_heads", None))}}
     }
@@ -140,16 +141,16 @@ def test_a_parameter_that_does_not_divide_is_named():
         " choose a size of mesh.tensor that divides 2"
     )
     with pytest.raises(MeshError, match=message):
-        sharding.param_shardings(mesh, tree)
+        parallel.param_shardings(mesh, tree)
 
 
 def test_constrain_is_the_identity_without_a_mesh():
     x = jnp.ones((8, 4))
-    assert sharding.constrain(x, "batch", "seq") is x
-    assert jax.jit(lambda x: sharding.constrain(x, "batch", "seq"))(x).sharding.is_fully_replicated
+    assert parallel.constrain(x, "batch", "seq") is x
+    assert jax.jit(lambda x: parallel.constrain(x, "batch", "seq"))(x).sharding.is_fully_replicated
     mesh = make_mesh({"data": 4, "fsdp": 2})
     with jax.set_mesh(mesh):
-        y = jax.jit(lambda x: sharding.constrain(x, "batch", None))(x)
+        y = jax.jit(lambda x: parallel.constrain(x, "batch", None))(x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None)), 2)
 
 
@@ -158,30 +159,30 @@ def test_constrain_is_the_identity_without_a_mesh():
 
 def test_batches_that_do_not_divide():
     mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
-    sharding.check_batch(mesh, 16, 4, 32)
+    parallel.check_batch(mesh, 16, 4, 32)
     with pytest.raises(MeshError, match="batch_size=16 does not divide into 3 micro-batches"):
-        sharding.check_batch(mesh, 16, 3, 32)
+        parallel.check_batch(mesh, 16, 3, 32)
     with pytest.raises(MeshError, match="batch_size=16 does not divide into 0 micro-batches"):
-        sharding.check_batch(mesh, 16, 0, 32)
+        parallel.check_batch(mesh, 16, 0, 32)
     message = (
         r"a micro-batch of 2 rows \(train.batch_size=16, micro_batches=8\) does not divide over"
         r" the 4 batch shards of the mesh \(data x fsdp x expert\)"
     )
     with pytest.raises(MeshError, match=message):
-        sharding.check_batch(mesh, 16, 8, 32)
+        parallel.check_batch(mesh, 16, 8, 32)
     with pytest.raises(MeshError, match="data.max_length=31 does not divide into twice mesh.cont"):
-        sharding.check_batch(mesh, 16, 4, 31)
+        parallel.check_batch(mesh, 16, 4, 31)
 
 
 def test_a_single_process_reads_every_row():
     for sizes in ({"data": 8}, {"fsdp": 4, "tensor": 2}, {"context": 8}, {"expert": 8}):
-        assert sharding.local_rows(make_mesh(sizes), 24) == list(range(24))
+        assert parallel.local_rows(make_mesh(sizes), 24) == list(range(24))
 
 
 def test_put_batch_keeps_the_values_and_lays_out_rows():
     mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
     batch = tiny.batch(rows=8, length=32) | {"extra": np.arange(8), "image": np.ones((8, 4, 3))}
-    placed = sharding.put_batch(mesh, batch, 8)
+    placed = parallel.put_batch(mesh, batch, 8)
     assert placed.keys() == batch.keys()
     for key, value in batch.items():
         np.testing.assert_array_equal(placed[key], value)
@@ -195,13 +196,13 @@ MEMORY = """
 import json, sys
 import jax, jax.numpy as jnp
 import sftjax
-from sftjax import params, sharding
+from sftjax import params, parallel
 
 def megabytes(key):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) for line in f if line.startswith(key)) / 1024
 
-mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}) if sys.argv[2] == "mesh" else None
+mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2}) if sys.argv[2] == "mesh" else None
 jnp.ones(8).sum().block_until_ready()
 before = megabytes("VmRSS")
 with open("/proc/self/clear_refs", "w") as f:
@@ -257,11 +258,11 @@ def test_local_rows_of_hosts_that_alternate_along_the_mesh(monkeypatch):
     mesh = make_mesh({"fsdp": 8})
     mine = mesh.devices.reshape(-1)[::2]  # as if every other device were another host's
 
-    whole = sharding.named(mesh, "batch", None).devices_indices_map((16, 1))
+    whole = parallel.named(mesh, "batch", None).devices_indices_map((16, 1))
 
     class Layout:
         def addressable_devices_indices_map(self, shape):
             return {d: whole[d] for d in mine}
 
-    monkeypatch.setattr(sharding, "named", lambda *_: Layout())
-    assert sharding.local_rows(mesh, 16) == [0, 1, 4, 5, 8, 9, 12, 13]
+    monkeypatch.setattr(batches, "named", lambda *_: Layout())
+    assert parallel.local_rows(mesh, 16) == [0, 1, 4, 5, 8, 9, 12, 13]

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftjax.data import DataError, open_source
-from sftjax.data import sources as sources_lib
+from sftjax.data.records import sources as sources_lib
 
 
 def write(path, text):

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sftjax import sharding
-from sftjax.ops import splash
-from sftjax.ops.attention import attention
+from sftjax import parallel
+from sftjax.ops.attention import attention, splash
 
 B, S, N, K, H = 2, 512, 4, 2, 64
 CASES = [
@@ -62,34 +61,34 @@ def test_values_and_gradients_are_those_of_the_reference(inputs, how):
 def test_on_a_context_axis_each_shard_has_its_places_and_all_keys(inputs, how):
     args, where = inputs
     expected = run("xla", args, where, **how)
-    mesh = sharding.make_mesh({"context": 2, "tensor": 2, "data": 2})
+    mesh = parallel.make_mesh({"context": 2, "tensor": 2, "data": 2})
 
     def spread(x):  # as forward does it; the outputs are put back
-        return x[:, sharding.places(S, 2)]
+        return x[:, parallel.places(S, 2)]
 
     moved = {k: spread(v) for k, v in where.items()}
     with jax.set_mesh(mesh):
         found = run("splash", [spread(x) for x in args], moved, **how)
-    back = np.argsort(sharding.places(S, 2))
+    back = np.argsort(parallel.places(S, 2))
     close(jax.tree.map(lambda x: np.asarray(x)[:, back], found), expected)
 
 
 def test_places_share_causal_work_evenly_between_shards():
-    assert sharding.places(8, 1).tolist() == list(range(8))
-    assert sharding.places(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert parallel.places(8, 1).tolist() == list(range(8))
+    assert parallel.places(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     for shards in (2, 4):
-        work = (sharding.places(64, shards) + 1).reshape(shards, -1).sum(1)
+        work = (parallel.places(64, shards) + 1).reshape(shards, -1).sum(1)
         assert len(set(work.tolist())) == 1
-    with pytest.raises(sharding.MeshError, match="12 tokens .* twice mesh.context=4"):
-        sharding.places(12, 4)
+    with pytest.raises(parallel.MeshError, match="12 tokens .* twice mesh.context=4"):
+        parallel.places(12, 4)
 
 
 def test_a_row_is_put_into_the_order_of_the_context_axis_and_back():
     x = jnp.arange(4 * 32 * 3, dtype=jnp.float32).reshape(4, 32, 3)
-    with jax.set_mesh(sharding.make_mesh({"context": 4, "data": 2})):
-        there = jax.jit(sharding.spread)(x)
-        back = jax.jit(sharding.unspread)(there)
-    np.testing.assert_array_equal(there, x[:, sharding.places(32, 4)])
+    with jax.set_mesh(parallel.make_mesh({"context": 4, "data": 2})):
+        there = jax.jit(parallel.spread)(x)
+        back = jax.jit(parallel.unspread)(there)
+    np.testing.assert_array_equal(there, x[:, parallel.places(32, 4)])
     np.testing.assert_array_equal(back, x)
 
 

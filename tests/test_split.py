@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from sftjax.clean.split import Subset, fraction, normalise, prompt_key, split
 from sftjax.data import DataError
-from sftjax.data.split import Subset, fraction, normalise, prompt_key, split
 
 
 class Records(list):

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 import sftjax
+from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax import sharding
 
 
 def train(model, params, batches, micro=1, mesh=None, tx=None, trainable=((".*", True),), **loss):
@@ -19,14 +19,14 @@ def train(model, params, batches, micro=1, mesh=None, tx=None, trainable=((".*",
     tx = tx or optax.adam(1e-3, eps=1e-5)
     loss_fn = sftjax.losses.causal_lm(model, **loss)
     step = functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro)
-    mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
+    mesh = mesh or parallel.make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = jax.tree.map(jnp.copy, params)  # the state is donated
-        params = jax.device_put(params, sharding.param_shardings(mesh, model.abstract))
+        params = jax.device_put(params, parallel.param_shardings(mesh, model.abstract))
         state = sftjax.TrainState.create(params=params, tx=tx, trainable=trainable)
         jitted, out = jax.jit(step, donate_argnums=0), []
         for b in batches:
-            state, metrics = jitted(state, sharding.put_batch(mesh, b, len(b["tokens"])))
+            state, metrics = jitted(state, parallel.put_batch(mesh, b, len(b["tokens"])))
             out.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     return np.array(out), state
 
@@ -60,7 +60,7 @@ def close(a, b, tolerance=1e-5):
     ids=str,
 )
 def test_every_mesh_gives_the_same_losses_over_20_steps(setup, reference, sizes):
-    out, state = train(*setup, mesh=sharding.make_mesh(sizes))
+    out, state = train(*setup, mesh=parallel.make_mesh(sizes))
     close(out, reference[0])
     for a, b in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True
@@ -79,7 +79,7 @@ def test_every_split_into_micro_batches_gives_the_same_losses(setup, reference, 
 
 @pytest.mark.slow
 def test_micro_batches_on_a_mesh(setup, reference):
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     close(train(*setup, micro=2, mesh=mesh)[0], reference[0])
 
 
@@ -95,7 +95,7 @@ def test_micro_batches_on_a_mesh(setup, reference):
 def test_loss_variants_are_normalised_the_same_way(setup, loss):
     model, params, batches = setup
     whole = train(model, params, batches[:3], **loss)[0]
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     close(train(model, params, batches[:3], micro=2, mesh=mesh, **loss)[0], whole)
 
 

@@ -17,7 +17,8 @@ from test_train import files, losses, make  # noqa: F401 (files is a fixture)
 from sftjax import config as config_lib
 from sftjax import train as train_lib
 from sftjax.config import ConfigError
-from sftjax.data import DataError, Rows, build_store, make_batch, open_source, stream
+from sftjax.data import DataError, Rows, build_store, make_batch, open_source
+from sftjax.data.mixing import stream
 from sftjax.tasks.causal_lm import CausalLM
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")

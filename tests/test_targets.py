@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from sftjax import targets
-from sftjax.targets import TargetError, parse
+from sftjax.plan import hardware as targets
+from sftjax.plan.hardware import TargetError, parse
 
 
 @pytest.mark.parametrize(

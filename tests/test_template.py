@@ -4,7 +4,7 @@ import pytest
 from test_chat import END, TOKENIZER, M, assistant, fails, make_tokenizer, system, trained, user
 
 from sftjax.data import DataError, encode, prompt_and_answer, stop_ids
-from sftjax.data.template import load_template
+from sftjax.data.masking.template import load_template
 
 CALL = dict(type="function", function=dict(name="f", arguments={"x": 'a "é"\n', "n": 1}))
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -103,7 +103,7 @@ def test_a_run_leaves_what_it_promises(straight):
 def test_the_export_is_the_trained_model(straight, files):
     from transformers import AutoTokenizer
 
-    from sftjax.evaluate import loss_over
+    from sftjax.evaluation.evaluator import loss_over
 
     workdir, config, result = straight
     model, params = sftjax.load_pretrained(workdir / "export")
@@ -133,7 +133,7 @@ def run_command(files, tmp_path, workdir):
 
 
 def test_the_printed_command_asks_the_exported_model(straight, capsys):
-    from sftjax import generate
+    from sftjax.evaluation import generation as generate
 
     workdir, _, result = straight
     prompt = json.loads((QUICKSTART / "data" / "test.jsonl").read_text().splitlines()[0])["prompt"]
@@ -221,7 +221,7 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
 
         return traced
 
-    from sftjax import generate as generate_lib
+    from sftjax.evaluation import generation as generate_lib
 
     monkeypatch.setattr(sftjax.losses, "causal_lm", counting)
     monkeypatch.setattr(config_lib, "to_dict", no_recording(config_lib.to_dict))
@@ -264,7 +264,7 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
     for group, value in config_lib.get_default().items():
         keys |= {f"{group}.{k}" for k in value} if isinstance(value, ConfigDict) else {group}
     # The mesh's sizes are read by name (m[axis]).
-    keys -= {f"mesh.{a}" for a in sftjax.sharding.AXES}
+    keys -= {f"mesh.{a}" for a in sftjax.parallel.AXES}
     assert keys <= read, f"never read: {sorted(keys - read)}"
 
 
@@ -286,7 +286,7 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_kept(files, tmp_path):
 
 
 def test_early_stop_by_a_scripted_series():
-    from sftjax.evaluate import EarlyStop
+    from sftjax.evaluation.evaluator import EarlyStop
 
     stop = EarlyStop("v/loss", 2, True)
     for value, stopped in [
@@ -428,9 +428,10 @@ def test_the_command_reaches_the_gradient_in_three_calls():
     """train.main -> train.train -> step.train_step -> jax.value_and_grad."""
     import inspect
 
-    from sftjax import setup, step
+    from sftjax import step
+    from sftjax.training import build
 
     assert "train(config" in inspect.getsource(train_lib.main)
-    assert "setup.make_step(" in inspect.getsource(train_lib.train)  # it only binds and jits
-    assert "train_step, loss_fn" in inspect.getsource(setup.make_step)
+    assert "build.make_step(" in inspect.getsource(train_lib.train)  # it only binds and jits
+    assert "train_step, loss_fn" in inspect.getsource(build.make_step)
     assert "jax.value_and_grad" in inspect.getsource(step.train_step)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import sftjax
-from sftjax import data
-from sftjax.models import hf
+from sftjax import data, hf
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

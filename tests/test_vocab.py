@@ -15,12 +15,15 @@ from safetensors.numpy import load_file
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import feed, setup, sharding, tasks
+from sftjax import hf as hf_lib
+from sftjax import parallel, tasks
 from sftjax import params as params_lib
 from sftjax import train as train_lib
-from sftjax.generate import generate
-from sftjax.models import hf as hf_lib
+from sftjax.evaluation.generation import generate
 from sftjax.models import vocab
+from sftjax.parallel import mesh as mesh_lib
+from sftjax.training import build
+from sftjax.training import data as feed
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "experiments" / "quickstart"
 OLD = 67
@@ -129,12 +132,12 @@ def test_a_vocabulary_does_not_shrink_and_has_no_gap(size, first):
 @pytest.mark.slow
 @pytest.mark.parametrize("multiple", [2, 128])
 def test_a_vocabulary_grows_on_a_mesh(multiple):
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
     model, params = small(multiple=multiple)
     _, expected = vocab.grow(model, params, 139)
-    layout = sharding.param_shardings(mesh, model.abstract)
+    layout = parallel.param_shardings(mesh, model.abstract)
     grown, after = vocab.grow(model, jax.device_put(params, layout), 139)
-    assert jax.tree.map(lambda x: x.sharding, after) == sharding.param_shardings(
+    assert jax.tree.map(lambda x: x.sharding, after) == parallel.param_shardings(
         mesh, grown.abstract
     )
     for name, table in tables(after).items():
@@ -142,13 +145,13 @@ def test_a_vocabulary_grows_on_a_mesh(multiple):
 
 
 def test_an_odd_vocabulary_on_a_mesh_needs_padding():
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
     message = (
         "embed/w: dimension vocab=67 does not divide over mesh axis tensor=2; .*, or set"
         " model.vocab_multiple to a multiple of 2"
     )
-    with pytest.raises(sharding.MeshError, match=message):
-        sharding.param_shardings(mesh, small()[0].abstract)
+    with pytest.raises(parallel.MeshError, match=message):
+        parallel.param_shardings(mesh, small()[0].abstract)
 
 
 # ---- padding -------------------------------------------------------------------------------
@@ -223,14 +226,14 @@ def test_an_odd_vocabulary_trains_on_a_mesh(tmp_path):
         return state.all_params, metrics
 
     expected, metrics = step(plain, params, batch)
-    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+    mesh = parallel.make_mesh({"data": 4, "tensor": 2})
     # One key/value head does not divide over two devices; the heads stay whole here.
-    rules = sharding.RULES | {"heads": None, "kv_heads": None, "mlp": None}
+    rules = parallel.RULES | {"heads": None, "kv_heads": None, "mlp": None}
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setattr(sharding, "RULES", rules)
+        patch.setattr(mesh_lib, "RULES", rules)
         model, sharded = load(path, 128, mesh)
         assert sharded["head"]["w"].sharding.shard_shape((128, 27)) == (64, 27)
-        after, found = step(model, sharded, sharding.put_batch(mesh, batch, 8))
+        after, found = step(model, sharded, parallel.put_batch(mesh, batch, 8))
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(found[key], metrics[key], rtol=1e-5)
     sftjax.save_pretrained(tmp_path / "out", model, after)
@@ -308,25 +311,25 @@ def test_a_tokenizer_that_does_not_fit_the_model(files, tmp_path):
         r" '<think>'. Take .* \(data.tokenizer\), or list .* in data.add_tokens"
     )
     with pytest.raises(config_lib.ConfigError, match=message):
-        setup.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
+        build.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
     config.data.add_tokens = NEW
-    model, _ = setup.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
+    model, _ = build.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
     assert (model.config.vocab, model.config.rows) == (114, 128)
     config.data.add_tokens, config.data.tokenizer = (), ""
-    model, _ = setup.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
+    model, _ = build.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
     assert model.config.vocab == 112
 
 
 def first_params(config):
     tokenizer = feed.load_tokenizer(config)
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
     with jax.set_mesh(mesh):
-        model, trainable = setup.make_model(config, tasks.make(config, tokenizer))
+        model, trainable = build.make_model(config, tasks.make(config, tokenizer))
         tx = optax.adamw(1e-3)
-        target = setup.abstract_state(config.model, model, trainable, tx, mesh)
+        target = build.abstract_state(config.model, model, trainable, tx, mesh)
         new = tokenizer.convert_tokens_to_ids(list(config.data.add_tokens))
         how = dict(seed=config.seed, new=new)
-        state = setup.first_state(config.model, model, trainable, tx, target, mesh, **how)
+        state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), target
     )

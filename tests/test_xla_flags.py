@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sftjax import sharding, targets, xla_flags
+from sftjax import parallel
+from sftjax.plan import hardware as targets
+from sftjax.training import xla_flags
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def test_what_xla_does_not_know_is_left_out_and_said(monkeypatch):
     known = xla_flags.options("gpu")
     monkeypatch.setitem(xla_flags.TABLE, "gpu", {"xla_no_such": 7} | xla_flags.TABLE["gpu"])
     xla_flags.known.cache_clear()
-    with jax.set_mesh(sharding.make_mesh({"fsdp": 8})):
+    with jax.set_mesh(parallel.make_mesh({"fsdp": 8})):
         assert xla_flags.options("gpu") == known
         compile_with(xla_flags.options("gpu"))
     last = xla_flags.text("gpu").splitlines()[-1]

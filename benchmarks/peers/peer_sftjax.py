@@ -10,8 +10,8 @@ import optax
 import worker
 
 import sftjax
-from sftjax import data, xla_flags
-from sftjax.models import hf
+from sftjax import data, hf
+from sftjax.training import xla_flags
 
 SIDE = 4096  # of the square matrices of the work "matmul"
 

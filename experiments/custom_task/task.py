@@ -10,7 +10,7 @@ from flax import nnx
 from sklearn.metrics import r2_score, root_mean_squared_error
 
 from sftjax.data import DataError
-from sftjax.data.pack import FixedRows
+from sftjax.data.packing.pack import FixedRows
 from sftjax.params import Param
 from sftjax.step import Loss
 from sftjax.tasks import Example, Scores, Task

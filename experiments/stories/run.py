@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax.evaluate import loss_over
-from sftjax.generate import generate
+from sftjax.evaluation.evaluator import loss_over
+from sftjax.evaluation.generation import generate
 from sftjax.train import train
 
 FIXTURES = Path(os.environ.get("SFTJAX_FIXTURES", "../shared/fixtures"))

@@ -1,12 +1,12 @@
 """Data: records -> conversations -> tokens and weights -> packed rows -> batches."""
 
-from sftjax.data.buckets import Buckets
-from sftjax.data.chat import Encoded, encode, prompt_and_answer, stop_ids
-from sftjax.data.mixture import Mixture
-from sftjax.data.pack import make_batch, pack, shift
-from sftjax.data.pipeline import TokenStore, build_store
-from sftjax.data.rows import Rows, loader
-from sftjax.data.sources import open_source
+from sftjax.data.masking.encode import Encoded, encode, prompt_and_answer, stop_ids
+from sftjax.data.mixing.mixture import Mixture
+from sftjax.data.packing.buckets import Buckets
+from sftjax.data.packing.pack import make_batch, pack, shift
+from sftjax.data.packing.rows import Rows, loader
+from sftjax.data.records.sources import open_source
+from sftjax.data.token_store import TokenStore, build_store
 from sftjax.errors import DataError
 
 __all__ = [

@@ -107,7 +107,7 @@ class Body:
         """The rows of its Hugging Face table; ModelError for a model of no directory."""
         if self.source is None:
             raise ModelError("names: this Model has no source, whose model_type names its tensors")
-        from sftjax.models import names
+        from sftjax.hf import names
 
         return names.names(self)
 

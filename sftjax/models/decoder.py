@@ -20,17 +20,8 @@ from sftjax.errors import ConfigError, ModelError
 from sftjax.models import base, layer
 from sftjax.ops import dropout, rope, weight
 from sftjax.ops.rope import Rope
+from sftjax.parallel import RULES, constrain, manual_axes, part, shard_map, spec, spread, unspread
 from sftjax.params import Param, is_param, replace
-from sftjax.sharding import (
-    RULES,
-    constrain,
-    manual_axes,
-    part,
-    shard_map,
-    spec,
-    spread,
-    unspread,
-)
 
 PERIOD = 8  # the longest alternation of kinds that is looked for
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from sftjax.errors import ModelError
 from sftjax.models import base, decoder, layer
 from sftjax.ops import dropout, weight
+from sftjax.parallel import spread, unspread
 from sftjax.params import Param, replace
-from sftjax.sharding import spread, unspread
 
 POOLER_AXES = ("embed", None)
 HEAD = 1  # folded into a key for the head's dropout

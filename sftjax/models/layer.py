@@ -14,8 +14,8 @@ from sftjax.errors import ConfigError
 from sftjax.ops import dropout, moe, norms, rope, weight
 from sftjax.ops.attention import attention
 from sftjax.ops.weight import gather_for_use, project
+from sftjax.parallel import RULES, constrain
 from sftjax.params import Param, is_param
-from sftjax.sharding import RULES, constrain
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from sftjax import sharding
+from sftjax import parallel
 from sftjax.errors import ModelError
 from sftjax.models.decoder import Model
 from sftjax.ops.weight import is_node
@@ -46,7 +46,7 @@ def grow(model: Model, params, size: int, seed: int = 0, *, first: int | None = 
     tables = {name: model.abstract[name] for name in ("embed", "head") if name in params}
     now = getattr(params["embed"]["w"], "sharding", None)
     on_mesh = isinstance(now, NamedSharding)
-    shardings = sharding.param_shardings(now.mesh, tables) if on_mesh else dict.fromkeys(tables)
+    shardings = parallel.param_shardings(now.mesh, tables) if on_mesh else dict.fromkeys(tables)
     out = dict(params)
     for name in tables:
         draw = functools.partial(_grow, first=first, size=size, rows=model.config.rows)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sftjax import sharding
+from sftjax import parallel
 from sftjax.ops import weight
 
 CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the devices of one vocabulary
@@ -71,7 +71,7 @@ def _axes(rows: int) -> _Axes:
         if axis not in mesh.manual_axes and rows % (parts * mesh.shape[axis]) == 0:
             vocab.append(axis)
             parts *= mesh.shape[axis]
-    tokens = (*sharding.RULES["batch"], sharding.RULES["seq"])
+    tokens = (*parallel.RULES["batch"], parallel.RULES["seq"])
     return _Axes(tuple(a for a in tokens if a not in mesh.manual_axes), tuple(vocab), True)
 
 
@@ -211,10 +211,10 @@ def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
     args = (h, w.astype(h.dtype), *rest)
     if not axes.mesh:
         return fn(*args)
-    rows = sharding.spec(("batch", "seq"))
+    rows = parallel.spec(("batch", "seq"))
     hidden, head = P(*rows, None), P(axes.vocab or None, None)
     grads = (hidden if with_dh else None, head if with_dw else None)
-    return sharding.shard_map(fn, (hidden, head, rows, rows, rows), (P(), *grads))(*args)
+    return parallel.shard_map(fn, (hidden, head, rows, rows, rows), (P(), *grads))(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

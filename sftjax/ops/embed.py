@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sftjax.sharding import RULES, axis_size, shard_map, spec
+from sftjax.parallel import RULES, axis_size, shard_map, spec
 
 
 def lookup(w, tokens, axes=("vocab", "embed")):

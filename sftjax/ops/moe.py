@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from sftjax.ops import weight
-from sftjax.ops.gather import in_use
-from sftjax.sharding import RULES, shard_map, spec
+from sftjax.parallel import RULES, shard_map, spec
+from sftjax.parallel.gather import in_use
 
 
 def route(logits, k: int, renormalise: bool):

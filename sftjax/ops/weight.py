@@ -14,9 +14,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from sftjax.ops import embed, gather, linear
+from sftjax.ops import embed, linear
+from sftjax.parallel import gather
 
-Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array; see sharding.RULES
+Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array; see parallel.RULES
 
 
 class Node:

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sftjax import metrics
+from sftjax.training import metrics
 
 Points = Sequence[tuple[int, float]]  # (step, loss), in order
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from sftjax.data.pack import CAUSAL, Layout
-from sftjax.data.pipeline import Tally
+from sftjax import hf
+from sftjax.data.packing.pack import CAUSAL, Layout
+from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
-from sftjax.models import hf
 from sftjax.step import Loss
 
 LossFn = Callable[..., Loss]  # (params, batch, rng[, model_state]) -> Loss

@@ -11,13 +11,15 @@ from shlex import quote
 
 import numpy as np
 
-from sftjax import generate, losses
-from sftjax.data import chat, open_source
-from sftjax.data.conversation import to_conversation
-from sftjax.data.lengths import fit
-from sftjax.data.pipeline import COLUMNS, Tally
-from sftjax.data.template import template_text
+from sftjax import losses
+from sftjax.data import open_source
+from sftjax.data.masking import encode as chat
+from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.masking.template import template_text
+from sftjax.data.packing.truncate import fit
+from sftjax.data.token_store import COLUMNS, Tally
 from sftjax.errors import ConfigError, DataError, writing
+from sftjax.evaluation import generation as generate
 from sftjax.tasks.base import LossFn, Scores, Task, counted, perplexity, read_model
 
 READING = ("fields", "roles")  # of a policy: what says how to read a record

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sftjax import losses
-from sftjax.data.conversation import read_field
-from sftjax.data.pack import TokenRows
-from sftjax.data.pipeline import Tally
+from sftjax.data.masking.conversation import read_field
+from sftjax.data.packing.pack import TokenRows
+from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.tasks.base import LossFn, Scores, Task, read_model
 

@@ -19,7 +19,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from sftjax import config as config_lib
-from sftjax import hlo, plan, targets
+from sftjax.plan import compile as plan
+from sftjax.plan import hardware as targets
+from sftjax.plan import hlo
 
 FILE = Path(__file__).with_name("compiled.json")
 

@@ -1,0 +1,1 @@
+"""Data made fit to train on: rules, near duplicates, suspects, splits, augmentation."""

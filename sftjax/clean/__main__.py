@@ -1,0 +1,4 @@
+from sftjax import config
+from sftjax.clean.command import main
+
+config.run(main)

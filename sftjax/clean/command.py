@@ -1,0 +1,173 @@
+"""Clean a data set: python -m sftjax.clean --config=FILE --out=clean.parquet --report=report.html
+
+Applies the rules of data.clean (all of them where none is named) to data.train, looking for rows of
+data.validation and data.test too. Writes the rows that stay (.parquet or .jsonl), the rejects with
+their reasons, and a page to read. The rule label_suspects asks the config's model which answers
+it finds least likely: it lists them, and removes them with data.clean.remove_suspects.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sftjax import config as config_lib
+from sftjax import hf, tasks
+from sftjax.clean.augment import canonical
+from sftjax.clean.prepare import clean_options
+from sftjax.clean.report import summary, write_records, write_rejects, write_report
+from sftjax.clean.rules import RULES, Findings, find
+from sftjax.config import ConfigError
+from sftjax.data import make_batch, open_source
+from sftjax.data.packing.pack import pad_to_multiple
+from sftjax.ops.cross_entropy import linear_cross_entropy
+from sftjax.training import data as feed
+
+LABELS = 20  # at most so many different answers are class labels
+BATCH = 16  # rows whose losses are taken at a time
+LENGTHS = 64  # rows are padded to a multiple of this, so that few shapes are compiled
+
+
+def main(argv):
+    config, flags = config_lib.parse(argv, out=None, report="", rejects="")
+    clean(config, flags.out, flags.report, flags.rejects)
+
+
+def clean(config, out, report="", rejects="") -> Findings:
+    """Clean data.train into `out`; rejects default to out's name with .rejects.jsonl.
+
+    Raises: DataError, ConfigError.
+    """
+    d, out = config.data, Path(out)
+    source = open_source(d.train, d.limit)
+    rejects = Path(rejects or out.with_suffix(".rejects.jsonl"))
+    rules = tuple(d.clean.rules) or ("all",)
+    tokenizer = feed.load_tokenizer(config) if d.tokenizer or config.model.path else None
+    task = tasks.make(config, tokenizer)
+    read, encoder, form = task.prepared(source)
+    options = clean_options(config, task)
+    inputs = {Path(r.path).resolve() for s in (source, *options["evaluation"]) for r in s.readers}
+    for path in (out, rejects, Path(report or out)):
+        if path.resolve() in inputs:
+            raise ConfigError(f"{path} is read: write what is cleaned to another file")
+    if "label_suspects" in rules:
+        asked = (*_load_model(config, tokenizer), encoder, form, d.max_length)
+        options["trust"] = lambda rows: trust(read, rows, *asked)
+    findings = find(read, rules, **options)
+    write_records(out, source, findings.kept)
+    write_rejects(rejects, source, findings)
+    print(f"{'cleaned':<10}{summary(findings)}")
+    if listed := [r for r in findings.counts() if r not in findings.removes]:
+        print(f"{'listed':<10}{', '.join(f'{findings.counts()[r]} {r}' for r in listed)}")
+    print(f"{'rules':<10}{', '.join(findings.rules)}")
+    if idle := [r for r in RULES if r not in findings.rules]:
+        print(f"{'not asked':<10}{', '.join(idle)}")
+    files = dict(kept=out, rejects=rejects)
+    if report:
+        write_report(report, read, findings, d.train, options["form"])
+        files["report"] = report
+    for what, path in files.items():
+        print(f"{what:<10}{path}")
+    return findings
+
+
+# ---- how far a model trusts the answers it is given ----------------------------------------------
+
+
+def _load_model(config, tokenizer):
+    path = config.model.path
+    if not path:
+        raise ConfigError("data.clean.rules: label_suspects needs a model: set model.path")
+    model, params = hf.load_pretrained(path, dtype=config.model.dtype)
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab:
+        raise ConfigError(
+            f"label_suspects: the tokenizer has more tokens than the model's {model.config.vocab}: "
+            "take the model's own (data.tokenizer), and no data.add_tokens"
+        )
+    return model, params
+
+
+def trust(source, rows, model, params, task, form, max_length) -> np.ndarray:
+    """A number for each row, least for the answers that the model finds least likely, float64 [n].
+
+    Where the answers are a few class labels, every label is tried; else it is one loss a row.
+    """
+    task = task.canonical().answers_only()
+    records = [canonical(source[i], source.where(i), form) for i in rows]
+
+    def losses_of(records):
+        encoded = task.examples(records, [source.where(i) for i in rows])
+        # Cut at the front: what counts is the answer, at the end.
+        docs = [(e.tokens[-max_length:], e.weights[-max_length:]) for e in encoded]
+        return document_losses(model, params, docs)
+
+    answers = [_answer(r) for r in records]
+    labels = sorted(set(answers) - {None})
+    if None in answers or not 2 <= len(labels) <= min(LABELS, len(rows) // 10):
+        total, tokens = losses_of(records)
+        return self_confidence(total / np.maximum(tokens, 1))
+    tried = [losses_of([_with_answer(r, label) for r in records])[0] for label in labels]
+    return normalised_margin(np.stack(tried, 1), [labels.index(a) for a in answers])
+
+
+def _answer(record):
+    if "completion" in record:
+        return record["completion"]
+    return record["messages"][-1]["content"] if "messages" in record else None
+
+
+def _with_answer(record, answer):
+    if "completion" in record:
+        return record | {"completion": answer}
+    *before, last = record["messages"]
+    return record | {"messages": [*before, last | {"content": answer}]}
+
+
+def document_losses(model, params, docs) -> tuple[np.ndarray, np.ndarray]:
+    """(sum of losses [n], sum of weights [n]) of documents, pairs (tokens, weights); float64."""
+    out = np.zeros((2, len(docs)))
+    order = np.argsort([len(tokens) for tokens, _ in docs], kind="stable")
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        some = [docs[i] for i in rows] + [docs[rows[0]]] * (BATCH - len(rows))
+        length = pad_to_multiple(max(len(tokens) for tokens, _ in some), LENGTHS)
+        batch = make_batch(some, length)
+        out[0, rows] = _row_losses(model, params, batch)[: len(rows)]
+        out[1, rows] = batch["weights"].sum(1)[: len(rows)]
+    return out[0], out[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_losses(model, params, batch):
+    """Sum of the losses of each row, float32 [B]."""
+    weights = batch["weights"]
+    rows = jnp.broadcast_to(jnp.arange(len(weights))[:, None], weights.shape)
+    options = dict(groups=rows, n_groups=len(weights), **model.logit_options)
+    hidden, head = model.hidden(params, batch), model.head(params)
+    return linear_cross_entropy(hidden, head, batch["targets"], weights, **options)[2]
+
+
+def self_confidence(loss) -> np.ndarray:
+    """Trust in free answers: the probability of their average token. loss [n]: mean a token."""
+    return np.exp(-np.asarray(loss, np.float64))
+
+
+def normalised_margin(loss, given) -> np.ndarray:
+    """Trust in class labels, as in confident learning (Northcutt et al. 2021): [n] in [0, 1].
+
+    How far the given label's probability is above the best other one's, each counted from the mean
+    probability of that label where it is given: so a model that favours one label does no harm.
+
+    Args:
+      loss: [n, K], of each row with each of K labels as its answer.
+      given: int [n], the label it has.
+    """
+    loss, given = np.asarray(loss, np.float64), np.asarray(given)
+    p = np.exp(loss.min(1, keepdims=True) - loss)
+    p /= p.sum(1, keepdims=True)
+    p -= [p[given == k, k].mean() if (given == k).any() else 0.0 for k in range(p.shape[1])]
+    own = np.take_along_axis(p, given[:, None], 1)[:, 0]
+    np.put_along_axis(p, given[:, None], -np.inf, 1)
+    return (own - p.max(1) + 2) / 4

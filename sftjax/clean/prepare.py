@@ -1,0 +1,98 @@
+"""The training rows of a config: cleaned, parted from validation, augmented; in that order."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from sftjax.clean.augment import Augmented
+from sftjax.clean.report import summary, write_rejects, write_report
+from sftjax.clean.rules import find_once
+from sftjax.clean.split import Subset, split
+from sftjax.config import ConfigError
+from sftjax.data import open_source
+from sftjax.data.mixing import stream
+from sftjax.data.token_store import store_key
+from sftjax.tasks import Task
+
+READING = ("fields", "roles")  # of the keywords of to_conversation: how to read a record
+
+
+class Prepared(NamedTuple):
+    train: Subset  # or another source of records
+    task: Task  # encodes them
+    validation: Subset | None  # rows held out of data.train
+    held: Task  # encodes these
+    notes: list[str]  # what was done, a line each
+    removed: dict  # {row of data.train: Finding}: what cleaning took out
+
+
+def training_rows(config, task, cache_dir, workdir=None) -> Prepared:
+    """The rows of data.train as data.clean, data.split and data.augment want them.
+
+    Of a stream, only the first rows of its shards: see `data.stream.sample`.
+
+    Args:
+      task: encodes the config's records.
+      cache_dir: where what cleaning found is kept, so that a restart does not look again.
+      workdir: where the rejects and the report of cleaning are written; None = not at all.
+    """
+    d, notes, held_out, removed = config.data, [], None, {}
+    if d.split.share and d.validation:
+        raise ConfigError(
+            "data.split.share takes validation rows from data.train, but data.validation is set "
+            "too: keep one of them"
+        )
+    source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
+    options, form = {}, {}
+    if d.clean.rules:
+        options = clean_options(config, task)
+    if d.clean.rules or d.split.share or d.augment:
+        source, task, form = task.prepared(source)
+    held = task
+    if d.clean.rules:
+        key = store_key(source, task, d.max_length, d.overlong)
+        findings = find_once(cache_dir, key, source, tuple(d.clean.rules), **options)
+        notes.append(summary(findings))
+        if workdir is not None:
+            rejects, report = Path(workdir) / "rejects.jsonl", Path(workdir) / "clean_report.html"
+            write_rejects(rejects, source, findings)
+            write_report(report, source, findings, d.train, options["form"])
+            notes[-1] += f"; see {rejects} and {report.name}"
+        source, removed = Subset(source, findings.kept), findings.removed
+    if d.split.share:
+        by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by)
+        by["skip"] = d.on_error == "skip"
+        source, held_out = split(source, d.split.share, form=_only(form, READING), **by)
+        notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
+    if d.augment:
+        source = Augmented(source, d.augment, d.augment_copies, config.seed, form)
+        task = task.canonical()  # the form of the variants
+        notes.append(f"augmented by {', '.join(d.augment)}; copies of each row: {d.augment_copies}")
+    return Prepared(source, task, held_out, held, notes, removed)
+
+
+def clean_options(config, task) -> dict:
+    """The keywords of `clean.find` that the config sets, for sources as Task.prepared gives them.
+
+    Without a tokenizer nothing can be said of lengths.
+    """
+    d, c = config.data, config.data.clean
+    evaluation = [open_source(paths) for paths in (d.validation, d.test) if paths]
+    _, encoder, form = task.prepared(None)
+
+    def count_tokens(records, wheres):
+        return [encoder.length(example) for example in encoder.examples(records, wheres)]
+
+    return dict(
+        form=_only(form, READING),
+        near=c.near,
+        ngram=c.ngram,
+        evaluation=[task.prepared(source)[0] for source in evaluation],
+        max_tokens=c.max_tokens or d.max_length,
+        count_tokens=count_tokens if task.tokenizer is not None else None,
+        suspects=c.suspects,
+        remove_suspects=c.remove_suspects,
+    )
+
+
+def _only(form, keys):
+    return {key: form[key] for key in keys if key in form}

@@ -1,0 +1,120 @@
+"""What cleaning leaves behind: the clean rows, the rejects with reasons, one readable page."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from sftjax.clean.rules import RULES, Findings
+from sftjax.clean.split import said
+from sftjax.data.masking.conversation import to_conversation
+from sftjax.errors import DataError, writing
+
+EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row
+
+
+def summary(findings: Findings) -> str:
+    """One line: what was removed, and why."""
+    gone = len(findings.removed)
+    counts = [f"{n} {rule}" for rule, n in findings.counts().items() if rule in findings.removes]
+    reasons = f" ({', '.join(counts)})" if counts else ""
+    return f"{gone:,} of {findings.rows:,} rows removed{reasons}"
+
+
+def write_rejects(path, source, findings: Findings) -> None:
+    """Every removed row as a JSON line: place, reason, note, the row it clashes with, itself."""
+    with _open(path) as file:
+        for i, finding in findings.removed.items():
+            line = dict(
+                where=source.where(i), reason=finding.rule, note=finding.note, other=finding.other
+            )
+            line["record"] = _record(source, i)
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+
+def write_records(path, source, rows) -> None:
+    """The records at `rows` to a .jsonl or .parquet file, in order. Raises: DataError."""
+    path = Path(path)
+    records = (source[i] for i in rows)
+    if path.suffix == ".jsonl":
+        with _open(path) as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    elif path.suffix == ".parquet":
+        _write_parquet(path, list(records))
+    else:
+        problem = f"--out={path}: expected a name that ends in .parquet or .jsonl"
+        raise DataError(problem, kind="setting")
+
+
+def _write_parquet(path, records):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = dict.fromkeys(name for record in records for name in record)
+    try:
+        columns = {name: pa.array([record.get(name) for record in records]) for name in names}
+        rows = pa.table(columns)
+        with writing("the file", path):
+            pq.write_table(rows, path)
+    except (pa.ArrowException, UnicodeError, TypeError) as error:
+        raise DataError(
+            f"these rows fit no Parquet table: {error}",
+            "write them to a .jsonl file",
+            where=path,
+            kind="bad_table",
+        ) from None
+
+
+def write_report(path, source, findings: Findings, title: str, form=None) -> None:
+    """The findings as one HTML page, rule by rule with every row; nothing in it is fetched.
+
+    form: the keywords of `to_conversation`, for the texts shown.
+    """
+    from sftjax.reports import html  # training that cleans nothing draws no page
+
+    counts, kept = findings.counts(), len(findings.kept)
+    totals = [("rows", findings.rows, ""), ("kept", kept, "")]
+    totals += [
+        (rule, counts[rule], "removed" if rule in findings.removes else "reported only")
+        for rule in counts
+    ]
+    rules = [_section(rule, source, findings, form) for rule in counts]
+    with _open(path) as file:
+        file.write(html.render("clean.html.jinja", title=title, totals=totals, rules=rules))
+
+
+def _section(rule, source, findings, form):
+    found = [f for f in findings.found if f.rule == rule]
+    return dict(
+        name=rule,
+        about=" ".join(RULES[rule].__doc__.split("\n\n")[0].split()),
+        rows=[(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form))
+              for f in found],
+    )  # fmt: skip
+
+
+def _excerpts(source, i, form):
+    """(prompt, answer) in short; of a row that can't be read, its JSON."""
+    try:
+        chat = to_conversation(source[i], where=source.where(i), **(form or {}))
+        *prompt, answer = (said(m) for m in chat["messages"])
+        texts = ("\n".join(prompt), answer)
+    except DataError:
+        texts = (json.dumps(_record(source, i), ensure_ascii=False, default=str), "")
+    return [t if len(t) <= EXCERPT else t[: EXCERPT - 1] + "…" for t in texts]
+
+
+def _record(source, i):
+    try:
+        return source[i]
+    except DataError:  # malformed: the note says what is wrong with it
+        return None
+
+
+@contextmanager
+def _open(path):
+    """A lone surrogate, which is damage that gets here, is written as its escape."""
+    with writing("the file", path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file

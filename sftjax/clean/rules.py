@@ -1,0 +1,435 @@
+"""Find the rows that should not be trained on, each with its reason; nothing is changed here.
+
+A new rule is one function that yields (row, note, other row or its place or None) and one line in
+`RULES`. Rules run in the table's order, each on the rows that none before it has taken: a row has
+one reason, and the counts add up.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sftjax.clean.split import normalise, said
+from sftjax.data.masking.conversation import to_conversation
+from sftjax.errors import DataError
+
+FORMAT = 1  # of what the rules find; part of the cache's key
+SHINGLE = 5  # characters in a piece of text that near duplicates are compared by
+PERMUTATIONS = 128  # of MinHash
+MARGIN = 0.15  # below the threshold, that its estimate may be: over three standard deviations
+COMMON = 0.1  # a piece of text in more than this share of the rows says nothing about two of them
+SHORT = 8  # words; an evaluation text below this is only sought as a whole prompt
+
+
+class Finding(NamedTuple):
+    row: int  # index in the source
+    rule: str
+    note: str  # what was found
+    other: str = ""  # the place of the row with which it clashes
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `rules` found in `rows` rows; `removes` are those of them whose rows go."""
+
+    rows: int
+    found: tuple[Finding, ...]
+    rules: tuple[str, ...]
+    removes: tuple[str, ...]
+
+    @property
+    def removed(self) -> dict[int, Finding]:
+        """{row: why it goes}, in order of the rows."""
+        return {f.row: f for f in sorted(self.found) if f.rule in self.removes}
+
+    @property
+    def kept(self) -> list[int]:
+        removed = self.removed
+        return [i for i in range(self.rows) if i not in removed]
+
+    def counts(self) -> dict[str, int]:
+        """{rule: rows found}, in order of the rules."""
+        return dict(Counter(f.rule for f in self.found))
+
+
+def find(
+    source,
+    rules=("all",),
+    *,
+    form=None,
+    near: float = 0.7,
+    ngram: int = 13,
+    evaluation=(),
+    max_tokens: int = 0,
+    count_tokens=None,
+    trust=None,
+    suspects: float = 0.01,
+    remove_suspects: bool = False,
+) -> Findings:
+    """Apply cleaning rules to the records of a source; the texts of all rows are held in memory.
+
+    Args:
+      source: records by index, with `where`, as of `open_source`.
+      rules: names in RULES; "all" stands for every rule whose inputs are given.
+      form: the keywords of `to_conversation` that say how to read a record: fields, roles.
+      near: near_duplicate: least Jaccard similarity of two rows' pieces of 5 characters.
+      ngram: contamination: words in a row that a row may not share with an evaluation set.
+      evaluation: the sources of the evaluation sets; they are only read.
+      max_tokens, count_tokens: too_long: the limit, and (records, wheres) -> their token counts.
+      trust: label_suspects: rows -> a number for each, least for what is likely wrong.
+      suspects: the share of rows that label_suspects lists; removed if `remove_suspects`.
+
+    Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
+    """
+    if not 0.1 <= near <= 0.95:  # the range in which LSH has several bands
+        problem = f"data.clean.near={near}: expected a similarity from 0.1 to 0.95"
+        raise DataError(problem, kind="setting")
+    if ngram < 1 or not 0 <= suspects <= 1:
+        raise DataError(
+            f"data.clean.ngram={ngram}, suspects={suspects}: expected 1 or more words, and a share "
+            "from 0 to 1",
+            kind="setting",
+        )
+    inputs = dict(contamination=evaluation, too_long=max_tokens and count_tokens)
+    rules = _chosen(rules, inputs | dict(label_suspects=trust))
+    options = dict(near=near, ngram=ngram, evaluation=evaluation, max_tokens=max_tokens)
+    options |= dict(count_tokens=count_tokens, trust=trust, suspects=suspects)
+    removes = tuple(r for r in rules if r != "label_suspects" or remove_suspects)
+    texts, alive, found = Texts(source, form or {}), list(range(len(source))), []
+    for rule in rules:
+        hits = [
+            Finding(i, rule, note, source.where(other) if isinstance(other, int) else other or "")
+            for i, note, other in RULES[rule](texts, alive, **options)
+        ]
+        found += hits
+        if rule in removes:
+            gone = {hit.row for hit in hits}
+            alive = [i for i in alive if i not in gone]
+    return Findings(len(source), tuple(found), tuple(rules), removes)
+
+
+def _chosen(rules, inputs):
+    """The rules to apply, in the table's order."""
+    if unknown := [r for r in rules if r not in RULES and r != "all"]:
+        raise DataError(
+            f"data.clean.rules: unknown rule {unknown[0]!r}; known: all, {', '.join(RULES)}",
+            kind="setting",
+        )
+    if idle := [r for r in rules if not inputs.get(r, True)]:
+        raise DataError(f"data.clean.rules: {idle[0]} {NEEDS[idle[0]]}", kind="setting")
+    return [r for r in RULES if r in rules or ("all" in rules and inputs.get(r, True))]
+
+
+NEEDS = {
+    "contamination": "needs evaluation sets: set data.validation or data.test",
+    "too_long": "needs a limit and a tokenizer: set data.max_length and data.tokenizer",
+    "label_suspects": "needs the model: run the command sftjax.clean, and train on what it writes",
+}
+
+
+class Texts:
+    """The rows as rules see them, read once.
+
+    Attributes: prompts and answers (normalised), tools (JSON), errors {row: why it can't be read}.
+    """
+
+    def __init__(self, source, form):
+        self.source, self.form, self.errors = source, form, {}
+        self.prompts, self.answers, self.tools = [], [], []
+        for i in range(len(source)):
+            try:
+                prompt, answer, tools = self.raw(source, i)
+            except DataError as error:
+                self.errors[i] = str(error)
+                prompt = answer = tools = ""
+            self.prompts.append(normalise(prompt))
+            self.answers.append(normalise(answer))
+            self.tools.append(tools)
+
+    def raw(self, source, i):
+        """(prompt, answer, tools) as they stand; all messages but the last are the prompt."""
+        chat = self.chat(source, i)
+        *prompt, answer = (said(m) for m in chat["messages"])
+        return "\n".join(prompt), answer, json.dumps(chat["tools"]) if chat["tools"] else ""
+
+    def chat(self, source, i):
+        return to_conversation(source[i], where=source.where(i), **self.form)
+
+    def readable(self, rows):
+        return [i for i in rows if i not in self.errors]
+
+
+# --- the rules ----------------------------------------------------------------------------------
+
+
+def missing(texts, rows, **_):
+    """Rows in which a field is absent, null or of a wrong type, or that can't be read at all."""
+    for i in rows:
+        if i in texts.errors and not _EMPTY.search(texts.errors[i]):
+            yield i, texts.errors[i], None
+
+
+_EMPTY = re.compile(r": empty (response|text)\b")  # what to_conversation says of a blank answer
+
+
+def empty(texts, rows, **_):
+    """Rows with a blank answer or a blank message of the user."""
+    for i in rows:
+        if i in texts.errors:
+            if _EMPTY.search(texts.errors[i]):
+                yield i, texts.errors[i], None
+            continue
+        messages = texts.chat(texts.source, i)["messages"]
+        if any(m["role"] == "user" and not said(m).strip() for m in messages):
+            yield i, "a message of the user is blank", None
+
+
+def too_long(texts, rows, *, max_tokens, count_tokens, chunk=1000, **_):
+    """Rows of more than `max_tokens` tokens."""
+    rows, source = texts.readable(rows), texts.source
+    for start in range(0, len(rows), chunk):
+        some = rows[start : start + chunk]
+        counts = count_tokens([source[i] for i in some], [source.where(i) for i in some])
+        for i, n in zip(some, counts, strict=True):
+            if n > max_tokens:
+                yield i, f"{n} tokens, more than {max_tokens}", None
+
+
+_DAMAGE = {
+    "HTML tag": r"</?(?:a|b|body|br|code|div|em|font|h[1-6]|head|hr|html|i|img|li|meta|ol|p|pre"
+    r"|script|span|strong|style|sub|sup|table|tbody|td|th|tr|u|ul)(?:\s+[\w-]+=[^<>]*|\s*/?)>",
+    "HTML entity": r"&(?:amp|lt|gt|quot|nbsp|apos|[lr][sd]quo|#\d{2,5}|#x[0-9a-fA-F]{2,4});",
+    "chat token": r"<\|\w{2,30}\|>|<</?SYS>>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>",
+    # UTF-8 read as a one-byte code: a sequence's first byte shows as one of these letters.
+    "wrongly decoded text": "[ÂÃ][\xa0-\xbf]|â€|ðŸ|ï»¿|(?:[ÐÑ][\x80-\xbf]){2}",
+    "replacement character": "\ufffd",
+    "control character": "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]",
+    "escaped character": r"\\u[0-9a-fA-F]{4}",
+}
+_MARKUP = re.compile("|".join(f"({pattern})" for pattern in _DAMAGE.values()))
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+
+
+def markup(texts, rows, **_):
+    """Rows with leftover HTML, chat tokens or damaged characters, outside of `code`."""
+    names = list(_DAMAGE)
+    for i in texts.readable(rows):
+        sides = texts.raw(texts.source, i)[:2]
+        if hit := _MARKUP.search("\n".join(_CODE.sub(" ", side) for side in sides)):
+            yield i, f"{names[hit.lastindex - 1]} {ascii(hit[0][:40])}", None
+
+
+def contamination(texts, rows, *, evaluation, ngram, **_):
+    """Rows that hold a text of an evaluation set: `ngram` of its words in a row, or all of it."""
+    wholes, grams = _evaluation_index(texts, evaluation, ngram)
+    for i in texts.readable(rows):
+        prompt, answer = texts.prompts[i], texts.answers[i]
+        if other := wholes.get(_words(prompt or answer)):
+            yield i, "the whole prompt is in an evaluation set", other
+        elif hit := _shared(_words(prompt), grams) or _shared(_words(answer), grams):
+            yield i, f"shares {' '.join(hit[0])!r} with an evaluation set", hit[1]
+
+
+def _evaluation_index(texts, evaluation, ngram):
+    """{words of a prompt: place} and {n: {hash of n words: place}} of the evaluation sets.
+
+    Texts shorter than `ngram` words are indexed at their own length. What many evaluation rows
+    share is the wording of the task, and no evidence.
+    """
+    wholes, places, counts = {}, defaultdict(dict), Counter()
+    for source in evaluation:
+        for i in range(len(source)):
+            prompt, answer, _ = map(normalise, texts.raw(source, i))
+            wholes.setdefault(_words(prompt or answer), source.where(i))
+            found = set()
+            for words in (_words(prompt), _words(answer)):
+                n = min(ngram, len(words))
+                if n >= min(SHORT, ngram):
+                    found.update((n, gram) for gram in _grams(words, n))
+            counts.update(found)
+            for n, gram in found:
+                places[n].setdefault(gram, source.where(i))
+    wholes.pop((), None)  # no words at all: nothing to compare
+    many = max(2, 0.01 * sum(map(len, evaluation)))
+    return wholes, {
+        n: {gram: place for gram, place in places[n].items() if counts[n, gram] <= many}
+        for n in sorted(places, reverse=True)
+    }
+
+
+def _shared(words, grams):
+    """The first words that an evaluation row has too, and its place; None if there are none."""
+    for n, places in grams.items():
+        for k, gram in enumerate(_grams(words, n)):
+            if gram in places:
+                return words[k : k + n], places[gram]
+    return None
+
+
+_WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W\u3040-\u30ff\u4e00-\u9fff]+")
+
+
+def _words(text) -> tuple:
+    """Words without punctuation; of Chinese and Japanese, which have no blanks, characters."""
+    return tuple(_WORD.findall(text))
+
+
+def _grams(words, n):
+    return (hash(words[k : k + n]) for k in range(len(words) - n + 1))
+
+
+def conflict(texts, rows, **_):
+    """Rows whose prompt has other answers too, unless more than half of its rows have this one.
+
+    Leave this rule out where several answers to one prompt are wanted.
+    """
+    groups = defaultdict(list)
+    for i in texts.readable(rows):
+        if texts.prompts[i]:
+            groups[texts.prompts[i], texts.tools[i]].append(i)
+    for group in groups.values():
+        counts = Counter(texts.answers[i] for i in group)
+        for i in group if len(counts) > 1 else ():
+            if 2 * counts[texts.answers[i]] <= len(group):
+                other = next(j for j in group if texts.answers[j] != texts.answers[i])
+                yield i, f"{len(counts)} different answers to this prompt", other
+
+
+def exact_duplicate(texts, rows, **_):
+    """Rows that equal an earlier one in prompt and answer, after normalisation."""
+    first = {}
+    for i in texts.readable(rows):
+        same = first.setdefault((texts.prompts[i], texts.answers[i], texts.tools[i]), i)
+        if same != i:
+            yield i, "equal to an earlier row", same
+
+
+def near_duplicate(texts, rows, *, near, **_):
+    """Rows much like an earlier one that stays (MinHash-LSH, then checked exactly).
+
+    Rows with different numbers are different rows, and wording that many rows share counts for
+    nothing: data made from one template differ in little else. Prompts and answers together must be
+    `near` alike, and neither of them less than half of that.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    rows = texts.readable(rows)
+    common = _common_pieces(texts, rows)
+
+    @lru_cache(maxsize=1 << 16)
+    def pieces(i):
+        """Hashed pieces of the row's prompt, of its answer, of both."""
+        sides = texts.prompts[i], texts.answers[i]
+        numbers = np.uint32(zlib.crc32(" ".join(re.findall(r"\d+", " ".join(sides))).encode()))
+        prompt, answer = (_rare(_pieces(side), common) ^ numbers for side in sides)
+        return prompt, answer, np.union1d(prompt, answer)
+
+    def likeness(i, j):
+        prompt, answer, whole = map(_jaccard, pieces(i), pieces(j))
+        return whole if min(prompt, answer) >= near / 2 else 0.0
+
+    # The weights favour finding too many: what LSH returns is checked, by estimate, then exactly.
+    index = MinHashLSH(threshold=near, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+    signatures = np.zeros((len(rows), PERMUTATIONS), np.uint32)
+    sets = (pieces(i)[2].tolist() for i in rows)
+    hashes = MinHash.generator(sets, num_perm=PERMUTATIONS, hashfunc=int)
+    for at, minhash in enumerate(hashes):
+        signatures[at] = minhash.hashvalues
+        alike = np.array(sorted(index.query(minhash)), np.int64)
+        estimates = (signatures[alike] == signatures[at]).mean(1)
+        for other in alike[estimates >= near - MARGIN].tolist():
+            if (like := likeness(rows[at], rows[other])) >= near:
+                yield rows[at], f"{like:.0%} like an earlier row", rows[other]
+                break
+        else:
+            index.insert(at, minhash, check_duplication=False)
+
+
+_POWERS = np.array([pow(0x9E3779B1, k, 1 << 32) for k in range(1, SHINGLE + 1)], np.uint32)
+
+
+def _pieces(text) -> np.ndarray:
+    """Hashes uint32 of all pieces of SHINGLE characters, sorted."""
+    codes = np.frombuffer(text.ljust(SHINGLE).encode("utf-32-le", "surrogatepass"), np.uint32)
+    return np.unique(np.lib.stride_tricks.sliding_window_view(codes, SHINGLE) @ _POWERS)
+
+
+def _common_pieces(texts, rows, bits=22):
+    """bool [2**bits] by a piece's low bits: is it in more than a tenth (and 20) of the rows?"""
+    counts = np.zeros(1 << bits, np.int32)
+    for i in rows:
+        both = np.union1d(_pieces(texts.prompts[i]), _pieces(texts.answers[i]))
+        counts[np.unique(both & (len(counts) - 1))] += 1
+    return counts > max(20, COMMON * len(rows))
+
+
+def _rare(pieces, common):
+    rare = pieces[~common[pieces & (len(common) - 1)]]
+    return rare if len(rare) else pieces
+
+
+def _jaccard(a, b):
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both)
+
+
+def label_suspects(texts, rows, *, trust, suspects, **_):
+    """The rows whose answer the model trusts least, worst first."""
+    rows = texts.readable(rows)
+    values = np.asarray(trust(rows))
+    for at in np.argsort(values, kind="stable")[: round(suspects * len(rows))].tolist():
+        yield rows[at], f"trust {values[at]:.3g}", None
+
+
+RULES = {
+    "missing": missing,
+    "empty": empty,
+    "too_long": too_long,
+    "markup": markup,
+    "contamination": contamination,
+    "conflict": conflict,
+    "exact_duplicate": exact_duplicate,
+    "near_duplicate": near_duplicate,
+    "label_suspects": label_suspects,
+}
+
+
+# --- once per data --------------------------------------------------------------------------------
+
+
+def find_once(folder, key: str, source, rules, **options) -> Findings:
+    """`find`, or what an earlier call with the same inputs has left in `folder`.
+
+    key: names what `options` can't: the source's content, the tokenizer and its settings.
+    """
+    plain = {k: v for k, v in options.items() if k not in ("evaluation", "count_tokens", "trust")}
+    sets = [s.fingerprint() for s in options.get("evaluation", ())]
+    code = [inspect.getsource(rule) for rule in RULES.values()]
+    files = [s.where(i) for s in (source, *options.get("evaluation", ())) for i in (0, -1)]
+    known = json.dumps([FORMAT, key, list(rules), plain, sets, files, code], sort_keys=True)
+    file = Path(folder) / f"clean-{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
+    if file.exists():
+        rows, found, *names = json.loads(file.read_text())
+        return Findings(rows, tuple(Finding(*f) for f in found), *map(tuple, names))
+    findings = find(source, rules, **options)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent)
+        with open(handle, "w") as out:  # whole or not at all: other processes do the same
+            json.dump(list(vars(findings).values()), out)
+        os.replace(temporary, file)
+    except OSError as error:
+        problem = f"data.cache_dir={folder}: can't be written: {error}"
+        raise DataError(problem, kind="unwritable") from None
+    return findings

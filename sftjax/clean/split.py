@@ -1,0 +1,137 @@
+"""Rows of a source: by index, by a lasting split into training and validation.
+
+A row's side is decided by a hash of its prompt (or of its group), so equal prompts stay together
+and the same row goes to the same side on every machine, in every order, at any time.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from sftjax.data.masking.conversation import to_conversation
+from sftjax.errors import DataError
+
+DRIFT = 0.005  # how far a stratified label's share may be from the one asked for
+
+
+class Subset(Sequence):
+    """The rows of a source at some indices, with the places and the fingerprint of a source."""
+
+    def __init__(self, source, rows):
+        self.source, self.rows = source, np.asarray(rows, np.int64)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.source[int(self.rows[i])]
+
+    def where(self, i: int) -> str:
+        return self.source.where(int(self.rows[i]))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.source.fingerprint().encode())
+        digest.update(self.rows.tobytes())
+        return digest.hexdigest()
+
+
+def split(source, share: float, *, group_by="", stratify_by="", form=None, skip=False):
+    """Training and validation rows: (Subset, Subset).
+
+    Without `stratify_by` a row's side depends on its prompt (or group) alone: rows added, removed
+    or moved change no other row's side. A label's share is then right only within sampling error,
+    sqrt(share * (1 - share) / rows of that label).
+
+    With `stratify_by` the hash decides unless the label's share, counted from the first row on,
+    would be off by more than half a percent (and more than one row); then the other side is taken.
+    A side then depends on the rows before it too: rows appended to the data still move no other.
+    Any rule that gives exact shares pays this price, because one that looks at a single row can't
+    know the others. Rows that share a prompt or group stay together first.
+
+    Args:
+      share: the share of rows for validation, 0 < share < 1.
+      group_by: a field; all rows with one value of it go to the same side.
+      stratify_by: a field; the share is held within each of its values.
+      form: keywords of `to_conversation`: fields, roles. The prompt is the first user message.
+      skip: leave a row that can't be read to training, which lists it (data.on_error="skip").
+
+    Raises: DataError for a row without the field, or if a side is left empty.
+    """
+    if not 0 < share < 1:
+        problem = f"data.split.share={share!r}: expected a share between 0 and 1"
+        raise DataError(problem, kind="setting")
+    side_of, held, seen = {}, Counter(), Counter()
+    sides = np.zeros(len(source), bool)
+    for i in range(len(source)):
+        where = source.where(i)
+        try:
+            record = source[i]
+            key = _value(record, group_by, where) if group_by else prompt_key(record, where, form)
+        except DataError:
+            if group_by or not skip:
+                raise
+            continue  # for training, where it can't be encoded either
+        label = _value(record, stratify_by, where) if stratify_by else None
+        seen[label] += 1
+        if key not in side_of:
+            side = fraction(key) < share
+            if stratify_by:
+                off, bound = held[label] - share * seen[label], max(1, DRIFT * seen[label])
+                side = off + 1 <= bound if side else off < -bound
+            side_of[key] = side
+        sides[i] = side_of[key]
+        held[label] += sides[i]
+    if sides.all() or not sides.any():
+        raise DataError(
+            f"data.split.share={share}: of {len(source)} rows with {len(side_of)} different "
+            f"{group_by or 'prompt'}s {'all' if sides.any() else 'none'} fall to validation",
+            "set another share, or give data.validation",
+            joint=": ",
+            kind="setting",
+        )
+    return Subset(source, np.flatnonzero(~sides)), Subset(source, np.flatnonzero(sides))
+
+
+def fraction(key: str) -> float:
+    """A number in [0, 1) that belongs to `key` for ever."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def normalise(text: str) -> str:
+    """Text without what makes no difference: letter case, kinds and runs of blanks, ligatures."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def prompt_key(record, where="", form=None) -> str:
+    """The normalised first user message; of plain text, the text."""
+    chat = to_conversation(record, where=where, **(form or {}))
+    messages = [m for m in chat["messages"] if m["role"] == "user"] or chat["messages"]
+    return normalise(said(messages[0]))
+
+
+def said(message: dict) -> str:
+    """All that a message says, as text: its reasoning, its content, its tool calls."""
+    content = message["content"]
+    parts = [
+        message.get("reasoning_content") or "",
+        content if isinstance(content, str) else json.dumps(content, default=str),
+        json.dumps(message["tool_calls"], default=str) if message.get("tool_calls") else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _value(record, field, where):
+    if record.get(field) is None:
+        raise DataError(
+            f"no field {field!r} to split by (data.split); the row has "
+            f"{', '.join(map(repr, record)) or 'none'}",
+            where=where,
+            kind="missing_field",
+            subject=repr(field),
+        )
+    return str(record[field])

@@ -1,0 +1,1 @@
+"""From a record to tokens, each with the weight at which it is trained."""

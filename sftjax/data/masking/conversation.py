@@ -1,0 +1,293 @@
+"""Records of many forms to one canonical conversation, checked.
+
+A new record form is one function and one line in `_read_form`.
+"""
+
+import re
+
+from sftjax.data.masking.marks import THINK
+from sftjax.data.masking.messages import (
+    empty,
+    known_roles,
+    parse_json,
+    read_messages,
+    read_tools,
+    wrong_type,
+)
+from sftjax.errors import DataError
+
+MAY_FOLLOW = {
+    "": ("system", "developer", "user"),
+    "system": ("developer", "user"),
+    "developer": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+FIELDS = ("prompt", "completion", "input", "system", "messages", "text", "tools")  # of a record
+MESSAGE_FIELDS = ("role", "content")  # of a message
+KNOWN_FORMS = (
+    "messages (or conversations) | prompt + completion | instruction (+ input) + output | "
+    "segments | text"
+)
+
+
+def to_conversation(
+    record: dict,
+    *,
+    fields=None,
+    roles=None,
+    system: str = "",
+    template_kwargs=None,
+    where: str = "",
+) -> dict:
+    """Bring a record of any known form into one form.
+
+    Args:
+      record: messages | conversations (from/value) | prompt + completion (text or message lists)
+        | instruction (+ input, history) + output | segments | text; and beside them tools,
+        system, chat_template_kwargs.
+      fields: the record's own names for prompt, completion, input, system, messages, text, tools,
+        and a message's for role and content; an empty one is found by the known forms. A dotted
+        name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
+        with names in braces is filled in: "{context}\\n\\n{question}".
+      roles: {the data's name of a role: ours}, beside the known ones.
+      system: a system message for conversations that have none.
+      template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
+      where: file and row, for errors.
+
+    Returns: dict(messages=[{role, content, ...}], tools=list or None, options=dict for the
+      template, kind="chat" | "pair" | "segments" | "text"). A pair is one prompt and completion
+      in text, which may be rendered as a chat or run together. Text and segments are messages of
+      role "text".
+    Raises: DataError.
+    """
+    fields = {key: name for key, name in dict(fields or {}).items() if name}
+    if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
+        problem = f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}"
+        raise DataError(problem, kind="setting")
+    own = read_field(record, fields["tools"], where) if "tools" in fields else record.get("tools")
+    chat = dict(tools=read_tools(own, where), options=_options(record, template_kwargs, where))
+    kind, messages = _read_form(record, fields, known_roles(roles), where)
+    if kind in ("text", "segments") and (system or "system" in fields):
+        problem = "a system message is set, but plain text is no conversation"
+        raise DataError(problem, where=where, kind="system_unused")
+    if kind in ("chat", "pair"):
+        own = read_field(record, fields["system"], where) if "system" in fields else None
+        system = own or record.get("system") or system
+        if not isinstance(system, str):
+            raise wrong_type("system", system, "text", where)
+        if system and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": system}, *messages]
+        _check_order(messages, where)
+    return chat | dict(messages=messages, kind=kind)
+
+
+def last_turn(messages) -> int:
+    """The index at which the last turn begins: after the last user's message."""
+    return max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+
+
+def without_reasoning(messages, start, stop) -> list[dict]:
+    """`messages`, of which those in [start, stop) lose their reasoning."""
+    return [_answer_only(m) if start <= i < stop else m for i, m in enumerate(messages)]
+
+
+def _answer_only(message):
+    if message["role"] != "assistant":
+        return message
+    thought = THINK.fullmatch(message["content"])
+    kept = {k: v for k, v in message.items() if k != "reasoning_content"}
+    return kept | ({"content": thought[1]} if thought else {})
+
+
+def _options(record, template_kwargs, where):
+    own = record.get("chat_template_kwargs") or {}
+    own = parse_json(own, "chat_template_kwargs", where) if isinstance(own, str) else own
+    if not isinstance(own, dict):
+        raise wrong_type("chat_template_kwargs", own, "an object", where)
+    return dict(template_kwargs or {}) | own
+
+
+# --- record forms ---
+
+
+def _read_form(record, fields, roles, where):
+    present = {key for key, value in record.items() if value is not None}
+    pair = {"prompt", "completion"}
+    if "messages" in fields:
+        raw = read_field(record, fields["messages"], where)
+        return "chat", read_messages(raw, fields, roles, where)
+    if "text" in fields:
+        return "text", _text_message(record, fields["text"], where)
+    if pair & set(fields):
+        names = [fields.get(key, key) for key in ("prompt", "completion")]
+        return _read_pair(record, *names, fields, roles, where)
+    for key in ("messages", "conversations"):
+        if key in present:
+            return "chat", read_messages(record[key], fields, roles, where)
+    if "segments" in present:
+        return "segments", _read_segments(record["segments"], where)
+    if "instruction" in present:
+        return "chat", _read_instruction(record, fields, where)
+    if present & pair:
+        return _read_pair(record, "prompt", "completion", fields, roles, where)
+    if "text" in present:
+        return "text", _text_message(record, "text", where)
+    raise DataError(
+        f"no known form in the fields {_names(record)}; expected {KNOWN_FORMS}",
+        "say which are which: data.fields.prompt=NAME data.fields.completion=NAME",
+        joint=", or ",
+        where=where,
+        kind="no_form",
+    )
+
+
+def _read_pair(record, prompt_name, completion_name, fields, roles, where):
+    prompt = read_field(record, prompt_name, where)
+    completion = read_field(record, completion_name, where)
+    if "input" in fields and isinstance(prompt, str):
+        prompt = _with_input(prompt, read_field(record, fields["input"], where), where)
+    if isinstance(completion, str) and isinstance(prompt, str):
+        return "pair", [_user(prompt), _answer(completion, completion_name, where)]
+    if isinstance(prompt, str):
+        prompt = [_user(prompt)]
+    if isinstance(completion, str):
+        completion = [_answer(completion, completion_name, where)]
+    if not isinstance(prompt, list):
+        raise wrong_type(prompt_name, prompt, "text or a list of messages", where)
+    if not isinstance(completion, list):
+        raise wrong_type(completion_name, completion, "text or a list of messages", where)
+    given = [{"train": False, **m} if isinstance(m, dict) else m for m in prompt]
+    return "chat", read_messages(given + completion, fields, roles, where)
+
+
+def _read_instruction(record, fields, where):
+    turns = []
+    history = record.get("history") or []
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
+            raise wrong_type("history", turn, "pairs [instruction, output]", where)
+        turns += [_user(turn[0]), _answer(turn[1], "history", where)]
+    prompt = _text(record, "instruction", where)
+    extra = record.get("input")
+    if "input" in fields:
+        extra = read_field(record, fields["input"], where)
+    name = "output" if record.get("output") is not None else "response"
+    name = name if record.get(name) is not None else "output"
+    answer = _answer(_text(record, name, where), name, where)
+    return [*turns, _user(_with_input(prompt, extra or "", where)), answer]
+
+
+def _with_input(prompt, extra, where):
+    if not isinstance(extra, str):
+        raise wrong_type("input", extra, "text", where)
+    return f"{prompt}\n\n{extra}" if extra else prompt
+
+
+def _read_segments(segments, where):
+    """Texts that are run together as they stand, each with its weight."""
+    if not isinstance(segments, list) or not segments:
+        raise wrong_type("segments", segments, "a list, not empty", where)
+    messages = []
+    for n, segment in enumerate(segments, 1):
+        inside = f"segment {n}: "
+        if not isinstance(segment, dict):
+            expected = 'an object {"text": ..., "train": ...}'
+            raise wrong_type("the segment", segment, expected, where, inside)
+        text = segment.get("text", segment.get("content"))
+        if not isinstance(text, str):
+            raise wrong_type("text", text, "text", where, inside)
+        said = {k: segment[k] for k in ("train", "weight") if k in segment}
+        said |= {"train": segment["label"]} if "label" in segment else {}
+        if not said:
+            problem = f'{inside}it says neither "train" (true, false) nor "weight"'
+            raise DataError(problem, where=where, kind="no_weight")
+        messages.append({"role": "text", "content": text} | said)
+    return messages
+
+
+def _user(text):
+    return {"role": "user", "content": text}
+
+
+def _answer(text, name, where):
+    if not text.strip():
+        raise empty("response", f"{name!r} is {text!r}", where)
+    return {"role": "assistant", "content": text}
+
+
+def _text_message(record, name, where):
+    text = _text(record, name, where)
+    if not text.strip():
+        raise empty("text", f"{name!r} is {text!r}", where)
+    return [{"role": "text", "content": text}]
+
+
+def _check_order(messages, where):
+    before = ""
+    for n, message in enumerate(messages, 1):
+        role = message["role"]
+        if role not in MAY_FOLLOW[before]:
+            place = f"after {before!r}" if before else "first"
+            raise DataError(
+                f"roles out of order: message {n} is {role!r} {place}, where "
+                f"{' or '.join(MAY_FOLLOW[before])} is expected; "
+                f"the roles are: {', '.join(m['role'] for m in messages)}",
+                where=where,
+                kind="role_order",
+            )
+        before = role
+    if before != "assistant":
+        raise DataError(
+            f"roles out of order: the last message is {before!r}, expected 'assistant': "
+            "there is no answer to train on",
+            "drop the last message or the row",
+            where=where,
+            kind="role_order",
+        )
+
+
+# --- the fields of a record ---
+
+
+def read_field(record, name, where):
+    """`record[name]`; inside for a dotted name; a text with names in braces is filled in."""
+    if "{" in name:
+        return re.sub(r"\{([^{}]+)\}", lambda m: _text(record, m[1], where), name)
+    value = record.get(name)
+    if value is None and "." in name:
+        value = _inside(record, name.split("."))
+    if value is None:
+        kind, state = ("null_field", "null") if name in record else ("missing_field", "missing")
+        raise DataError(
+            f"field {name!r} is {state}; the row has {_names(record)}",
+            "set data.fields.* to the names that your data uses",
+            where=where,
+            kind=kind,
+            subject=repr(name),
+        )
+    return value
+
+
+def _inside(value, parts):
+    for n, part in enumerate(parts):
+        if part == "*" and isinstance(value, list):
+            lines = [_inside(element, parts[n + 1 :]) for element in value]
+            return "\n".join(lines) if all(isinstance(line, str) for line in lines) else None
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _text(record, name, where):
+    value = read_field(record, name, where)
+    if not isinstance(value, str):
+        raise wrong_type(name, value, "text", where)
+    return value
+
+
+def _names(record):
+    return ", ".join(map(repr, record)) or "(none)"

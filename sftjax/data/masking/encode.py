@@ -1,0 +1,409 @@
+"""From a record to tokens, each with the weight at which it is trained.
+
+A record becomes one conversation (`conversation.py`), is rendered ONCE with the tokenizer's own
+chat template and tokenised ONCE. Which characters are trained is found by `ChatTemplate.regions`;
+tokens are matched to them by character offsets. No mask comes from subtracting a rendered prefix,
+and no token is judged by its id.
+"""
+
+from bisect import bisect_left, bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from sftjax.data.masking.conversation import last_turn, to_conversation, without_reasoning
+from sftjax.data.masking.messages import ROLES
+from sftjax.data.masking.template import Case, after_empty_think, load_template
+from sftjax.errors import DataError
+
+PART = 250  # records rendered, and then tokenised, together
+STOP_TOKEN = ("turn", "all", "last", "none")
+REASONING = {"history": "train", "last": "train", "empty": "keep"}
+
+
+class Encoded(NamedTuple):
+    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet."""
+
+    tokens: np.ndarray  # int32 [n]
+    weights: np.ndarray  # float32 [n]
+    text: str  # what was tokenised
+    spans: list[tuple[int, int]]  # trained characters of text: (start, stop)
+    kind: str = "chat"  # chat: rendered with a template; pair, segments, text: as it stands
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens, self.weights
+
+
+class Policy(NamedTuple):
+    """What is trained of a conversation."""
+
+    roles: set[str]
+    only_last: bool  # of the assistant's turns
+    stop_token: str
+    reasoning: dict[str, str]
+
+
+def encode(record: dict, tokenizer, *, where: str = "", **policy) -> Encoded:
+    """Tokenise one record and say which of its tokens are trained.
+
+    Args:
+      record: any form that `to_conversation` reads.
+      tokenizer: a fast Hugging Face tokenizer.
+      where: file and row, for errors.
+      **policy:
+        train_on: "assistant" (default) | "last" (the last assistant turn) | "all" (every turn but
+          the system's) | roles, comma-separated or a list. A message's own `train: bool` or
+          `weight: float` counts before it. Segments say themselves what is trained.
+        stop_token: train the special token that ends a turn: "turn" (default, after each trained
+          turn) | "all" (after every turn) | "last" (after the last turn only) | "none".
+        reasoning: of the answers in history (before the last user's message), of the last turn's,
+          and of an empty think block: dict(history="train", last="train", empty="keep"); each is
+          "train" | "keep" (in the text, not trained) | "drop" (taken out before rendering).
+        template: a chat template, or a file that holds one, in place of the tokenizer's.
+        template_kwargs, fields, roles, system: as in `to_conversation`.
+
+    A text prompt and completion are rendered as a user's and an assistant's turn; where there is
+    no template they are run together as they stand, and the end-of-text token follows. Of plain
+    text everything is trained. Segments are run together and nothing is added. Raises: DataError.
+    """
+    return encode_batch([record], [where], tokenizer, **policy)[0]
+
+
+def encode_batch(
+    records,
+    wheres,
+    tokenizer,
+    *,
+    train_on="assistant",
+    stop_token: str = "turn",
+    reasoning=None,
+    template: str | None = None,
+    **forms,
+) -> list[Encoded]:
+    """`encode` for many records, which uses all cores."""
+    if stop_token not in STOP_TOKEN:
+        problem = f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}"
+        raise DataError(problem, kind="setting")
+    policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, _reasoning(reasoning))
+    chat_template = load_template(tokenizer, template)
+    pairs = zip(records, wheres, strict=True)
+    chats = [_conversation(record, where, policy.reasoning, forms) for record, where in pairs]
+    parts = [slice(at, at + PART) for at in range(0, len(chats), PART)]
+    # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of
+    # the tokenizer; one at a time, as a tokenizer may fail if two callers set it up at once.
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.map(lambda part: _tokenise(chat_template, chats[part], wheres[part]), parts)
+        encoded = [
+            _encode_part(chat_template, chats[part], *texts, wheres[part], policy)
+            for part, texts in zip(parts, found, strict=True)
+        ]
+    return [example for part in encoded for example in part]
+
+
+def _tokenise(template, chats, wheres):
+    """The texts of conversations, and their encodings."""
+    texts = _texts(template, chats, wheres)
+    _check_unicode(texts, wheres)
+    output = template.tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return texts, output.encodings
+
+
+def _encode_part(template, chats, texts, encodings, wheres, policy):
+    spans = _trained_spans(template, chats, texts, wheres, policy)
+    kinds = [_kind(chat, template) for chat in chats]
+    columns = texts, spans, kinds, encodings, wheres
+    return [_encoded(template, *row) for row in zip(*columns, strict=True)]
+
+
+def _check_unicode(texts, wheres):
+    for text, where in zip(texts, wheres, strict=True):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"half of a surrogate pair, {text[error.start]!r}, is no character, and no "
+                "tokenizer reads it",
+                "repair the text, which was cut there, or drop the row",
+                joint=": ",
+                where=where,
+                kind="surrogate",
+            ) from None
+
+
+def prompt_and_answer(record: dict, tokenizer, *, where: str = "", **policy):
+    """The prompt for which a model generates, and the reference answer.
+
+    The prompt is the conversation up to the last assistant turn with the template's generation
+    prompt; and what the template itself writes between that and the answer, such as an empty
+    think block. Of a pair without a template it is the prompt as it stands. It is cut from the
+    tokens of the whole, so the model sees before the answer what it saw in training.
+
+    Returns: prompt tokens int32 [n], answer text. Raises: DataError.
+    """
+    policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
+    template = load_template(tokenizer, policy.pop("template", None))
+    chat = _conversation(record, where, _reasoning(policy.pop("reasoning", None)), policy)
+    kind = _kind(chat, template)
+    if kind in ("text", "segments"):
+        problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
+        raise DataError(problem, fix, joint=": ", where=where, kind="no_prompt")
+    if kind == "pair":
+        text, answer = _raw_text(chat["messages"], where), chat["messages"][-1]["content"]
+        ids = _ids_before(tokenizer, text, len(text) - len(answer))
+        ids = [*_added_ids(tokenizer)[0], *ids]
+    else:
+        _check_template(template, where)
+        text, start, answer = template.prompt(chat, where)
+        ids = _ids_before(tokenizer, text, start)
+    return np.array(ids, np.int32), answer
+
+
+def _ids_before(tokenizer, text, stop):
+    """The tokens of `text` before character `stop`; a token across the border is left out."""
+    output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return output["input_ids"][: bisect_right(output["offset_mapping"], stop, key=itemgetter(1))]
+
+
+def stop_ids(tokenizer, template: str | None = None) -> list[int]:
+    """The ids at which generation stops: end of text, and the template's ends of a turn."""
+    chat_template = load_template(tokenizer, template)
+    stops = chat_template.dialect.stops if chat_template.source else ()
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return sorted({*ids, *tokenizer.convert_tokens_to_ids(list(stops))})
+
+
+# --- what the policy says ---
+
+
+def _trained_roles(train_on):
+    if train_on in ("assistant", "last"):
+        return {"assistant"}
+    if train_on == "all":
+        return set(ROLES.values()) - {"system", "developer"}
+    roles = train_on.split(",") if isinstance(train_on, str) else list(train_on)
+    roles = [role.strip() for role in roles]
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise DataError(
+            f"data.train_on={train_on!r}: unknown role {unknown[0]!r}; expected assistant | last "
+            f"| all | a comma-separated list of {', '.join(sorted(set(ROLES.values())))}",
+            kind="setting",
+        )
+    return {ROLES[role] for role in roles}
+
+
+def _reasoning(given):
+    """The default with what is given, checked."""
+    reasoning = REASONING | dict(given or {})
+    for key, value in reasoning.items():
+        expected = ("train", "keep") if key == "empty" else ("train", "keep", "drop")
+        if key not in REASONING or value not in expected:
+            known = "history, last: train | keep | drop; empty: train | keep"
+            raise DataError(f"data.reasoning.{key}={value!r}: expected {known}", kind="setting")
+    return reasoning
+
+
+def _conversation(record, where, reasoning, forms):
+    chat = to_conversation(record, where=where, **forms)
+    messages = chat["messages"]
+    border = last_turn(messages)
+    for span, part in ((0, border), "history"), ((border, len(messages)), "last"):
+        if reasoning[part] == "drop":
+            messages = without_reasoning(messages, *span)
+    return chat | {"messages": messages}
+
+
+def _kind(chat, template):
+    """chat: rendered with a template; pair, segments, text: as it stands."""
+    return "chat" if chat["kind"] == "pair" and template.source else chat["kind"]
+
+
+def _message_weights(messages, policy, where):
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    weights = []
+    for i, message in enumerate(messages):
+        by_role = message["role"] in policy.roles and (i == last or not policy.only_last)
+        trained = message.get("train", "weight" in message or by_role)
+        weight = message.get("weight", 1.0)
+        if not isinstance(trained, (bool, int)):
+            raise _wrong_value(i, "train", trained, "a bool", where)
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise _wrong_value(i, "weight", weight, "a number", where)
+        weights.append(float(weight) if trained else 0.0)
+    return weights
+
+
+def _wrong_value(i, key, value, expected, where):
+    problem = f"message {i + 1}: {key}={value!r}, expected {expected}"
+    return DataError(problem, where=where, kind="wrong_value", subject=repr(key))
+
+
+# --- from conversations to spans ---
+
+
+def _texts(template, chats, wheres):
+    """What is tokenised of each."""
+    chosen = [n for n, chat in enumerate(chats) if _kind(chat, template) == "chat"]
+    if chosen:
+        _check_template(template, wheres[chosen[0]])
+    rendered = template.render([chats[n] for n in chosen], [wheres[n] for n in chosen])
+    texts = dict(zip(chosen, rendered, strict=True))
+    return [
+        texts[n] if n in texts else _raw_text(chat["messages"], where)
+        for n, (chat, where) in enumerate(zip(chats, wheres, strict=True))
+    ]
+
+
+def _trained_spans(template, chats, texts, wheres, policy):
+    """Of each text the spans (start, stop, weight), in order."""
+    spans, cases = [], {}
+    for chat, text, where in zip(chats, texts, wheres, strict=True):
+        weights = _message_weights(chat["messages"], policy, where)
+        kind = _kind(chat, template)
+        if kind == "chat":
+            wanted = _wanted(chat["messages"], weights, policy)
+            cases[len(spans)] = Case(chat, text, wanted, where), weights
+        spans.append(_raw_spans(chat["messages"], kind, weights))
+    found = template.regions([case for case, _ in cases.values()])
+    for (n, (case, weights)), regions in zip(cases.items(), found, strict=True):
+        spans[n] = _spans(case, regions, weights, policy)
+    return spans
+
+
+def _check_template(template, where):
+    if not template.source:
+        raise DataError(
+            "a chat, but the tokenizer has no chat template",
+            "set data.template=FILE to a Jinja chat template, or use prompt and completion in text",
+            joint=": ",
+            where=where,
+            kind="no_template",
+        )
+
+
+def _wanted(messages, weights, policy):
+    """The trained messages, each with: has its reasoning to be in the rendering?
+
+    That is asked of the last message only: of those before, templates leave it out on purpose.
+    """
+    last, train = len(messages) - 1, policy.reasoning["last"] == "train"
+    says = [
+        m["content"].strip() or len(m.keys() & {"tool_calls", "reasoning_content"})
+        for m in messages
+    ]
+    return {i: train and i == last for i, weight in enumerate(weights) if weight and says[i]}
+
+
+def _spans(case, regions, weights, policy):
+    """Trained spans (start, stop, weight) in order of the text."""
+    border, spans = last_turn(case.chat["messages"]), []
+    for region in regions:
+        i, start, answer, stop, end = region
+        with_end = policy.stop_token == "turn" or region is regions[-1]
+        with_end = end and policy.stop_token != "none" and (with_end or policy.stop_token == "all")
+        if weights[i]:
+            thought = after_empty_think(case.text, region)
+            if (
+                thought < answer
+                and policy.reasoning["last" if i >= border else "history"] == "keep"
+            ):
+                start = answer
+            elif policy.reasoning["empty"] != "train":
+                start = thought
+            spans.append((start, end[1] if with_end else stop, weights[i]))
+        elif end and policy.stop_token == "all":
+            spans.append((*end, 1.0))
+    return sorted(span for span in spans if span[0] < span[1])
+
+
+def _raw_text(messages, where):
+    if messages[0]["role"] in ("system", "developer"):
+        problem, fix = "a system message needs a chat template", "set data.template=FILE"
+        raise DataError(problem, fix, joint=": ", where=where, kind="system_unused")
+    return "".join(m["content"] for m in messages)
+
+
+def _raw_spans(messages, kind, weights):
+    """Of texts run together: of segments those with a weight, else the last one."""
+    if kind != "segments":
+        weights = [0.0] * (len(messages) - 1) + [1.0]
+    stops = list(accumulate(len(m["content"]) for m in messages))
+    spans = zip([0, *stops], stops, weights, strict=False)
+    return [span for span in spans if span[2] and span[0] < span[1]]
+
+
+def _encoded(template, text, spans, kind, encoding, where):
+    ids = encoding.ids
+    tokens, weights = np.array(ids, np.int32), token_weights(Offsets(encoding), spans)
+    bos = template.tokenizer.bos_token_id
+    if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        raise DataError(
+            f"the text begins with {template.tokenizer.bos_token!r} twice",
+            f"take it out of the template or the first message; the text begins {text[:80]!r}",
+            joint=": ",
+            where=where,
+            kind="double_bos",
+        )
+    if kind in ("pair", "text"):
+        return _with_ends(template.tokenizer, text, spans, kind, tokens, weights)
+    return Encoded(tokens, weights, text, [span[:2] for span in spans], kind)
+
+
+def _with_ends(tokenizer, text, spans, kind, tokens, weights):
+    """Text as it stands: the tokenizer's own first tokens, and the end-of-text token."""
+    first, last = _added_ids(tokenizer)
+    first = [] if tokens[: len(first)].tolist() == first else first
+    last = [] if tokens[-len(last) :].tolist() == last else last
+    before, after = (tokenizer.decode(ids) if ids else "" for ids in (first, last))
+    start, stop, _ = spans[0]
+    span = (start + len(before), stop + len(before) + len(after))
+    tokens = np.concatenate([first, tokens, last]).astype(np.int32)
+    weights = np.concatenate([np.zeros(len(first)), weights, np.ones(len(last))])
+    return Encoded(tokens, weights.astype(np.float32), before + text + after, [span], kind)
+
+
+@lru_cache(maxsize=8)
+def _added_ids(tokenizer):
+    """The ids that the tokenizer puts before a text, and those that end it."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    eos = tokenizer.eos_token_id
+    return full[:start], full[start + len(plain) :] if eos is None else [eos]
+
+
+class Offsets:
+    """The (start, stop) characters of an encoding's tokens: a few are asked for, not all."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def __len__(self):
+        return len(self.encoding)
+
+    def __getitem__(self, i):
+        return self.encoding.token_to_chars(i)
+
+
+def token_weights(offsets, spans) -> np.ndarray:
+    """The weight of each token: that of the span with which its characters overlap, else 0.
+
+    Args:
+      offsets: (start, stop) characters of each token, ascending.
+      spans: (start, stop, weight), ascending.
+    """
+    weights = np.zeros(len(offsets), np.float32)
+    for start, stop, weight in spans:
+        first = bisect_right(offsets, start, key=itemgetter(1))
+        weights[first : bisect_left(offsets, stop, key=itemgetter(0))] = weight
+    return weights

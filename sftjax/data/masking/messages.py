@@ -1,0 +1,184 @@
+"""One message of any data set to the form that chat templates read, checked.
+
+The form: {"role", "content": text}, and where there are any "reasoning_content": text and
+"tool_calls": [{"type": "function", "function": {"name", "arguments": dict}}]. The keys `train`
+and `weight` are for us; all others are kept, for templates that know them.
+"""
+
+import json
+
+from sftjax.data.records.sources import loads
+from sftjax.errors import DataError
+
+ROLES = {  # the names that data sets use -> the names that templates use
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"},
+    **{"bot": "assistant", "function": "tool", "observation": "tool", "ipython": "tool"},
+    "function_call": "assistant",  # sharegpt: the content is the call, in JSON
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+READ = ("from", "value", "function_call", *REASONING)  # their contents move to other keys
+
+
+def known_roles(more=None) -> dict:
+    """ROLES and `more` ({your name: one of ours}), checked."""
+    for name, role in dict(more or {}).items():
+        if role not in ROLES:
+            expected = ", ".join(sorted(set(ROLES.values())))
+            problem = f"data.roles: {name}={role!r}, expected one of {expected}"
+            raise DataError(problem, kind="setting")
+    return ROLES | dict(more or {})
+
+
+def read_messages(raw, fields, roles, where) -> list[dict]:
+    """A list of messages, its JSON text, or a tree of replies.
+
+    Args:
+      fields: may name the keys "role" and "content" of a message.
+      roles: the names of roles, as from `known_roles`.
+    """
+    if isinstance(raw, str):
+        raw = parse_json(raw, "messages", where)
+    if isinstance(raw, dict) and isinstance(raw.get("replies"), list):
+        raw = _best_thread(raw, fields, roles)
+    if not isinstance(raw, list) or not raw:
+        raise wrong_type("messages", raw, "a list of messages, not empty", where)
+    return [_message(m, fields, roles, where, f"message {n}: ") for n, m in enumerate(raw, 1)]
+
+
+def _best_thread(node, fields, roles):
+    """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
+    thread = [node]
+    while replies := [r for r in _replies(node) if isinstance(r, dict)]:
+        ranks = (r.get("rank") for r in replies)
+        ranks = [n if isinstance(n, (int, float)) else len(replies) for n in ranks]
+        node = replies[ranks.index(min(ranks))]
+        thread.append(node)
+    while len(thread) > 1 and roles.get(str(thread[-1].get(fields.get("role", "role")))) == "user":
+        thread.pop()
+    return [{k: v for k, v in node.items() if k != "replies"} for node in thread]
+
+
+def _replies(node):
+    return node["replies"] if isinstance(node.get("replies"), list) else []
+
+
+def _message(raw, fields, roles, where, inside):
+    if not isinstance(raw, dict):
+        expected = 'an object {"role": ..., "content": ...}'
+        raise wrong_type("the message", raw, expected, where, inside)
+    name = raw.get(fields.get("role"), raw.get("role", raw.get("from")))
+    if not isinstance(name, str) or name not in roles:
+        raise DataError(
+            f"{inside}unknown role {name!r}; known roles: {', '.join(roles)}",
+            "map yours with data.roles=NAME=user,NAME=assistant",
+            where=where,
+            kind="unknown_role",
+        )
+    role = roles[name]
+    content = raw.get(fields.get("content"), raw.get("content", raw.get("value")))
+    used = (*READ, *fields.values())
+    message = {k: v for k, v in raw.items() if v is not None and k not in used}
+    message |= dict(role=role, content="")
+    reasoning = next((raw[k] for k in REASONING if isinstance(raw.get(k), str)), "")
+    calls = raw.get("tool_calls") or raw.get("function_call") or []
+    if name == "function_call":
+        calls, content = content, None
+    calls = _listed(calls, "tool_calls", where, inside)
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list):
+        content, reasoning, calls = _parts(content, reasoning, calls)
+    if role == "tool" and content is not None and not isinstance(content, str):
+        content = json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, str):
+        raise wrong_type("content", content, "text (or a list of text parts)", where, inside)
+    message["content"] = content
+    message.pop("tool_calls", None)
+    if role == "assistant" and reasoning:
+        message["reasoning_content"] = reasoning
+    if role == "assistant" and calls:
+        message["tool_calls"] = [_tool_call(call, where, inside) for call in calls]
+    if role == "assistant" and not (content.strip() or calls or reasoning):
+        raise empty("response", f"content is {content!r}", where, inside)
+    return message
+
+
+def _parts(parts, reasoning, calls):
+    """A content of typed parts to text, reasoning and tool calls; other lists stay as they are."""
+    texts, thoughts, called = [], [reasoning], list(calls)
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        names = ("text", "value", "thinking", "tool_call")
+        value = next((part[k] for k in names if k in part), None) if kind else None
+        if kind in ("text", "input_text", "output_text") and isinstance(value, str):
+            texts.append(value)
+        elif kind in ("reasoning", "thinking") and isinstance(value, str):
+            thoughts.append(value)
+        elif kind == "tool_call" and value is not None:
+            called.append(value)
+        else:
+            return parts, reasoning, calls
+    return "".join(texts), "".join(thoughts), called
+
+
+def _tool_call(raw, where, inside):
+    """Nested or flat, its arguments an object or JSON text of one: to the form of templates."""
+    call = parse_json(raw, "tool call", where, inside) if isinstance(raw, str) else raw
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        expected = 'an object {"name": ..., "arguments": {...}}'
+        raise wrong_type("tool call", raw, expected, where, inside)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = parse_json(arguments, "arguments", where, f"{inside}{function['name']}: ")
+    if not isinstance(arguments or {}, dict):
+        raise wrong_type("arguments", arguments, "an object or JSON text of one", where, inside)
+    known = {"id": call["id"]} if call.get("id") else {}
+    function = {"name": function["name"], "arguments": arguments or {}}
+    return known | {"type": "function", "function": function}
+
+
+def read_tools(raw, where) -> list | None:
+    """A list of tools, each with or without its {"type": "function"} wrapper; JSON text as well."""
+    tools = _listed(raw or [], "tools", where)
+    tools = [parse_json(t, "tools", where) if isinstance(t, str) else t for t in tools]
+    if wrong := [t for t in tools if not isinstance(t, dict)]:
+        raise wrong_type("tools", wrong[0], "an object that describes a function", where)
+    wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
+    return list(wrapped) or None
+
+
+def _listed(value, name, where, inside=""):
+    value = parse_json(value, name, where, inside) if isinstance(value, str) else value
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise wrong_type(name, value, "a list, or JSON text of one", where, inside)
+    return value
+
+
+def parse_json(text: str, name: str, where: str, inside: str = ""):
+    """The value of a field's JSON text. Raises: DataError.
+
+    Args:
+      where: file and row, for errors.
+      inside: what of the row the field is in, "message 2: "; "" for the row itself.
+    """
+    try:
+        return loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"{inside}{name!r} is not valid JSON: {error}: {text[:60]!r}"
+        raise DataError(problem, where=where, kind="bad_json") from None
+
+
+def wrong_type(name: str, value, expected: str, where: str, inside: str = "") -> DataError:
+    """The error of a field of another type; `where` and `inside` as in `parse_json`."""
+    found = f"{value!r:.60} ({type(value).__name__})"
+    problem = f"{inside}{name!r} is {found}, expected {expected}"
+    return DataError(problem, where=where, kind="wrong_type", subject=repr(name))
+
+
+def empty(what: str, found: str, where: str, inside: str = "") -> DataError:
+    """The error of an empty "response" or "text"; `where` and `inside` as in `parse_json`."""
+    problem = f"{inside}empty {what}: {found}"
+    return DataError(problem, "fill it or drop the row", where=where, kind=f"empty_{what}")

@@ -1,0 +1,339 @@
+"""A chat template: what it renders, and where in the rendering each message's own words stand.
+
+No mask comes from subtracting a rendered prefix: templates rewrite history, and a prefix of the
+text is not a prefix of its tokens. Regions are found in the one rendering that is trained, by
+strategies that verify themselves; where none can, the row is refused.
+"""
+
+import json
+import os.path
+import re
+from collections import Counter
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from sftjax.data.masking import sandbox
+from sftjax.data.masking.dialect import learn
+from sftjax.data.masking.marks import put_back, put_marks, split
+from sftjax.errors import DataError
+
+OURS = ("train", "weight")  # keys of a message that are for us, not for the template
+KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+LEFT_OUT = {  # what may not be missing of a trained message
+    "content": "the content of message {}",
+    "call": "the tool call of message {}",
+    "think": "the reasoning of message {}, as data.reasoning.last=drop would",
+}
+CACHED = 1024  # skeletons kept for one template
+# Between the beginning of a turn and its answer, where nothing was thought.
+EMPTY_THINK = re.compile(r"\s*(?:<think>)?\s*</think>\s*|\s*<\|channel>thought\s*<channel\|>\s*")
+OPEN_THINK = re.compile(r"(?:</?think>\s*)+$")
+CLOSE_THINK = re.compile(r".*?(?:</think>|<channel\|>)\s*", re.DOTALL)
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Region(NamedTuple):
+    """Where words of a message stand in the rendering: [start, stop), then the stop token."""
+
+    message: int
+    start: int  # the first character that the model writes
+    answer: int  # the same, after its reasoning; empty reasoning too is before it
+    stop: int
+    end: tuple[int, int] | None  # characters of the special token that ends the turn
+
+
+class Case(NamedTuple):
+    """A conversation with its rendering, in which `regions` are wanted."""
+
+    chat: dict
+    text: str
+    trained: dict[int, bool]  # messages whose region is needed -> and is their reasoning, too?
+    where: str
+
+
+def load_template(tokenizer, template: str | None = None) -> "ChatTemplate":
+    """The template in use for this tokenizer; one object, so that its skeletons are shared."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} gives no character offsets: a tokenizer.json is needed",
+            kind="setting",
+        )
+    return _load(tokenizer, template_text(tokenizer, template), len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _load(tokenizer, source, vocabulary):
+    return ChatTemplate(tokenizer, source)
+
+
+def template_text(tokenizer, template: str | None = None) -> str:
+    """The chat template in use: `template` (its text, or a file's name) or the tokenizer's."""
+    if not template:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    if "{" in template:
+        return template
+    if not Path(template).is_file():
+        problem = f"data.template={template!r}: no such file, and it is no template text"
+        raise DataError(problem, kind="setting")
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"data.template={template!r} can't be read as text: {error}"
+        raise DataError(problem, kind="setting") from None
+
+
+class ChatTemplate:
+    """One tokenizer with one chat template; `source` is "" where there is none."""
+
+    def __init__(self, tokenizer, source):
+        self.tokenizer, self.source = tokenizer, source
+        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._variables = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        self._skeletons = {}
+
+    # --- rendering ---
+
+    @cached_property
+    def dialect(self):
+        """What this template expects of a message, and how it begins and ends a turn."""
+
+        def render(messages, prompt):
+            [result] = self._results([_request(messages, {}, generate=prompt)])
+            return result.get("text", "")
+
+        return learn(render, self.special)
+
+    def render(self, chats, wheres, generate=False) -> list[str]:
+        """The text of each conversation, with the generation prompt if `generate`.
+
+        Raises: DataError, naming the first row that the template refuses.
+        """
+        requests = [self._request(chat["messages"], chat, generate=generate) for chat in chats]
+        texts = []
+        results = self._results(requests, wheres)
+        for result, chat, where in zip(results, chats, wheres, strict=True):
+            if "error" in result:
+                raise DataError(
+                    f"the chat template failed: {result['error']}; the roles are: "
+                    + ", ".join(m["role"] for m in chat["messages"]),
+                    where=where,
+                    kind="template_failed",
+                )
+            texts.append(result["text"])
+        return texts
+
+    def prompt(self, chat, where) -> tuple[str, int, str]:
+        """A text, the character in it at which the model begins to write, and what it is to say."""
+        last = len(chat["messages"]) - 1
+        [text], [prompt] = (
+            self.render([chat | {"messages": messages}], [where], generate)
+            for messages, generate in ((chat["messages"], False), (chat["messages"][:-1], True))
+        )
+        [regions] = self.regions([Case(chat, text, {last: False}, where)])
+        region = next(r for r in regions if r.message == last)
+        start = after_empty_think(text, region)
+        answer = chat["messages"][-1]["content"] or text[region.answer : region.stop]
+        if text.startswith(prompt) and start >= len(prompt):
+            return text, start, answer
+        return prompt, len(prompt), answer
+
+    def _request(self, messages, chat, **more):
+        """What the sandbox gets: of the messages only what this template can read."""
+        plain = (
+            {k: v for k, v in m.items() if k in KEYS or (k in self.source and k not in OURS)}
+            for m in messages
+        )
+        return _request([self.dialect.message(m) for m in plain], chat, **more)
+
+    def _results(self, requests, wheres=None):
+        wheres = wheres or ["a short conversation, to learn what the template expects"] * len(
+            requests
+        )
+        return sandbox.render(self.source, self._variables, requests, wheres)
+
+    # --- regions ---
+
+    def regions(self, cases) -> list[list[Region]]:
+        """Of each case the regions of its messages, in the order of the text.
+
+        Raises: DataError, naming the row in which a trained message's region can't be found.
+        """
+        found = [None] * len(cases)
+        for strategy in (self._by_marks, self._by_trained_marks, self._by_generation_tags):
+            left = [k for k, regions in enumerate(found) if regions is None]
+            for k, regions in zip(left, strategy([cases[k] for k in left]), strict=True):
+                if regions is not None and set(cases[k].trained) <= {r.message for r in regions}:
+                    found[k] = regions
+        if None in found:
+            raise self._not_found(cases[found.index(None)], "it changes or repeats their text")
+        return found
+
+    def _not_found(self, case, why):
+        return DataError(
+            f"the trained turns can't be found in what the chat template made of them: {why}",
+            "Set data.template=FILE to a template that keeps the text, or put {% generation %} ... "
+            "{% endgeneration %} around the assistant's turn. The rendering: "
+            f"{case.text!r}",
+            joint=". ",
+            where=case.where,
+            kind="turn_not_found",
+        )
+
+    def _by_trained_marks(self, cases):
+        """Marks for trained messages alone, as a template may look into the others' texts, and
+        not in the arguments of tool calls, which it may quote in a way of its own."""
+        safe = [not self._ends_in_arguments(case) for case in cases]
+        found = iter(self._by_marks([c for c, ok in zip(cases, safe, strict=True) if ok], True))
+        return [next(found) if ok else None for ok in safe]
+
+    def _ends_in_arguments(self, case):
+        """Could a token in the arguments of a trained tool call be taken for the turn's end?"""
+        calls = [case.chat["messages"][i].get("tool_calls") for i in case.trained]
+        return bool(self.special.search(json.dumps(calls, ensure_ascii=False, default=str)))
+
+    def _by_marks(self, cases, only_trained=False):
+        """Skeletons depend on the marked messages alone, so rows of like shape share one."""
+        if len(self._skeletons) > CACHED:
+            self._skeletons = {}
+        skeletons, marked, missing = self._skeletons, [], {}
+        for case in cases:
+            salt = "sftjax"
+            while salt in case.text:
+                salt += "x"
+            only = set(case.trained) if only_trained else None
+            messages, marks = put_marks(case.chat["messages"], salt, only)
+            key = json.dumps([messages, case.chat["tools"], case.chat["options"]], default=str)
+            marked.append((key, marks))
+            if key not in skeletons:
+                missing[key] = salt, self._request(messages, case.chat), case.where
+        salts, requests, wheres = zip(*missing.values(), strict=True) if missing else ((),) * 3
+        for key, salt, result in zip(missing, salts, self._results(requests, wheres), strict=True):
+            # A template may fail where it parses a text for which there is a mark.
+            skeletons[key] = split(result["text"], salt) if "text" in result else None
+        pairs = zip(cases, marked, strict=True)
+        return [self._regions(case, skeletons[key], marks) for case, (key, marks) in pairs]
+
+    def _regions(self, case, skeleton, marks):
+        """The regions of one case by its skeleton, or None if that does not give its text."""
+        places = skeleton and put_back(case.text, skeleton, marks)
+        if places is None:
+            return None
+        times = Counter(place.number for place in places)
+        for number, (i, part, _) in enumerate(marks):
+            if i not in case.trained or part == "argument":
+                continue
+            if times[number] == 0 and (part != "think" or case.trained[i]):
+                raise self._not_found(case, f"it leaves out {LEFT_OUT[part].format(i + 1)}")
+            if times[number] > 1 and part in ("think", "content"):
+                return None
+        # A tool's name may come again, in its result: that is not the turn that called it.
+        seen, own = set(), []
+        for place in places:
+            if place.number not in seen or marks[place.number].part in ("think", "content"):
+                own.append(place)
+            seen.add(place.number)
+        runs = self._runs(case.text, marks, own)
+        lower = [0, *(run[-1].stop for run in runs[:-1])]
+        upper = [*(run[0].start for run in runs[1:]), len(case.text)]
+        regions = (self._region(case, marks, *row) for row in zip(runs, lower, upper, strict=False))
+        return [region for region in regions if region]
+
+    def _runs(self, text, marks, places):
+        """Places in runs, each of one message and without a stop token in it: some templates
+        write the tools' results between a message's calls and its content."""
+        runs = []
+        for place in places:
+            last = runs[-1][-1] if runs else None
+            same = last and marks[last.number].message == marks[place.number].message
+            if same and not self._stops.search(text, last.stop, place.start):
+                runs[-1].append(place)
+            else:
+                runs.append([place])
+        return runs
+
+    def _region(self, case, marks, run, lower, upper):
+        """The region of a run of one message's texts, between the texts before and after it."""
+        message, part, _ = marks[run[0].number]
+        text, start, answer = case.text, run[0].start, run[0].start
+        end = self._ends.search(text, run[-1].stop, upper)
+        stop = end.start() if end else run[-1].stop
+        called = any(marks[place.number].part in ("call", "argument") for place in run)
+        if called and not end:  # what follows the last text is still of the call
+            if upper < len(text):
+                return None
+            stop = upper
+        if case.chat["messages"][message]["role"] == "assistant":
+            start = self._begin(text, part, lower, start)
+            answer = self._answer(case, marks, run, start, stop)
+        return Region(message, start, answer, stop, end and end.span())
+
+    def _begin(self, text, part, lower, start):
+        """Where the model begins to write what has its first text, a `part`, at `start`."""
+        header = text.rfind(self.dialect.header, lower, start) if self.dialect.header else -1
+        if header >= 0:
+            return header + len(self.dialect.header)
+        # No header where a turn goes on after tools' results, or where there is none to learn.
+        written = text[lower:start][::-1], self.dialect.openings.get(part, "")[::-1]
+        opening = OPEN_THINK.search(text, lower, start)
+        return opening.start() if opening else start - len(os.path.commonprefix(written))
+
+    def _answer(self, case, marks, run, start, stop):
+        """Where the answer begins in the turn [start, stop): after its reasoning."""
+        text = case.text
+        thoughts = sum(marks[place.number].part == "think" for place in run)
+        if not thoughts:
+            empty = EMPTY_THINK.match(text, start, run[0].start)
+            return empty.end() if empty else start
+        after = run[thoughts - 1].stop
+        bound = run[thoughts].start if thoughts < len(run) else stop
+        if closing := CLOSE_THINK.match(text, after, bound):
+            return closing.end()
+        header = text.rfind(self.dialect.header, after, bound) if self.dialect.header else -1
+        return header + len(self.dialect.header) if header >= 0 else bound
+
+    @cached_property
+    def _ends(self):
+        """What ends a turn: the learned tokens, or any where there was none to learn."""
+        return re.compile("|".join(map(re.escape, self.dialect.ends)) or self.special.pattern)
+
+    @cached_property
+    def _stops(self):
+        return re.compile("|".join(map(re.escape, self.dialect.stops)) or r"(?!)")
+
+    def _by_generation_tags(self, cases):
+        """The blocks that the template's author has tagged, one for each assistant's turn."""
+        if not cases or not GENERATION_TAG.search(self.source):
+            return [None] * len(cases)
+        requests = [self._request(c.chat["messages"], c.chat, blocks=True) for c in cases]
+        results = self._results(requests, [case.where for case in cases])
+        return [self._tagged(case, result) for case, result in zip(cases, results, strict=True)]
+
+    def _tagged(self, case, result):
+        turns = [i for i, m in enumerate(case.chat["messages"]) if m["role"] == "assistant"]
+        if result.get("text") != case.text or len(result["blocks"]) != len(turns):
+            return None
+        blocks = zip(turns, result["blocks"], strict=True)
+        return [self._block(case.text, i, *block) for i, block in blocks]
+
+    def _block(self, text, message, start, stop):
+        inside = list(self.special.finditer(text, start, stop))
+        end = self.special.search(text, stop)
+        if inside and not text[inside[-1].end() : stop].strip():
+            end, stop = inside[-1], inside[-1].start()
+        closing = CLOSE_THINK.match(text, start, stop)
+        return Region(message, start, closing.end() if closing else start, stop, end and end.span())
+
+
+def after_empty_think(text, region) -> int:
+    """Where the turn begins if a think block in which nothing stands is left out of it."""
+    empty = EMPTY_THINK.match(text, region.start, region.answer)
+    return empty.end() if empty else region.start
+
+
+def _request(messages, chat, *, generate=False, blocks=False):
+    """What the sandbox gets of a conversation."""
+    options = chat.get("options", {}) | {"add_generation_prompt": generate}
+    return dict(messages=messages, tools=chat.get("tools"), options=options, blocks=blocks)

@@ -1,0 +1,1 @@
+"""Several sources in one run: shares, phases, streams."""

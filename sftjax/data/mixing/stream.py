@@ -1,0 +1,361 @@
+"""Sources too large to tokenise first: read shard by shard, endlessly, and packed as they come.
+
+The graph, each step with a state of a few numbers, so that resuming is exact:
+records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
+"""
+
+import hashlib
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from grain import experimental as graph
+
+from sftjax.config import ConfigError
+from sftjax.data.mixing.mixture import name_seed
+from sftjax.data.records.rejects import Rejects
+from sftjax.data.records.sources import Source, find_files, kind, open_bytes, parse_line, unreadable
+from sftjax.data.token_store import CHUNK, encode_rows
+from sftjax.errors import DataError
+
+BINS = 256  # rows packed at a time
+EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
+SAMPLE = 2000  # records looked at before training
+
+
+def _json_lines(path, start):
+    with open_bytes(path) as file:
+        for row, line in enumerate(file):
+            if row >= start and line.strip():
+                yield row, line
+
+
+def _parquet(path, start):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            row = 0
+            for group in range(file.num_row_groups):
+                n = file.metadata.row_group(group).num_rows
+                if row + n <= start:
+                    row += n
+                    continue
+                for batch in file.iter_batches(CHUNK, [group]):
+                    for record in batch.to_pylist():
+                        if row >= start:
+                            yield row, record
+                        row += 1
+    except (pa.ArrowInvalid, OSError) as error:
+        raise unreadable(path, "Parquet", error) from None
+
+
+# Path and row number to begin at -> (row number, record or line of JSON), one after the other.
+READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".jsonl.zst": _json_lines,
+    ".parquet": _parquet,
+}
+
+
+class Found:
+    """Rows as READERS give them, with the places they are from: a reader for a Source.
+
+    A line is parsed when it is asked for, so that a bad one is an error of its own row.
+    """
+
+    def __init__(self, path, found):
+        self.path, self._found = path, list(found)  # (where, record or line)
+
+    def __len__(self):
+        return len(self._found)
+
+    def __getitem__(self, i):
+        where, record = self._found[i]
+        return parse_line(record, where) if isinstance(record, bytes) else record
+
+    def where(self, i):
+        return self._found[i][0]
+
+
+def _read(path, start):
+    return ((f"{path}:{row + 1}", row, value) for row, value in READERS[kind(path)](path, start))
+
+
+def shards(spec: str) -> list[Path]:
+    """The files of a spec, see `open_source`. Raises: DataError if one can't be streamed."""
+    files = find_files(spec)
+    for path in files:
+        if kind(path) not in READERS:
+            raise DataError(
+                f"{kind(path)!r} can't be streamed; known: {', '.join(READERS)}",
+                where=path,
+                kind="unknown_format",
+            )
+    return files
+
+
+def sample(spec: str, n: int = SAMPLE) -> Source:
+    """About n records, from the beginnings of up to 16 shards: what training will see."""
+    files = shards(spec)
+    files = files[:: -(-len(files) // 16)]
+    each = -(-n // len(files))
+    parts = [Found(p, ((where, x) for where, _, x in islice(_read(p, 0), each))) for p in files]
+    if not any(map(len, parts)):
+        raise DataError("the shards hold no row", where=spec, kind="no_rows")
+    return Source(parts)
+
+
+def identity(spec: str) -> str:
+    """A hash of the shards' names and sizes, as their content is too much to read; and of what a
+    state counts in."""
+    known = [[path.name, path.stat().st_size] for path in shards(spec)] + [CHUNK, BINS]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+
+
+def check(config, sources) -> None:
+    """Raises: ConfigError for what a stream can't do."""
+    d = config.data
+    if d.shuffle_window < 1:
+        raise ConfigError(f"data.shuffle_window={d.shuffle_window}; expected 1 or more rows")
+    if not d.streaming:
+        return
+    text = config.train.duration
+    if re.search("epoch|example|%", str(text)):
+        raise ConfigError(
+            f"train.duration={text!r}: a stream has no end, so max_steps is required: write "
+            "'1000 steps', or '5e6 tokens'"
+        )
+    refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
+    for source in sources:
+        own = source.config.data
+        refused |= {key: own[key] for key in ("limit", "augment") if own[key]}
+        refused |= {"clean.rules": own.clean.rules} if own.clean.rules else {}
+        refused |= {"split.share": own.split.share} if own.split.share else {}
+        if len(sources) > 1 and source.weight is None and not source.replay:
+            raise ConfigError(
+                f"data.streaming: the size of {source.name!r} is not known; give it a weight"
+            )
+    for key in refused:
+        if refused[key]:
+            raise ConfigError(
+                f"data.{key} can't be had with data.streaming; take it out, or tokenise first"
+            )
+
+
+class Spec(NamedTuple):
+    """A source of a stream."""
+
+    name: str
+    paths: str  # as open_source takes them
+    task: object  # what its examples are
+    overlong: str = "truncate_end"
+    on_error: str = "raise"
+    max_skipped: float = 0.01  # of CHUNK rows
+    weight: float = 1.0  # its share of the tokens, beside the other weights
+
+    @classmethod
+    def of(cls, source, task, weight):
+        """Of a source of the config, see `mix.sources`."""
+        d = source.config.data
+        return cls(source.name, d.train, task, d.overlong, d.on_error, d.max_skipped, weight)
+
+
+def batches(
+    sources: list[Spec],
+    *,
+    length: int,
+    rows: int,
+    packing: str = "bfd",
+    seed: int = 0,
+    window: int = 10_000,
+    part: int = 0,
+    parts: int = 1,
+    prefetch: int = 2,
+    rejects=None,
+):
+    """An endless iterator of Batches [rows, length], with get_state() and set_state().
+
+    Args:
+      sources: of several, the batches have `sources` too: int32 [B, S], each token's source.
+      packing: "bfd" or "bfd_split" (best fit, among BINS rows) | "none" (one document a row).
+      window: records of a source that are shuffled together.
+      part, parts: which part of the data this is. It has whole shards where there is at least one
+        for each part, else every parts-th row.
+      prefetch: batches made ahead, by a thread.
+      rejects: the file for rows that can't be used, where on_error is "skip".
+    """
+    streams = []
+    for source in sources:
+        seeds = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
+        seeds = [int(s) // 2 for s in seeds]  # the number of a window is added, in 32 bits
+        records = Records(shards(source.paths), part, parts, seeds[0])
+        records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
+        streams.append(Documents(records, source, length, rejects))
+    several = len(sources) > 1
+    keys = ["tokens", "targets", "weights", *(["sources"] if several else [])]
+    packed = graph.BestFitPackIterDataset(
+        Mixed(streams, [s.weight for s in sources]) if several else streams[0],
+        length_struct=dict.fromkeys(keys, length),
+        num_packing_bins=BINS,
+        seed=seed,
+        max_sequences_per_bin=1 if packing == "none" else None,
+    )
+    out = packed.map(_batch_row).batch(rows)
+    return iter(graph.ThreadPrefetchIterDataset(out, prefetch_buffer_size=prefetch))
+
+
+def _batch_row(row):
+    """A row as grain's packer makes it -> a Batch's."""
+    places = dict(positions=row["tokens_positions"], segments=row["tokens_segment_ids"])
+    return {k: v for k, v in row.items() if not k.endswith(("_positions", "_segment_ids"))} | places
+
+
+# ---- steps of the graph; grain calls get_state between any two elements -----------------------
+
+
+class Records(grain.IterDataset):
+    """(where, record or line), endlessly; the shards in a new order in every pass."""
+
+    def __init__(self, files, part, parts, seed):
+        super().__init__()
+        self.by_shard = len(files) >= parts
+        self.files = files[part::parts] if self.by_shard else files
+        self.part, self.parts, self.seed = part, parts, seed
+
+    def __iter__(self):
+        return _Records(self)
+
+
+class _Records(grain.DatasetIterator):
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+        self.set_state(dict(passed=0, shard=0, row=0))
+
+    def __next__(self):
+        data = self.data
+        while True:
+            if self.rows is None:
+                self.rows = _read(data.files[self.order[self.shard]], self.row)
+            for where, row, record in self.rows:
+                self.row = row + 1
+                if data.by_shard or row % data.parts == data.part:
+                    self.empty = False
+                    return where, record
+            self._next_shard()
+
+    def _next_shard(self):
+        self.rows, self.row, self.shard = None, 0, self.shard + 1
+        if self.shard == len(self.order):
+            if self.empty:
+                names = ", ".join(map(str, self.data.files[:3]))
+                problem = f"no row for part {self.data.part + 1} of {self.data.parts}"
+                raise DataError(problem, where=names, kind="no_rows")
+            self._begin(self.passed + 1)
+
+    def _begin(self, passed):
+        self.passed, self.shard, self.empty = passed, 0, True
+        self.order = np.random.default_rng([self.data.seed, passed]).permutation(
+            len(self.data.files)
+        )
+
+    def get_state(self):
+        return dict(passed=self.passed, shard=self.shard, row=self.row)
+
+    def set_state(self, state):
+        self._begin(state["passed"])
+        self.shard, self.row, self.rows = state["shard"], state["row"], None
+        self.empty = not (self.shard or self.row)
+
+
+class Documents(grain.IterDataset):
+    """The tokens, targets and weights of records, cut as their source says."""
+
+    def __init__(self, parent, *args):
+        super().__init__(parent)
+        self.args = args
+
+    def __iter__(self):
+        return _Documents(iter(self._parent), *self.args)
+
+
+class _Documents(grain.DatasetIterator):
+    def __init__(self, parent, source, length, rejects):
+        super().__init__(parent)
+        self.source, self.length, self.rejects = source, length, rejects
+        self.before, self.documents, self.at = parent.get_state(), [], 0
+
+    def __next__(self):
+        chunks = 0
+        while self.at == len(self.documents):
+            if chunks == EMPTY:
+                raise DataError(
+                    f"nothing is trained in {chunks * CHUNK} rows one after the other",
+                    f"check data.max_length={self.length} with sftjax inspect",
+                    joint=": ",
+                    where=self.source.paths,
+                    kind="nothing_trained",
+                )
+            self.before, self.at, chunks = self._parent.get_state(), 0, chunks + 1
+            self._read()
+        document = self.documents[self.at]
+        self.at += 1
+        return self.source.task.layout.document(*document)
+
+    def _read(self):
+        s = self.source
+        chunk = Source([Found(s.paths, islice(self._parent, CHUNK))])
+        rejects = Rejects(self.rejects, self.rejects, chunk, s.on_error, s.max_skipped)
+        encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects)
+        self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
+
+    def get_state(self):
+        return dict(before=self.before, at=self.at)
+
+    def set_state(self, state):
+        self.before, self.at = state["before"], state["at"]
+        self._parent.set_state(self.before)
+        self.documents = []
+        if self.at:
+            self._read()
+
+
+class Mixed(grain.IterDataset):
+    """Documents of several streams: next comes one of the stream that is furthest behind."""
+
+    def __init__(self, parents, weights):
+        super().__init__(parents)
+        self.weights = np.asarray(weights, float)
+
+    def __iter__(self):
+        return _Mixed([iter(parent) for parent in self._parents], self.weights)
+
+
+class _Mixed(grain.DatasetIterator):
+    def __init__(self, parents, weights):
+        super().__init__(parents)
+        self.weights, self.given = weights, np.zeros(len(weights), np.int64)  # tokens
+
+    def __next__(self):
+        given = self.given / np.maximum(self.weights, 1e-300)
+        s = int(np.argmin(np.where(self.weights > 0, given, np.inf)))
+        document = next(self._parents[s])
+        n = len(document["tokens"])
+        self.given[s] += n
+        return document | {"sources": np.full(n, s, np.int32)}
+
+    def get_state(self):
+        return dict(given=self.given.tolist(), parents=[p.get_state() for p in self._parents])
+
+    def set_state(self, state):
+        self.given = np.array(state["given"], np.int64)
+        for parent, own in zip(self._parents, state["parents"], strict=True):
+            parent.set_state(own)

@@ -1,0 +1,1 @@
+"""Which document goes into which row, and the arrays of a batch."""

@@ -1,0 +1,193 @@
+"""Rows by index, planned from lengths; batches of them.
+
+A row's content is a function of (store, length, packing, seed, row index) and of nothing else, so
+every host reads its own rows, the number of steps is known before training, and resuming is an
+index.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from threading import Lock
+
+import numpy as np
+
+from sftjax.data.packing.pack import CAUSAL, Batch, Layout, Plan, blank_batch, plan
+from sftjax.errors import DataError
+
+
+class Rows:
+    """The stream of packed rows over all epochs, by index: `rows[r]` -> Batch row of arrays [S].
+
+    Each epoch has a shuffle and so a packing of its own, drawn from (seed, epoch). Best-fit
+    decreasing makes a number of rows that depends on the lengths alone: every epoch has
+    `per_epoch` of them. From `total` on, rows are blank, so that a last batch can be full.
+    """
+
+    def __init__(
+        self,
+        store,
+        length: int,
+        packing: str = "bfd",
+        seed: int = 0,
+        total_rows: int | None = None,
+        *,
+        epochs: float = 1,
+        shuffle: bool = True,
+        pad_id: int = 0,
+        layout: Layout = CAUSAL,
+    ):
+        """Args:
+        store: a Store, or anything with `lengths` and [i] -> the arrays of an example.
+        length: tokens in a row.
+        packing: a strategy of `pack`.
+        total_rows: how many rows there are in all; default as many as `epochs` has,
+        epochs: how often to go through the data, fractions too.
+        layout: how examples lie in a row; the default is that of causal language models.
+        """
+        self.store, self.length, self.packing = store, length, packing
+        self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
+        self._plans, self._lock = {}, Lock()
+        longest = int(max(store.lengths, default=0))
+        if longest > length and packing in ("bfd", "none"):
+            raise DataError(
+                f"a document of {longest} tokens is longer than a row of {length}",
+                f"build the store with max_length={length}, or set data.packing to bfd_split or "
+                "wrapped",
+                joint=": ",
+                kind="setting",
+            )
+        self.per_epoch = self._count_rows()
+        if total_rows is None:
+            total_rows = math.ceil(epochs * self.per_epoch - 1e-9)
+        self.total = operator.index(total_rows)
+
+    def _count_rows(self):
+        return len(self._plan(0))
+
+    def __len__(self):
+        return self.total
+
+    @property
+    def efficiency(self) -> float:
+        """The share of an epoch's cells that hold a token rather than padding."""
+        return self.mean(self.store.lengths) / self.length
+
+    def __getitem__(self, r: int) -> Batch:
+        return {k: v[0] for k, v in self.batch([r]).items()}
+
+    def mean(self, values) -> float:
+        """The mean over rows of the sum of values [documents] over each row's documents."""
+        return float(np.sum(values)) / max(self.per_epoch, 1)
+
+    def batch(self, indices) -> Batch:
+        """The rows of these indices as arrays [B, S]; blank from `total` on."""
+        batch = blank_batch(len(indices), self.length, self.pad_id, self.layout)
+        for b, r in enumerate(indices):
+            if r < 0:
+                raise IndexError(f"row {r}")
+            if r < self.total:
+                row = {k: v[b, ...] for k, v in batch.items()}
+                self.layout.fill(row, self.store, self.pieces(int(r)))
+        return batch
+
+    def pieces(self, r: int) -> list[tuple[int, int, int]]:
+        """The (document, start, stop) of row r."""
+        epoch, row = divmod(r, self.per_epoch)
+        return self._plan(epoch).row(row)
+
+    def _plan(self, epoch) -> Plan:
+        with self._lock:
+            if epoch not in self._plans:
+                # Two, because prefetching reads across the border of two epochs.
+                self._plans = dict(list(self._plans.items())[-1:])
+                self._plans[epoch] = self._make_plan(epoch)
+            return self._plans[epoch]
+
+    def _make_plan(self, epoch):
+        lengths = np.asarray(self.store.lengths)
+        if not self.shuffle:
+            return plan(lengths, self.length, self.packing)
+        return shuffled_plan(lengths, self.length, self.packing, [self.seed, epoch])
+
+    def __getstate__(self):
+        return self.__dict__ | {"_plans": {}, "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=Lock())
+
+
+def shuffled_plan(lengths, length: int, packing: str, seed: list[int]) -> Plan:
+    """`plan` of documents in an order drawn from `seed`, its rows in another one."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    order = rng.permutation(len(lengths))  # breaks the ties of equal lengths
+    packed = plan(lengths[order], length, packing)
+    return take_rows(replace(packed, doc=order[packed.doc]), rng.permutation(len(packed)))
+
+
+def take_rows(packed: Plan, rows) -> Plan:
+    """The rows of a plan at the indices `rows`, in that order."""
+    sizes = np.diff(packed.offsets)[rows]
+    offsets = np.append(0, np.cumsum(sizes))
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
+    pieces = np.repeat(packed.offsets[:-1][rows], sizes) + within
+    return Plan(packed.doc[pieces], packed.start[pieces], packed.stop[pieces], offsets)
+
+
+def loader(
+    rows: Rows,
+    batch_size: int,
+    *,
+    local: Sequence[int] | None = None,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    workers: int = 0,
+    prefetch: int = 2,
+):
+    """Batches in order, read ahead by threads, or by `workers` processes.
+
+    Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those
+    at the places `local` within them, so that all processes together read what one would.
+
+    Args:
+      start_step: the first step; nothing before it is read.
+      stop_step: one past the last; default as many as hold all rows, the last one padded.
+      prefetch: batches read ahead, by each worker where there are any.
+
+    Returns: a grain iterator of Batch, numpy [local rows, S], with get_state() and set_state().
+    """
+    import grain
+
+    if stop_step is None:
+        stop_step = -(-rows.total // batch_size)
+    local = range(batch_size) if local is None else local
+    if not local or min(local) < 0 or max(local) >= batch_size:
+        raise ValueError(f"local rows {local} are not within a batch of {batch_size}")
+    steps = grain.MapDataset.range(start_step, max(stop_step, start_step))
+    batches = steps.map(_Read(rows, batch_size, local))
+    options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
+    batches = batches.to_iter_dataset(options)
+    if workers:
+        _settle_flags()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch))
+    return iter(batches)
+
+
+def _settle_flags():
+    """grain reads absl flags when it starts processes, and fails where nobody parsed any."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+class _Read:
+    """Step -> batch. A class, not a closure: worker processes get it pickled."""
+
+    def __init__(self, rows, batch_size, local):
+        self.rows, self.batch_size, self.local = rows, batch_size, local
+
+    def __call__(self, step) -> Batch:
+        first = int(step) * self.batch_size
+        return self.rows.batch([first + at for at in self.local])

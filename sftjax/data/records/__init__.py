@@ -1,0 +1,1 @@
+"""Records by index, of files of many kinds; rows that cannot be used."""

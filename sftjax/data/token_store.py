@@ -1,0 +1,265 @@
+"""Tokenise once into memory-mapped arrays, cached under a hash of everything that changes them.
+
+What an example is, how it is cut and what is counted of it is the task's to say: see tasks/base.py.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from sftjax.data.packing.truncate import OVERLONG, describe
+from sftjax.data.records.rejects import Rejects, check
+from sftjax.data.records.sources import Source
+from sftjax.errors import DataError
+
+FORMAT = 3  # of the files below; part of the cache's key
+CHUNK = 1000  # records in one call of the tokenizer
+COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
+SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
+logger = logging.getLogger(__name__)
+
+
+class TokenStore:
+    """Examples in a folder of memory-mapped arrays.
+
+    columns: {name: (dtype, shape)} of an example's arrays, in order; shape None is one value a
+    token, whose number differs from document to document.
+
+    Attributes:
+      arrays: {name: all examples' values, one after the other}; those of a fixed shape stacked.
+      tokens: int32 [all tokens], and weights: float32 [all tokens], is each token itself trained,
+        not shifted; where there are columns of these names.
+      offsets: int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]].
+      lengths: int32 [documents]; 1 where no column has a value a token.
+      report: what was read, dropped and truncated, and what is trained.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.report = json.loads((self.folder / "report.json").read_text())
+        self.columns = self.report.get("columns", COLUMNS)
+        self.arrays = {
+            name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape(
+                (-1, *(shape or ()))
+            )
+            for name, (dtype, shape) in self.columns.items()
+        }
+        self.offsets = np.load(self.folder / "offsets.npy")
+        self.lengths = np.diff(self.offsets).astype(np.int32)
+        self.tokens, self.weights = self.arrays.get("tokens"), self.arrays.get("weights")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
+        document = slice(self.offsets[i], self.offsets[i + 1])
+        return tuple(
+            self.arrays[name][document if shape is None else i]
+            for name, (_, shape) in self.columns.items()
+        )
+
+    def __reduce__(self):  # worker processes map the files anew instead of copying them
+        return TokenStore, (self.folder,)
+
+
+def column_file(name: str, dtype: str) -> str:
+    return f"{name}.{SUFFIXES[dtype]}"
+
+
+def build_store(
+    source: Source,
+    task,
+    max_length: int,
+    overlong: str,
+    cache_dir,
+    on_error: str = "raise",
+    max_skipped: float = 0.01,
+) -> TokenStore:
+    """Encode all of `source`, or open what an earlier call with the same inputs has written.
+
+    Args:
+      task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
+      max_length: the most tokens of a document; 0 = no limit.
+      overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
+        cut) | "drop" | "split" (pieces) | "error". A document or piece without a trained token is
+        dropped and counted.
+      cache_dir: a folder for the result, named by a hash of everything that changes it.
+      on_error: "raise", or "skip": bad rows go to rejects.jsonl in that folder and are counted.
+      max_skipped: the share of rows past which skipping ends with an error.
+
+    Raises: DataError for a bad row, or if nothing at all is trained.
+    """
+    if overlong not in OVERLONG:
+        problem = f"data.overlong={overlong!r}: expected {' | '.join(OVERLONG)}"
+        raise DataError(problem, kind="setting")
+    check(on_error, max_skipped)
+    settings = (max_length, overlong, on_error, max_skipped)
+    folder = Path(cache_dir) / store_key(source, task, *settings)
+    if not (folder / "report.json").exists():
+        _write_atomically(folder, source, task, *settings)
+    store = TokenStore(folder)
+    for warning in task.warnings(store.report):
+        logger.warning(warning)
+    return store
+
+
+def store_key(source, task, max_length, overlong, on_error="raise", max_skipped=0.01) -> str:
+    """The name of a store: a hash of the data, the tokenizer and the settings."""
+    limits = [len(source), max_length, overlong, on_error == "skip" and max_skipped, FORMAT]
+    known = json.dumps([*task.key(), limits], sort_keys=True, default=str)
+    digest = hashlib.sha256(source.fingerprint().encode())
+    if task.tokenizer is not None:
+        digest.update(task.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(known.encode())
+    return digest.hexdigest()[:32]
+
+
+def _write_atomically(folder, *inputs):
+    """Write beside `folder`, then rename: a killed or second process leaves no half of a store."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    except OSError as error:
+        problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
+        raise DataError(problem, kind="unwritable") from None
+    try:
+        _write(temporary, folder, *inputs)
+        os.rename(temporary, folder)
+    except OSError as error:
+        if not (folder / "report.json").exists():  # else another process was first
+            problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
+            raise DataError(problem, kind="unwritable") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(temporary, folder, source, task, max_length, overlong, on_error, max_skipped):
+    kept = folder.with_name(folder.name + ".rejects.jsonl")
+    rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
+    tally = task.tally(max_length, overlong)
+    first = None
+    with contextlib.ExitStack() as files:
+        names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
+        out = [files.enter_context(open(temporary / name, "wb")) for name in names]
+        for rows in _chunks(len(source)):
+            encoded = encode_rows(source, rows, task, rejects)
+            first = first or next(iter(encoded), None)
+            pieces = tally.fit(encoded)
+            tally.count(pieces)
+            for file, (dtype, _), values in zip(
+                out, task.columns.values(), zip(*pieces, strict=True), strict=False
+            ):
+                np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
+    report = tally.report(rejects.counts)
+    if not tally.lengths:
+        problem = task.nothing_left(first, report, max_length)
+        raise DataError(problem, kind="nothing_trained")
+    np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
+    (temporary / "report.json").write_text(json.dumps(report, indent=1))
+
+
+def _chunks(total):
+    """Ranges of CHUNK rows, with a progress bar where there are several."""
+    from tqdm import tqdm
+
+    quiet = total < 2 * CHUNK or not sys.stderr.isatty()
+    with tqdm(total=total, desc="tokenise", unit="row", disable=quiet) as progress:
+        for start in range(0, total, CHUNK):
+            rows = range(start, min(start + CHUNK, total))
+            yield rows
+            progress.update(len(rows))
+
+
+def encode_rows(source, rows, task, rejects) -> list[tuple]:
+    """(file and row, example) of the rows that can be encoded; the others go to `rejects`.
+
+    Where it fails, halves of the rows are tried: the good ones are still encoded together.
+    """
+    wheres = [source.where(i) for i in rows]
+    try:
+        examples = task.examples([source[i] for i in rows], wheres)
+        return list(zip(wheres, examples, strict=True))
+    except DataError as error:
+        if len(rows) == 1 or rejects.on_error == "raise":
+            rejects.add(rows[0], error)
+            return []
+    middle = len(rows) // 2
+    halves = rows[:middle], rows[middle:]
+    parts = (encode_rows(source, half, task, rejects) for half in halves)
+    return [pair for part in parts for pair in part]
+
+
+class Tally:
+    """Cuts documents that are too long, and counts everything for the report."""
+
+    def __init__(self, task, max_length: int, overlong: str):
+        self.task, self.max_length, self.overlong = task, max_length, overlong
+        self.read, self.lengths = [], []  # tokens of each example, and of each document kept
+        self.trained = self.cut = self.pieces_dropped = 0
+        self.dropped = Counter()
+
+    def fit(self, encoded) -> list[tuple[np.ndarray, ...]]:
+        """The arrays of all documents that (where, example) give."""
+        found = []
+        for where, example in encoded:
+            n = self.task.length(example)
+            too_long = 0 < self.max_length < n
+            if too_long and self.overlong == "error":
+                raise DataError(
+                    f"{n} tokens, more than data.max_length={self.max_length}",
+                    "raise it, or set data.overlong to truncate_end, truncate_prompt, drop or "
+                    "split",
+                    joint=": ",
+                    where=where,
+                    kind="too_long",
+                )
+            pieces = self.task.cut(example, self.max_length, self.overlong)
+            self.read.append(n)
+            self.cut += too_long and bool(pieces)
+            if too_long and pieces and self.overlong == "split":
+                self.pieces_dropped += -(-n // self.max_length) - len(pieces)
+            if not pieces:
+                self.dropped[self._reason(example, too_long)] += 1
+            found += pieces
+        return found
+
+    def _reason(self, example, too_long):
+        if too_long and self.overlong == "drop":
+            return "too_long"
+        trained = self.task.layout.trained(example.arrays)
+        return "no_trained_token_left" if too_long and trained else "no_trained_token"
+
+    def count(self, pieces) -> None:
+        """Count the documents of a chunk."""
+        fixed, trained = self.task.layout.fixed, self.task.layout.trained
+        self.lengths += [1 if fixed else len(piece[0]) for piece in pieces]
+        self.trained += sum(map(trained, pieces))
+
+    def report(self, skipped) -> dict:
+        """All counts, as JSON holds them."""
+        documents, tokens = len(self.lengths), sum(self.lengths)
+        could = tokens - documents * self.task.layout.shifted  # be a target
+        return dict(
+            columns=self.task.columns,
+            examples=len(self.read),
+            documents=documents,
+            dropped=dict(self.dropped),
+            skipped=dict(skipped),
+            truncated=self.cut if self.overlong != "split" else 0,
+            split=self.cut if self.overlong == "split" else 0,
+            pieces_dropped=self.pieces_dropped,  # of those split: nothing is trained in them
+            tokens=tokens,
+            trained_tokens=self.trained,
+            trained_fraction=self.trained / max(could, 1),
+            longest=max(self.lengths, default=0),
+            lengths=describe(self.read) if self.read else None,
+        )

@@ -1,0 +1,1 @@
+"""One file a family: a config mapping and a table of names."""

@@ -1,0 +1,411 @@
+"""Hugging Face directories in and out: config, weights by slices, tokenizer, generation config.
+
+Each parameter is described by a row (file name, parameter, layout) of its family's table; the
+layout "(n h) d -> d n h" is read in both directions, so import and export cannot disagree.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sftjax import params as params_lib
+from sftjax.errors import ModelError, NotFoundError, WeightsError, writing
+from sftjax.families import common
+from sftjax.hf import heads
+from sftjax.hf.names import FAMILIES as FAMILIES
+from sftjax.hf.names import ends, family_of, in_files, tensors, visible
+from sftjax.hf.safetensors_io import Reader, write
+from sftjax.models import base, decoder, layer
+from sftjax.ops import rope
+
+# In some files, but no parameters: what they hold follows from the config.
+IGNORED = re.compile(
+    r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(bert\.)?embeddings\.position_ids"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The facts of the directory a model came from that export needs."""
+
+    directory: str
+    config: dict  # config.json
+    generation: dict  # generation_config.json, or {}
+    dtypes: dict  # tensor name -> numpy dtype in the files
+    labels: tuple[str, ...] = ()  # of the classes of the model's head, in order
+
+
+def resolve(path_or_id: str, weights: bool = True) -> Path:
+    """A local path as it is; otherwise a hub id, downloaded (the only use of the network).
+
+    weights=False leaves the weights where they are.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise NotFoundError(f"model path {path_or_id!r} does not exist, and is no hub id")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+    except Exception as e:
+        raise NotFoundError(
+            f"model {path_or_id!r} is no local directory and could not be fetched from the hub: {e}"
+        ) from e
+
+
+# ---- config --------------------------------------------------------------------------------
+
+
+def load_model(path_or_id, labels=None, **changes) -> base.Model:
+    """The Model of a Hugging Face directory (or a config.json); reads no weights.
+
+    labels: the names of the classes of a head of classes, in order; None: the head that the files
+    have, with its labels (their id2label). changes: fields of the Config, such as dtype, remat,
+    split; classes=0 leaves a head of classes out. Raises ValueError, naming the file and the field.
+    """
+    path = resolve(path_or_id, weights=False)
+    file = path / "config.json" if path.is_dir() else path
+    hf = _json(file)
+    try:
+        family = family_of(hf)
+        common.check(hf)
+        if hf.get("quantization_config"):
+            method = hf["quantization_config"].get("quant_method")
+            raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
+        labels = heads.choose(hf, labels, changes.pop("classes", None))
+        config = dataclasses.replace(family.config(hf), **changes, classes=len(labels))
+        _check(config, hf)
+    except KeyError as e:
+        raise ModelError(f"{file}: field {e} is missing") from None
+    except ValueError as e:
+        raise ModelError(f"{file}: {e}") from None
+    generation = file.parent / "generation_config.json"
+    generation = _json(generation) if generation.exists() else {}
+    source = Source(str(file.parent), hf, generation, dtypes={}, labels=labels)
+    return getattr(family, "Model", decoder.Model)(config, source)
+
+
+def _check(c, hf):
+    if c.activation not in layer.ACTIVATIONS:
+        fields = ("hidden_activation", "activation_function", "hidden_act")
+        field = next((f for f in fields if hf.get(f) == c.activation), fields[-1])
+        known = ", ".join(layer.ACTIVATIONS)
+        raise ModelError(f"{field} {c.activation!r} is not supported; known: {known}")
+    if c.heads % c.kv_heads:
+        raise ModelError(
+            f"num_attention_heads={c.heads} do not divide over num_key_value_heads={c.kv_heads}"
+        )
+    if c.head_dim < 1:
+        raise ModelError(f"{c.heads} heads share {c.width} dimensions: head_dim would be 0")
+    if c.experts_per_token > c.experts or bool(c.experts_per_token) < bool(c.experts):
+        raise ModelError(f"num_experts_per_tok={c.experts_per_token} of {c.experts} experts")
+    if c.mlp < 1:
+        raise ModelError("moe_intermediate_size is 0, expected a positive whole number")
+    if c.vocab_multiple < 1:
+        raise ModelError(f"model.vocab_multiple is {c.vocab_multiple}, expected 1 or more")
+    decoder.stacks(c)
+    for kind in c.kinds:
+        if kind.rope is not None:
+            rope.frequencies(kind.rope, c.head_dim)
+
+
+def _json(file) -> dict:
+    if not Path(file).exists():
+        raise NotFoundError(f"{file} does not exist; a model directory needs a config.json")
+    try:
+        out = json.loads(Path(file).read_text())
+    except ValueError as e:
+        raise ModelError(f"{file} is not valid JSON: {e}") from None
+    except OSError as e:
+        raise ModelError(f"{file} cannot be read: {e.strerror or e}") from None
+    if not isinstance(out, dict):
+        raise ModelError(f"{file} holds no JSON object")
+    return out
+
+
+# ---- weights in ----------------------------------------------------------------------------
+
+
+def load_pretrained(path_or_id, dtype=jnp.float32, *, mesh=None, labels=None, seed=0, **changes):
+    """(model, params) of a Hugging Face directory or hub id; safetensors only.
+
+    dtype: of the parameters in memory, one for all or a tree of dtypes. mesh: lay them out on it;
+    each process reads only its own slices. labels, changes: see load_model; seed: see load_params.
+    Raises WeightsError when tensors are missing, extra, of another shape, or not finite.
+    """
+    path = resolve(path_or_id)
+    model = load_model(path, labels, **changes)
+    return load_params(model, path, dtype, mesh, seed)
+
+
+def load_params(model, path, dtype=jnp.float32, mesh=None, seed: int = 0):
+    """(model with its source's dtypes, params): the weights of `path` for an existing Model.
+
+    The parameters of a head that the files do not have are initialised from the seed, and the
+    tensors of a head that the model does not have are left out; a line of the log names both.
+    """
+    model, reader = with_dtypes(model, path), Reader(path)
+    left_out = _compare(model, reader, path)
+    rows = list(tensors(model))
+    fresh = [p for p, files, _ in rows if () in files and _fresh(model, p, files[()])]
+    heads.report(path, left_out, fresh, seed)
+    abstract = params_lib.flatten(model.abstract)
+    if isinstance(dtype, dict):
+        dtypes = params_lib.flatten(dtype)
+    else:
+        dtypes = dict.fromkeys(abstract, dtype)
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = dict.fromkeys(abstract, one)
+    else:
+        from sftjax.parallel import param_shardings
+
+        shardings = params_lib.flatten(param_shardings(mesh, model.abstract))
+
+    def leaf(path, files, layout):
+        p, lead = abstract[path], len(next(iter(files)))
+        shape = visible(model, path, p, lead)
+        return _load_leaf(reader, files, layout, p.shape, shape, dtypes[path], shardings[path])
+
+    leaves = {name: leaf(name, *rest) for name, *rest in rows if name not in fresh}
+    for name in fresh:
+        one, key, kind = {name: abstract[name]}, jax.random.key(seed), dtypes[name]
+        leaves |= params_lib.init(one, key, kind, {name: shardings[name]})
+    return model, params_lib.map_named(lambda name, _: leaves[name], model.abstract)
+
+
+def with_dtypes(model, path):
+    """The model, its source knowing the dtypes of the files in `path`; reads headers only."""
+    reader = Reader(path)
+    dtypes = {n: reader.dtype(n) for n in reader.entries}
+    config, as_stored = model.config, getattr(family_of(model.source.config), "as_stored", None)
+    if as_stored:
+        config = as_stored(config, reader.entries)
+    source = dataclasses.replace(model.source, dtypes=dtypes)
+    return dataclasses.replace(model, config=config, source=source)
+
+
+def _fresh(model, path, name) -> bool:
+    return heads.fresh(model, path, name in model.source.dtypes)
+
+
+def stored_dtypes(model) -> dict:
+    """{parameter name: dtype of its tensors in the files, the widest}; {} for one not loaded."""
+    known = model.source.dtypes
+    return {
+        path: max((known[n] for n in files.values() if n in known), key=lambda d: d.itemsize)
+        for path, files, _ in tensors(model)
+        if any(n in known for n in files.values())
+    }
+
+
+def _load_leaf(reader, files, layout, full, shape, dtype, sharding):
+    """One parameter on its devices. In host memory: this process's part of it, and one block.
+
+    full: its whole shape; shape: that of one tensor, which may have fewer rows (the rest is zero).
+    """
+    lead, made = len(full) - len(shape), {}
+
+    def fill(out, name, index):
+        for part, place in layout.blocks(shape, index, reader.dtype(name)):
+            x = layout.read(reader, name, shape, part)
+            if not np.isfinite(x).all():
+                file = reader.entries[name][0]
+                raise WeightsError(
+                    f"{file}: tensor {name} holds NaN or infinity; take an intact checkpoint"
+                )
+            out[place] = x
+
+    def callback(index):
+        key = tuple(i.indices(n)[:2] for i, n in zip(index, full, strict=True))
+        if key not in made:  # devices with the same part share it
+            made[key] = out = _aligned_zeros([b - a for a, b in key], dtype)
+            inner = tuple(
+                slice(min(a, n), min(b, n)) for (a, b), n in zip(key[lead:], shape, strict=True)
+            )
+            for at in itertools.product(*(range(a, b) for a, b in key[:lead])):
+                place = tuple(i - a for i, (a, _) in zip(at, key[:lead], strict=True))
+                fill(out[place], files[at], inner)
+        return made[key]
+
+    # Waits for the transfer, so that never two parameters are in host memory.
+    return jax.block_until_ready(jax.make_array_from_callback(full, sharding, callback))
+
+
+def _aligned_zeros(shape, dtype) -> np.ndarray:
+    """np.zeros that starts at a multiple of 64 bytes: a CPU device takes it over without a copy."""
+    n = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.zeros(n + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + n].view(dtype).reshape(shape)
+
+
+def _compare(model, reader, path) -> list[str]:
+    """Raise WeightsError, of at most ten lines, on what differs between the files and the model.
+
+    Gives the names of the tensors that belong to a head which the model does not have.
+    """
+    abstract, expected = params_lib.flatten(model.abstract), {}
+    for name, files, layout in tensors(model):
+        shape = visible(model, name, abstract[name], len(next(iter(files))))
+        if not _fresh(model, name, next(iter(files.values()))):
+            expected |= dict.fromkeys(files.values(), layout.file_shape(shape))
+    embed, head = ends(model)
+    others = heads.others(model, family_of(model.source.config), head)
+    wrong = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in reader.entries]
+    left_out, tied = [], model.config.tied and head in reader.entries and not model.config.classes
+    for name in reader.entries:
+        found = list(reader.shape(name))
+        if name in expected:
+            if tuple(found) != expected[name]:
+                asked = list(expected[name])
+                wrong.append(f"{name} has shape {found}, the config asks for {asked}")
+        elif others.fullmatch(name):
+            left_out.append(name)
+        elif not (tied and name == head) and not IGNORED.fullmatch(name):
+            wrong.append(f"unexpected {name} {found}")
+    if wrong:
+        shown = wrong if len(wrong) < 10 else [*wrong[:8], f"... and {len(wrong) - 8} more"]
+        lines = "\n  ".join(shown)
+        raise WeightsError(f"{path}: the weights are not those of its config.json:\n  {lines}")
+    if tied:
+        _check_tied(reader, path, embed, head)
+    return left_out
+
+
+def _check_tied(reader, path, embed, head, step=4096):
+    """A tied model's file may repeat the embedding as its head; it must be the same."""
+    for i in range(0, reader.shape(embed)[0], step):
+        a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, head))
+        if not np.array_equal(a, b):
+            raise WeightsError(
+                f"{path}: config.json says tie_word_embeddings, but {head} differs from {embed}"
+                f" in rows {i} to {i + len(a) - 1}; set tie_word_embeddings to false"
+            )
+
+
+# ---- weights out ---------------------------------------------------------------------------
+
+
+def save_pretrained(
+    directory, model, params, tokenizer=None, *, stop_ids=(), max_shard_bytes=5 * 2**30
+):
+    """Write a Hugging Face directory that transformers and vLLM load.
+
+    Every tensor keeps the name and dtype it was read with (the parameter's dtype for a model that
+    was not loaded). stop_ids: token ids that end a turn; generation_config.json lists them with the
+    model's own. Tensors are written one at a time. In a multi-process run all processes must call
+    this; process 0 writes.
+    """
+    if model.source is None:
+        raise ModelError("save_pretrained: this Model has no source, the config.json to write")
+    directory = Path(directory)
+    main = jax.process_index() == 0
+    with writing("the directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    leaves, parts = params_lib.flatten(params), {}  # parts: name in the files -> its parameters
+    for path, files, layout in _written(model):
+        shape = visible(model, path, leaves[path], len(next(iter(files))))
+        for at, name in files.items():
+            parts.setdefault(name, []).append((leaves[path], at, layout, shape))
+    rows = []
+    for name, found in parts.items():
+        leaf, _, layout, shape = found[0]
+        read = model.source.dtypes.get(in_files(name, model.source.dtypes))
+        dtype, shape = read or np.dtype(leaf.dtype), layout.file_shape(shape)
+        rows.append((name, shape, dtype, functools.partial(_tensor, found, shape)))
+    if not main:  # the others only take part in the gathers, in the same order
+        for row in rows:
+            row[3]()
+        return
+    temporary = directory / ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary, rows, max_shard_bytes)
+    _write_json(temporary / "config.json", _hf_config(model, rows, tokenizer))
+    if model.config.causal and not model.config.classes:
+        _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    for old in directory.glob("model*.safetensors*"):
+        old.unlink()
+    for file in sorted(temporary.iterdir()):
+        os.replace(file, directory / file.name)
+    with contextlib.suppress(OSError):
+        temporary.rmdir()
+
+
+def _written(model) -> list[tuple]:
+    """The rows of `tensors` to write: every tensor by the name that it was read with; but all by
+    the names of the whole model where its head is new, for the files may have been a bare model's.
+    """
+    ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
+    new_head = any(path.startswith("score/") and _fresh(model, path, name) for path, name in ones)
+    rows = list(tensors(model, as_read=not new_head))
+    _, head = ends(model)
+    if model.config.tied and not model.config.classes and head in model.source.dtypes:
+        rows += [("embed/w", {(): head}, layout) for p, _, layout in rows if p == "embed/w"]
+    return rows
+
+
+def _tensor(parts, shape) -> np.ndarray:
+    """The file's tensor, made of its parameters."""
+    out = np.empty(shape, parts[0][0].dtype)
+    for leaf, at, layout, shown in parts:
+        x = _to_host(leaf[at] if at else leaf)
+        layout.write(out, x[: shown[0]])
+    return out
+
+
+def _to_host(x) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _hf_config(model, rows, tokenizer) -> dict:
+    hf = heads.exported(model) | {"vocab_size": model.config.vocab}
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if model.config.classes and hf.get("pad_token_id") is None and pad is not None:
+        hf["pad_token_id"] = pad  # transformers finds a row's last token by it
+    if not model.source.dtypes:  # initialised here: say what was written
+        hf["dtype"] = str(np.dtype(rows[0][2]))
+        hf.pop("torch_dtype", None)
+    return hf
+
+
+def _generation(model, tokenizer, stop_ids) -> dict:
+    """The model's own generation config with every stop id in eos_token_id."""
+    out = dict(model.source.generation)
+    stops = []
+    for ids in (out.get("eos_token_id"), model.source.config.get("eos_token_id"), list(stop_ids)):
+        stops += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if tokenizer is not None:
+        stops += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        for key in ("bos_token_id", "pad_token_id"):
+            if getattr(tokenizer, key) is not None:
+                out.setdefault(key, getattr(tokenizer, key))
+    stops = list(dict.fromkeys(int(i) for i in stops))
+    if stops:
+        out["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return out
+
+
+def _write_json(file, value):
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

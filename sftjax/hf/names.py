@@ -1,0 +1,122 @@
+"""The names of a model's tensors in Hugging Face files, by the tables of the families."""
+
+import difflib
+
+from sftjax.errors import ModelError
+from sftjax.families import (
+    bert,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    iquest,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from sftjax.hf import heads
+from sftjax.hf.layout import Layout
+from sftjax.models import decoder
+
+FAMILIES = {
+    "bert": bert,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "gpt_oss": gpt_oss,
+    "granite": granite,
+    "iquestcoder": llama,
+    "iquestloopcoder": iquest,
+    "llama": llama,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "olmo2": olmo2,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+}
+
+
+def family_of(hf: dict):
+    """The family's module: by model_type, but the loop form may call itself a llama."""
+    kind, known = hf.get("model_type"), ", ".join(FAMILIES)
+    if not isinstance(kind, str):
+        raise ModelError(f"model_type is {kind!r}; the known ones are {known}")
+    if "IQuestLoopCoderForCausalLM" in str(hf.get("architectures")):
+        kind = "iquestloopcoder"
+    if kind not in FAMILIES:
+        near = [k for k in FAMILIES if kind and k.startswith(kind)]
+        near = near or difflib.get_close_matches(kind, FAMILIES, 1, 0.4)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ModelError(f"model_type {kind!r} is not supported; known: {known}{hint}")
+    return FAMILIES[kind]
+
+
+def names(model) -> list[tuple]:
+    """The rows of the family's table for this model, as llama.names gives them."""
+    rows = family_of(model.source.config).names(model.config)
+    if model.config.classes and model.config.causal:
+        rows = [row for row in rows if row[1] != "head/w"] + [heads.SCORE]
+    return rows
+
+
+def tensors(model, as_read=True):
+    """(parameter, {leading index: name in the files}, Layout) of every parameter, or part of one.
+
+    The leading index is (), (layer of the stack,), or (layer, expert). Files of a bare model leave
+    out the first part of the names ("transformer.h.0..." is "h.0..."). as_read=False: the names
+    that transformers gives them today.
+    """
+    c, known = model.config, model.source.dtypes if as_read else {}
+    for name, path, text, *part in names(model):
+        layout = Layout.of(text, *part)
+        if not path.startswith("layers/"):
+            yield path, {(): in_files(name, known)}, layout
+            continue
+        experts = name.count("{}") > 1
+        for stack, n in decoder.stacks(c).items():
+            first = int(stack.split("-")[0])
+            files = {
+                (i, e) if experts else (i,): in_files(name.format(first + i, e), known)
+                for i in range(n)
+                for e in range(c.experts if experts else 1)
+            }
+            yield path.replace("layers/", f"layers/{stack}/", 1), files, layout
+
+
+def in_files(name, known):
+    """The one of a tensor's names that is known: of the whole model, of a bare one, of old."""
+    short = name.partition(".")[2]
+    for new in (name, short):
+        old = new.replace("LayerNorm.weight", "LayerNorm.gamma")
+        for one in (new, old.replace("LayerNorm.bias", "LayerNorm.beta")):
+            if one in known:
+                return one
+    return name
+
+
+def visible(model, path, p, lead):
+    """A parameter's shape after its leading dimensions, as far as the files have it."""
+    rows = (model.config.vocab,) if path in ("embed/w", "head/w") else ()
+    return (*rows, *p.shape[lead + len(rows) :])
+
+
+def ends(model):
+    """The names of embedding and vocabulary head in the files, the head's also where it is tied;
+    None for the head of a body that never has one."""
+    untied = model.replace(tied=False, classes=0)
+    names = {path: files[()] for path, files, _ in tensors(untied) if () in files}
+    return names["embed/w"], names.get("head/w")

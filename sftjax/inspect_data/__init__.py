@@ -1,0 +1,196 @@
+"""Show what is trained: python -m sftjax.inspect_data --config=FILE [--format=html --out=page.html]
+
+For the first 5 rows of each source: the text with its trained spans marked and, beside it, each
+token with its id, weight, segment and position in a packed row. Then totals over the whole set.
+Nothing is trained.
+
+  --n=20 --start=100  so many rows of each source, from this one on (the first is 0)
+  --set=validation    train | validation | test
+  --source=NAME       one source only: a name in data.sources, or the stem of a validation file
+  --min_trained=0.1 --max_trained=0.5   rows of whose tokens this share is trained
+  --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained
+  --dropped=REASON    those lost for one reason
+  --against=OTHER.py  rows in which that config's data policy would train on something else
+  --format=html       one file for a browser, with filters, to be sent around; also: json
+"""
+
+import shutil
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from sftjax import config as config_lib
+from sftjax.data import DataError, Rows, build_store, make_batch, pack
+from sftjax.errors import writing
+from sftjax.inspect_data.diff import compare
+from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
+from sftjax.inspect_data.views import VIEWS
+from sftjax.training import data as feed
+
+
+def main(argv):
+    argv = ["--dropped=any" if arg == "--dropped" else arg for arg in argv]
+    options = dict(format="terminal", set="train", out="", against="")
+    config, flags = config_lib.parse(argv, **options, **Wanted()._asdict())
+    wanted = {name: getattr(flags, name) for name in Wanted._fields}
+    against = config_lib.load(flags.against) if flags.against else None
+    if against is not None:
+        config_lib.check(against)
+    view, color = _view(flags.format), not flags.out
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
+    report = collect(config, Wanted(**wanted), flags.set, against)
+    # Damaged text may hold what UTF-8 can't: shown as its escape.
+    page = view(report, color, width).encode("utf-8", "backslashreplace")
+    if flags.out:
+        with writing("--out", flags.out):
+            Path(flags.out).write_bytes(page)
+        print(f"written to {flags.out}")
+        if report["problem"]:
+            raise DataError(report["problem"])
+    else:
+        sys.stdout.write(page.decode("utf-8"))
+        if report["problem"]:  # it is in what was shown
+            sys.exit(1)
+
+
+def inspect(
+    config, n=5, format="terminal", set="train", color=True, width=0, against=None, **wanted
+) -> str:
+    """The report as a string.
+
+    Args:
+      config: an experiment config; its model is not read, its tokenizer is.
+      n: how many examples of each source, from the first that is wanted.
+      format: "terminal" | "json" | "html" (one file, nothing fetched).
+      set: "train" | "validation" | "test".
+      color, width: of a terminal; from 120 columns on, tokens stand beside the text.
+      against: another config: only rows are shown whose trained tokens differ under its policy.
+      wanted: the other fields of `Wanted`.
+
+    Raises: DataError for a bad row among those looked at, or an option that there is not. What
+      training would raise for the whole set is in the report.
+    """
+    view = _view(format)
+    return view(collect(config, Wanted(n, **wanted), set, against), color, width)
+
+
+def _view(format):
+    if format not in VIEWS:
+        raise DataError(f"--format={format}: expected {' | '.join(VIEWS)}", kind="setting")
+    return VIEWS[format]
+
+
+def collect(config, wanted: Wanted, set="train", against=None) -> dict:
+    """What the views show, of plain values.
+
+    Returns: {"set", "problem": what training would raise, "sources": {name: totals}, "totals",
+      "examples"}; with `against` {"set", "problem": "", "comparison", "differences"}.
+    """
+    wanted.check()
+    if set not in ("train", "validation", "test"):
+        raise DataError(f"--set={set}: expected train | validation | test", kind="setting")
+    tokenizer = feed.load_tokenizer(config)
+    with tempfile.TemporaryDirectory() as temporary:  # where training's cache is not named
+        cache = config.data.cache_dir or temporary
+        # Policies are compared on the rows as they are: an augmented one is in a form of its own.
+        parts = parts_of(config, set, wanted.source, tokenizer, cache, augment=against is None)
+        name = config.data[set] or config.data.train or ", ".join(part.name for part in parts)
+        name += " (a sample)" if set == "train" and config.data.streaming else ""
+        if against is not None:
+            return dict(set=name, problem="") | compare(parts, config, against, wanted)
+        examples = []
+        for part in parts:
+            rows = islice(wanted_rows(part, wanted), wanted.n)
+            examples += _examples(part, list(rows), tokenizer)
+        totals, problem = {}, ""
+        for part in parts:
+            try:
+                totals[part.name] = _totals(part, cache)
+            except DataError as error:
+                problem = str(error)
+    return dict(
+        set=name, problem=problem, sources=totals, totals=_sum(totals.values()), examples=examples
+    )
+
+
+def _examples(part, rows, tokenizer) -> list[dict]:
+    """Rows with their tokens, packed as training packs; here only these few."""
+    data = part.config.data
+    docs = [(row, indices) for row in rows for indices in row.kept]
+    packed = pack([len(indices) for _, indices in docs], data.max_length, data.packing)
+    pairs = [(row.example.tokens[at], row.example.weights[at]) for row, at in docs]
+    batch = make_batch(pairs, data.max_length, packed)
+    places = {id(row): np.zeros((len(row.example.tokens), 2), int) for row in rows}
+    for r, pieces in enumerate(packed):
+        at = 0
+        for doc, start, stop in pieces:
+            (row, indices), cells = docs[doc], slice(at, at + stop - start)
+            place = batch["segments"][r, cells], batch["positions"][r, cells]
+            places[id(row)][indices[start:stop]] = np.stack(place, 1)
+            at = cells.stop
+    return [_example(part.name, row, places[id(row)].tolist(), tokenizer) for row in rows]
+
+
+def _example(name, row, places, tokenizer):
+    ids, weights = row.example.tokens.tolist(), row.example.weights.tolist()
+    tokens = [
+        dict(
+            token=tokenizer.decode([i]),
+            id=i,
+            weight=weight,
+            segment=segment or None,  # a token that is cut away has no place
+            position=position if segment else None,
+        )
+        for i, weight, (segment, position) in zip(ids, weights, places, strict=True)
+    ]
+    return dict(
+        source=name,
+        where=row.where,
+        dropped=row.dropped,
+        note=row.note,
+        trained=round(row.trained, 4),
+        length=len(ids),
+        kept=sum(map(len, row.kept)),
+        text=row.example.text,
+        spans=[list(span) for span in row.example.spans],
+        tokens=tokens,
+    )
+
+
+def _totals(part, cache):
+    data = part.config.data
+    store = build_store(
+        part.source,
+        part.task,
+        max_length=data.max_length,
+        overlong=data.overlong,
+        cache_dir=cache,
+        on_error=data.on_error,
+        max_skipped=data.max_skipped,
+    )
+    rows = Rows(store, data.max_length, data.packing, part.config.seed, layout=part.task.layout)
+    removed = [finding.rule for finding in part.removed.values()]
+    return store.report | dict(
+        facts=part.task.facts(store.report),
+        removed={rule: removed.count(rule) for rule in dict.fromkeys(removed)},
+        rows=rows.per_epoch,
+        row_length=data.max_length,
+        packing_efficiency=rows.efficiency,
+    )
+
+
+def _sum(totals) -> dict:
+    """The totals of one source, or what can be added up of those of several."""
+    first, *others = totals or [{}]
+    if not others:
+        return first
+    counts = ("examples", "documents", "truncated", "split", "tokens", "trained_tokens")
+    total = {name: sum(t[name] for t in totals) for name in counts}
+    for name in ("removed", "dropped", "skipped"):
+        reasons = dict.fromkeys(reason for t in totals for reason in t[name])
+        total[name] = {r: sum(t[name].get(r, 0) for t in totals) for r in reasons}
+    could = total["tokens"] - total["documents"]
+    return total | dict(trained_fraction=total["trained_tokens"] / max(could, 1))

@@ -1,0 +1,4 @@
+from sftjax import config
+from sftjax.inspect_data import main
+
+config.run(main)

@@ -1,0 +1,172 @@
+"""The rows of a set as training would have them, one by one, each with what becomes of it."""
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sftjax import tasks
+from sftjax.clean import prepare
+from sftjax.clean.rules import RULES
+from sftjax.data import DataError, open_source
+from sftjax.data.masking.encode import Encoded
+from sftjax.data.mixing import spec as mix
+from sftjax.data.token_store import encode_rows
+from sftjax.training import data as feed
+
+CHUNK = 250  # rows encoded together
+REASONS = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
+REASONS += tuple(rule for rule in RULES if rule not in REASONS)
+
+
+class Wanted(NamedTuple):
+    """Which rows to show."""
+
+    n: int = 5  # of each source
+    start: int = 0
+    source: str = ""  # "" = all
+    min_trained: float = 0.0  # share of a row's tokens, those that could be a target
+    max_trained: float = 1.0
+    dropped: str = ""  # a reason; "any" = dropped for any; "" = dropped or not
+
+    def takes(self, row) -> bool:
+        if self.dropped and not row.dropped or self.dropped not in ("", "any", row.dropped):
+            return False
+        return self.min_trained <= row.trained <= self.max_trained
+
+    def check(self):
+        """Raises: DataError for a value that can't be."""
+        if self.n < 0 or self.start < 0:
+            problem = f"--n={self.n} --start={self.start}: expected 0 or more"
+            raise DataError(problem, kind="setting")
+        if not 0 <= self.min_trained <= self.max_trained <= 1:
+            found = f"--min_trained={self.min_trained} --max_trained={self.max_trained}"
+            raise DataError(f"{found}: expected shares, 0 <= min <= max <= 1", kind="setting")
+        if self.dropped not in ("", "any", *REASONS):
+            problem = f"--dropped={self.dropped}: expected any | {' | '.join(REASONS)}"
+            raise DataError(problem, kind="setting")
+
+
+class Part(NamedTuple):
+    """The rows of one source."""
+
+    name: str
+    config: object  # the run's config, with the keys that the source sets itself
+    source: object
+    task: object  # encodes them
+    removed: dict = {}  # {row of data.train: Finding}: what data.clean took out
+
+
+def parts_of(config, set, chosen, tokenizer, cache, augment=True) -> list[Part]:
+    """The sources of a set, or the one called `chosen`. Raises: DataError if there is none."""
+    config = config.copy_and_resolve_references()
+    data, parts = config.data, []
+    if set == "train" or (set == "validation" and not data.validation):
+        sources = mix.sources(config) if data.train or data.sources else []
+        for source in _choose(sources, chosen, [s.name for s in sources]):
+            task = tasks.make(source.config, tokenizer)
+            source.config.data.augment = source.config.data.augment if augment else ()
+            rows = prepare.training_rows(source.config, task, cache)
+            part = Part(source.name, source.config, rows.validation, rows.held)
+            if set == "train":
+                part = part._replace(source=rows.train, task=rows.task, removed=rows.removed)
+            parts += [part] if part.source else []
+    else:
+        sets = feed.sets(data.validation) if set == "validation" else {"test": data.test}
+        for name in _choose(list(sets), chosen, list(sets)) if data[set] else ():
+            parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
+    if not parts:
+        problem, fix = f"data.{set} is empty", "give a file, a glob or a hub data set id"
+        raise DataError(problem, fix, joint=": ", kind="setting")
+    return parts
+
+
+def _choose(items, name, names):
+    if name and name not in names:
+        raise DataError(f"--source={name}: expected {' | '.join(names)}", kind="setting")
+    return [item for item, its in zip(items, names, strict=True) if name in ("", its)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record, encoded; and what of it a row of a batch gets."""
+
+    where: str
+    example: Encoded
+    kept: list[np.ndarray]  # of each document made of it: which of its tokens, int [n]
+    dropped: str  # why there is none
+    note: str
+
+    @property
+    def trained(self) -> float:
+        """The share trained of the tokens kept (if dropped: of all) that can be a target."""
+        pieces = self.kept or [np.arange(len(self.example.tokens))]
+        trained = sum(np.count_nonzero(self.example.weights[piece[1:]]) for piece in pieces)
+        return float(trained) / max(sum(len(piece) - 1 for piece in pieces), 1)
+
+
+def wanted_rows(part, wanted):
+    """The rows wanted, from the first on; those that cleaning removed come after the others."""
+    rows = encode(part, range(len(part.source))[wanted.start :])
+    yield from filter(wanted.takes, rows)
+    if part.removed:
+        start = max(wanted.start - len(part.source), 0)
+        yield from filter(wanted.takes, _removed(part, list(part.removed)[start:]))
+
+
+def encode(part, indices):
+    """A Row for each index. Raises: DataError, as training would."""
+    d = part.config.data
+    for _, where, example, error in _encoded(part, indices, d.on_error):
+        if error:
+            yield Row(where, example, [], "skipped", error)
+            continue
+        tally = part.task.tally(d.max_length, d.overlong)
+        tally.fit([(where, example)])  # says why it is dropped, if it is
+        kept = part.task.kept(example, d.max_length, d.overlong)
+        long = 0 < d.max_length < part.task.length(example)
+        notes = [getattr(example, "note", ""), f"data.max_length={d.max_length}" * long]
+        dropped = next(iter(tally.dropped), "")
+        yield Row(where, example, kept, dropped, "; ".join(filter(None, notes)))
+
+
+def _removed(part, indices):
+    d, task = part.config.data, tasks.make(part.config, part.task.tokenizer)
+    whole = part._replace(source=open_source(d.train, d.limit), task=task)
+    for i, where, example, _ in _encoded(whole, indices, "skip"):
+        rule, note, other = part.removed[i][1:]
+        yield Row(where, example, [], rule, f"{note}: {other}" if other else note)
+
+
+def _encoded(part, indices, on_error):
+    """(index, file and row, Encoded, error); of a row with an error only the text is there."""
+    source = part.source
+    for at in range(0, len(indices), CHUNK):
+        bad, some = _Bad(source, on_error), indices[at : at + CHUNK]
+        good = iter(encode_rows(source, some, part.task, bad))
+        for i in some:
+            if i in bad:
+                nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+                yield i, source.where(i), Encoded(*nothing, _record(source, i), []), bad[i]
+            else:
+                yield i, *next(good), ""
+
+
+class _Bad(dict):
+    """In place of Rejects, for a few rows: {row: error}."""
+
+    def __init__(self, source, on_error):
+        self.source, self.on_error = source, on_error
+
+    def add(self, i, error):
+        if self.on_error == "raise" or error.where != self.source.where(i):
+            raise error
+        self[i] = error.reason
+
+
+def _record(source, i) -> str:
+    try:
+        return json.dumps(source[i], ensure_ascii=False, indent=1, default=str)
+    except DataError:  # malformed: the note says what is wrong with it
+        return ""

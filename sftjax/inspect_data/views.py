@@ -1,0 +1,318 @@
+"""What `inspect` shows: for a terminal, as JSON, as one HTML page that fetches nothing."""
+
+import json
+import unicodedata
+
+from sftjax.data.packing import truncate as lengths
+
+COLUMNS = ("token", "id", "weight", "segment", "position")
+CONTEXT = 3  # tokens shown around those that differ
+BESIDE = 120  # columns of a terminal from which tokens stand beside the text
+
+
+# --- said in words ------------------------------------------------------------------------------
+
+
+def _title(example, several):
+    source = f"{example['source']}: " if several else ""
+    text = (
+        f"{source}{example['where']}, {example['length']} tokens, {example['trained']:.0%} trained"
+    )
+    if example["dropped"]:
+        return f"{text}, dropped: {example['dropped']}"
+    cut = example["kept"] < example["length"]
+    return f"{text}, {example['kept']} kept" if cut else text
+
+
+def _counts(reasons):
+    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()) or "none"
+
+
+def _summary(t, alone=False) -> dict[str, str]:
+    """The totals of a source (alone: the only one), or of several together, as {name: text}."""
+    lines = {}
+    lines["examples"] = f"{t['examples']:,}, {t['documents']:,} documents kept"
+    if t["removed"]:
+        lines["cleaned"] = _counts(t["removed"])
+    lines["dropped"], lines["skipped"] = _counts(t["dropped"]), _counts(t["skipped"])
+    lines["truncated"] = f"{t['truncated']:,}" + (f", {t['split']:,} split" if t["split"] else "")
+    lines["tokens"] = f"{t['tokens']:,}"
+    lines["trained"] = f"{t['trained_tokens']:,} tokens, {t['trained_fraction']:.1%}"
+    if "lengths" in t:  # of one source
+        lines["lengths"], lines[""] = lengths.percentiles(t), lengths.histogram(t)
+        lines |= t["facts"]
+    if alone:
+        full = f"{t['packing_efficiency']:.1%} full"
+        lines["packing"] = f"{t['rows']:,} rows of {t['row_length']:,}, {full}"
+    return lines
+
+
+def _summaries(report) -> dict[str, dict]:
+    """{name: summary} of each source, and of all where there are several."""
+    if not _several(report):
+        return {report["set"]: _summary(report["totals"], alone=True)} if report["totals"] else {}
+    found = {name: _summary(totals) for name, totals in report["sources"].items()}
+    return found | ({"all": _summary(report["totals"])} if len(found) > 1 else {})
+
+
+def _several(report):
+    return len({e["source"] for e in report["examples"]} | report["sources"].keys()) > 1
+
+
+def _comparison(report) -> list[str]:
+    c = report["comparison"]
+    lines = []
+    if c["tokenizers"]:
+        here, there = c["tokenizers"]
+        lines.append(f"the tokenizers are different: {here} here, {there} there; ids can't be "
+                     "compared, so tokens are compared by their text")  # fmt: skip
+    if not c["differ"]:
+        return [*lines, f"no difference in {c['rows']} rows"]
+    if c["other_tokens"]:
+        lines.append(f"the two tokenise differently: other tokens in {c['other_tokens']} of "
+                     f"{c['rows']} rows")  # fmt: skip
+    lines.append(f"{c['differ']} of {c['rows']} rows differ")
+    trained = f"{c['trained_here']:,} here, {c['trained_there']:,} there"
+    return [*lines, f"trained tokens of all rows: {trained}"]
+
+
+def _sides(difference):
+    """("here, 40 tokens, 10 trained", side) of both."""
+    for name in ("here", "there"):
+        side = difference[name]
+        text = f"{name}: {side['tokens']} tokens, {side['trained']} trained"
+        lost = side["dropped"] and f", dropped: {side['dropped']}"
+        note = side["note"] and f" ({side['note']})"
+        yield text + lost + note, side
+
+
+def _changes(difference):
+    """The tokens that differ, with a few around them; None where others are left out."""
+    tokens = difference["tokens"]
+    near = {
+        i + step
+        for i, token in enumerate(tokens)
+        if token["mark"]
+        for step in range(-CONTEXT, CONTEXT + 1)
+    }
+    shown = False
+    for i, token in enumerate(tokens):
+        if i in near:
+            yield token
+        elif shown or i == 0:
+            yield None
+        shown = i in near
+
+
+def _only(difference):
+    return f"only here: {difference['only_here']}, only there: {difference['only_there']}"
+
+
+def _pieces(text, spans):
+    """(characters, are they trained) one after the other."""
+    at = 0
+    for start, stop in spans:
+        yield text[at:start], False
+        yield text[start:stop], True
+        at = stop
+    yield text[at:], False
+
+
+NOTHING = "no row is as wanted: see --source, --min_trained, --max_trained, --dropped, --start"
+
+
+# --- terminal -----------------------------------------------------------------------------------
+
+PLAIN, GREEN, RED, BLUE, YELLOW = "\033[0m", "\033[32m", "\033[31m", "\033[34m", "\033[33m"
+MARKS = {"": " ", "only-here": "<", "only-there": ">", "weight": "~"}
+COLORS = {"only-here": RED, "only-there": BLUE, "weight": YELLOW}
+
+
+def terminal(report, color, width):
+    show = _terminal_diff if "comparison" in report else _terminal
+    return "\n".join(show(report, color, width)) + "\n"
+
+
+def _terminal(report, color, width):
+    lines = []
+    for example in report["examples"]:
+        title = _title(example, _several(report))
+        lines += [f"== {title}", *filter(None, [example["note"]]), ""]
+        lines += _beside(example, _token_lines(example["tokens"], color), color, width)
+        lines.append("")
+    if not report["examples"]:
+        lines += [NOTHING, ""]
+    for name, summary in _summaries(report).items():
+        lines += [f"== {name}", "", *(f"{k:<12}{text}" for k, text in summary.items()), ""]
+    return [*lines, f"error: {report['problem']}"] if report["problem"] else lines[:-1]
+
+
+def _token_lines(tokens, color):
+    yield f"{'token':<24}{'id':>8}{'weight':>8}{'segment':>9}{'position':>10}"
+    for t in tokens:
+        segment, position = ("-" if t[key] is None else t[key] for key in ("segment", "position"))
+        line = f"{_pad(_shown(t['token']), 24)}{t['id']:>8}{t['weight']:>8g}"
+        line += f"{segment:>9}{position:>10}"
+        yield GREEN + line + PLAIN if color and t["weight"] else line
+
+
+def _beside(example, tokens, color, width):
+    marks = (GREEN, PLAIN) if color else ("⟦", "⟧")
+    if width < BESIDE or not example["tokens"]:
+        return [_marked(example, marks), "", *(tokens if example["tokens"] else ())]
+    left = _wrapped(example, width - 62, marks)
+    return [f"{a}   {b}".rstrip() for a, b in _together(left, list(tokens), " " * (width - 62))]
+
+
+def _together(left, right, blank):
+    n = max(len(left), len(right))
+    left, right = left + [blank] * (n - len(left)), right + [""] * (n - len(right))
+    return zip(left, right, strict=True)
+
+
+def _marked(example, marks):
+    before, after = marks
+    pieces = _pieces(example["text"], example["spans"])
+    return "".join(before + _plain(s) + after if on else _plain(s) for s, on in pieces)
+
+
+def _wrapped(example, width, marks):
+    """Lines of exactly `width` columns; marks are closed at a line's end, opened at the next."""
+    lines, line, used = [], "", 0
+    for text, trained in _pieces(example["text"], example["spans"]):
+        before, after = marks if trained else ("", "")
+        line += before
+        for c in _plain(text):
+            if c == "\n" or used + _columns(c) > width:
+                lines.append(line + after + " " * (width - used))
+                line, used = before, 0
+            if c != "\n":
+                line, used = line + c, used + _columns(c)
+        line += after
+    return [*lines, line + " " * (width - used)]
+
+
+def _plain(text):
+    """Text without what would drive the terminal."""
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text
+    )
+
+
+def _shown(word):
+    """A token's text with nothing invisible in it."""
+    return repr(word)[1:-1].replace(" ", "␣")
+
+
+def _columns(text):
+    """How wide a terminal shows it."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+
+
+def _pad(text, width):
+    return text + " " * (width - _columns(text))
+
+
+def _terminal_diff(report, color, width):
+    marks, lines = (GREEN, PLAIN) if color else ("⟦", "⟧"), []
+    for difference in report["differences"]:
+        lines += [f"== {difference['where']}, {_only(difference)}", ""]
+        for name, side in _sides(difference):
+            lines += [name, "", _marked(side, marks), ""]
+        lines.append(f"  {'token':<24}{'id':>8}{'here':>8}{'there':>8}")
+        for t in _changes(difference):
+            if t is None:
+                lines.append("  ...")
+                continue
+            here, there = (_weight(t[side]) for side in ("here", "there"))
+            line = f"{MARKS[t['mark']]} {_pad(_shown(t['token']), 24)}{t['id']:>8}"
+            line += f"{here:>8}{there:>8}"
+            lines.append(COLORS[t["mark"]] + line + PLAIN if color and t["mark"] else line)
+        lines.append("")
+    return [*lines, f"== {report['set']}", "", *_comparison(report)]
+
+
+def _weight(weight):
+    return "" if weight is None else f"{weight:g}"
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def as_json(report, color, width):
+    return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+
+
+# --- HTML ---------------------------------------------------------------------------------------
+
+
+def as_html(report, color, width):
+    from sftjax.reports import html  # only this view draws a page
+
+    show = _difference_page if "comparison" in report else _page
+    return show(html.render, report)
+
+
+def _page(render, report):
+    examples, several = report["examples"], _several(report)
+    reasons = dict.fromkeys(e["dropped"] for e in examples if e["dropped"])
+    return render(
+        "inspect.html.jinja",
+        styles=["inspect.css"],
+        script="inspect.js",
+        title=report["set"],
+        problem=report["problem"],
+        summaries=_summaries(report),
+        sources={"": "all"} | {e["source"]: e["source"] for e in examples},
+        fates={"": "all", "no": "kept", "any": "dropped"} | {r: f"dropped: {r}" for r in reasons},
+        columns=COLUMNS,
+        examples=[_article(example, several) for example in examples],
+        nothing=NOTHING,
+    )
+
+
+def _article(example, several):
+    return dict(
+        {name: example[name] for name in ("source", "trained", "dropped", "note")},
+        title=_title(example, several),
+        pieces=_pieces(example["text"], example["spans"]),
+        rows=[(_token_class(token), _token_cells(token)) for token in example["tokens"]],
+    )
+
+
+def _token_class(token):
+    kinds = ("trained" if token["weight"] else "", "cut" if token["segment"] is None else "")
+    return " ".join(filter(None, kinds))
+
+
+def _token_cells(token):
+    place = ("" if token[name] is None else token[name] for name in ("segment", "position"))
+    return (_shown(token["token"]), token["id"], _weight(token["weight"]), *place)
+
+
+def _difference_page(render, report):
+    several = len({d["source"] for d in report["differences"]}) > 1
+    return render(
+        "difference.html.jinja",
+        styles=["inspect.css"],
+        title=report["set"],
+        comparison=_comparison(report),
+        differences=[_difference(d, several) for d in report["differences"]],
+    )
+
+
+def _difference(difference, several):
+    source = f"{difference['source']}: " if several else ""
+    rows = [
+        (t["mark"], (_shown(t["token"]), t["id"], _weight(t["here"]), _weight(t["there"])))
+        if t
+        else ("", ("…", "", "", ""))
+        for t in _changes(difference)
+    ]
+    sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(difference)]
+    title = f"{source}{difference['where']}, {_only(difference)}"
+    return dict(title=title, sides=sides, rows=rows)
+
+
+VIEWS = {"terminal": terminal, "json": as_json, "html": as_html}

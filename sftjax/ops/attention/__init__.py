@@ -1,0 +1,140 @@
+"""Attention: one function, a table of backends, each saying what it supports.
+
+Segments are the single truth about which tokens may see each other: a query sees a key of its own
+segment at a position not after its own. Positions restart in each document, so this one rule
+serves padded rows, packed rows and a KV cache (where an unwritten slot has segment 0).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from sftjax.errors import ConfigError
+from sftjax.ops.attention import blockwise, splash, triton
+from sftjax.ops.attention.blockwise import NEG_INF
+from sftjax.parallel import RULES, shard_map, spec
+
+
+def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
+    """Reference: the whole score matrix, softmax in float32, grouped query heads."""
+    B, S, N, H = q.shape
+    T, K = k.shape[1:3]
+    q = q.reshape(B, S, K, N // K, H)
+    scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)  # [B, S, T]
+    scores = jnp.where(seen[:, None, None], scores, NEG_INF)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
+    probs = jax.nn.softmax(scores, axis=-1)[..., :T].astype(v.dtype)
+    out = jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
+    return checkpoint_name(out, "attention")
+
+
+def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
+    """bool [B, S, T]: which keys each query sees."""
+    seen = q_seg[:, :, None] == kv_seg[:, None, :]
+    ahead = q_pos[:, :, None] - kv_pos[:, None, :]  # how far the key lies behind the query
+    if causal:
+        seen &= ahead >= 0
+    if window:
+        seen &= ahead < window
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    fn: Callable
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    features: frozenset = frozenset({"segments", "window", "softcap", "sinks", "bidirectional"})
+    multiple: int = 1  # of which a shard's part of a row has to be
+
+
+BACKENDS = {
+    "xla": Backend(xla),
+    "blockwise": Backend(blockwise.blockwise),
+    "splash": Backend(splash.splash, platforms=("tpu",), multiple=128),
+    "triton": Backend(triton.triton, platforms=("gpu",)),
+}
+
+
+def check(backend: str, features=(), platform="", length=0) -> None:
+    """Raise ConfigError unless `backend` exists, supports `features`, runs on `platform` ("" = this
+    one) and takes rows of which a shard of mesh.context holds `length` tokens (0 = any)."""
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"
+        )
+    missing = set(features) - BACKENDS[backend].features
+    if missing:
+        raise ConfigError(f"attention backend {backend!r} does not support {sorted(missing)}")
+    platform = platform or jax.default_backend()
+    if platform not in BACKENDS[backend].platforms:
+        here = [name for name, b in BACKENDS.items() if platform in b.platforms]
+        raise ConfigError(
+            f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}"
+        )
+    multiple = BACKENDS[backend].multiple
+    if length % multiple:
+        raise ConfigError(
+            f"model.attention={backend!r} takes rows of a multiple of {multiple} tokens on each"
+            f" shard of mesh.context, found {length}; change data.max_length and data.buckets, or"
+            " set model.attention='xla'"
+        )
+
+
+@jax.named_scope("attention")  # so that a trace says what belongs to it
+def attention(
+    q,
+    k,
+    v,
+    *,
+    segments,
+    positions,
+    kv_segments=None,
+    kv_positions=None,
+    causal=True,
+    window=0,
+    softcap=0.0,
+    scale=None,
+    sinks=None,
+    backend="blockwise",
+):
+    """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
+
+    segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
+    None). window: a query sees itself and window-1 keys before it; 0 = all. softcap: 0 = none.
+    scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
+    softmax and gives nothing.
+    """
+    how = dict(
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    if kv_segments is not None:  # decoding: only the reference knows the cache
+        seen = dict(q_seg=segments, kv_seg=kv_segments, q_pos=positions, kv_pos=kv_positions)
+        return xla(q, k, v, **seen, **how, sinks=sinks)
+    run = functools.partial(BACKENDS[backend].fn, **how)
+    seg, pos = segments, positions
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(q, k, v, q_seg=seg, kv_seg=seg, q_pos=pos, kv_pos=pos, sinks=sinks)
+    rows = spec(("batch", "seq"))
+    heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
+    specs = (heads, keys, keys, rows, rows, spec(("heads",)) if sinks is not None else None)
+    return shard_map(functools.partial(_shard, run), specs, heads)(q, k, v, seg, pos, sinks)
+
+
+def _shard(run, q, k, v, seg, pos, sinks):
+    """One device's rows, heads and queries, with the keys of the whole `context` axis."""
+    k, v, kv_seg, kv_pos = (
+        jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True) for x in (k, v, seg, pos)
+    )
+    return run(q, k, v, q_seg=seg, kv_seg=kv_seg, q_pos=pos, kv_pos=kv_pos, sinks=sinks)

@@ -1,0 +1,74 @@
+"""Batches on the mesh: how they divide, their layout, and which rows a process reads."""
+
+import jax
+import numpy as np
+
+from sftjax.errors import MeshError
+from sftjax.parallel.mesh import RULES, axis_size, named
+
+
+def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
+    """Raise MeshError unless the batch splits over micro-batches, mesh and processes."""
+    shards = axis_size(mesh, RULES["batch"])
+    if micro_batches < 1 or batch_size % micro_batches:
+        raise MeshError(
+            f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches"
+        )
+    if (batch_size // micro_batches) % shards:
+        raise MeshError(
+            f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size},"
+            f" micro_batches={micro_batches}) does not divide over the {shards} batch shards of"
+            f" the mesh (data x fsdp x expert)"
+        )
+    context = mesh.shape["context"]
+    if context > 1 and length % (2 * context):
+        raise MeshError(
+            f"data.max_length={length} does not divide into twice mesh.context={context} parts;"
+            " each of data.buckets has to, too"
+        )
+
+
+def abstract_batch(mesh, spec) -> dict:
+    """A batch as ShapeDtypeStructs laid out on the mesh. spec: {name: Field}, see data.pack."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, *axes))
+        for name, (shape, dtype, axes) in spec.items()
+    }
+
+
+def local_rows(mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process must read, ascending.
+
+    Not always a range: on a TPU slice the mesh may alternate between hosts.
+    """
+    sharding = named(mesh, "batch", None)
+    parts = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    return sorted({row for part in parts for row in range(*part[0].indices(batch_size))})
+
+
+def row_parts(mesh, batch_size: int) -> list[list[int]]:
+    """The rows of a global batch in parts; each process reads one, several may read the same."""
+    rows = {}
+    layout = named(mesh, "batch", None).devices_indices_map((batch_size, 1))
+    for device, part in layout.items():
+        own = rows.setdefault(device.process_index, set())
+        own.update(range(*part[0].indices(batch_size)))
+    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, parts)) != batch_size:
+        raise MeshError("data.streaming: processes share some rows of a batch; choose another mesh")
+    return [list(part) for part in parts]
+
+
+def put_batch(mesh, batch, batch_size: int, axes=None):
+    """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh.
+
+    axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").
+    """
+
+    def put(name, x):
+        own = axes[name] if axes else ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)
+        return jax.make_array_from_process_local_data(
+            named(mesh, *own), x, (batch_size, *x.shape[1:])
+        )
+
+    return {k: put(k, np.asarray(v)) for k, v in batch.items()}

@@ -1,0 +1,117 @@
+"""How an array that is stored in parts becomes whole for one use, and its gradient parts again.
+
+Left to itself, the partitioner sums gradients whole, or multiplies by small slices. So the gather
+of a layer's weights over fsdp is said here, and the scatter of their gradients with it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sftjax.parallel import RULES, constrain, manual_axes, shard_map, spec, two_factors
+
+GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
+
+
+def in_use(axes):
+    """The logical axes of an array after its gather: None where it has become whole."""
+    return tuple(None if a in GATHERED else a for a in axes)
+
+
+def as_stored(w, axes):
+    """w; its gradient too comes in the layout in which w is stored, so that it is never whole."""
+    return _used(w, axes, False)
+
+
+def for_use(w, axes, dtype):
+    """w in `dtype`, gathered over fsdp for this use only; its gradient is scattered as it is
+    summed.
+
+    An array with no gathered dimension comes back as it is. Integers keep their dtype: they are
+    numbers of fewer bits, and travel as such.
+    """
+    if not any(a in GATHERED for a in axes):
+        return w
+    if jnp.issubdtype(w.dtype, jnp.floating):
+        w = w.astype(dtype)
+    return _gather(w, axes) if RULES["embed"] in manual_axes() else _used(w, axes, True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _used(w, axes, whole):
+    return constrain(w, *(in_use(axes) if whole else axes))
+
+
+def _used_fwd(w, axes, whole):
+    return _used(w, axes, whole), None
+
+
+def _used_bwd(axes, whole, _, g):
+    return (constrain(g, *axes),)
+
+
+_used.defvjp(_used_fwd, _used_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w, axes):
+    return _gather_fwd(w, axes)[0]
+
+
+def _gather_fwd(w, axes):
+    """Under a shard_map over the axes that are left too, or XLA would gather over these as well."""
+    dim, left = axes.index("embed"), spec(axes)
+    whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
+    return shard_map(whole, (left,), left)(w), None
+
+
+# A kind of chip that waits for a reduce-scatter, having no cores apart for it (see xla_flags): the
+# largest mesh on which it does not wait for a permute.
+RINGS = {"TPU v5 lite": 16}
+
+
+def _gather_bwd(axes, _, g):
+    """The sum over fsdp, scattered: along the minor part of the axis last.
+
+    In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
+    """
+    dim, left = axes.index("embed"), spec(axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = mesh.abstract_device and mesh.abstract_device.device_kind
+    one = _ring if mesh.size <= RINGS.get(kind, 0) else _scatter
+
+    def scatter(g):
+        n = jax.lax.axis_size(RULES["embed"])
+        grid = np.arange(n).reshape(two_factors(n))
+        for groups in (grid.T, grid):
+            if groups.shape[1] > 1:
+                g = one(g, dim, groups)
+        return g
+
+    return (shard_map(scatter, (left,), left)(g),)
+
+
+def _scatter(g, dim, groups):
+    return jax.lax.psum_scatter(
+        g, RULES["embed"], scatter_dimension=dim, tiled=True, axis_index_groups=groups.tolist()
+    )
+
+
+def _ring(g, dim, groups):
+    """The same by sums that go round in each group, which run beside other work."""
+    n, size = groups.shape[1], g.shape[dim] // groups.shape[1]
+    ahead = np.stack([groups, np.roll(groups, -1, 1)], -1).reshape(-1, 2).tolist()
+    place = jnp.asarray(np.argsort(groups.ravel()) % n)[jax.lax.axis_index(RULES["embed"])]
+
+    def part(k):
+        return jax.lax.dynamic_slice_in_dim(g, (place - k) % n * size, size, dim)
+
+    total = part(1)
+    for k in range(2, n + 1):
+        total = jax.lax.ppermute(total, RULES["embed"], ahead) + part(k)
+    return total
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -1,0 +1,34 @@
+"""The step on hardware that is not here: python -m sftjax.plan --config=FILE --target=v5e-16"""
+
+import json
+from pathlib import Path
+
+from sftjax import config as config_lib
+from sftjax.errors import writing
+from sftjax.plan import compile as compile_lib
+from sftjax.plan import hardware, text
+from sftjax.plan import search as search_lib
+
+
+def main(argv):
+    flags = dict(target=None, search=False, json="", trained=0.5, document=0)
+    config, flags = config_lib.parse(argv, **flags)
+    if not 0 < flags.trained <= 1:
+        raise config_lib.ConfigError(f"--trained={flags.trained}: expected a share, above 0 to 1")
+    if flags.document < 0 or flags.document > config.data.max_length:
+        raise config_lib.ConfigError(
+            f"--document={flags.document}: expected a length up to data.max_length ="
+            f" {config.data.max_length} tokens, or 0 for that"
+        )
+    target, work = hardware.resolve(flags.target), (flags.trained, flags.document)
+    found = [compile_lib.plan(config, target, *work)]
+    print(text.report(found[0]), flush=True)
+    if flags.search:
+        found = search_lib.search(config, target, *work)
+        print(text.table(found[:12]))
+    elif not found[0].fits:
+        print(search_lib.suggestions(config, target, *work))
+    if flags.json:
+        content = json.dumps([p.as_json() for p in found], indent=1)
+        with writing("--json", flags.json):
+            Path(flags.json).write_text(content + "\n")

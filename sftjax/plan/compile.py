@@ -1,0 +1,291 @@
+"""What a config needs and how fast it may be, on hardware that you don't have.
+
+python -m sftjax.plan --config=configs/chat.py --target=v5e-16 [--search] [--json=plan.json]
+
+The real training step is compiled ahead of time for the target's devices, without data or weights:
+of the model only its config.json is read. For a GPU, where there is none, shapes give an estimate,
+and the report says so.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+
+from sftjax import hf, optim, parallel, tasks
+from sftjax.models import flops as flops_lib
+from sftjax.plan import estimate as estimate_lib
+from sftjax.plan import hlo
+from sftjax.plan import memory_account as memory_lib
+from sftjax.training import build as build_lib
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A step's work, as assumed of data that is not read: rows full of documents of one length."""
+
+    rows: int
+    width: int
+    trained: float  # share of the tokens
+    document: int  # tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.width
+
+    def pairs(self, window) -> float:
+        """(query, key) pairs of a row."""
+        n = self.document
+        out = max(n - window, 0) if window else 0
+        return self.width / n * (n * (n + 1) / 2 - out * (out + 1) / 2)
+
+    def text(self) -> str:
+        return (
+            f"{self.rows} rows of {self.width}, full, of documents of {self.document} tokens;"
+            f" {self.trained:.0%} of the tokens trained"
+        )
+
+
+@dataclasses.dataclass
+class Program:
+    """A config's training step over a mesh, in shapes."""
+
+    config: object
+    model: object
+    trainable: dict
+    mesh: object
+    state: object
+    batch: dict
+    step: object  # jitted
+    work: Work
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step, over all devices; see Model.train_flops."""
+        of, w = self.model.train_flops(self.trainable), self.work
+        return w.rows * of(w.width, w.width * w.trained, w.pairs)
+
+    def kernel_flops(self, cost) -> float:
+        """Of one device's kernels: as declared, or else those of attention, with its scores formed
+        once more going backward."""
+        if not cost.kernels or cost.kernel_flops:
+            return cost.kernel_flops
+        of = self.model.train_flops(self.trainable)
+        return self.work.rows * of(0, 0, self.work.pairs) * 7 / 6 / self.mesh.size
+
+    @property
+    def head_flops(self) -> float:
+        """Of them, those of the vocabulary projection, with the rows that pad it."""
+        c, tokens = self.model.config, self.work.tokens * self.work.trained
+        return flops_lib.head_flops(c, self.trainable, self.model.abstract, c.rows) * tokens
+
+
+def build(config, target, trained=0.5, document=0) -> Program:
+    """The Program of a config; raises what train would raise of it, before any compile."""
+    config = _with_stored_dtype(config)
+    task = tasks.make(config, None)
+    mesh, model, trainable = build_shapes(config, task, target)
+    lr = build_lib.make_schedule(config.optim, 1000)
+    tx = optim.make(config.optim, lr, model.abstract, trainable)
+    with use(mesh):
+        state = build_lib.abstract_state(config.model, model, trainable, tx, mesh)
+        device = target.devices[0] if target.devices else None
+        loss_fn = task.loss_fn(model, config.loss.to_dict())
+        micro = config.train.micro_batches
+        step = build_lib.make_step(loss_fn, tx, state, micro, device)
+    rows, width = config.train.batch_size, config.data.max_length
+    batch = parallel.abstract_batch(mesh, task.layout.spec(rows, width))
+    work = Work(rows, width, trained, document or width)
+    return Program(config, model, trainable, mesh, state, batch, step, work)
+
+
+def build_shapes(config, task, target):
+    """(mesh, model, trainable), where all their sizes divide."""
+    sizes = {axis: config.mesh[axis] for axis in parallel.AXES}
+    mesh = (
+        parallel.make_mesh(sizes, target.devices)
+        if target.devices
+        else abstract_mesh(sizes, target)
+    )
+    rows, width = config.train.batch_size, config.data.max_length
+    parallel.check_batch(mesh, rows, config.train.micro_batches, width)
+    model, trainable = build_lib.make_model(config, task, platform=platform(target))
+    parallel.param_shardings(mesh, model.abstract)
+    return mesh, model, trainable
+
+
+def abstract_mesh(sizes, target):
+    """A mesh without devices."""
+    shape = tuple(parallel.mesh_shape(sizes, target.n))
+    auto = (jax.sharding.AxisType.Auto,) * len(parallel.AXES)
+    return jax.sharding.AbstractMesh(shape, parallel.AXES, axis_types=auto)
+
+
+def platform(target) -> str:
+    return target.devices[0].platform if target.devices else "gpu"
+
+
+def use(mesh):
+    """A context in which `mesh`, with devices or without, is the mesh."""
+    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+    return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
+
+
+def _with_stored_dtype(config):
+    """Frozen parameters keep their files' dtype, which config.json names."""
+    config = config.copy_and_resolve_references()
+    if not config.model.frozen_dtype:
+        path = Path(hf.resolve(config.model.path, weights=False))
+        file = path / "config.json" if path.is_dir() else path
+        stored = json.loads(file.read_text()) if file.exists() else {}
+        name = stored.get("dtype") or stored.get("torch_dtype")
+        config.model.frozen_dtype = name if isinstance(name, str) else ""
+    return config
+
+
+# ---- the plan ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Plan:
+    """Everything the report says. Bytes are those of one device, FLOPs those of all."""
+
+    target: str
+    mesh: dict
+    micro_batches: int
+    remat: str
+    basis: str  # "compiled" | "estimated from shapes" | "does not fit, says the compiler"
+    seconds: float  # that it took to find out
+    work: str
+    memory: dict  # part -> bytes
+    total: float
+    limit: float | None
+    largest: list  # [(bytes, what)], the largest first
+    model_flops: float
+    hardware_flops: float
+    cost: hlo.Cost
+    time: dict | None  # the projection; see `project`
+
+    @property
+    def fits(self) -> bool:
+        """An estimate has to leave a tenth free."""
+        share = 1.0 if self.basis == "compiled" else 0.9
+        return self.limit is None or self.total <= share * self.limit
+
+    def as_json(self) -> dict:
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return out | {"cost": self.cost.summary(), "fits": self.fits}
+
+
+def plan(config, target, trained=0.5, document=0) -> Plan:
+    """Compile, or estimate where there is no compiler, and account for it."""
+    program, began = build(config, target, trained, document), time.monotonic()
+    if not target.devices:
+        return estimated(program, target, "estimated from shapes", began)
+    try:
+        with use(program.mesh):
+            compiled = program.step.lower(program.state, program.batch).compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        return _too_large(program, target, str(e), began)
+    text = compiled.as_text()
+    cost = hlo.analyze(text, assume=rounds(text, program))
+    found = memory_lib.account(program, compiled, text)
+    return account(program, target, "compiled", began, cost, found)
+
+
+def rounds(text, program) -> int:
+    """How often the loss's loop over chunks of trained tokens runs: the only loop that data ends.
+
+    As often as the FLOPs of its rounds make up those of the vocabulary projection.
+    """
+    once, twice = (hlo.analyze(text, assume=n) for n in (1, 2))
+    each = twice.flops - once.flops
+    if not each:
+        return 1
+    return max(1, -(-int(program.head_flops / program.mesh.size) // int(each)))
+
+
+def estimated(program, target, basis, began) -> Plan:
+    with use(program.mesh):
+        traced = estimate_lib.trace(program)
+    cost, found = estimate_lib.estimate(traced, program.config, program.mesh)
+    return account(program, target, basis, began, cost, found)
+
+
+def _too_large(program, target, message, began) -> Plan:
+    """The estimate's parts, with the size and the largest buffers that the compiler named."""
+    out = estimated(program, target, "does not fit, says the compiler", began)
+    total, largest = memory_lib.exhausted(message)
+    out.total = max(total, out.total, (out.limit or 0) + 1)
+    out.largest = largest or out.largest
+    return out
+
+
+def account(program, target, basis, began, cost, found) -> Plan:
+    out = Plan(
+        target=f"{target.name}: {target.text()}",
+        mesh=dict(program.mesh.shape),
+        micro_batches=program.config.train.micro_batches,
+        remat=program.config.model.remat,
+        basis=basis,
+        seconds=time.monotonic() - began,
+        work=program.work.text(),
+        memory=found.parts,
+        total=found.total,
+        limit=memory_lib.limit(target),
+        largest=found.largest,
+        model_flops=program.model_flops,
+        hardware_flops=(cost.flops + program.kernel_flops(cost)) * target.n,
+        cost=cost,
+        time=None,
+    )
+    out.time = project(out, program, target)
+    return out
+
+
+MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler counts no cycles
+
+
+def project(p: Plan, program, target) -> dict | None:
+    """A projection of one step's seconds; None for a chip of which no figures are known.
+
+    Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
+    without cycles all FLOPs so. Collectives: what a device sends, over what its links carry, those
+    across slices over the network; asynchronous ones hide behind work, the rest adds to it.
+    """
+    chip = target.chip
+    if chip is None:
+        return None
+    rate = chip.flops * MATMUL_SHARE
+    if p.cost.total_cycles and chip.clock:
+        work = p.cost.total_cycles / (chip.clock * 1e9) + program.kernel_flops(p.cost) / rate
+    else:
+        work = p.hardware_flops / target.n / rate
+    links, share = seconds_of_collectives(p.cost, target), p.cost.async_share
+    hidden = min(work, links * share)
+    step = work + links - hidden
+    tokens = program.work.tokens
+    return {
+        "work": work,
+        "collectives": links,
+        "hidden": hidden,
+        "step": step,
+        "mfu": p.model_flops / (step * target.n * chip.flops),
+        "tokens_per_s": tokens / step,
+        "trained_tokens_per_s": tokens * program.work.trained / step,
+    }
+
+
+def seconds_of_collectives(cost, target) -> float:
+    """A group larger than a slice, or one that pairs slices, crosses the network."""
+    seconds = 0.0
+    for (_, group), c in cost.collectives.items():
+        far = target.slices > 1 and (group > target.per_slice or group == target.slices)
+        seconds += c.wire / (1e9 * (target.chip.dcn if far else target.chip.link))
+    return seconds

@@ -1,0 +1,387 @@
+"""What a compiled program does, read from the text of its scheduled HLO.
+
+XLA's own cost analysis counts the body of a loop once. Here a body counts as often as it runs: by
+the trip count that XLA noted, or by running the loop's scalars. A loop whose end depends on data
+counts as often as the caller assumes, and is listed.
+
+Bytes of a collective are those of its whole payload: what an all-gather gives, what a
+reduce-scatter takes, what an all-reduce or an all-to-all gives. Cycles are the TPU compiler's own
+estimate of each instruction; collectives and Pallas kernels have none. On a CPU or a GPU there are
+no cycles.
+"""
+
+import dataclasses
+import operator
+import re
+from collections import Counter, defaultdict
+
+from sftjax.plan import hlo_text as text_lib
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+KINDS += ("ragged-all-to-all", "collective-broadcast")
+
+
+@dataclasses.dataclass
+class Collective:
+    """All collectives of one kind and group size. wire: bytes a device sends over a ring."""
+
+    count: int = 0
+    bytes: float = 0.0
+    wire: float = 0.0
+    async_bytes: float = 0.0  # of those that run beside other work
+    hidden: float = 0.0  # cycles of the work scheduled while they are in flight
+
+
+@dataclasses.dataclass
+class Kernel:
+    """A Pallas kernel or another custom call, with the cost that it declares (0 = none)."""
+
+    count: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    name: str  # where it comes from, as in the source: "jit(step)/while"
+    trips: int
+    known: bool  # False: the caller's assumption
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one run of a program, or of one computation of it, takes on one device."""
+
+    flops: float = 0.0  # of dots and convolutions
+    cycles: Counter = dataclasses.field(default_factory=Counter)  # matmul | copy | other
+    collectives: dict = dataclasses.field(default_factory=lambda: defaultdict(Collective))
+    kernels: dict = dataclasses.field(default_factory=lambda: defaultdict(Kernel))
+    by_op: Counter = dataclasses.field(default_factory=Counter)  # cycles by op_name
+    loops: list = dataclasses.field(default_factory=list)
+
+    def add(self, other: "Cost", times: int = 1):
+        self.flops += times * other.flops
+        for name in ("cycles", "by_op"):
+            mine = getattr(self, name)
+            for k, v in getattr(other, name).items():
+                mine[k] += times * v
+        for name in ("collectives", "kernels"):
+            for k, record in getattr(other, name).items():
+                mine = getattr(self, name)[k]
+                for field in dataclasses.fields(record):
+                    old = getattr(mine, field.name)
+                    setattr(mine, field.name, old + times * getattr(record, field.name))
+        self.loops += other.loops
+
+    @property
+    def total_cycles(self) -> float:
+        return sum(self.cycles.values())
+
+    @property
+    def kernel_flops(self) -> float:
+        """As declared; they are not in `flops`."""
+        return sum(k.flops for k in self.kernels.values())
+
+    @property
+    def collective_bytes(self) -> float:
+        return sum(c.bytes for c in self.collectives.values())
+
+    @property
+    def async_share(self) -> float:
+        """Of the bytes of all collectives, the share that runs beside other work."""
+        total = self.collective_bytes
+        return sum(c.async_bytes for c in self.collectives.values()) / total if total else 1.0
+
+    def summary(self) -> dict:
+        """The same as plain JSON."""
+        return {
+            "flops": self.flops,
+            "cycles": dict(self.cycles),
+            "collectives": {
+                f"{kind} x{group}": dataclasses.asdict(c)
+                for (kind, group), c in sorted(self.collectives.items())
+            },
+            "async_share": self.async_share,
+            "kernels": {k: dataclasses.asdict(v) for k, v in sorted(self.kernels.items())},
+            "loops": [dataclasses.asdict(x) for x in self.loops],
+        }
+
+
+def analyze(text: str, assume=1) -> Cost:
+    """The Cost of a program's entry. text: compiled.as_text().
+
+    collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count
+    depends on data; a number, or {regex searched in the loop's name: number} (others: 1).
+    """
+    return _Reader(text, assume).cost()
+
+
+def peak_bytes(compiled) -> int:
+    """Bytes a device needs: arguments, results and temporaries, shared ones once."""
+    m = compiled.memory_analysis()
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return held + m.temp_size_in_bytes
+
+
+# ---- the walk ------------------------------------------------------------------------------
+
+_SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
+_BINARY = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "minimum": min,
+    "maximum": max,
+    "and": operator.and_,
+    "or": operator.or_,
+}
+_COMPARE = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge}
+_COMPARE |= {"EQ": operator.eq, "NE": operator.ne}
+MOST_TRIPS = 100_000
+
+
+class _Reader:
+    def __init__(self, text, assume):
+        self.computations, self.entry = text_lib.parse(text)
+        self.assume = assume
+        self.started = {
+            c.key
+            for body in self.computations.values()
+            if body.find("AsyncCollectiveStart")
+            for c in _collectives_in(body)
+        }
+
+    def cost(self) -> Cost:
+        return self._walk(self.entry, {})
+
+    def _walk(self, name, env) -> Cost:
+        """env: {(parameter, index): int}: the scalars known of the computation's tuple."""
+        body, total, flights = self.computations[name], Cost(), {}
+        for one in body:
+            for key in self._ends(one):
+                if key in flights:
+                    record, start = flights.pop(key)
+                    record.hidden += total.total_cycles - start
+            self._one(one, name, env, total)
+            for c in self._collectives(one, body):
+                if c.group == 1:  # nothing is sent
+                    continue
+                whole, wire = c.sizes
+                record = total.collectives[c.kind, c.group]
+                record.count, record.bytes = record.count + 1, record.bytes + whole
+                record.wire += wire
+                if c.asynchronous:
+                    record.async_bytes += whole
+                    flights[c.key] = record, total.total_cycles
+        for record, start in flights.values():  # they end in the loop's next round
+            record.hidden += total.total_cycles - start
+        return total
+
+    def _one(self, one, name, env, total):
+        body = self.computations[name]
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+        if cycles and one.op not in ("while", "call", "conditional"):
+            total.cycles[self._category(one)] += int(cycles[1])
+            total.by_op[one.op_name] += int(cycles[1])
+        if one.op == "while":
+            trips, inner = self._trips(one, name, env, total)
+            total.add(self._walk(one.attribute("body"), inner), trips)
+        elif one.op == "call":
+            total.add(self._walk(one.attribute("to_apply"), {}))
+        elif one.op == "conditional":
+            costs = [self._walk(b, {}) for b in text_lib.branches(one)]
+            total.add(max(costs, key=lambda c: (c.total_cycles, c.flops)))
+        elif one.op in ("dot", "convolution", "fusion"):
+            total.flops += self._flops(one, body)
+        elif one.op == "custom-call":
+            total.flops += text_lib.gemm_flops(one, body)
+            _kernel(one, total)
+
+    def _flops(self, one, body) -> float:
+        if one.op == "fusion":
+            callee = self.computations[one.attribute("calls")]
+            return sum(self._flops(i, callee) for i in callee if i.op in _MATMUL)
+        return (text_lib.dot_flops if one.op == "dot" else text_lib.convolution_flops)(one, body)
+
+    def _category(self, one) -> str:
+        ops = {one.op}
+        if one.op == "fusion":
+            ops |= {i.op for i in self.computations[one.attribute("calls")]}
+        if ops & {"dot", "convolution"}:
+            return "matmul"
+        return "copy" if one.op in ("copy", "transpose") else "other"
+
+    # -- collectives --
+
+    def _collectives(self, one, body):
+        """Those that this instruction starts or does."""
+        name = one.attribute("calls") or (one.op == "call-start" and one.attribute("to_apply"))
+        if name and one.op in ("fusion", "async-start", "call-start"):
+            callee = self.computations[name]
+            starts = one.op.endswith("-start") or callee.find("AsyncCollectiveStart")
+            scatters = "all-reduce-scatter" in name
+            for c in _collectives_in(callee):
+                # A TPU's collective in flight is an operand of the fusions beside which it runs.
+                if starts or c.key not in self.started:
+                    kind = "reduce-scatter" if scatters and c.kind == "all-reduce" else c.kind
+                    key = one.name if one.op.endswith("-start") else c.key
+                    yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
+        else:
+            found = _collective(one, body)
+            if found:
+                on = one.op.endswith("-start")
+                yield dataclasses.replace(found, key=one.name, asynchronous=on)
+
+    def _ends(self, one) -> list:
+        """The keys of the collectives that end with this instruction."""
+        if one.op.endswith("-done"):
+            return one.args[:1]
+        if one.op == "fusion":
+            callee = self.computations[one.attribute("calls")]
+            if callee.find("AsyncCollectiveDone"):
+                return [c.key for c in _collectives_in(callee)]
+        return []
+
+    # -- loops --
+
+    def _trips(self, one, name, env, total):
+        """(how often the body runs, the scalars that stay the same in it)."""
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
+        state = self._initial(one, name, env)
+        trips, inner = self._run(one, state)
+        if noted:
+            trips = int(noted[1])
+        known = trips is not None
+        if not known:
+            trips = self._assumed(one.op_name)
+        total.loops.append(Loop(one.op_name, trips, known))
+        return trips, inner
+
+    def _assumed(self, op_name) -> int:
+        if isinstance(self.assume, int):
+            return self.assume
+        return next((n for regex, n in self.assume.items() if re.search(regex, op_name)), 1)
+
+    def _initial(self, one, name, env) -> dict:
+        """The scalars that a loop starts with, as far as they are known."""
+        kinds = text_lib.elements(one.type)
+        where = [k for k, t in enumerate(kinds) if re.match(r"(pred|[su]\d+)\[\]", t)]
+        values = {(0, k): self._element(name, one.args[0], k, env) for k in where}
+        return {k: v for k, v in values.items() if v is not None}
+
+    def _run(self, one, state):
+        """Run the loop's scalars: (trips or None, those that never change)."""
+        condition, body = one.attribute("condition"), one.attribute("body")
+        root = self.computations[body].root
+        fixed = {k: v for k, v in state.items() if self._invariant(body, k[1])}
+        moving = [k for k in state if k not in fixed]
+        for trips in range(MOST_TRIPS):
+            more = self._scalar(condition, self.computations[condition].root, state)
+            if not more:
+                return (None if more is None else trips), fixed
+            new = {k: self._element(body, root, k[1], state) for k in moving}
+            state = fixed | {k: v for k, v in new.items() if v is not None}
+            if not new:
+                break
+        return None, fixed
+
+    def _invariant(self, body, k) -> bool:
+        computation = self.computations[body]
+        root = computation.instructions[computation.root]
+        if root.op != "tuple":
+            return False
+        one = computation.instructions[root.args[k]]
+        while one.op in _SAME:
+            one = computation.instructions[one.args[0]]
+        if one.op != "get-tuple-element" or text_lib.index(one) != k:
+            return False
+        return computation.instructions[one.args[0]].op == "parameter"
+
+    def _scalar(self, name, instruction, env):
+        """The value of a scalar in a computation, or None."""
+        one = self.computations[name].instructions[instruction]
+        if one.op == "constant":
+            return text_lib.constant(one.raw)
+        if one.op == "parameter":
+            return env.get(int(one.raw))
+        if one.op == "get-tuple-element":
+            return self._element(name, one.args[0], text_lib.index(one), env)
+        if one.op in _SAME:
+            return self._scalar(name, one.args[0], env)
+        if one.op in ("fusion", "call"):
+            callee = one.attribute("calls") or one.attribute("to_apply")
+            return self._scalar(callee, self.computations[callee].root, self._given(one, name, env))
+        if one.op in _BINARY or one.op == "compare":
+            a, b = (self._scalar(name, x, env) for x in one.args)
+            fn = _BINARY.get(one.op) or _COMPARE[one.attribute("direction")]
+            return None if a is None or b is None else fn(a, b)
+        return None
+
+    def _given(self, one, name, env) -> dict:
+        """The known scalars that a fusion or a call is given."""
+        values = {i: self._scalar(name, a, env) for i, a in enumerate(one.args)}
+        return {i: v for i, v in values.items() if v is not None}
+
+    def _element(self, name, instruction, k, env):
+        """The value of a tuple's element k, or None."""
+        one = self.computations[name].instructions[instruction]
+        if one.op == "parameter":
+            return env.get((int(one.raw), k))
+        if one.op == "tuple":
+            return self._scalar(name, one.args[k], env)
+        if one.op in _SAME:
+            return self._element(name, one.args[0], k, env)
+        if one.op == "while" and self._invariant(one.attribute("body"), k):
+            return self._element(name, one.args[0], k, env)
+        if one.op == "fusion":
+            callee = one.attribute("calls")
+            given = self._given(one, name, env)
+            return self._element(callee, self.computations[callee].root, k, given)
+        return None
+
+
+_MATMUL = ("dot", "convolution", "fusion")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A collective in the text. key: the same at its start and at its end."""
+
+    one: text_lib.Instruction
+    kind: str
+    operands: float  # bytes
+    key: str
+    asynchronous: bool = False
+
+    @property
+    def group(self) -> int:
+        return text_lib.group_size(self.one.rest)
+
+    @property
+    def sizes(self):
+        return text_lib.payload(self.kind, self.one, self.operands)
+
+
+def _collective(one, computation):
+    kind = one.op.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    operands = sum(text_lib.nbytes(computation.instructions[a].type) for a in one.args)
+    return _Found(one, kind, operands, one.attribute("channel_id") or one.name)
+
+
+def _collectives_in(computation):
+    found = (_collective(one, computation) for one in computation)
+    return [c for c in found if c is not None]
+
+
+def _kernel(one, total):
+    target = re.search(r'custom_call_target="([^"]*)"', one.rest)[1]
+    if target != "tpu_custom_call" and "triton" not in target and "cudnn" not in target:
+        return
+    record = total.kernels[one.name.rstrip(".0123456789")]
+    record.count += 1
+    declared = re.search(r'cost_estimate":\{([^}]*)\}', one.rest)
+    for key, field in (("flops", "flops"), ("bytes_accessed", "bytes")):
+        found = re.search(rf'"{key}":"?([\d.e+]+)', declared[1]) if declared else None
+        setattr(record, field, getattr(record, field) + (float(found[1]) if found else 0.0))

@@ -1,0 +1,90 @@
+"""The search: which micro-batches, remat and mesh a step could have on a target."""
+
+import dataclasses
+import math
+import time
+
+from sftjax import parallel, tasks
+from sftjax.plan import compile as compile_lib
+from sftjax.plan import estimate as estimate_lib
+from sftjax.plan import text
+from sftjax.training import build
+
+COMPILED = 3  # of the candidates, the best so many by the estimate are compiled
+
+
+def search(config, target, trained=0.5, document=0, compiled=None) -> list:
+    """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
+
+    A policy of remat is traced once; from that, every candidate is estimated. Where the target has
+    devices, the fastest that may fit are compiled.
+    """
+    found = []
+    on_cpu = compile_lib.platform(target) == "cpu"  # whose memory is the host's
+    for remat in (r for r in REMAT if r != "offload" or not on_cpu):
+        began, traced = time.monotonic(), None
+        for one, mesh in candidates(config, target, remat):
+            if traced is None:
+                program = compile_lib.build(
+                    one, dataclasses.replace(target, devices=()), trained, document
+                )
+                with compile_lib.use(program.mesh):
+                    traced = estimate_lib.trace(program)
+            cost, account = estimate_lib.estimate(traced, one, mesh)
+            at = dataclasses.replace(program, config=one, mesh=mesh)
+            basis = "estimated from shapes"
+            found.append((compile_lib.account(at, target, basis, began, cost, account), one))
+    found.sort(key=lambda x: _rank(x[0]))
+    n = (COMPILED if compiled is None else compiled) if target.devices else 0
+    done = [
+        compile_lib.plan(one, target, trained, document) if p.fits else p for p, one in found[:n]
+    ]
+    return sorted(done, key=_rank) + [p for p, _ in found[n:]]
+
+
+def _rank(p):
+    """What fits comes first, then what is fast to a percent, then what needs less."""
+    fast = p.time["step"] if p.time else p.hardware_flops
+    return not p.fits, round(math.log(fast), 2), p.total
+
+
+# "offload" needs less of the device than "full" and as much time, where copies to the host keep up.
+REMAT = ("none", "dots", "attention", "full", "offload")
+
+
+def candidates(config, target, remat):
+    """(config, mesh without devices) of what a search tries: where all sizes divide."""
+    model, _ = build.make_model(
+        config, tasks.make(config, None), platform=compile_lib.platform(target)
+    )
+    rows, width = config.train.batch_size, config.data.max_length
+    for sizes in _meshes(target):
+        mesh = compile_lib.abstract_mesh(sizes, target)
+        for micro in (2**i for i in range(11)):
+            try:
+                parallel.check_batch(mesh, rows, micro, width)
+                parallel.param_shardings(mesh, model.abstract)
+            except parallel.MeshError:
+                continue
+            one = config.copy_and_resolve_references()
+            one.mesh.update(sizes)
+            one.train.micro_batches, one.model.remat = micro, remat
+            yield one, mesh
+
+
+def _meshes(target):
+    """fsdp over all or a part of a slice, data over the rest; with tensor 2 to 8 or context 2, 4"""
+    for inner in ({}, {"tensor": 2}, {"tensor": 4}, {"tensor": 8}, {"context": 2}, {"context": 4}):
+        left, odd = divmod(target.per_slice, inner.get("tensor", 1) * inner.get("context", 1))
+        if odd or not left:
+            continue
+        for data in sorted({1, 2, 4, left}):
+            if left % data == 0:
+                one = dict(data=data * target.slices, fsdp=left // data, context=1, tensor=1)
+                yield one | inner | {"expert": 1}
+
+
+def suggestions(config, target, trained=0.5, document=0) -> str:
+    """What may fit, from shapes alone, as a table and config lines."""
+    found = search(config, target, trained, document, compiled=0)[:5]
+    return text.table(found)

@@ -1,0 +1,1 @@
+"""The job: its workdir, what it builds, its data, checkpoints and log."""

@@ -1,0 +1,270 @@
+"""What a run needs before its first step: model, schedule, sharded state, compiled step."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sftjax import config as config_lib
+from sftjax import hf, optim, parallel
+from sftjax import params as params_lib
+from sftjax.errors import ConfigError, OutOfMemory
+from sftjax.models import vocab
+from sftjax.ops import attention
+from sftjax.step import TrainState, train_step
+from sftjax.training import xla_flags
+from sftjax.training.log import say
+
+
+def make_model(config, task, platform=""):
+    """(Model, tree of bools: is each parameter trained); reads no weights.
+
+    Of a task without a tokenizer the model's files may be a config.json alone: nothing else is
+    read, and the embedding has the rows that it says. platform: where the model is to run; "" =
+    here.
+    """
+    m = config.model
+    if m.init not in ("pretrained", "random"):
+        raise ConfigError(f"model.init={m.init!r}; expected 'pretrained' or 'random'")
+    model = task.load_model(
+        m,
+        dtype=m.dtype,
+        remat=m.remat,
+        attention=m.attention,
+        scan=m.scan,
+        split=tuple(m.split),
+        vocab_multiple=m.vocab_multiple,
+    )
+    if from_files(model):
+        model = _checked(config, model, task.tokenizer, platform)
+    trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
+    return model, trainable
+
+
+def from_files(model) -> bool:
+    """Is it one of our bodies, made from a Hugging Face directory; else it is a user's own."""
+    return getattr(model, "source", None) is not None
+
+
+def _checked(config, model, tokenizer, platform):
+    """The model with a row for every token; raises what its backend or its positions refuse."""
+    m, longest = config.model, config.data.max_length
+    features = {"segments"} | model.attention_features
+    attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
+    model.check_length(longest, f"data.max_length={longest}")
+    if tokenizer is None:
+        return model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
+    if m.init == "pretrained":
+        model = hf.with_dtypes(model, hf.resolve(m.path))
+    return _with_rows(model, tokenizer, config.data.add_tokens)
+
+
+def _with_rows(model, tokenizer, added):
+    """The model with a row for every token; only tokens of data.add_tokens may lack one."""
+    ids, rows = tokenizer.get_vocab(), model.config.vocab
+    size = max(ids.values()) + 1
+    lacking = sorted((i, token) for token, i in ids.items() if i >= rows and token not in added)
+    if lacking:
+        some = ", ".join(repr(token) for _, token in lacking[:5]) + ", ..." * (len(lacking) > 5)
+        raise ConfigError(
+            f"the tokenizer has {size} tokens, the model's embedding only {rows} rows; without a"
+            f" row: {some}. Take the model's own tokenizer (data.tokenizer), or list what the model"
+            " is to learn in data.add_tokens"
+        )
+    return model.replace(vocab=max(rows, size))
+
+
+def dtypes(section, model, trainable):
+    """Tree of parameter dtypes, by the config's section `model`: trained ones in param_dtype,
+    frozen ones in frozen_dtype."""
+    m = section
+    stored = hf.stored_dtypes(model) if from_files(model) else {}
+
+    def one(name, on):
+        return jnp.dtype(m.param_dtype if on else m.frozen_dtype or stored.get(name, m.param_dtype))
+
+    return params_lib.map_named(one, trainable)
+
+
+def make_schedule(section, steps: int):
+    """step -> learning rate, from the config's section `optim`."""
+    c = section
+    warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
+    decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
+    return optim.schedule(c.schedule, c.lr, steps, warmup, decay, c.floor)
+
+
+def abstract_state(section, model, trainable, tx, mesh):
+    """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
+
+    section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's
+    name and has its shape is laid out like that parameter; all others are replicated.
+    """
+    shardings = parallel.param_shardings(mesh, model.abstract)
+    shapes = jax.tree.map(
+        lambda p, d: jax.ShapeDtypeStruct(p.shape, d),
+        model.abstract,
+        dtypes(section, model, trainable),
+        is_leaf=params_lib.is_param,
+    )
+    model_state = None
+    if model.state is not None:
+        model_state = params_lib.shapes(model.state)
+    state = jax.eval_shape(lambda p, s: _create(p, trainable, tx, 0, s), shapes, model_state)
+    by_name = {
+        name: (p.shape, s)
+        for (name, p), s in zip(
+            params_lib.flatten(model.abstract).items(), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(name, x):
+        for tail in _tails(name):
+            shape, s = by_name.get(tail, (None, None))
+            if shape == x.shape:
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+
+    return params_lib.map_named(place, state)
+
+
+def make_step(loss_fn, tx, target, micro_batches: int = 1, device=None):
+    """The jitted train_step, to be compiled for a device (None: one that is here).
+
+    target: the abstract state.
+    """
+    step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
+    platform = device.platform if device else jax.default_backend()
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings_of(target), None),
+        compiler_options=xla_flags.options(platform, device),
+    )
+
+
+def _tails(name):
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def _create(params, trainable, tx, seed, model_state=None):
+    rng = jax.random.key(seed)
+    return TrainState.create(
+        params=params, tx=tx, trainable=trainable, rng=rng, model_state=model_state
+    )
+
+
+def state_text(state, flops) -> str:
+    """Counts, bytes and FLOPs of the whole, under the table of parameters."""
+    trained, frozen = params_lib.count(state.params), params_lib.count(state.frozen)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    kinds = sorted({str(x.dtype) for x in moments}) or ["none"]
+    mib = lambda tree: f"{params_lib.nbytes(tree) / 2**20:,.1f} MiB"  # noqa: E731
+    return (
+        f"{trained + frozen:,} parameters, {trained:,} trained; trained {mib(state.params)},"
+        f" frozen {mib(state.frozen)}, optimizer {mib(moments)} ({', '.join(kinds)})\n"
+        f"{flops / 1e12:.4g} TFLOP a step; MFU = that / (step time x devices x peak FLOP/s)"
+    )
+
+
+def flops_per_step(model, trainable, feed) -> float:
+    """Model FLOPs of an average step, see Model.train_flops; 0 where the model doesn't say."""
+    if not hasattr(model, "train_flops"):
+        return 0.0
+    of, row = model.train_flops(trainable), feed.per_row
+    return of(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _added_text(model, trainable, new) -> str:
+    """Which tokens are new, and where their rows will not be learned."""
+    text = f"{len(new)} added, {min(new)} to {max(new)} of {model.config.vocab}"
+    on = params_lib.flatten(trainable)
+    parts = {
+        table: [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
+        for table in ("embed/w", "head/w")
+    }
+    frozen = [table for table, found in parts.items() if found and not any(found)]
+    if frozen:
+        text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
+    return text
+
+
+def first_state(section, model, trainable, tx, target, mesh, *, seed: int = 0, new=()):
+    """TrainState at step 0: pretrained weights read, or random ones drawn, in place.
+
+    section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
+    """
+    kinds = dtypes(section, model, trainable)
+    if new:
+        say("tokens", _added_text(model, trainable, new))
+    if from_files(model) and section.init == "pretrained":
+        params = _read_params(section, model, kinds, mesh, seed, new)
+    else:
+        params = _drawn(model.abstract, mesh, seed)
+        params = jax.tree.map(lambda x, d: x.astype(d), params, kinds)
+    model_state = None if model.state is None else _drawn(model.state, mesh, seed)
+    create = jax.jit(
+        lambda p, s: _create(p, trainable, tx, seed, s),
+        donate_argnums=(0, 1),
+        out_shardings=shardings_of(target),
+    )
+    return create(params, model_state)
+
+
+def _read_params(section, model, kinds, mesh, seed, new):
+    """The files' parameters, with rows drawn for new tokens, and a head where they have none."""
+    stored = model.replace(vocab=model.source.config["vocab_size"])
+    _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
+    if new:
+        _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
+    return params
+
+
+def _drawn(abstract, mesh, seed):
+    shardings = parallel.param_shardings(mesh, abstract)
+    return params_lib.init(abstract, jax.random.key(seed), shardings=shardings)
+
+
+def export(directory, task, model, state) -> None:
+    """Write the trained model as a Hugging Face directory, or as its own `save` does."""
+    if hasattr(model, "save"):
+        model.save(directory, state.all_params, state.model_state)
+    elif from_files(model):
+        hf.save_pretrained(
+            directory, model, state.all_params, task.tokenizer, stop_ids=task.stop_ids
+        )
+    else:
+        name = type(model).__name__
+        say("export", f"none: {name} has no save(directory, params, model_state)")
+
+
+def compiled_text(compiled, seconds) -> str:
+    """How long the compile took, and the program's bytes a device (0: not known there)."""
+    m = compiled.memory_analysis()
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    peak -= m.alias_size_in_bytes
+    cache = jax.config.jax_compilation_cache_dir
+    return f"in {seconds:.1f} s, peak {peak / 2**20:,.0f} MiB a device; cache {cache}"
+
+
+@contextlib.contextmanager
+def advice(config):
+    """An out-of-memory error inside is raised again with what else may fit these devices."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        from sftjax.plan import hardware, search  # a run that fits has no need of them
+
+        reason = str(e).split("\n")[0]
+        found = search.suggestions(config, hardware.resolve("here"))
+        raise OutOfMemory(f"{reason}\n{found}") from e

@@ -1,0 +1,370 @@
+"""The run's data: training rows, validation sets and the test set, put on the mesh."""
+
+import itertools
+import math
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sftjax import config as config_lib
+from sftjax import data as data_lib
+from sftjax import hf, parallel, tasks
+from sftjax.clean import prepare
+from sftjax.config import ConfigError
+from sftjax.data.mixing import spec as mix
+from sftjax.data.mixing import stream
+from sftjax.data.packing import truncate as lengths_lib
+from sftjax.data.packing.pack import Field
+from sftjax.parallel import processes
+
+
+def load_tokenizer(config):
+    """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set.
+
+    None where the config names neither: a task of images or of numbers needs none.
+    """
+    from transformers import AutoTokenizer
+
+    d = config.data
+    if not (d.tokenizer or config.model.path):
+        return None
+    path = hf.resolve(d.tokenizer or config.model.path, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"no tokenizer could be loaded from {path} (data.tokenizer, else model.path): {e}"
+        ) from e
+    if d.add_tokens:
+        _add_tokens(tokenizer, d.add_tokens, config.model.path)
+    if d.template:  # the export then carries it too
+        if not Path(d.template).is_file():
+            raise ConfigError(f"data.template={d.template!r} does not exist")
+        tokenizer.chat_template = Path(d.template).read_text()
+    return tokenizer
+
+
+def _add_tokens(tokenizer, tokens, model):
+    """Special tokens, each of which needs a new row; it may be in the tokenizer without one."""
+    rows = hf.load_model(model).config.vocab if model else 0
+    ids = tokenizer.get_vocab()
+    for token in tokens:
+        if not isinstance(token, str) or not token:
+            raise ConfigError(f"data.add_tokens has {token!r}; expected strings, ('<a>', '<b>')")
+        if ids.get(token, rows) < rows:
+            raise ConfigError(
+                f"data.add_tokens: {token!r} is token {ids[token]} already, and the model has a row"
+                " for it; leave it out"
+            )
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+
+
+def sets(text: str) -> dict[str, str]:
+    """{"name": path} of a comma-separated list of evaluation sets; the name is the file's stem."""
+    paths = [p.strip() for p in text.split(",") if p.strip()]
+    names = {Path(p).stem: p for p in paths}
+    if len(names) < len(paths):
+        raise ConfigError(f"data.validation={text!r}: two sets have the same file name")
+    return names
+
+
+def _pairs(lengths, window):
+    """(query, key) pairs of documents of these lengths; window 0 = all before."""
+    out = np.maximum(lengths - window, 0) if window else np.zeros_like(lengths)
+    return lengths * (lengths + 1) // 2 - out * (out + 1) // 2
+
+
+class Feed:
+    """Everything read from the config's data, and the batches made from it."""
+
+    def __init__(self, config, task, workdir, mesh):
+        d, self.config, self.mesh, self.task = config.data, config, mesh, task
+        self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
+        self.sources = mix.sources(config)
+        self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
+        stream.check(config, self.sources)
+        self.notes, self.stores, self.sets = [], [], {}
+        for source in self.sources:
+            self._prepare(source, workdir)
+        self.batch_size = config.train.batch_size
+        self.wait = 0.0  # seconds the last step waited for its batch
+        self._plan()
+        for name, path in sets(d.validation).items():
+            self.sets[name] = self._store(data_lib.open_source(path), task, config)
+        self._check_best()
+        self.questions, self.tests = [], {}  # the test set: one or the other
+        if d.test:
+            self._open_test(d.test, config.eval.test_limit)
+        task.saw([store.report for store in self.stores])
+
+    def _prepare(self, source, workdir):
+        """Tokenise a source's rows (of a stream, the first ones), and those held out of them."""
+        c, tag = source.config, ""
+        task = tasks.make(c, self.task.tokenizer) if self.names else self.task
+        if self.names:
+            workdir, tag = workdir / "sources" / source.name, f"{source.name}: "
+        where = workdir if jax.process_index() == 0 else None
+        rows = prepare.training_rows(c, task, self.cache, where)
+        self.notes += [tag + note for note in rows.notes]
+        self.stores.append(self._store(rows.train, rows.task, c))
+        if rows.validation:
+            name = f"validation_{source.name}" if self.names else "validation"
+            self.sets[name] = self._store(rows.validation, rows.held, c)
+
+    def _open_test(self, path, limit):
+        source = data_lib.open_source(path, limit)
+        if self.task.generates:
+            self.questions = self.task.questions(source)
+            return
+        [name] = sets(path) if "," not in path else ["test"]
+        if name in self.sets:
+            name = f"test_{name}"
+        self.tests[name] = self._store(source, self.task, self.config)
+
+    def _store(self, source, task, config):
+        d = config.data
+        return data_lib.build_store(
+            source,
+            task,
+            max_length=d.max_length,
+            overlong=d.overlong,
+            cache_dir=self.cache,
+            on_error=d.on_error,
+            max_skipped=d.max_skipped,
+        )
+
+    def _plan(self):
+        """Know the number of steps before the first one."""
+        d, t, size = self.config.data, self.config.train, self.batch_size
+        if d.buckets and (d.streaming or self.names or "none" not in (d.packing, d.eval_packing)):
+            raise ConfigError(
+                "data.buckets needs data.packing or data.eval_packing none, one source, and no "
+                "data.streaming"
+            )
+        packing = "none" if self.task.layout.fixed else d.packing
+        options = (d.max_length, packing, self.config.seed)
+        if self.names:
+            phases = mix.phases(self.config, self.sources, self.stores)
+            stores = dict(zip(self.names, self.stores, strict=True))
+            rows = data_lib.Mixture(stores, *options, phases=phases, layout=self.task.layout)
+        else:
+            phases, rows = (), self._rows(self.stores[0], d.packing, size, seed=self.config.seed)
+        self.widths = getattr(rows, "widths", [d.max_length])
+        self.rows, self.store = rows, rows.store
+        lengths = rows.store.lengths.astype(np.int64)
+        per_row = (rows.mean(np.ones(len(lengths))), rows.mean(lengths))
+        # Phases have cycles of their own, a stream has no end: then an epoch has no length.
+        epoch = None if len(phases) > 1 or d.streaming else rows.per_epoch
+        self._units = dict(batch=size, epoch_rows=epoch, per_row=per_row)
+        self.steps = config_lib.duration(t.duration, "train.duration", **self._units)
+        if self.steps < 1:
+            raise ConfigError(f"train.duration={t.duration!r} is no step at all")
+        # Whole epochs end with their last row: the last batch is then filled with blank rows.
+        exact = config_lib.epochs(t.duration)
+        rows.total = self.steps * size if exact is None else math.ceil(exact * epoch - 1e-9)
+        self.epochs = self.steps * size / rows.per_epoch if exact is None else exact
+        if phases:
+            rows.ends = self._phase_ends(phases)
+        trained = [np.full(len(s), s.report["trained_tokens"] / len(s)) for s in self.stores]
+        trained = np.concatenate(trained)
+        # Model FLOPs count pairs of tokens that see each other, inside documents.
+        self.per_row = {
+            "tokens": rows.mean(lengths),
+            "trained": rows.mean(trained),
+            "pairs": lambda window: rows.mean(_pairs(lengths, window)),
+        }
+
+    def _rows(self, store, packing, batch_size, **options):
+        d, options["layout"] = self.config.data, self.task.layout
+        packing = "none" if self.task.layout.fixed else packing
+        if d.buckets and packing == "none":
+            options |= dict(widths=d.buckets, batch_size=batch_size)
+            return data_lib.Buckets(store, d.max_length, **options)
+        return data_lib.Rows(store, d.max_length, packing, **options)
+
+    def _phase_ends(self, phases):
+        """The rows at which the phases end, all but the last's."""
+        steps = [
+            config_lib.duration(p.until, f"data.phases[{i}].until", total=self.steps, **self._units)
+            for i, p in enumerate(phases[:-1])
+        ]
+        borders = [0, *steps, self.steps]
+        if any(b <= a for a, b in itertools.pairwise(borders)):
+            raise ConfigError(
+                f"data.phases end at the steps {steps} of {self.steps}: each must have a step"
+            )
+        return tuple(step * self.batch_size for step in steps)
+
+    @property
+    def identity(self) -> str:
+        """What data this is: the stores' names, and the shards of a stream."""
+        parts = [store.folder.name for store in self.stores]
+        if self.config.data.streaming:
+            parts += [stream.identity(s.config.data.train) for s in self.sources]
+        return " ".join(parts)
+
+    def position(self, step) -> dict[str, float]:
+        """What each of several sources has given before `step`: documents, epochs; for the log."""
+        if not self.names or self.config.data.streaming:
+            return {}
+        given, out = self.rows.position(step * self.batch_size), {}
+        for (name, documents), store in zip(given.items(), self.stores, strict=True):
+            out |= {f"documents/{name}": documents, f"epochs/{name}": documents / len(store)}
+        return out
+
+    def state(self, step) -> dict:
+        """Where the data stand after the batch of the last step, `step`; for the checkpoint."""
+        if not self.config.data.streaming:
+            return self.position(step)
+        parts = dict(processes.gather(self._state))  # of all processes
+        return {"stream": [parts[part] for part in sorted(parts)]}
+
+    def _check_best(self):
+        """eval.best must be measured, or it would be ignored without a word."""
+        e = self.config.eval
+        names = [f"{name}/{kind}" for name in self.sets for kind in ("loss", *self.task.metrics)]
+        if e.best and e.best not in names:
+            raise ConfigError(
+                f"eval.best={e.best!r} is not measured; there is {', '.join(names) or 'nothing'}"
+                " (data.validation)"
+            )
+        if e.best and not self.every(e.every, "eval.every"):
+            raise ConfigError("eval.best needs evaluations, but eval.every is 0")
+
+    def every(self, text, what) -> int:
+        """Steps between two events of duration `text`; 0 = never."""
+        return config_lib.duration(text, what, total=self.steps, **self._units)
+
+    def due(self, step, text, what) -> bool:
+        """Is an event of every `text` (a duration; 0 = never) due after this step?"""
+        every = self.every(text, what)
+        return bool(every) and (step % every == 0 or step == self.steps)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The ids of the tokens of data.add_tokens."""
+        added = list(self.config.data.add_tokens)
+        return self.task.tokenizer.convert_tokens_to_ids(added) if added else []
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch; those of several sources say which is whose."""
+        spec = self.task.layout.spec(rows, width)
+        if self.names:
+            spec["sources"] = spec["weights"]._replace(dtype=np.int32)
+        return spec
+
+    def width(self, batch) -> int:
+        """Which of `widths` a batch has."""
+        fixed = self.task.layout.fixed
+        return self.widths[0] if fixed else batch["tokens"].shape[1]
+
+    def abstract_batch(self, width=None) -> dict:
+        """A global training batch as ShapeDtypeStructs with shardings; default the widest."""
+        width = int(width or self.config.data.max_length)
+        return parallel.abstract_batch(self.mesh, self.spec(self.batch_size, width))
+
+    def batches(self, start: int, state=None):
+        """Global batches of steps start, start+1, ... on the mesh, a few made ahead.
+
+        state: what `state` returned at step `start`; a stream goes on from there, and for indexed
+        rows it must be what it would be now.
+        """
+        prefetch = max(self.config.data.prefetch, 1)
+        if self.config.data.streaming:
+            host = self._stream(start, state, prefetch)
+        else:
+            if state and state != self.position(start):
+                raise ConfigError(
+                    f"the data stood at {state} at step {start}, and would now at"
+                    f" {self.position(start)}: use another workdir"
+                )
+            host = ((batch, None) for batch in self._indexed(start, prefetch))
+        on_device = ((self._put(batch, self.batch_size), state) for batch, state in host)
+        ready = deque(itertools.islice(on_device, prefetch))
+        while ready:
+            began = time.monotonic()
+            batch, self._state = ready.popleft()
+            ready.extend(itertools.islice(on_device, 1))
+            self.wait = time.monotonic() - began
+            yield batch
+
+    def _put(self, batch, size):
+        axes = {name: field.axes for name, field in self.spec(1, 1).items()}
+        return parallel.put_batch(self.mesh, batch, size, axes)
+
+    def _indexed(self, start, prefetch):
+        return data_lib.loader(
+            self.rows,
+            self.batch_size,
+            local=parallel.local_rows(self.mesh, self.batch_size),
+            start_step=start,
+            stop_step=self.steps,
+            workers=self.config.data.workers,
+            prefetch=prefetch,
+        )
+
+    def _stream(self, start, state, prefetch):
+        """(batch of this process, (its part, the stream's state after it)) of each step."""
+        parts = parallel.row_parts(self.mesh, self.batch_size)
+        local = parallel.local_rows(self.mesh, self.batch_size)
+        part = parts.index(local)
+        if state and len(state["stream"]) != len(parts):
+            raise ConfigError(
+                f"the stream was read in {len(state['stream'])} parts, and this mesh reads it in"
+                f" {len(parts)}: resume with as many processes, or use another workdir"
+            )
+        amounts = self.rows.phases[0].amounts if self.names else [1.0]
+        given = zip(self.sources, amounts, strict=True)
+        own = {s.name: tasks.make(s.config, self.task.tokenizer) for s in self.sources}
+        specs = [stream.Spec.of(s, own[s.name], weight) for s, weight in given]
+        d = self.config.data
+        host = stream.batches(
+            specs,
+            length=d.max_length,
+            rows=len(local),
+            packing=d.packing,
+            seed=self.config.seed,
+            window=d.shuffle_window,
+            part=part,
+            parts=len(parts),
+            prefetch=prefetch,
+            rejects=self.cache / f"stream.{part}.rejects.jsonl",
+        )
+        try:
+            if state:
+                host.set_state(state["stream"][part])
+            for _ in range(start, self.steps):
+                yield next(host), (part, host.get_state())
+        finally:
+            host.close()
+
+    def eval_batches(self, store):
+        """Every row of a validation or test set once, in order; blank rows fill the last batch."""
+        d, size = self.config.data, self.config.eval.batch_size
+        shards = parallel.axis_size(self.mesh, parallel.RULES["batch"])
+        size = -(-size // shards) * shards
+        rows = self._rows(store, d.eval_packing, size, shuffle=False)
+        local = parallel.local_rows(self.mesh, size)
+        for batch in data_lib.loader(rows, size, local=local):
+            yield self._put(batch, size)
+
+    def summary(self) -> str:
+        """What is trained, in a few lines."""
+        d, rows, lines = self.config.data, self.rows, list(self.notes)
+        for source, store in zip(self.sources, self.stores, strict=True):
+            tag = f"{source.name}: " * bool(self.names) + "a sample: " * d.streaming
+            lines += [tag + self.task.summary(store.report)]
+            lines += [] if self.task.layout.fixed else lengths_lib.lines(store.report)
+        lines += rows.describe() if self.names else []
+        epoch = self._units["epoch_rows"]
+        size = f"{epoch} rows an epoch, of" if epoch else "rows of"
+        epochs = f", {self.epochs:.2f} epochs" if epoch else ""
+        packed = f"{d.max_length} tokens, packing {d.packing}, {rows.efficiency:.1%} full"
+        lines += [
+            f"{size} {'one example' if self.task.layout.fixed else packed}",
+            f"{self.steps} steps of {self.batch_size} rows{epochs}",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""The loop's log: device metrics are fetched one log interval late, so the loop never waits."""
+
+import contextlib
+import time
+
+import jax
+
+from sftjax.config import ConfigError
+from sftjax.training import metrics
+
+
+def say(what: str, text: str) -> None:
+    """One labelled line (or several, aligned) on standard output, from process 0 only."""
+    if jax.process_index() == 0:
+        print(f"{what:<10}" + text.replace("\n", "\n" + " " * 10), flush=True)
+
+
+class Log:
+    """Collects each step's metrics and writes a line every section.log_every.
+
+    A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
+    <count>_per_s of the task's counts (of texts cells, tokens and trained_tokens: all positions,
+    those that are not padding, those trained), step_time, data_wait (the share of time spent
+    waiting for a batch), mfu.
+    Of several sources each has, over all the line's steps, trained_tokens/<name> and the mean
+    loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
+    """
+
+    def __init__(self, section, workdir, feed, lr, flops, start: int):
+        """section: the config's `train`."""
+        if not feed.every(section.log_every, "train.log_every"):
+            raise ConfigError("train.log_every is 0; write at least 1 step")
+        # Lines of steps after `start`, which a killed run left behind, are dropped.
+        board = section.tensorboard
+        self.writer = metrics.Writer(
+            workdir, feed.steps, jax.process_index(), board, start_step=start
+        )
+        self.sources, self.position = feed.names, feed.position
+        self.counts = feed.task.counts
+        self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
+        self.lr, self.flops, self._at = lr, flops, start
+        self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
+        self._window, self._waited = [], 0.0
+        self._last = time.monotonic()
+
+    def step(self, step: int, on_device: dict, waited: float) -> None:
+        self._window.append(on_device)
+        self._at = step
+        self._waited += waited
+        if self.due(step):
+            self._cut(step)
+            while len(self._lines) > 1:
+                self._write_line()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Evaluation and saving inside this are not counted as training time."""
+        while self._lines:
+            self._write_line()
+        if self._window:  # wait for the steps still running, so that their time is theirs
+            jax.block_until_ready(self._window[-1])
+        began = time.monotonic()
+        yield
+        self._last += time.monotonic() - began
+
+    def write(self, step: int, values: dict) -> None:
+        self.writer.write(step, values)
+
+    def close(self) -> None:
+        if self._window:
+            self._cut(self._at)
+        while self._lines:
+            self._write_line()
+        self.writer.close()
+
+    def _cut(self, step):
+        self._lines.append((step, self._window, self._waited))
+        self._window, self._waited = [], 0.0
+
+    def _write_line(self):
+        step, window, waited = self._lines.pop(0)
+        window = jax.device_get(window)  # waits until its last step is done
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        values = {k: float(v) for k, v in window[-1].items() if k not in self.counts}
+        values |= self._by_source(window, values) | self.position(step)
+        values["lr"] = float(self.lr(step - 1))  # the rate that this step used
+        values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in self.counts}
+        values["step_time"] = seconds / len(window)
+        values["data_wait"] = waited / seconds
+        mfu = metrics.mfu(
+            self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count()
+        )
+        values |= {} if mfu is None else {"mfu": mfu}
+        values["peak_memory"] = metrics.peak_memory()[0]
+        self.writer.write(step, values)
+
+    def _by_source(self, window, values):
+        """A source may have no token in a step: its loss is the mean over the window's tokens."""
+        out = {}
+        for name in self.sources:
+            counts = [float(m[f"trained_tokens/{name}"]) for m in window]
+            losses = [float(m[f"loss/{name}"]) for m in window]
+            out[f"trained_tokens/{name}"] = sum(counts)
+            del values[f"loss/{name}"]
+            if any(counts):
+                total = sum(loss * n for loss, n in zip(losses, counts, strict=True))
+                out[f"loss/{name}"] = total / sum(counts)
+        return out

@@ -1,0 +1,113 @@
+"""The workdir of a run: whose it is, the config and environment it keeps, its compile cache."""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from sftjax import config as config_lib
+from sftjax.errors import ConfigError, WriteError
+from sftjax.training import checkpoint
+
+
+def prepare_workdir(config, workdir) -> Path:
+    """Make the workdir, or check that the one found is this config's; write config and env."""
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as e:
+        raise WriteError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
+    new, file = config_lib.to_dict(config), workdir / "config.json"
+    if not any(p.name.isdecimal() for p in (workdir / "checkpoints").glob("*")):
+        # Nothing trained yet: a first start that failed must not bind its workdir.
+        if jax.process_index() == 0:
+            (workdir / "checkpoints" / "manifest.json").unlink(missing_ok=True)
+    elif file.exists():
+        _same_config(json.loads(file.read_text()), new, workdir)
+    if jax.process_index() == 0:
+        _write_json(file, new)
+        _write_json(workdir / "env.json", environment())
+    return workdir
+
+
+def _write_json(file, value):
+    """Whole or not at all: other processes may be reading it."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)
+
+
+def _same_config(old, new, workdir):
+    old, new = _flat(old), _flat(new)
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    keys = [k for k in keys if not k.startswith(config_lib.FREE)]
+    if keys:
+        lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys[:10])
+        raise ConfigError(
+            f"--workdir={workdir} belongs to a run with another config:\n{lines}\nUse another"
+            " workdir, or the same settings to resume that run."
+        )
+
+
+def manifest(config, feed) -> dict:
+    """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template)."""
+    return checkpoint.make_manifest(config_lib.to_dict(config), {"tokenised data": feed.identity})
+
+
+def _flat(tree, prefix="") -> dict:
+    out = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
+@contextlib.contextmanager
+def compile_cache(workdir):
+    """Keep compiled programs in the workdir, unless the user has named another place."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "xla"))
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+def environment() -> dict:
+    """Versions, devices and the command, for env.json."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def find(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+        commit = done.stdout.strip() or None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: find(p) for p in (*packages, "transformers", "numpy")},
+        "devices": [str(d.device_kind) for d in jax.devices()],
+        "processes": jax.process_count(),
+        "commit": commit,
+    }

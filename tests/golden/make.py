@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "helpers")]
 import reference  # noqa: E402
 from families import CASES, write  # noqa: E402
 from reference import F, torch, transformers  # noqa: E402

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "helpers")]
 from families import write  # noqa: E402
 from reference import F, torch, transformers  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402

@@ -17,7 +17,7 @@ from sftjax.clean.report import summary, write_records, write_rejects, write_rep
 from sftjax.clean.rules import RULES, find, find_once
 from sftjax.data import DataError, open_source
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 class Records(list):

@@ -14,7 +14,7 @@ from sftjax import config as config_lib
 from sftjax import optim, parallel, tasks
 from sftjax.training import build
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 NAMES = sorted(p.name for p in (REPO / "configs").glob("*.py"))
 
 LLAMA_3_8B = dict(

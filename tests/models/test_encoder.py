@@ -22,7 +22,7 @@ from sftjax import params as params_lib
 from sftjax.evaluation.generation import generate
 from sftjax.hf.safetensors_io import WeightsError
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "encoder.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "encoder.json").read_text())
 SMALL = GOLDEN["small"]
 LENGTH, LABELS = 56, np.array([0, 2, 1, 2])
 NAMES = ("no", "maybe", "yes")

@@ -21,7 +21,7 @@ from sftjax.data import DataError, make_batch, open_source
 from sftjax.inspect_data import inspect
 from sftjax.training.data import Feed, load_tokenizer
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 # --- trust in labels ---
 

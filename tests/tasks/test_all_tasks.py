@@ -24,7 +24,7 @@ from sftjax.plan import hardware as targets
 from sftjax.training import build
 from sftjax.training import data as feed_lib
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 QUICKSTART = REPO / "experiments" / "quickstart"
 CUSTOM = REPO / "experiments" / "custom_task"
 WORDS = {"good": ("fine", "glad", "warm"), "bad": ("dull", "sour", "cold")}

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
 import make_data  # noqa: E402

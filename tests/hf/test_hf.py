@@ -375,7 +375,7 @@ def test_loading_takes_its_own_part_and_not_a_tensor_more(tmp_path, family):
             capture_output=True, text=True,
             env=os.environ | {
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+                "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             },
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

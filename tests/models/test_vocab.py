@@ -25,7 +25,7 @@ from sftjax.parallel import mesh as mesh_lib
 from sftjax.training import build
 from sftjax.training import data as feed
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "experiments" / "quickstart"
+QUICKSTART = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
 OLD = 67
 
 

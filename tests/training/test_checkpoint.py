@@ -136,7 +136,7 @@ def test_restores_on_another_mesh_and_another_device_count(tmp_path):
 def run_python(code, **env):
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **env},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env},
         capture_output=True,
         text=True,
     )
@@ -348,7 +348,7 @@ for step in itertools.count((ckpt.latest_step() or 0) + 1):
 
 def test_kill_9_leaves_complete_checkpoints(tmp_path):
     code = SAVE_FOREVER.format(tests=str(Path(__file__).parent), path=str(tmp_path))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     reached = 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", code], env=env)
@@ -408,7 +408,7 @@ def test_two_processes_save_one_checkpoint_that_one_process_restores(tmp_path):
     )
     env = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
     processes = [

@@ -14,7 +14,7 @@ from test_train import files, losses, make  # noqa: F401 (files is a fixture)
 from sftjax import train as train_lib
 
 pytestmark = pytest.mark.multiprocess
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 RUN = """
 import pathlib, sys

@@ -19,7 +19,7 @@ from sftjax.evaluation.generation import generate
 from sftjax.models import decoder
 from sftjax.ops.attention import BACKENDS
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "families.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "families.json").read_text())
 ROWS, LENGTH = 4, 96  # one shape, so that a model is compiled once; over one block of blockwise
 
 # Between them the features of the decoder that its ways to run could break: alternation, sinks,

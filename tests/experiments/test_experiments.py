@@ -22,7 +22,7 @@ from sftjax import params as params_lib
 from sftjax.train import train
 from sftjax.training import data as feed
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SPECS = ["gsm8k/config.py", "sst2/config.py", "stories/config.py:babyllama105-hf"]
 
 

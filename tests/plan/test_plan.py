@@ -10,10 +10,10 @@ import pytest
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax import tasks
+from sftjax.plan import command, hlo, search
 from sftjax.plan import compile as plan
 from sftjax.plan import estimate as estimate_lib
 from sftjax.plan import hardware as targets
-from sftjax.plan import hlo
 from sftjax.plan import memory_account as memory
 from sftjax.plan import text as plan_text
 from sftjax.training import build
@@ -113,7 +113,7 @@ def test_flops_by_shapes_are_those_of_the_compiled_step(compiled, case):
     assert p.model_flops <= p.hardware_flops
 
 
-@pytest.mark.parametrize("remat", plan.REMAT)
+@pytest.mark.parametrize("remat", search.REMAT)
 def test_no_remat_keeps_gathered_weights(make, remat):
     """What layers keep grows with the rows, beside their own shards of the weights at most."""
     kept = []
@@ -212,15 +212,15 @@ Total hbm usage >= 20.36G:
 
 
 def test_memory_that_runs_out_in_training_ends_in_advice(make):
-    with pytest.raises(plan.OutOfMemory) as e:
-        with plan.advice(make()):
+    with pytest.raises(OutOfMemory) as e:
+        with build.advice(make()):
             jax.block_until_ready(jax.jit(lambda: jax.numpy.ones((2**48,)))())
     text = str(e.value)
     assert text.startswith("RESOURCE_EXHAUSTED") and "To paste into the config:" in text
 
 
 def test_other_errors_pass_through(make):
-    with pytest.raises(ZeroDivisionError), plan.advice(make()):
+    with pytest.raises(ZeroDivisionError), build.advice(make()):
         _ = 1 / 0
 
 
@@ -231,12 +231,12 @@ def test_other_errors_pass_through(make):
 def test_a_search_ends_in_lines_that_fit(make):
     c = make(LLAMA_8B, train__batch_size=32, data__max_length=2048)
     target = targets.parse("gpu-h100x8")
-    found = plan.search(c, target)
+    found = search.search(c, target)
     best = found[0]
     assert best.fits and not found[-1].fits
-    assert {p.remat for p in found} == set(plan.REMAT)
+    assert {p.remat for p in found} == set(search.REMAT)
     same = {p.remat: p for p in found if p.micro_batches == 2 and p.mesh["fsdp"] == 8}
-    held = [same[remat].memory["activations"] for remat in plan.REMAT]
+    held = [same[remat].memory["activations"] for remat in search.REMAT]
     assert held[0] > held[1] > held[2] and held[3] > held[4]
     fitting = [p.time["step"] for p in found if p.fits]
     assert fitting[0] <= min(fitting) * 1.011
@@ -249,7 +249,7 @@ def test_a_search_ends_in_lines_that_fit(make):
 
 def test_a_search_without_a_way_says_so(make):
     c = make(LLAMA_8B, train__batch_size=1)
-    text = plan_text.table(plan.search(c, targets.parse("gpu-a100x1")))
+    text = plan_text.table(search.search(c, targets.parse("gpu-a100x1")))
     assert text.endswith("Nothing that was tried fits: more devices, or a shorter row.")
 
 
@@ -269,9 +269,9 @@ def file(make, tmp_path):
 
 def test_the_command_prints_and_writes_json(file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "plan.json"
-    monkeypatch.setattr(plan, "COMPILED", 1)
+    monkeypatch.setattr(search, "COMPILED", 1)
     flags = ["--target=here", "--trained=0.25", "--search", f"--json={out}"]
-    plan.main([f"--config={file}", *flags])
+    command.main([f"--config={file}", *flags])
     text = capsys.readouterr().out
     for part in ("parameters", "optimizer", "gradients", "activations", "logits", "remain"):
         assert part in text, part
@@ -307,7 +307,7 @@ def test_the_command_prints_and_writes_json(file, tmp_path, capsys, monkeypatch)
 def test_what_cannot_be_is_refused_before_any_compile(file, flags, says, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     with pytest.raises(ValueError, match=says):
-        plan.main([f"--config={file}", *flags])
+        command.main([f"--config={file}", *flags])
 
 
 @pytest.mark.parametrize(
@@ -344,14 +344,14 @@ def test_what_the_compiler_finds_too_large_is_a_plan_too(make):
 
 # ---- the page ------------------------------------------------------------------------------
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "docs" / "plan.md").read_text()
 COMMANDS = re.findall(r"^python -m sftjax.plan (.*)$", PAGE, re.MULTILINE)
 
 
 def run_command(text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(REPO)
-    plan.main(text.replace("plan.json", str(tmp_path / "plan.json")).split())
+    command.main(text.replace("plan.json", str(tmp_path / "plan.json")).split())
     return capsys.readouterr().out
 
 

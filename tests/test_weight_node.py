@@ -166,7 +166,7 @@ def test_a_product_is_the_dense_weight_forward_and_by_the_chain_rule(case, monke
 def test_no_dense_weight_is_formed_where_the_node_knows_better():
     model = node_model(".*/(q|k|v|o|up|down|gate)/w|(embed|head)/w")
     params = params_lib.shapes(model.abstract)
-    batch = {k: jnp.asarray(v) for k, v in tiny.batch(rows=2).items()}
+    batch = {k: jnp.asarray(v) for k, v in tiny.batch(rows=3).items()}  # 96 tokens
     text = jax.jit(jax.grad(functools.partial(loss, model))).lower(params, batch).as_text()
     for shape in ("64x32", "32x64", "32x4x8", "4x8x32"):  # a table, matrices of a layer
         assert f"tensor<{shape}xf32>" not in text
@@ -245,7 +245,8 @@ def test_muon_takes_the_factors_for_matrices_and_leaves_the_tables():
         x = np.asarray(named[f"layers/0-3/{name}"][0]).reshape(shape)
         values = np.linalg.svd(x, compute_uv=False) / (0.2 * math.sqrt(max(shape)))
         assert 0.5 < values.min() and values.max() < 1.4, name
-    np.testing.assert_allclose(np.abs(named["embed/w/a"]).max(), 1, rtol=1e-3)  # Adam's
+    sizes = np.abs(named["embed/w/a"])
+    np.testing.assert_allclose(sizes, sizes.max(), rtol=1e-2)  # Adam's first step
 
 
 def test_model_flops_count_a_node_as_it_declares_itself():

@@ -10,6 +10,7 @@ import pytest
 from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax import tasks
+from sftjax.errors import OutOfMemory
 from sftjax.plan import command, hlo, search
 from sftjax.plan import compile as plan
 from sftjax.plan import estimate as estimate_lib

@@ -18,12 +18,15 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 import sftjax
-from sftjax import checkpoint, losses, optim, setup, sharding
 from sftjax import config as config_lib
+from sftjax import hf, losses, optim, parallel
 from sftjax import params as params_lib
-from sftjax.models import flops, hf, layer
-from sftjax.ops import embed, gather, weight
+from sftjax.models import flops, layer
+from sftjax.ops import embed, weight
+from sftjax.parallel import gather
 from sftjax.params import Param
+from sftjax.training import build as setup
+from sftjax.training import checkpoint
 
 RANK = 4
 
@@ -203,14 +206,14 @@ def test_the_defaults_alone_serve_a_frozen_quantised_weight(changes, monkeypatch
     def expected(trained):
         return loss(dense, plain(params_lib.combine(trained, frozen)), batch)
 
-    mesh = sharding.make_mesh({"fsdp": 4, "expert": 2} if "experts" in changes else {"fsdp": 8})
+    mesh = parallel.make_mesh({"fsdp": 4, "expert": 2} if "experts" in changes else {"fsdp": 8})
     with jax.set_mesh(mesh):
-        layout = params_lib.partition(sharding.param_shardings(mesh, model.abstract), on)
+        layout = params_lib.partition(parallel.param_shardings(mesh, model.abstract), on)
         args = [jax.device_put(p, s) for p, s in zip((trained, frozen), layout, strict=True)]
-        step = jax.jit(jax.value_and_grad(found)).lower(*args, sharding.put_batch(mesh, batch, 8))
+        step = jax.jit(jax.value_and_grad(found)).lower(*args, parallel.put_batch(mesh, batch, 8))
         compiled = step.compile()
         assert " s8[" in compiled.as_text()
-        value, grads = compiled(*args, sharding.put_batch(mesh, batch, 8))
+        value, grads = compiled(*args, parallel.put_batch(mesh, batch, 8))
     close((value, grads), jax.jit(jax.value_and_grad(expected))(trained))
 
 
@@ -289,7 +292,7 @@ def run(model, rules, tx, mesh=None):
         return jax.jit(step)(state, batch)
     with jax.set_mesh(mesh):
         layout = setup.shardings_of(state), None
-        return jax.jit(step, out_shardings=layout)(state, sharding.put_batch(mesh, batch, 8))
+        return jax.jit(step, out_shardings=layout)(state, parallel.put_batch(mesh, batch, 8))
 
 
 ONLY_NODES = ((".*/w/[ab]", True), (".*", False))
@@ -307,7 +310,7 @@ ONLY_NODES = ((".*/w/[ab]", True), (".*", False))
 )
 def test_a_step_on_eight_devices_is_the_step_on_one(sizes, changes):
     model = node_model(r".*/(q|up|down)/w|(embed|head)/w", **changes)
-    tx, mesh = optax.sgd(0.5, momentum=0.9), sharding.make_mesh(sizes)
+    tx, mesh = optax.sgd(0.5, momentum=0.9), parallel.make_mesh(sizes)
     one, expected = run(model, ONLY_NODES, tx)
     many, found = run(model, ONLY_NODES, tx, mesh)
     for key in ("loss", "grad_norm"):
@@ -334,10 +337,10 @@ def test_only_the_factors_are_trained_and_the_rest_stays():
 
 def test_a_checkpoint_holds_the_factors_and_comes_back_on_another_mesh(tmp_path):
     model, tx = node_model(".*/q/w|embed/w"), optax.adam(1e-2)
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = parallel.make_mesh({"fsdp": 8})
     state, _ = run(model, ONLY_NODES, tx, mesh)
     on = params_lib.match_rules(ONLY_NODES, model.abstract, "trainable")
-    other = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    other = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     target = setup.abstract_state(config_lib.get_default(), model, on, tx, other)
     with checkpoint.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)

@@ -25,7 +25,7 @@ from sftjax.models import flops, layer
 from sftjax.ops import embed, weight
 from sftjax.parallel import gather
 from sftjax.params import Param
-from sftjax.training import build as setup
+from sftjax.training import build
 from sftjax.training import checkpoint
 
 RANK = 4
@@ -276,13 +276,13 @@ def test_model_flops_count_a_node_as_it_declares_itself():
 
 
 def first_state(model, rules, tx, mesh=None):
-    """(state at step 0, on the mesh as `setup` lays it out)."""
+    """(state at step 0, on the mesh as `build` lays it out)."""
     on = params_lib.match_rules(rules, model.abstract, "trainable")
     state = sftjax.TrainState.create(params=tiny.params(model), tx=tx, trainable=on)
     if mesh is None:
         return state
-    target = setup.abstract_state(config_lib.get_default(), model, on, tx, mesh)
-    return jax.device_put(state, setup.shardings_of(target))
+    target = build.abstract_state(config_lib.get_default().model, model, on, tx, mesh)
+    return jax.device_put(state, build.shardings_of(target))
 
 
 def run(model, rules, tx, mesh=None):
@@ -291,7 +291,7 @@ def run(model, rules, tx, mesh=None):
     if mesh is None:
         return jax.jit(step)(state, batch)
     with jax.set_mesh(mesh):
-        layout = setup.shardings_of(state), None
+        layout = build.shardings_of(state), None
         return jax.jit(step, out_shardings=layout)(state, parallel.put_batch(mesh, batch, 8))
 
 
@@ -341,7 +341,7 @@ def test_a_checkpoint_holds_the_factors_and_comes_back_on_another_mesh(tmp_path)
     state, _ = run(model, ONLY_NODES, tx, mesh)
     on = params_lib.match_rules(ONLY_NODES, model.abstract, "trainable")
     other = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    target = setup.abstract_state(config_lib.get_default(), model, on, tx, other)
+    target = build.abstract_state(config_lib.get_default().model, model, on, tx, other)
     with checkpoint.Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         back, _ = checkpoints.restore(target)

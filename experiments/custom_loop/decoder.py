@@ -23,7 +23,7 @@ def main(path=QUICKSTART[0], records=QUICKSTART[1], out="runs/loop", steps=30):
     tokenizer = AutoTokenizer.from_pretrained(path)
     source = sftjax.data.open_source(records, limit=1000)
     docs = [sftjax.data.encode(record, tokenizer) for record in source]
-    rows = sftjax.data.packing.pack([len(d.tokens) for d in docs], 256, "bfd")
+    rows = sftjax.data.pack([len(d.tokens) for d in docs], 256, "bfd")
     random.Random(0).shuffle(rows)
 
     tx = optax.adamw(1e-3)

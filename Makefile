@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP = .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEPENDENCIES = pyproject.toml constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-all lint clean
 
 # Fine-tune a small Llama on a CPU, end to end; about five minutes on two cores.
 quickstart: .venv/installed
@@ -14,13 +14,17 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
+# The long groups too; those that read $SFTJAX_FIXTURES are skipped where it is absent.
+test-all: test
+	.venv/bin/python -m pytest -q -m "(slow or multiprocess) and not (parity or tpu or browser)"
+
 lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 # Everything that make made, except runs/.
 clean:
-	rm -rf .venv .venv-tpu .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-313 .venv-tpu .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || \

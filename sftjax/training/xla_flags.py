@@ -48,7 +48,7 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
     },
 }
 
-# What newer XLAs, as of JAX 0.11.2, call some of them, and the value there.
+# What newer XLAs (that of JAX 0.11.1 is one) call some of them, and the value there.
 _ON = "COLLECTIVE_PIPELINING_MODE_ON"
 NEWER = {
     "xla_gpu_enable_pipelined_all_gather": ("xla_gpu_pipeline_all_gather", _ON),

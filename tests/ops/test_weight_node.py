@@ -25,8 +25,7 @@ from sftjax.models import flops, layer
 from sftjax.ops import embed, weight
 from sftjax.parallel import gather
 from sftjax.params import Param
-from sftjax.training import build
-from sftjax.training import checkpoint
+from sftjax.training import build, checkpoint
 
 RANK = 4
 

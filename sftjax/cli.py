@@ -14,7 +14,8 @@ COMMANDS = {
 }
 
 
-def main():
+def main() -> None:
+    """Run the command that the first argument names, with the arguments after it."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         raise SystemExit(f"usage: sftjax {' | '.join(COMMANDS)} --config=FILE.py ...")

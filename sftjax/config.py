@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
@@ -242,7 +243,9 @@ def _said(error):
     return f"{type(error).__name__}: {' '.join(str(text).split())}"
 
 
-def parse(argv, **flags):
+def parse(
+    argv: Sequence[str], **flags: str | float | bool | None
+) -> tuple[ConfigDict, argparse.Namespace]:
     """(config, namespace) of a command line.
 
     --config=FILE[:ARG] is required; --config.a.b=VALUE overrides one key; `flags` are further
@@ -370,7 +373,7 @@ def _check_value(name, value, default):
         raise ConfigError(f"{name}={value!r}: expected {bounds}")
 
 
-def to_dict(config) -> dict:
+def to_dict(config: ConfigDict) -> dict:
     """Plain nested dict (tuples as lists), for config.json."""
     return json.loads(json.dumps(config.to_dict()))
 
@@ -381,7 +384,15 @@ _DURATION = re.compile(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*(%|[a-z]*)\s*")
 UNITS = ("steps", "epochs", "examples", "tokens", "%")
 
 
-def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_row=None) -> int:
+def duration(
+    text: str | float,
+    what: str,
+    *,
+    total: int | None = None,
+    batch: int | None = None,
+    epoch_rows: int | None = None,
+    per_row: tuple[float, float] | None = None,
+) -> int:
     """Whole steps of "300 steps", "2 epochs", "1000 examples", "5e6 tokens", "10%" or "300".
 
     total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch;
@@ -416,13 +427,13 @@ def duration(text, what: str, *, total=None, batch=None, epoch_rows=None, per_ro
     return math.ceil(round(steps, 9))
 
 
-def epochs(text) -> float | None:
+def epochs(text: str | float) -> float | None:
     """The number in a duration of epochs; None for another unit."""
     match = _DURATION.fullmatch(str(text))
     return float(match[1]) if match and match[2].rstrip("s") == "epoch" else None
 
 
-def run(main_fn, argv=None):
+def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -> None:
     """Run a command: a UserError is shown as one message, and the exit status is 1.
 
     Any other error is a bug, and keeps its traceback.

@@ -6,6 +6,8 @@ fits it, so that code which catches a ValueError or an OSError goes on working.
 """
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -45,7 +47,7 @@ class WriteError(UserError, OSError):
 
 
 @contextlib.contextmanager
-def writing(what: str, path):
+def writing(what: str, path: Path | str) -> Iterator[None]:
     """The system's own errors inside, such as a missing permission, become a WriteError.
 
     what: the option that names `path`, for the message.
@@ -91,7 +93,7 @@ class DataError(UserError, ValueError):
         kind: str = "",
         subject: str = "",
         joint: str = "; ",
-    ):
+    ) -> None:
         """Args:
         joint: what stands between the problem and the fix in the message.
         """
@@ -112,7 +114,7 @@ class DataError(UserError, ValueError):
             return words.replace("{}", self.subject)
         return f"{words}: {self.subject}" if self.subject else words
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.where}: {self.reason}" if self.where else self.reason
 
 

@@ -1,6 +1,7 @@
 """One answer of a model: python -m sftjax.generate --model=DIR --prompt=TEXT"""
 
 import argparse
+from collections.abc import Sequence
 
 from sftjax import hf
 from sftjax.data import stop_ids
@@ -9,7 +10,7 @@ from sftjax.errors import DataError
 from sftjax.evaluation import generation
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     """sftjax generate --model=DIR --prompt=TEXT: one answer, for a look at an exported model."""
     parser = argparse.ArgumentParser(prog="sftjax generate")
     parser.add_argument("--model", required=True, help="Hugging Face directory, such as an export")

@@ -3,6 +3,9 @@
 rng is None in evaluation: nothing random then, no dropout.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,19 +15,22 @@ from sftjax.ops import moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
 from sftjax.step import Loss
 
+if TYPE_CHECKING:
+    from sftjax.models import base, decoder
+
 
 def causal_lm(
-    model,
+    model: "decoder.Model",
     *,
-    normalise="tokens",
-    label_smoothing=0.0,
-    z_loss=0.0,
-    dft=False,
-    load_balance=0.0,
-    accuracy=False,
-    chunk_tokens=CHUNK_TOKENS,
-    sources=(),
-):
+    normalise: str = "tokens",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    dft: bool = False,
+    load_balance: float = 0.0,
+    accuracy: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
+    sources: Sequence[str] = (),
+) -> Callable[..., Loss]:
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
@@ -73,13 +79,13 @@ def causal_lm(
 
 
 def classification(
-    model,
+    model: "base.Model",
     *,
     label_smoothing: float = 0.0,
     class_weights: tuple[float, ...] = (),
     predictions: bool = False,
-    sources: tuple[str, ...] = (),
-):
+    sources: Sequence[str] = (),
+) -> Callable[..., Any]:
     """Cross-entropy of a classifier over the documents of a Batch (see tasks.classification).
 
     A document's class is read where its weight is not 0. class_weights: a factor for each class, ()
@@ -116,7 +122,9 @@ def classification(
     return loss_fn
 
 
-def token_counts(batch) -> dict:
+def token_counts(
+    batch: Mapping[str, jax.Array],
+) -> dict[str, tuple[jax.Array, jax.Array | None]]:
     """How many positions a Batch has, how many hold a token, and how many of them are trained.
 
     {} for a batch that does not say which of its positions hold tokens.

@@ -4,9 +4,12 @@ An optimizer here is the part that turns a gradient into a direction; clipping, 
 per-parameter learning-rate multipliers and the schedule are put around it alike for all.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError
@@ -46,7 +49,9 @@ SCHEDULES = {
 }
 
 
-def schedule(name: str, lr: float, total: int, warmup: int = 0, decay: int = 0, floor=0.0):
+def schedule(
+    name: str, lr: float, total: int, warmup: int = 0, decay: int = 0, floor: float = 0.0
+) -> optax.Schedule:
     """A function step -> float32 learning rate.
 
     It rises linearly from 0 at step 0 to lr at step `warmup`, then follows the named shape until
@@ -127,7 +132,9 @@ OPTIMIZERS = {
 }
 
 
-def make(c, lr, abstract, trainable):
+def make(
+    c: ConfigDict, lr: optax.Schedule, abstract: Any, trainable: Any
+) -> optax.GradientTransformation:
     """The optax transformation of config.optim, for the trained part of the parameters.
 
     lr: step -> learning rate. abstract: the whole tree of Params, whose names the rules of

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sftjax.errors import ConfigError
 
@@ -33,36 +34,37 @@ class Param:
     init: Callable = jax.nn.initializers.normal(0.02)
     inputs: tuple[str, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"Param has shape {self.shape} but axes {self.axes}")
         if self.inputs is not None and not (self.inputs and {*self.inputs} <= {*self.axes}):
             raise ValueError(f"Param has inputs {self.inputs} but axes {self.axes}")
 
 
-def is_param(x) -> bool:
+def is_param(x: Any) -> bool:
+    """Is it a Param; the `is_leaf` of walks over trees of them."""
     return isinstance(x, Param)
 
 
-def path_name(path) -> str:
+def path_name(path: Sequence[Any]) -> str:
     """The "/"-joined name of a jax.tree_util key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def flatten(tree) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """{name: leaf} in tree order; None is no leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def map_named(fn, tree, *rest):
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """tree_map whose function gets the leaf's name first."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest, is_leaf=is_param
     )
 
 
-def replace(abstract, nodes: Sequence[tuple[str, Callable]]):
+def replace(abstract: Any, nodes: Sequence[tuple[str, Callable[[Param], Any]]]) -> Any:
     """The abstract tree with a node in place of each Param whose name one of `nodes` matches.
 
     nodes: ordered (regex, make) pairs; make(Param) -> a node of Params (see ops.weight), or the
@@ -77,7 +79,9 @@ def replace(abstract, nodes: Sequence[tuple[str, Callable]]):
 # ---- from the abstract tree ----------------------------------------------------------------
 
 
-def init(abstract, rng, dtype=jnp.float32, shardings=None):
+def init(
+    abstract: Any, rng: jax.Array, dtype: DTypeLike = jnp.float32, shardings: Any = None
+) -> Any:
     """Initialise every parameter, each from its own key, so that adding one changes no other."""
 
     def make(rng):
@@ -89,7 +93,7 @@ def init(abstract, rng, dtype=jnp.float32, shardings=None):
     return jax.jit(make, out_shardings=shardings)(rng)
 
 
-def shapes(abstract, dtype=jnp.float32, shardings=None):
+def shapes(abstract: Any, dtype: DTypeLike = jnp.float32, shardings: Any = None) -> Any:
     """jax.ShapeDtypeStruct of every parameter, for restore targets and ahead-of-time compiles."""
     if shardings is None:
         return map_named(lambda _, p: jax.ShapeDtypeStruct(p.shape, dtype), abstract)
@@ -98,17 +102,17 @@ def shapes(abstract, dtype=jnp.float32, shardings=None):
     )
 
 
-def count(tree) -> int:
+def count(tree: Any) -> int:
     """Number of scalars in a tree of Params or arrays."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree, is_leaf=is_param))
 
 
-def nbytes(tree) -> int:
+def nbytes(tree: Any) -> int:
     """Bytes of a tree of arrays or ShapeDtypeStructs."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def table(params, trainable) -> str:
+def table(params: Any, trainable: Any) -> str:
     """What is trained and what is not: a line for each parameter with shape, dtype and count."""
     rows = [("parameter", "shape", "dtype", "count", "trained")]
     for (name, leaf), on in zip(flatten(params).items(), jax.tree.leaves(trainable), strict=True):
@@ -122,7 +126,7 @@ def table(params, trainable) -> str:
 # ---- ordered regex rules -------------------------------------------------------------------
 
 
-def match_rules(rules, tree, what: str):
+def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     """A tree like `tree` of the values of the first rule whose regex matches the whole leaf name.
 
     rules: ordered (regex, value) pairs. Raises ConfigError for a leaf that no rule covers and for a
@@ -163,14 +167,14 @@ def _some(names, most=12):
 # ---- trained and frozen --------------------------------------------------------------------
 
 
-def partition(tree, trainable):
+def partition(tree: Any, trainable: Any) -> tuple[Any, Any]:
     """(trained, frozen): two trees shaped like `tree`, None where the other has the leaf."""
     trained = jax.tree.map(lambda x, t: x if t else None, tree, trainable)
     frozen = jax.tree.map(lambda x, t: None if t else x, tree, trainable)
     return trained, frozen
 
 
-def combine(trained, frozen):
+def combine(trained: Any, frozen: Any) -> Any:
     """The whole tree again; the inverse of `partition`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None

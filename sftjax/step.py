@@ -5,6 +5,7 @@ weights over the whole global batch. A micro-batch without a trained token adds 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,7 +51,15 @@ class TrainState:
     model_state: Any = None
 
     @classmethod
-    def create(cls, *, params, tx, trainable=((".*", True),), rng=0, model_state=None):
+    def create(
+        cls,
+        *,
+        params: Any,
+        tx: optax.GradientTransformation,
+        trainable: Any = ((".*", True),),
+        rng: int | jax.Array = 0,
+        model_state: Any = None,
+    ) -> "TrainState":
         """A state at step 0.
 
         params: any pytree of arrays. tx: an optax transformation. trainable: ordered
@@ -75,12 +84,19 @@ class TrainState:
         )
 
     @property
-    def all_params(self):
+    def all_params(self) -> Any:
         """The whole parameter tree, as the model takes it."""
         return params_lib.combine(self.params, self.frozen)
 
 
-def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1):
+def train_step(
+    state: TrainState,
+    batch: Any,
+    *,
+    loss_fn: Callable[..., Loss],
+    tx: optax.GradientTransformation,
+    micro_batches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step -> (new state, metrics).
 
     batch: a pytree of arrays with a leading batch dimension that micro_batches divides.
@@ -121,7 +137,9 @@ def train_step(state: TrainState, batch, *, loss_fn, tx, micro_batches: int = 1)
     return state, metrics
 
 
-def eval_step(params, batch, *, loss_fn, model_state=None) -> Loss:
+def eval_step(
+    params: Any, batch: Any, *, loss_fn: Callable[..., Loss], model_state: Any = None
+) -> Loss:
     """The Loss of one batch, to be added up over batches; one division at the very end.
 
     loss_fn gets None for rng: nothing random, and no new state.
@@ -129,7 +147,13 @@ def eval_step(params, batch, *, loss_fn, model_state=None) -> Loss:
     return call(loss_fn, params, batch, None, model_state)
 
 
-def call(loss_fn, params, batch, rng, model_state=None) -> Loss:
+def call(
+    loss_fn: Callable[..., Loss],
+    params: Any,
+    batch: Any,
+    rng: jax.Array | None,
+    model_state: Any = None,
+) -> Loss:
     """loss_fn's Loss; the model's state is an argument only where there is one.
 
     Raises: ValueError if it was given a state in training, and returns none.

@@ -7,8 +7,13 @@ checkpoint left it, with the batches it would have seen.
 """
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax import optim, parallel, tasks
@@ -24,12 +29,13 @@ from sftjax.training.log import Log, say
 from sftjax.training.profiler import Profiler
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Train by the command line: sftjax train --config=FILE.py --workdir=DIR."""
     config, flags = config_lib.parse(argv, workdir=None)
     train(config, flags.workdir)
 
 
-def train(config, workdir) -> dict:
+def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full."""
     # ==== Machine and workdir ====
     config_lib.check(config)
@@ -127,7 +133,8 @@ def train(config, workdir) -> dict:
     return result
 
 
-def mesh_text(mesh) -> str:
+def mesh_text(mesh: Mesh) -> str:
+    """The axes of a mesh that have more than one device, and their sizes."""
     sizes = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1]
     return f"mesh {' x '.join(sizes) or 'of one device'}"
 

@@ -1,3 +1,5 @@
+"""Clean a data set: see command.py."""
+
 from sftjax import config
 from sftjax.clean.command import main
 

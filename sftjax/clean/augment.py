@@ -6,18 +6,20 @@ A new augmentation is one function and one line in `AUGMENTATIONS`. It gets a re
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError
 
 DROPPED = 0.1  # the share of words that token_dropout takes out
 TEMPLATES = ("{}", "Please answer this: {}", "Here is a task. {}", "Respond to the following. {}")
 
 
-def token_dropout(record: dict, rng) -> dict:
+def token_dropout(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Drop each word of the user's messages with probability 0.1; one word always stays."""
 
     def drop(text):
@@ -28,7 +30,7 @@ def token_dropout(record: dict, rng) -> dict:
     return _map_prompts(record, drop)
 
 
-def paraphrase_template(record: dict, rng) -> dict:
+def paraphrase_template(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Put the last user message into one of TEMPLATES, drawn at random."""
     template = TEMPLATES[rng.integers(len(TEMPLATES))]
     return _map_prompts(record, lambda text: template.format(text), last=True)
@@ -45,7 +47,14 @@ class Augmented(Sequence):
     `to_conversation` that the rows need; the variants need none.
     """
 
-    def __init__(self, source, names, copies=1, seed=0, form=None):
+    def __init__(
+        self,
+        source: RecordSource,
+        names: Sequence[str],
+        copies: int = 1,
+        seed: int = 0,
+        form: Mapping[str, Any] | None = None,
+    ) -> None:
         if unknown := [name for name in names if name not in AUGMENTATIONS]:
             raise DataError(
                 f"data.augment: unknown augmentation {unknown[0]!r}; known: "
@@ -57,10 +66,10 @@ class Augmented(Sequence):
         self.source, self.names, self.copies, self.seed = source, tuple(names), copies, seed
         self.form = dict(form or {})
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.copies * len(self.source)
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         copy, row = divmod(int(i), len(self.source))
@@ -71,6 +80,7 @@ class Augmented(Sequence):
         return record
 
     def where(self, i: int) -> str:
+        """The place of the row that variant `i` is made of."""
         return self.source.where(i % len(self.source))
 
     def fingerprint(self) -> str:
@@ -80,7 +90,9 @@ class Augmented(Sequence):
         return hashlib.sha256(f"{self.source.fingerprint()} {settings}".encode()).hexdigest()
 
 
-def canonical(record: dict, where: str = "", form=None) -> dict:
+def canonical(
+    record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A record as {"prompt", "completion"}, {"messages"}, {"segments"} or {"text"}.
 
     The first two may have "tools" and "chat_template_kwargs" too. `to_conversation` reads from it

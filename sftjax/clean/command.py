@@ -7,11 +7,14 @@ it finds least likely: it lists them, and removes them with data.clean.remove_su
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax import hf, tasks
@@ -22,20 +25,27 @@ from sftjax.clean.rules import RULES, Findings, find
 from sftjax.config import ConfigError
 from sftjax.data import make_batch, open_source
 from sftjax.data.packing.pack import pad_to_multiple
+from sftjax.data.records.protocols import RecordSource
 from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.training import data as feed
+
+if TYPE_CHECKING:
+    from sftjax.models.decoder import Model
 
 LABELS = 20  # at most so many different answers are class labels
 BATCH = 16  # rows whose losses are taken at a time
 LENGTHS = 64  # rows are padded to a multiple of this, so that few shapes are compiled
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Run the command line of `argv`, without the program's name."""
     config, flags = config_lib.parse(argv, out=None, report="", rejects="")
     clean(config, flags.out, flags.report, flags.rejects)
 
 
-def clean(config, out, report="", rejects="") -> Findings:
+def clean(
+    config: ConfigDict, out: Path | str, report: Path | str = "", rejects: Path | str = ""
+) -> Findings:
     """Clean data.train into `out`; rejects default to out's name with .rejects.jsonl.
 
     Raises: DataError, ConfigError.
@@ -89,7 +99,15 @@ def _load_model(config, tokenizer):
     return model, params
 
 
-def trust(source, rows, model, params, task, form, max_length) -> np.ndarray:
+def trust(
+    source: RecordSource,
+    rows: Sequence[int],
+    model: "Model",
+    params: dict[str, Any],
+    task: tasks.Task,
+    form: Mapping[str, Any],
+    max_length: int,
+) -> np.ndarray:
     """A number for each row, least for the answers that the model finds least likely, float64 [n].
 
     Where the answers are a few class labels, every label is tried; else it is one loss a row.
@@ -125,7 +143,9 @@ def _with_answer(record, answer):
     return record | {"messages": [*before, last | {"content": answer}]}
 
 
-def document_losses(model, params, docs) -> tuple[np.ndarray, np.ndarray]:
+def document_losses(
+    model: "Model", params: dict[str, Any], docs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
     """(sum of losses [n], sum of weights [n]) of documents, pairs (tokens, weights); float64."""
     out = np.zeros((2, len(docs)))
     order = np.argsort([len(tokens) for tokens, _ in docs], kind="stable")
@@ -149,12 +169,12 @@ def _row_losses(model, params, batch):
     return linear_cross_entropy(hidden, head, batch["targets"], weights, **options)[2]
 
 
-def self_confidence(loss) -> np.ndarray:
+def self_confidence(loss: np.ndarray) -> np.ndarray:
     """Trust in free answers: the probability of their average token. loss [n]: mean a token."""
     return np.exp(-np.asarray(loss, np.float64))
 
 
-def normalised_margin(loss, given) -> np.ndarray:
+def normalised_margin(loss: np.ndarray, given: Sequence[int] | np.ndarray) -> np.ndarray:
     """Trust in class labels, as in confident learning (Northcutt et al. 2021): [n] in [0, 1].
 
     How far the given label's probability is above the best other one's, each counted from the mean

@@ -1,15 +1,18 @@
 """The training rows of a config: cleaned, parted from validation, augmented; in that order."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from sftjax.clean.augment import Augmented
 from sftjax.clean.report import summary, write_rejects, write_report
-from sftjax.clean.rules import find_once
+from sftjax.clean.rules import Finding, find_once
 from sftjax.clean.split import Subset, split
 from sftjax.config import ConfigError
 from sftjax.data import open_source
 from sftjax.data.mixing import stream
+from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import store_key
 from sftjax.tasks import Task
 
@@ -17,15 +20,19 @@ READING = ("fields", "roles")  # of the keywords of to_conversation: how to read
 
 
 class Prepared(NamedTuple):
-    train: Subset  # or another source of records
+    """The rows of a config, and the tasks that encode them."""
+
+    train: RecordSource
     task: Task  # encodes them
     validation: Subset | None  # rows held out of data.train
     held: Task  # encodes these
     notes: list[str]  # what was done, a line each
-    removed: dict  # {row of data.train: Finding}: what cleaning took out
+    removed: dict[int, Finding]  # by row of data.train: what cleaning took out
 
 
-def training_rows(config, task, cache_dir, workdir=None) -> Prepared:
+def training_rows(
+    config: ConfigDict, task: Task, cache_dir: Path | str, workdir: Path | str | None = None
+) -> Prepared:
     """The rows of data.train as data.clean, data.split and data.augment want them.
 
     Of a stream, only the first rows of its shards: see `data.stream.sample`.
@@ -70,7 +77,7 @@ def training_rows(config, task, cache_dir, workdir=None) -> Prepared:
     return Prepared(source, task, held_out, held, notes, removed)
 
 
-def clean_options(config, task) -> dict:
+def clean_options(config: ConfigDict, task: Task) -> dict[str, Any]:
     """The keywords of `clean.find` that the config sets, for sources as Task.prepared gives them.
 
     Without a tokenizer nothing can be said of lengths.

@@ -1,12 +1,15 @@
 """What cleaning leaves behind: the clean rows, the rejects with reasons, one readable page."""
 
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sftjax.clean.rules import RULES, Findings
 from sftjax.clean.split import said
 from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError, writing
 
 EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row
@@ -20,7 +23,7 @@ def summary(findings: Findings) -> str:
     return f"{gone:,} of {findings.rows:,} rows removed{reasons}"
 
 
-def write_rejects(path, source, findings: Findings) -> None:
+def write_rejects(path: Path | str, source: RecordSource, findings: Findings) -> None:
     """Every removed row as a JSON line: place, reason, note, the row it clashes with, itself."""
     with _open(path) as file:
         for i, finding in findings.removed.items():
@@ -31,7 +34,7 @@ def write_rejects(path, source, findings: Findings) -> None:
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
-def write_records(path, source, rows) -> None:
+def write_records(path: Path | str, source: RecordSource, rows: Iterable[int]) -> None:
     """The records at `rows` to a .jsonl or .parquet file, in order. Raises: DataError."""
     path = Path(path)
     records = (source[i] for i in rows)
@@ -65,7 +68,13 @@ def _write_parquet(path, records):
         ) from None
 
 
-def write_report(path, source, findings: Findings, title: str, form=None) -> None:
+def write_report(
+    path: Path | str,
+    source: RecordSource,
+    findings: Findings,
+    title: str,
+    form: Mapping[str, Any] | None = None,
+) -> None:
     """The findings as one HTML page, rule by rule with every row; nothing in it is fetched.
 
     form: the keywords of `to_conversation`, for the texts shown.

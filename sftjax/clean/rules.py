@@ -13,15 +13,17 @@ import re
 import tempfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.clean.split import normalise, said
 from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError
 
 FORMAT = 1  # of what the rules find; part of the cache's key
@@ -31,8 +33,14 @@ MARGIN = 0.15  # below the threshold, that its estimate may be: over three stand
 COMMON = 0.1  # a piece of text in more than this share of the rows says nothing about two of them
 SHORT = 8  # words; an evaluation text below this is only sought as a whole prompt
 
+Hit = tuple[int, str, int | str | None]  # row, note, the other row or its place
+CountTokens = Callable[[list[dict[str, Any]], list[str]], Sequence[int]]  # (records, wheres)
+Trust = Callable[[list[int]], np.ndarray]  # rows -> float [rows]
+
 
 class Finding(NamedTuple):
+    """One row, and what a rule has against it."""
+
     row: int  # index in the source
     rule: str
     note: str  # what was found
@@ -55,6 +63,7 @@ class Findings:
 
     @property
     def kept(self) -> list[int]:
+        """The rows that stay, ascending."""
         removed = self.removed
         return [i for i in range(self.rows) if i not in removed]
 
@@ -64,16 +73,16 @@ class Findings:
 
 
 def find(
-    source,
-    rules=("all",),
+    source: RecordSource,
+    rules: Sequence[str] = ("all",),
     *,
-    form=None,
+    form: Mapping[str, Any] | None = None,
     near: float = 0.7,
     ngram: int = 13,
-    evaluation=(),
+    evaluation: Sequence[RecordSource] = (),
     max_tokens: int = 0,
-    count_tokens=None,
-    trust=None,
+    count_tokens: CountTokens | None = None,
+    trust: Trust | None = None,
     suspects: float = 0.01,
     remove_suspects: bool = False,
 ) -> Findings:
@@ -144,7 +153,7 @@ class Texts:
     Attributes: prompts and answers (normalised), tools (JSON), errors {row: why it can't be read}.
     """
 
-    def __init__(self, source, form):
+    def __init__(self, source: RecordSource, form: Mapping[str, Any]) -> None:
         self.source, self.form, self.errors = source, form, {}
         self.prompts, self.answers, self.tools = [], [], []
         for i in range(len(source)):
@@ -157,23 +166,25 @@ class Texts:
             self.answers.append(normalise(answer))
             self.tools.append(tools)
 
-    def raw(self, source, i):
+    def raw(self, source: RecordSource, i: int) -> tuple[str, str, str]:
         """(prompt, answer, tools) as they stand; all messages but the last are the prompt."""
         chat = self.chat(source, i)
         *prompt, answer = (said(m) for m in chat["messages"])
         return "\n".join(prompt), answer, json.dumps(chat["tools"]) if chat["tools"] else ""
 
-    def chat(self, source, i):
+    def chat(self, source: RecordSource, i: int) -> dict[str, Any]:
+        """The conversation of row `i`, as `to_conversation` gives it. Raises: DataError."""
         return to_conversation(source[i], where=source.where(i), **self.form)
 
-    def readable(self, rows):
+    def readable(self, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` that can be read."""
         return [i for i in rows if i not in self.errors]
 
 
 # --- the rules ----------------------------------------------------------------------------------
 
 
-def missing(texts, rows, **_):
+def missing(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows in which a field is absent, null or of a wrong type, or that can't be read at all."""
     for i in rows:
         if i in texts.errors and not _EMPTY.search(texts.errors[i]):
@@ -183,7 +194,7 @@ def missing(texts, rows, **_):
 _EMPTY = re.compile(r": empty (response|text)\b")  # what to_conversation says of a blank answer
 
 
-def empty(texts, rows, **_):
+def empty(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows with a blank answer or a blank message of the user."""
     for i in rows:
         if i in texts.errors:
@@ -195,7 +206,15 @@ def empty(texts, rows, **_):
             yield i, "a message of the user is blank", None
 
 
-def too_long(texts, rows, *, max_tokens, count_tokens, chunk=1000, **_):
+def too_long(
+    texts: Texts,
+    rows: Sequence[int],
+    *,
+    max_tokens: int,
+    count_tokens: CountTokens,
+    chunk: int = 1000,
+    **_: Any,
+) -> Iterator[Hit]:
     """Rows of more than `max_tokens` tokens."""
     rows, source = texts.readable(rows), texts.source
     for start in range(0, len(rows), chunk):
@@ -221,7 +240,7 @@ _MARKUP = re.compile("|".join(f"({pattern})" for pattern in _DAMAGE.values()))
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
 
-def markup(texts, rows, **_):
+def markup(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows with leftover HTML, chat tokens or damaged characters, outside of `code`."""
     names = list(_DAMAGE)
     for i in texts.readable(rows):
@@ -230,7 +249,9 @@ def markup(texts, rows, **_):
             yield i, f"{names[hit.lastindex - 1]} {ascii(hit[0][:40])}", None
 
 
-def contamination(texts, rows, *, evaluation, ngram, **_):
+def contamination(
+    texts: Texts, rows: Sequence[int], *, evaluation: Sequence[RecordSource], ngram: int, **_: Any
+) -> Iterator[Hit]:
     """Rows that hold a text of an evaluation set: `ngram` of its words in a row, or all of it."""
     wholes, grams = _evaluation_index(texts, evaluation, ngram)
     for i in texts.readable(rows):
@@ -289,7 +310,7 @@ def _grams(words, n):
     return (hash(words[k : k + n]) for k in range(len(words) - n + 1))
 
 
-def conflict(texts, rows, **_):
+def conflict(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows whose prompt has other answers too, unless more than half of its rows have this one.
 
     Leave this rule out where several answers to one prompt are wanted.
@@ -306,7 +327,7 @@ def conflict(texts, rows, **_):
                 yield i, f"{len(counts)} different answers to this prompt", other
 
 
-def exact_duplicate(texts, rows, **_):
+def exact_duplicate(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows that equal an earlier one in prompt and answer, after normalisation."""
     first = {}
     for i in texts.readable(rows):
@@ -315,7 +336,7 @@ def exact_duplicate(texts, rows, **_):
             yield i, "equal to an earlier row", same
 
 
-def near_duplicate(texts, rows, *, near, **_):
+def near_duplicate(texts: Texts, rows: Sequence[int], *, near: float, **_: Any) -> Iterator[Hit]:
     """Rows much like an earlier one that stays (MinHash-LSH, then checked exactly).
 
     Rows with different numbers are different rows, and wording that many rows share counts for
@@ -384,7 +405,9 @@ def _jaccard(a, b):
     return both / (len(a) + len(b) - both)
 
 
-def label_suspects(texts, rows, *, trust, suspects, **_):
+def label_suspects(
+    texts: Texts, rows: Sequence[int], *, trust: Trust, suspects: float, **_: Any
+) -> Iterator[Hit]:
     """The rows whose answer the model trusts least, worst first."""
     rows = texts.readable(rows)
     values = np.asarray(trust(rows))
@@ -408,7 +431,9 @@ RULES = {
 # --- once per data --------------------------------------------------------------------------------
 
 
-def find_once(folder, key: str, source, rules, **options) -> Findings:
+def find_once(
+    folder: Path | str, key: str, source: RecordSource, rules: Sequence[str], **options: Any
+) -> Findings:
     """`find`, or what an earlier call with the same inputs has left in `folder`.
 
     key: names what `options` can't: the source's content, the tokenizer and its settings.

@@ -8,11 +8,13 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError
 
 DRIFT = 0.005  # how far a stratified label's share may be from the one asked for
@@ -21,25 +23,35 @@ DRIFT = 0.005  # how far a stratified label's share may be from the one asked fo
 class Subset(Sequence):
     """The rows of a source at some indices, with the places and the fingerprint of a source."""
 
-    def __init__(self, source, rows):
+    def __init__(self, source: RecordSource, rows: Sequence[int] | np.ndarray) -> None:
         self.source, self.rows = source, np.asarray(rows, np.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         return self.source[int(self.rows[i])]
 
     def where(self, i: int) -> str:
+        """The place of row `i` in the files of the source."""
         return self.source.where(int(self.rows[i]))
 
     def fingerprint(self) -> str:
+        """A hash of the source's own and of the indices."""
         digest = hashlib.sha256(self.source.fingerprint().encode())
         digest.update(self.rows.tobytes())
         return digest.hexdigest()
 
 
-def split(source, share: float, *, group_by="", stratify_by="", form=None, skip=False):
+def split(
+    source: RecordSource,
+    share: float,
+    *,
+    group_by: str = "",
+    stratify_by: str = "",
+    form: Mapping[str, Any] | None = None,
+    skip: bool = False,
+) -> tuple[Subset, Subset]:
     """Training and validation rows: (Subset, Subset).
 
     Without `stratify_by` a row's side depends on its prompt (or group) alone: rows added, removed
@@ -107,14 +119,16 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
-def prompt_key(record, where="", form=None) -> str:
+def prompt_key(
+    record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None
+) -> str:
     """The normalised first user message; of plain text, the text."""
     chat = to_conversation(record, where=where, **(form or {}))
     messages = [m for m in chat["messages"] if m["role"] == "user"] or chat["messages"]
     return normalise(said(messages[0]))
 
 
-def said(message: dict) -> str:
+def said(message: dict[str, Any]) -> str:
     """All that a message says, as text: its reasoning, its content, its tool calls."""
     content = message["content"]
     parts = [

@@ -12,14 +12,19 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sftjax.data.packing.truncate import OVERLONG, describe
+from sftjax.data.records.protocols import RecordSource, RejectSink
 from sftjax.data.records.rejects import Rejects, check
-from sftjax.data.records.sources import Source
 from sftjax.errors import DataError
+
+if TYPE_CHECKING:
+    from sftjax.tasks.base import Encoded, Task
 
 FORMAT = 3  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
@@ -43,7 +48,7 @@ class TokenStore:
       report: what was read, dropped and truncated, and what is trained.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.report = json.loads((self.folder / "report.json").read_text())
         self.columns = self.report.get("columns", COLUMNS)
@@ -57,7 +62,7 @@ class TokenStore:
         self.lengths = np.diff(self.offsets).astype(np.int32)
         self.tokens, self.weights = self.arrays.get("tokens"), self.arrays.get("weights")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
@@ -67,20 +72,23 @@ class TokenStore:
             for name, (_, shape) in self.columns.items()
         )
 
-    def __reduce__(self):  # worker processes map the files anew instead of copying them
+    def __reduce__(
+        self,
+    ) -> tuple[type, tuple[Path]]:  # worker processes map the files anew instead of copying them
         return TokenStore, (self.folder,)
 
 
 def column_file(name: str, dtype: str) -> str:
+    """The name of a column's file in a store: "tokens.i32"."""
     return f"{name}.{SUFFIXES[dtype]}"
 
 
 def build_store(
-    source: Source,
-    task,
+    source: RecordSource,
+    task: "Task",
     max_length: int,
     overlong: str,
-    cache_dir,
+    cache_dir: Path | str,
     on_error: str = "raise",
     max_skipped: float = 0.01,
 ) -> TokenStore:
@@ -112,7 +120,14 @@ def build_store(
     return store
 
 
-def store_key(source, task, max_length, overlong, on_error="raise", max_skipped=0.01) -> str:
+def store_key(
+    source: RecordSource,
+    task: "Task",
+    max_length: int,
+    overlong: str,
+    on_error: str = "raise",
+    max_skipped: float = 0.01,
+) -> str:
     """The name of a store: a hash of the data, the tokenizer and the settings."""
     limits = [len(source), max_length, overlong, on_error == "skip" and max_skipped, FORMAT]
     known = json.dumps([*task.key(), limits], sort_keys=True, default=str)
@@ -179,7 +194,9 @@ def _chunks(total):
             progress.update(len(rows))
 
 
-def encode_rows(source, rows, task, rejects) -> list[tuple]:
+def encode_rows(
+    source: RecordSource, rows: Sequence[int], task: "Task", rejects: RejectSink
+) -> list[tuple[str, "Encoded"]]:
     """(file and row, example) of the rows that can be encoded; the others go to `rejects`.
 
     Where it fails, halves of the rows are tried: the good ones are still encoded together.
@@ -201,13 +218,13 @@ def encode_rows(source, rows, task, rejects) -> list[tuple]:
 class Tally:
     """Cuts documents that are too long, and counts everything for the report."""
 
-    def __init__(self, task, max_length: int, overlong: str):
+    def __init__(self, task: "Task", max_length: int, overlong: str) -> None:
         self.task, self.max_length, self.overlong = task, max_length, overlong
         self.read, self.lengths = [], []  # tokens of each example, and of each document kept
         self.trained = self.cut = self.pieces_dropped = 0
         self.dropped = Counter()
 
-    def fit(self, encoded) -> list[tuple[np.ndarray, ...]]:
+    def fit(self, encoded: Iterable[tuple[str, "Encoded"]]) -> list[tuple[np.ndarray, ...]]:
         """The arrays of all documents that (where, example) give."""
         found = []
         for where, example in encoded:
@@ -238,13 +255,13 @@ class Tally:
         trained = self.task.layout.trained(example.arrays)
         return "no_trained_token_left" if too_long and trained else "no_trained_token"
 
-    def count(self, pieces) -> None:
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Count the documents of a chunk."""
         fixed, trained = self.task.layout.fixed, self.task.layout.trained
         self.lengths += [1 if fixed else len(piece[0]) for piece in pieces]
         self.trained += sum(map(trained, pieces))
 
-    def report(self, skipped) -> dict:
+    def report(self, skipped: Mapping[str, int]) -> dict[str, Any]:
         """All counts, as JSON holds them."""
         documents, tokens = len(self.lengths), sum(self.lengths)
         could = tokens - documents * self.task.layout.shifted  # be a target

@@ -1,5 +1,8 @@
 """Evaluation: exact sums over whole sets, predictions and their scores, early stopping."""
 
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
 import jax
 import numpy as np
 
@@ -7,13 +10,23 @@ from sftjax.errors import ConfigError, DataError
 from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
 
+if TYPE_CHECKING:
+    from sftjax.models.base import Model
+    from sftjax.tasks import Task
+    from sftjax.training.data import Feed
 
-def loss_over(step, params, batches, *state) -> dict[str, float]:
+# (params, batch, *state) -> Loss, or (Loss, predictions), jitted
+EvalStep = Callable[..., Loss | tuple[Loss, dict[str, jax.Array]]]
+
+
+def loss_over(step: EvalStep, params: Any, batches: Iterable[Any], *state: Any) -> dict[str, float]:
     """{"loss", <metrics>} weighted over all batches; see `measure`."""
     return measure(step, params, batches, *state)[0]
 
 
-def measure(step, params, batches, *state) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def measure(
+    step: EvalStep, params: Any, batches: Iterable[Any], *state: Any
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """({"loss", <metrics>}, predictions of all rows) of a set.
 
     step(params, batch, *state) -> Loss, or (Loss, predictions), jitted. The sums are added in
@@ -47,16 +60,18 @@ def _joined(parts) -> np.ndarray:
 class Evaluator:
     """Evaluates parameters on the validation sets and the test set of a Feed."""
 
-    def __init__(self, task, model, feed, loss_options: dict, **generation):
+    def __init__(
+        self, task: "Task", model: "Model", feed: "Feed", loss_options: dict, **generation: Any
+    ) -> None:
         """generation: the options of generate.generate."""
         self.task, self.model, self.feed, self.generation = task, model, feed, generation
         self.step = jax.jit(task.eval_fn(model, loss_options))
 
-    def losses(self, params, model_state=None) -> dict[str, float]:
+    def losses(self, params: Any, model_state: Any = None) -> dict[str, float]:
         """{"<set>/loss", "<set>/<metric>"} of every validation set."""
         return self._measured(self.feed.sets, params, model_state)[0]
 
-    def full(self, params, model_state=None) -> dict:
+    def full(self, params: Any, model_state: Any = None) -> dict:
         """{"losses": of all sets, "tables": {"<set>/<table>"}, and the test set's answers}."""
         values, tables = self._measured(self.feed.sets | self.feed.tests, params, model_state)
         out = {"losses": values} | ({"tables": tables} if tables else {})
@@ -83,7 +98,7 @@ class EarlyStop:
     state is JSON-able and goes into the checkpoint: a resumed run stops where it would have.
     """
 
-    def __init__(self, metric: str, patience: int, lower: bool, state=None):
+    def __init__(self, metric: str, patience: int, lower: bool, state: dict | None = None) -> None:
         """lower: is a lower value of the metric the better one."""
         if patience and not metric:
             raise ConfigError("eval.patience needs eval.best, the metric to watch")
@@ -91,6 +106,7 @@ class EarlyStop:
         self.state = state or {"best": None, "bad": 0}
 
     def update(self, values: dict[str, float]) -> None:
+        """Take the values of one evaluation. Raises: ConfigError where the metric is not there."""
         if not self.metric:
             return
         if self.metric not in values:
@@ -104,4 +120,5 @@ class EarlyStop:
 
     @property
     def stop(self) -> bool:
+        """Have there been `patience` evaluations without a better value; never for 0."""
         return bool(self.patience) and self.state["bad"] >= self.patience

@@ -1,19 +1,27 @@
 """Batched sampling with a key/value cache: one prefill, then one token a step for all rows."""
 
 import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sftjax import parallel
 from sftjax.errors import DataError, ModelError
 from sftjax.parallel import processes
 
+if TYPE_CHECKING:
+    from sftjax.models.decoder import Model
+
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
-def sample(logits, rng, temperature, top_k, top_p):
+def sample(
+    logits: jax.Array, rng: jax.Array, temperature: float, top_k: int, top_p: float
+) -> jax.Array:
     """int32 [B] token ids from float32 logits [B, V]; temperature 0 is greedy.
 
     top_k keeps the k likeliest tokens (0 = all); top_p the fewest whose probability reaches p.
@@ -79,19 +87,19 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
 
 
 def generate(
-    model,
-    params,
-    prompts,
+    model: "Model",
+    params: Any,
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
-    stop_ids=(),
-    max_new_tokens=64,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    batch_size=64,
-    mesh=None,
-):
+    stop_ids: Iterable[int] = (),
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> list[list[int]]:
     """A list of int lists: the tokens generated for each prompt, without the stop token.
 
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or

@@ -5,6 +5,7 @@ see encoder.py.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from sftjax.errors import ModelError
 from sftjax.families import common
@@ -42,7 +43,7 @@ def config(hf: dict) -> Config:
     )
 
 
-def as_stored(c: Config, files) -> Config:
+def as_stored(c: Config, files: Iterable[str]) -> Config:
     """The config for files that hold these tensors: without classes, a pooler only if they do."""
     has = any(name.endswith("pooler.dense.weight") for name in files)
     return dataclasses.replace(c, pooler=c.pooler and bool(c.classes or has))

@@ -1,6 +1,7 @@
 """What the families share in reading a Hugging Face config.json."""
 
 import math
+from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.models.decoder import Kind
@@ -83,7 +84,7 @@ EXPECTED = [
 _FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}
 
 
-def check(hf: dict, where: str = ""):
+def check(hf: dict, where: str = "") -> None:
     """Raise ModelError naming the first field that does not hold what EXPECTED says of it.
 
     where: the fields that hold `hf`, "rope_parameters."; "" for the whole.
@@ -102,7 +103,7 @@ def check(hf: dict, where: str = ""):
             raise ModelError(f"{field} has {len(hf[field])} entries, num_hidden_layers is {depth}")
 
 
-def refuse(hf: dict, **plain):
+def refuse(hf: dict, **plain: Any) -> None:
     """Raise ModelError for a field whose value is none of those of the plain model.
 
     plain: {field: value}; an absent or null field is plain.
@@ -112,7 +113,13 @@ def refuse(hf: dict, **plain):
             raise ModelError(f"{field}={hf[field]!r} is not supported, only {value!r}")
 
 
-def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0, of=None) -> Rope:
+def rope(
+    hf: dict,
+    head_dim: int,
+    theta: float = 10_000.0,
+    partial: float = 1.0,
+    of: dict | None = None,
+) -> Rope:
     """The Rope of a config: rope_parameters (transformers 5), or rope_scaling and rope_theta.
 
     theta, partial: the family's defaults. of: the settings of one layer type, where each has its
@@ -144,7 +151,9 @@ def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0,
     return Rope(float(theta), 0 if dim == head_dim else dim, tuple(sorted(s.items())))
 
 
-def kinds(hf: dict, types: list[str], rope: Rope, window_key="sliding_window") -> tuple[Kind, ...]:
+def kinds(
+    hf: dict, types: list[str], rope: Rope, window_key: str = "sliding_window"
+) -> tuple[Kind, ...]:
     """A Kind for each layer type: the window is that of the sliding ones."""
     known = {FULL: 0, SLIDING: hf.get(window_key) or 0}
     for name in types:

@@ -46,7 +46,8 @@ BLOCK = "model.layers.{}."
 ATTN, MLP = BLOCK + "self_attn.", BLOCK + "mlp."
 
 
-def ends(c) -> list[tuple]:
+def ends(c: Config) -> list[tuple]:
+    """Return the rows of the embedding, the last norm and, unless it is tied, the head."""
     rows = [
         ("model.embed_tokens.weight", "embed/w", "v d -> v d"),
         ("model.norm.weight", "norm/scale", "d -> d"),
@@ -54,7 +55,8 @@ def ends(c) -> list[tuple]:
     return rows + [("lm_head.weight", "head/w", "v d -> v d")] * (not c.tied)
 
 
-def attention(c) -> list[tuple]:
+def attention(c: Config) -> list[tuple]:
+    """Return the rows of a layer's attention."""
     rows = [
         (ATTN + "q_proj.weight", "layers/attn/q/w", "(n h) d -> d n h"),
         (ATTN + "k_proj.weight", "layers/attn/k/w", "(k h) d -> d k h"),
@@ -77,14 +79,16 @@ def attention(c) -> list[tuple]:
     return rows
 
 
-def norms(c) -> list[tuple]:
+def norms(c: Config) -> list[tuple]:
+    """Return the rows of a layer's two norms."""
     return [
         (BLOCK + "input_layernorm.weight", "layers/attn_norm/scale", "d -> d"),
         (BLOCK + "post_attention_layernorm.weight", "layers/mlp_norm/scale", "d -> d"),
     ]
 
 
-def mlp(c) -> list[tuple]:
+def mlp(c: Config) -> list[tuple]:
+    """Return the rows of a layer's dense MLP."""
     rows = [
         (MLP + "gate_proj.weight", "layers/mlp/gate/w", "f d -> d f"),
         (MLP + "up_proj.weight", "layers/mlp/up/w", "f d -> d f"),

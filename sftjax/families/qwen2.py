@@ -3,7 +3,7 @@
 import dataclasses
 
 from sftjax.families import common, llama
-from sftjax.models.decoder import Config
+from sftjax.models.decoder import Config, Kind
 
 names = llama.names
 
@@ -14,7 +14,7 @@ def config(hf: dict) -> Config:
     return dataclasses.replace(c, qkv_bias=True, out_bias=False, kinds=kinds(hf, c))
 
 
-def kinds(hf, c):
+def kinds(hf: dict, c: Config) -> tuple[Kind, ...]:
     """Of Qwen2 and Qwen3: windows from layer max_window_layers on, where they are used at all."""
     hf = {"sliding_window": 4096, "max_window_layers": 28} | hf
     first = hf["max_window_layers"] if hf.get("use_sliding_window") else c.layers

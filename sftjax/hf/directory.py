@@ -13,11 +13,15 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from sftjax import params as params_lib
 from sftjax.errors import ModelError, NotFoundError, WeightsError, writing
@@ -28,6 +32,7 @@ from sftjax.hf.names import ends, family_of, in_files, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.models import base, decoder, layer
 from sftjax.ops import rope
+from sftjax.parallel import processes
 
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
@@ -46,7 +51,7 @@ class Source:
     labels: tuple[str, ...] = ()  # of the classes of the model's head, in order
 
 
-def resolve(path_or_id: str, weights: bool = True) -> Path:
+def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
     """A local path as it is; otherwise a hub id, downloaded (the only use of the network).
 
     weights=False leaves the weights where they are.
@@ -70,7 +75,9 @@ def resolve(path_or_id: str, weights: bool = True) -> Path:
 # ---- config --------------------------------------------------------------------------------
 
 
-def load_model(path_or_id, labels=None, **changes) -> base.Model:
+def load_model(
+    path_or_id: str | Path, labels: Sequence[str] | None = None, **changes: Any
+) -> base.Model:
     """The Model of a Hugging Face directory (or a config.json); reads no weights.
 
     labels: the names of the classes of a head of classes, in order; None: the head that the files
@@ -127,7 +134,7 @@ def _json(file) -> dict:
     if not Path(file).exists():
         raise NotFoundError(f"{file} does not exist; a model directory needs a config.json")
     try:
-        out = json.loads(Path(file).read_text())
+        out = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as e:
         raise ModelError(f"{file} is not valid JSON: {e}") from None
     except OSError as e:
@@ -140,7 +147,15 @@ def _json(file) -> dict:
 # ---- weights in ----------------------------------------------------------------------------
 
 
-def load_pretrained(path_or_id, dtype=jnp.float32, *, mesh=None, labels=None, seed=0, **changes):
+def load_pretrained(
+    path_or_id: str | Path,
+    dtype: DTypeLike | dict[str, Any] = jnp.float32,
+    *,
+    mesh: Mesh | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> tuple[base.Model, dict[str, Any]]:
     """(model, params) of a Hugging Face directory or hub id; safetensors only.
 
     dtype: of the parameters in memory, one for all or a tree of dtypes. mesh: lay them out on it;
@@ -152,7 +167,13 @@ def load_pretrained(path_or_id, dtype=jnp.float32, *, mesh=None, labels=None, se
     return load_params(model, path, dtype, mesh, seed)
 
 
-def load_params(model, path, dtype=jnp.float32, mesh=None, seed: int = 0):
+def load_params(
+    model: base.Model,
+    path: str | Path,
+    dtype: DTypeLike | dict[str, Any] = jnp.float32,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
     The parameters of a head that the files do not have are initialised from the seed, and the
@@ -188,7 +209,7 @@ def load_params(model, path, dtype=jnp.float32, mesh=None, seed: int = 0):
     return model, params_lib.map_named(lambda name, _: leaves[name], model.abstract)
 
 
-def with_dtypes(model, path):
+def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
     """The model, its source knowing the dtypes of the files in `path`; reads headers only."""
     reader = Reader(path)
     dtypes = {n: reader.dtype(n) for n in reader.entries}
@@ -203,7 +224,7 @@ def _fresh(model, path, name) -> bool:
     return heads.fresh(model, path, name in model.source.dtypes)
 
 
-def stored_dtypes(model) -> dict:
+def stored_dtypes(model: base.Model) -> dict[str, np.dtype]:
     """{parameter name: dtype of its tensors in the files, the widest}; {} for one not loaded."""
     known = model.source.dtypes
     return {
@@ -302,8 +323,14 @@ def _check_tied(reader, path, embed, head, step=4096):
 
 
 def save_pretrained(
-    directory, model, params, tokenizer=None, *, stop_ids=(), max_shard_bytes=5 * 2**30
-):
+    directory: str | Path,
+    model: base.Model,
+    params: dict[str, Any],
+    tokenizer: Any = None,
+    *,
+    stop_ids: Iterable[int] = (),
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
     """Write a Hugging Face directory that transformers and vLLM load.
 
     Every tensor keeps the name and dtype it was read with (the parameter's dtype for a model that
@@ -341,10 +368,13 @@ def save_pretrained(
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
+    new = sorted(file.name for file in temporary.iterdir())
+    for name in new:
+        os.replace(temporary / name, directory / name)
+    # Only now, so that a kill in between leaves weights that can be read.
     for old in directory.glob("model*.safetensors*"):
-        old.unlink()
-    for file in sorted(temporary.iterdir()):
-        os.replace(file, directory / file.name)
+        if old.name not in new:
+            old.unlink()
     with contextlib.suppress(OSError):
         temporary.rmdir()
 
@@ -366,17 +396,9 @@ def _tensor(parts, shape) -> np.ndarray:
     """The file's tensor, made of its parameters."""
     out = np.empty(shape, parts[0][0].dtype)
     for leaf, at, layout, shown in parts:
-        x = _to_host(leaf[at] if at else leaf)
+        x = processes.to_host(leaf[at] if at else leaf)
         layout.write(out, x[: shown[0]])
     return out
-
-
-def _to_host(x) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _hf_config(model, rows, tokenizer) -> dict:

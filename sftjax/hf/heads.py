@@ -2,10 +2,14 @@
 
 import logging
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 import jax
 
 from sftjax.errors import ModelError
+from sftjax.models.base import Model
 
 CLASSIFIER = "ForSequenceClassification"
 # The first part of transformers' class names.
@@ -51,7 +55,7 @@ def stored_labels(hf: dict) -> tuple[str, ...]:
     return tuple(str(by_id.get(i, by_id.get(int(i)))) for i in expected)
 
 
-def choose(hf: dict, given, classes: int | None) -> tuple[str, ...]:
+def choose(hf: dict, given: Sequence[str] | None, classes: int | None) -> tuple[str, ...]:
     """The labels of the model to load; () for the vocabulary head.
 
     given: the user's, or None; classes: how many, or None. ModelError where these and the
@@ -96,7 +100,7 @@ def _list(labels) -> str:
 # ---- files ---------------------------------------------------------------------------------
 
 
-def fresh(model, path: str, in_files: bool) -> bool:
+def fresh(model: Model, path: str, in_files: bool) -> bool:
     """Is this parameter of a head to be made anew: because the files have none, or another's?
 
     A directory that says it has a head of classes must hold it.
@@ -107,7 +111,7 @@ def fresh(model, path: str, in_files: bool) -> bool:
     return not in_files or (path.startswith("score/") and is_other(hf))
 
 
-def others(model, family, head: str | None) -> re.Pattern:
+def others(model: Model, family: ModuleType, head: str | None) -> re.Pattern[str]:
     """The tensors that belong to a head which this model does not have.
 
     head: the name of the family's vocabulary head.
@@ -118,7 +122,7 @@ def others(model, family, head: str | None) -> re.Pattern:
     return re.compile("|".join(known))
 
 
-def report(path, left_out: list[str], made: list[str], seed: int) -> None:
+def report(path: str | Path, left_out: list[str], made: list[str], seed: int) -> None:
     """Say in one line what was not read from the files, and what was made in its place."""
     parts = []
     if left_out:
@@ -136,10 +140,12 @@ def _some(names, most=4) -> str:
 # ---- export --------------------------------------------------------------------------------
 
 
-def exported(model) -> dict:
+def exported(model: Model) -> dict:
     """The config.json of the source, saying which head the model has."""
     hf, n = dict(model.source.config), model.config.classes
-    prefix = PREFIXES[hf["model_type"]]
+    # The loop form may call itself a llama, and is then told by this name alone.
+    loop = "IQuestLoopCoder" in str(hf.get("architectures"))
+    prefix = PREFIXES["iquestloopcoder" if loop else hf["model_type"]]
     if not n:
         if not model.config.causal and is_other(hf):
             hf["architectures"] = [prefix + "Model"]

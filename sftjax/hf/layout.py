@@ -10,19 +10,25 @@ letter that is missing on the right has one place of the file's: "(n c h) d -> d
 import dataclasses
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
+from sftjax.hf.safetensors_io import Reader
 
 BLOCK_BYTES = 2 * 2**20  # read, checked and converted at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
+    """How the dimensions of a tensor in a file become those of a parameter, and back."""
+
     text: str
     part: tuple[tuple[str, int, int], ...] = ()  # (letter, offset, size in the file)
 
     @classmethod
-    def of(cls, text: str, part=None) -> "Layout":
+    def of(cls, text: str, part: Mapping[str, tuple[int, int]] | None = None) -> "Layout":
+        """Make a Layout of a table's row; part is {letter: (offset, size in the file)}."""
         return cls(text, tuple((k, *v) for k, v in (part or {}).items()))
 
     @property
@@ -41,7 +47,8 @@ class Layout:
         sizes = dict(zip(self.letters, shape, strict=True))
         return sizes | {letter: size for letter, _, size in self.part}
 
-    def file_shape(self, shape) -> tuple[int, ...]:
+    def file_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the tensor in the file, for a parameter of this shape."""
         sizes = self._sizes(shape)
         return tuple(math.prod(sizes[x] for x in g) for g in self.groups)
 
@@ -54,7 +61,9 @@ class Layout:
             places[letter] = (start + offset.get(letter, 0), stop + offset.get(letter, 0))
         return places
 
-    def read(self, reader, name, shape, index) -> np.ndarray:
+    def read(
+        self, reader: Reader, name: str, shape: Sequence[int], index: Sequence[slice]
+    ) -> np.ndarray:
         """parameter[index] (slices) of the tensor `name`, reading only the rows it needs."""
         sizes, places = self._sizes(shape), self._places(shape, index)
         cut, inner, inside = [], [], []
@@ -74,7 +83,7 @@ class Layout:
         left = [a for a in flat if a in self.letters]
         return np.squeeze(x, lone).transpose([left.index(a) for a in self.letters])
 
-    def write(self, out, x) -> None:
+    def write(self, out: np.ndarray, x: np.ndarray) -> None:
         """Put the parameter x into its places of the file's tensor `out`, a contiguous array."""
         sizes = self._sizes(x.shape)
         places = self._places(x.shape, [slice(None)] * x.ndim)
@@ -83,7 +92,9 @@ class Layout:
         target = self._turn(view[tuple(slice(*places[a]) for a in flat)])
         target[...] = x
 
-    def blocks(self, shape, index, dtype):
+    def blocks(
+        self, shape: Sequence[int], index: tuple[slice, ...], dtype: np.dtype
+    ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Cut `index` into (index of a block, its place in the result) along the file's rows."""
         axis = self.letters.index(self.groups[0][0])
         start, stop, _ = index[axis].indices(shape[axis])

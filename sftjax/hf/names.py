@@ -1,6 +1,10 @@
 """The names of a model's tensors in Hugging Face files, by the tables of the families."""
 
 import difflib
+from collections.abc import Container, Iterator
+from types import ModuleType
+
+import jax
 
 from sftjax.errors import ModelError
 from sftjax.families import (
@@ -25,7 +29,8 @@ from sftjax.families import (
 )
 from sftjax.hf import heads
 from sftjax.hf.layout import Layout
-from sftjax.models import decoder
+from sftjax.models import base, decoder
+from sftjax.params import Param
 
 FAMILIES = {
     "bert": bert,
@@ -50,12 +55,12 @@ FAMILIES = {
 }
 
 
-def family_of(hf: dict):
+def family_of(hf: dict) -> ModuleType:
     """The family's module: by model_type, but the loop form may call itself a llama."""
     kind, known = hf.get("model_type"), ", ".join(FAMILIES)
     if not isinstance(kind, str):
         raise ModelError(f"model_type is {kind!r}; the known ones are {known}")
-    if "IQuestLoopCoderForCausalLM" in str(hf.get("architectures")):
+    if "IQuestLoopCoder" in str(hf.get("architectures")):
         kind = "iquestloopcoder"
     if kind not in FAMILIES:
         near = [k for k in FAMILIES if kind and k.startswith(kind)]
@@ -65,7 +70,7 @@ def family_of(hf: dict):
     return FAMILIES[kind]
 
 
-def names(model) -> list[tuple]:
+def names(model: base.Model) -> list[tuple]:
     """The rows of the family's table for this model, as llama.names gives them."""
     rows = family_of(model.source.config).names(model.config)
     if model.config.classes and model.config.causal:
@@ -73,7 +78,9 @@ def names(model) -> list[tuple]:
     return rows
 
 
-def tensors(model, as_read=True):
+def tensors(
+    model: base.Model, as_read: bool = True
+) -> Iterator[tuple[str, dict[tuple[int, ...], str], Layout]]:
     """(parameter, {leading index: name in the files}, Layout) of every parameter, or part of one.
 
     The leading index is (), (layer of the stack,), or (layer, expert). Files of a bare model leave
@@ -97,7 +104,7 @@ def tensors(model, as_read=True):
             yield path.replace("layers/", f"layers/{stack}/", 1), files, layout
 
 
-def in_files(name, known):
+def in_files(name: str, known: Container[str]) -> str:
     """The one of a tensor's names that is known: of the whole model, of a bare one, of old."""
     short = name.partition(".")[2]
     for new in (name, short):
@@ -108,13 +115,13 @@ def in_files(name, known):
     return name
 
 
-def visible(model, path, p, lead):
+def visible(model: base.Model, path: str, p: Param | jax.Array, lead: int) -> tuple[int, ...]:
     """A parameter's shape after its leading dimensions, as far as the files have it."""
     rows = (model.config.vocab,) if path in ("embed/w", "head/w") else ()
     return (*rows, *p.shape[lead + len(rows) :])
 
 
-def ends(model):
+def ends(model: base.Model) -> tuple[str, str | None]:
     """The names of embedding and vocabulary head in the files, the head's also where it is tied;
     None for the head of a body that never has one."""
     untied = model.replace(tied=False, classes=0)

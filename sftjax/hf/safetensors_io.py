@@ -8,10 +8,13 @@ slice asked for, so host memory follows the slice and not the file.
 import json
 import math
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from sftjax.errors import WeightsError, writing
 
@@ -35,7 +38,7 @@ _CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 class Reader:
     """All tensors of a directory: model.safetensors, or the shards of its index."""
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.entries = {}  # name -> (file, dtype, shape, byte offset)
         for file in self._files():
@@ -76,13 +79,15 @@ class Reader:
             )
         raise WeightsError(f"{self.directory} has no *.safetensors file")
 
-    def shape(self, name) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor; the header says it."""
         return self.entries[name][2]
 
-    def dtype(self, name) -> np.dtype:
+    def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of a tensor; the header says it."""
         return self.entries[name][1]
 
-    def read(self, name, index=...) -> np.ndarray:
+    def read(self, name: str, index: Any = ...) -> np.ndarray:
         """A copy of tensor[index]; only those bytes are read."""
         file, dtype, shape, offset = self.entries[name]
         if 0 in shape:
@@ -132,7 +137,11 @@ def _header(file) -> dict:
     return out
 
 
-def write(directory, tensors, max_shard_bytes=5 * 2**30):
+def write(
+    directory: str | Path,
+    tensors: Iterable[tuple[str, Sequence[int], DTypeLike, Callable[[], np.ndarray]]],
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
     """Write (name, shape, dtype, get) rows; get() makes one array, which is dropped once written.
 
     One file model.safetensors, or shards of at most max_shard_bytes with their index, as

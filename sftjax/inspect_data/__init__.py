@@ -17,10 +17,13 @@ Nothing is trained.
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.data import DataError, Rows, build_store, make_batch, pack
@@ -31,7 +34,8 @@ from sftjax.inspect_data.views import VIEWS
 from sftjax.training import data as feed
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Run the command line of `argv`, without the program's name."""
     argv = ["--dropped=any" if arg == "--dropped" else arg for arg in argv]
     options = dict(format="terminal", set="train", out="", against="")
     config, flags = config_lib.parse(argv, **options, **Wanted()._asdict())
@@ -57,7 +61,14 @@ def main(argv):
 
 
 def inspect(
-    config, n=5, format="terminal", set="train", color=True, width=0, against=None, **wanted
+    config: ConfigDict,
+    n: int = 5,
+    format: str = "terminal",
+    set: str = "train",
+    color: bool = True,
+    width: int = 0,
+    against: ConfigDict | None = None,
+    **wanted: Any,
 ) -> str:
     """The report as a string.
 
@@ -83,7 +94,9 @@ def _view(format):
     return VIEWS[format]
 
 
-def collect(config, wanted: Wanted, set="train", against=None) -> dict:
+def collect(
+    config: ConfigDict, wanted: Wanted, set: str = "train", against: ConfigDict | None = None
+) -> dict[str, Any]:
     """What the views show, of plain values.
 
     Returns: {"set", "problem": what training would raise, "sources": {name: totals}, "totals",

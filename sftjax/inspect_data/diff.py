@@ -1,17 +1,25 @@
 """Two configs, row by row: which tokens does the one feed or train, and the other not?"""
 
 import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import tasks
 from sftjax.data import DataError
 from sftjax.data.mixing import spec as mix
-from sftjax.inspect_data.rows import encode
+from sftjax.inspect_data.rows import Part, Wanted, encode
 from sftjax.training import data as feed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def compare(parts, config, other, wanted) -> dict:
+
+def compare(
+    parts: Sequence[Part], config: ConfigDict, other: ConfigDict, wanted: Wanted
+) -> dict[str, Any]:
     """The rows of `parts` in which `other` would feed or train other tokens.
 
     Returns: {"comparison": counts over all rows wanted, "differences": the first of each source}.
@@ -66,14 +74,14 @@ def _blamed(rows):
 class _Words(dict):
     """ids -> the text of each; a mapping that fills itself."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
 
-    def __missing__(self, i):
+    def __missing__(self, i: int) -> str:
         self[i] = self.tokenizer.decode([i])
         return self[i]
 
-    def __call__(self, ids):
+    def __call__(self, ids: np.ndarray) -> list[str]:
         return [self[i] for i in ids.tolist()]
 
 

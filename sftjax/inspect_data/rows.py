@@ -1,19 +1,26 @@
 """The rows of a set as training would have them, one by one, each with what becomes of it."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import tasks
 from sftjax.clean import prepare
-from sftjax.clean.rules import RULES
+from sftjax.clean.rules import RULES, Finding
 from sftjax.data import DataError, open_source
 from sftjax.data.masking.encode import Encoded
 from sftjax.data.mixing import spec as mix
+from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import encode_rows
 from sftjax.training import data as feed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK = 250  # rows encoded together
 REASONS = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
@@ -30,12 +37,13 @@ class Wanted(NamedTuple):
     max_trained: float = 1.0
     dropped: str = ""  # a reason; "any" = dropped for any; "" = dropped or not
 
-    def takes(self, row) -> bool:
+    def takes(self, row: "Row") -> bool:
+        """Is this row one of those wanted?"""
         if self.dropped and not row.dropped or self.dropped not in ("", "any", row.dropped):
             return False
         return self.min_trained <= row.trained <= self.max_trained
 
-    def check(self):
+    def check(self) -> None:
         """Raises: DataError for a value that can't be."""
         if self.n < 0 or self.start < 0:
             problem = f"--n={self.n} --start={self.start}: expected 0 or more"
@@ -52,13 +60,20 @@ class Part(NamedTuple):
     """The rows of one source."""
 
     name: str
-    config: object  # the run's config, with the keys that the source sets itself
-    source: object
-    task: object  # encodes them
-    removed: dict = {}  # {row of data.train: Finding}: what data.clean took out
+    config: ConfigDict  # the run's config, with the keys that the source sets itself
+    source: RecordSource
+    task: tasks.Task  # encodes them
+    removed: dict[int, Finding] = {}  # by row of data.train: what data.clean took out
 
 
-def parts_of(config, set, chosen, tokenizer, cache, augment=True) -> list[Part]:
+def parts_of(
+    config: ConfigDict,
+    set: str,
+    chosen: str,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    cache: Path | str,
+    augment: bool = True,
+) -> list[Part]:
     """The sources of a set, or the one called `chosen`. Raises: DataError if there is none."""
     config = config.copy_and_resolve_references()
     data, parts = config.data, []
@@ -106,7 +121,7 @@ class Row:
         return float(trained) / max(sum(len(piece) - 1 for piece in pieces), 1)
 
 
-def wanted_rows(part, wanted):
+def wanted_rows(part: Part, wanted: Wanted) -> Iterator[Row]:
     """The rows wanted, from the first on; those that cleaning removed come after the others."""
     rows = encode(part, range(len(part.source))[wanted.start :])
     yield from filter(wanted.takes, rows)
@@ -115,7 +130,7 @@ def wanted_rows(part, wanted):
         yield from filter(wanted.takes, _removed(part, list(part.removed)[start:]))
 
 
-def encode(part, indices):
+def encode(part: Part, indices: Sequence[int]) -> Iterator[Row]:
     """A Row for each index. Raises: DataError, as training would."""
     d = part.config.data
     for _, where, example, error in _encoded(part, indices, d.on_error):
@@ -156,7 +171,7 @@ def _encoded(part, indices, on_error):
 class _Bad(dict):
     """In place of Rejects, for a few rows: {row: error}."""
 
-    def __init__(self, source, on_error):
+    def __init__(self, source: RecordSource, on_error: str) -> None:
         self.source, self.on_error = source, on_error
 
     def add(self, i, error):

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from typing import Any
 
 from sftjax.data.packing import truncate as lengths
 
@@ -128,7 +129,8 @@ MARKS = {"": " ", "only-here": "<", "only-there": ">", "weight": "~"}
 COLORS = {"only-here": RED, "only-there": BLUE, "weight": YELLOW}
 
 
-def terminal(report, color, width):
+def terminal(report: dict[str, Any], color: bool, width: int) -> str:
+    """The report as text; color: with escapes, width: columns of the terminal, 0 for a file."""
     show = _terminal_diff if "comparison" in report else _terminal
     return "\n".join(show(report, color, width)) + "\n"
 
@@ -240,14 +242,16 @@ def _weight(weight):
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def as_json(report, color, width):
+def as_json(report: dict[str, Any], color: bool, width: int) -> str:
+    """The report as indented JSON; color and width are of no use to it."""
     return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
 
 
 # --- HTML ---------------------------------------------------------------------------------------
 
 
-def as_html(report, color, width):
+def as_html(report: dict[str, Any], color: bool, width: int) -> str:
+    """The report as one page for a browser; color and width are of no use to it."""
     from sftjax.reports import html  # only this view draws a page
 
     show = _difference_page if "comparison" in report else _page

@@ -8,7 +8,7 @@ Letters of shapes: B rows, S tokens of a row, D width, C classes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,12 @@ class Model(Protocol):
     def state(self) -> dict | None:
         """The tree of Param of what is no parameter, as batch statistics are; None for nothing."""
 
-    def outputs(self, params, batch: dict, rng: jax.Array | None = None) -> tuple:
+    def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple:
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch; rng None: without dropout."""
 
-    def class_logits(self, params, hidden, rng: jax.Array | None = None) -> jax.Array:
+    def class_logits(
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+    ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class."""
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
@@ -55,7 +57,7 @@ class Model(Protocol):
     def names(self) -> list[tuple]:
         """The rows of its Hugging Face table: (name in the files, parameter, layout[, part])."""
 
-    def replace(self, **changes) -> "Model":
+    def replace(self, **changes: Any) -> "Model":
         """The same model with other fields of its config."""
 
 
@@ -73,9 +75,12 @@ class Body:
 
     @property
     def state(self) -> None:
+        """Return None, because these bodies hold nothing but parameters."""
         return None
 
-    def hidden(self, params, batch, rng=None):
+    def hidden(
+        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
+    ) -> jax.Array:
         """The first of `outputs`."""
         return self.outputs(params, batch, rng)[0]
 
@@ -111,7 +116,7 @@ class Body:
 
         return names.names(self)
 
-    def replace(self, **changes):
+    def replace(self, **changes: Any) -> Self:
         """The same model with other fields of its Config: dtype, remat, attention, split."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
@@ -125,7 +130,7 @@ def places(batch: dict) -> tuple[jax.Array, jax.Array]:
     return positions, jnp.ones_like(tokens) if segments is None else segments
 
 
-def project_classes(w, x) -> jax.Array:
+def project_classes(w: weight.Weight, x: jax.Array) -> jax.Array:
     """float32 [..., C] of x [..., D] and the weight [C, D] of a head."""
     w = weight.gather_for_use(w, ("classes", "embed"), jnp.float32)
     return weight.einsum("bsd,cd->bsc", x.astype(jnp.float32), w)

@@ -10,7 +10,7 @@ Einsum letters: d width, v vocabulary.
 import dataclasses
 import functools
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """What a decoder is and how it is run: its sizes, its options and its dtype."""
+
     # what the model is
     vocab: int
     width: int
@@ -95,7 +97,7 @@ def _kinds(config) -> list[Kind]:
     return [config.kinds[i % len(config.kinds)] for i in range(config.layers)]
 
 
-def stacks(config) -> dict[str, int]:
+def stacks(config: Config) -> dict[str, int]:
     """{name: number of layers} of each stack in order; the name is its range: "0-11"."""
     cuts = [0, *config.split, config.layers]
     if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
@@ -119,7 +121,7 @@ def _run(kinds, period) -> int:
     return n if period == 1 or period < n <= len(kinds) else 1
 
 
-def period(config, name) -> list[Kind]:
+def period(config: Config, name: str) -> list[Kind]:
     """The kinds of the first layers of a stack, of which all its layers are repeats."""
     start, stop = map(int, name.split("-"))
     kinds = _kinds(config)[start : stop + 1]
@@ -205,7 +207,15 @@ def _scan(config, name, ctx, x, xs):
     return x, out
 
 
-def forward(config: Config, params, tokens, positions, segments, cache=None, rng=None):
+def forward(
+    config: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    cache: dict[str, Any] | None = None,
+    rng: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array] | None]:
     """(hidden states after the final norm [B, S, D], updated cache, moe.routing_sums).
 
     tokens, positions, segments: int32 [B, S]. Segment 0 is padding. The cache is None without one;
@@ -232,7 +242,9 @@ def forward(config: Config, params, tokens, positions, segments, cache=None, rng
     return x, cache, routing
 
 
-def context(config, positions, segments, rng=None) -> dict:
+def context(
+    config: Config, positions: jax.Array, segments: jax.Array, rng: jax.Array | None = None
+) -> dict[str, Any]:
     """What the layers are told of their tokens, here and below in the context axis's order."""
     where = {"positions": positions, "segments": segments}
     ctx = {"where": where, "angles": _angles(config, **where)}
@@ -243,7 +255,9 @@ def context(config, positions, segments, rng=None) -> dict:
     return ctx
 
 
-def embed(config, params, tokens, positions):
+def embed(
+    config: Config, params: dict[str, Any], tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
     """[B, S, D] of tokens and positions int32 [B, S]."""
     with jax.named_scope("embed"):
         x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
@@ -258,14 +272,20 @@ def _embedded(config, params, x, positions):
     return constrain(x, "batch", "seq", "act_embed")
 
 
-def drop_embedding(config, ctx, x):
+def drop_embedding(config: Config, ctx: dict[str, Any], x: jax.Array) -> jax.Array:
     """Dropout of the embedding x [B, S, D], where there is any."""
     if "ids" not in ctx:
         return x
     return dropout.dropout(x, config.dropout, ctx["seeds"][0], ctx["ids"])
 
 
-def run_layers(config, layers, ctx, x, cache=None):
+def run_layers(
+    config: Config,
+    layers: dict[str, Any],
+    ctx: dict[str, Any],
+    x: jax.Array,
+    cache: dict[str, Any] | None = None,
+) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array] | None]:
     """(x [B, S, D] after all layers, keys and values by stack, moe.routing_sums or None)."""
     kept, sums, ctx = {}, [], dict(ctx)
     seeds = ctx.pop("seeds", None)
@@ -335,9 +355,12 @@ class Model(base.Body):
 
     @cached_property
     def abstract(self) -> dict:
+        """Return the tree of Params, with nodes in place of those that `nodes` matches."""
         return replace(abstract(self.config), self.nodes)
 
-    def outputs(self, params, batch, rng=None):
+    def outputs(
+        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch dict.
 
         positions and segments default to one document a row.
@@ -346,12 +369,14 @@ class Model(base.Body):
         x, _, routing = forward(self.config, params, batch["tokens"], *where, rng=rng)
         return x, routing
 
-    def class_logits(self, params, hidden, rng=None) -> jax.Array:
+    def class_logits(
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+    ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]."""
         del rng  # these heads have no dropout of their own
         return base.project_classes(params["score"]["w"], hidden)
 
-    def head(self, params):
+    def head(self, params: dict[str, Any]) -> weight.Weight:
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
         if self.config.classes:
             raise ModelError(
@@ -367,7 +392,7 @@ class Model(base.Body):
         c = self.config
         return dict(scale=c.logit_scale, softcap=c.logit_softcap, vocab=c.vocab)
 
-    def logits(self, params, hidden):
+    def logits(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
         """float32 [..., V]; for people, sampling and tests: training never forms [B, S, V]."""
         c = self.config
         h, w = weight.as_head(hidden, self.head(params))
@@ -376,14 +401,22 @@ class Model(base.Body):
         y = y[..., : c.vocab] * layer.weak(c.logit_scale)
         return c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
 
-    def apply(self, params, batch):
+    def apply(self, params: dict[str, Any], batch: dict) -> jax.Array:
         """float32 logits [B, S, V] of a Batch dict; only "tokens" is required."""
         return self.logits(params, self.hidden(params, batch))
 
-    def init_cache(self, batch: int, length: int):
+    def init_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """Return an empty key/value cache for `batch` rows of `length` positions."""
         return init_cache(self.config, batch, length)
 
-    def decode(self, params, cache, tokens, positions, segments):
+    def decode(
+        self,
+        params: dict[str, Any],
+        cache: dict[str, Any],
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """(hidden [B, S, D], cache) with the tokens appended to the cache."""
         x, cache, _ = forward(self.config, params, tokens, positions, segments, cache)
         cache.pop("slots")

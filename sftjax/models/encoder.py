@@ -11,7 +11,7 @@ vector. The dropout of attention probabilities that a config.json may ask for
 
 import dataclasses
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,15 @@ def abstract(c: Config) -> dict:
     return tree
 
 
-def forward(config: Config, params, tokens, positions, segments, types, rng=None):
+def forward(
+    config: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    types: jax.Array,
+    rng: jax.Array | None = None,
+) -> jax.Array:
     """Hidden states [B, S, D]. tokens, positions, segments, types: int32 [B, S]; rng: of dropout,
     None = without."""
     tokens, positions, segments, types = map(spread, (tokens, positions, segments, types))
@@ -84,9 +92,12 @@ class Model(base.Body):
 
     @cached_property
     def abstract(self) -> dict:
+        """Return the tree of Params, with nodes in place of those that `nodes` matches."""
         return replace(abstract(self.config), self.nodes)
 
-    def outputs(self, params, batch, rng=None):
+    def outputs(
+        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         """(hidden [B, S, D], None) of a Batch dict; rng None: without dropout.
 
         token_types int32 [B, S] default to 0; positions and segments to one document a row.
@@ -95,7 +106,9 @@ class Model(base.Body):
         types = jnp.zeros_like(tokens) if types is None else types
         return forward(self.config, params, tokens, *base.places(batch), types, rng), None
 
-    def pooled(self, params, hidden, rng=None) -> jax.Array:
+    def pooled(
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+    ) -> jax.Array:
         """[B, S, D] of hidden [B, S, D]: what the head reads; hidden itself without a pooler."""
         c = self.config
         if c.pooler:
@@ -107,12 +120,15 @@ class Model(base.Body):
         [seed] = dropout.seeds(jax.random.fold_in(rng, HEAD), 1)
         return dropout.dropout(hidden, c.head_dropout, seed, dropout.ids(hidden.shape[:2]))
 
-    def class_logits(self, params, hidden, rng=None) -> jax.Array:
+    def class_logits(
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+    ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]; rng: of dropout, None = without."""
         pooled = self.pooled(params, hidden, rng)
         return base.project_classes(params["score"]["w"], pooled) + params["score"]["b"]
 
-    def head(self, params):
+    def head(self, params: dict[str, Any]) -> NoReturn:
+        """Raise ModelError: an encoder has no vocabulary head."""
         raise ModelError(
             "an encoder has no vocabulary head to train on tokens or to generate from; load it with"
             " labels, or take the directory of a causal language model"

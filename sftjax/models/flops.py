@@ -1,6 +1,7 @@
 """Model FLOPs of a training step, from the parameter tree: what MFU is a share of."""
 
 import math
+from collections.abc import Callable
 
 from sftjax import params as params_lib
 from sftjax.models import decoder
@@ -8,7 +9,9 @@ from sftjax.models import decoder
 EMBEDDING = ("embed", "positions", "token_types", "embed_norm")
 
 
-def train_flops(config: decoder.Config, trainable: dict, abstract: dict | None = None):
+def train_flops(
+    config: decoder.Config, trainable: dict, abstract: dict | None = None
+) -> Callable[[float, float, Callable], float]:
     """A function (tokens, trained_tokens, pairs) -> model FLOPs of one training step.
 
     Forward 2 FLOPs per matmul weight and token; backward 2 more for the activations, down to the

@@ -5,6 +5,8 @@ f feed-forward width, e experts.
 """
 
 import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from sftjax.ops.attention import attention
 from sftjax.ops.weight import gather_for_use, project
 from sftjax.parallel import RULES, constrain
 from sftjax.params import Param, is_param
+
+if TYPE_CHECKING:  # it imports this file
+    from sftjax.models.decoder import Config, Kind
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -32,8 +37,16 @@ SLICE = 3072  # least width of a slice of the MLP: narrower matmuls would not ru
 # ---- parameters ----------------------------------------------------------------------------
 
 
-def norm_params(c, lead, shape=None, axes=("norm",)):
-    """lead: (sizes, axes) in front, of a stack of layers."""
+def norm_params(
+    c: "Config",
+    lead: tuple[tuple[int, ...], tuple[str | None, ...]],
+    shape: tuple[int, ...] | None = None,
+    axes: tuple[str | None, ...] = ("norm",),
+) -> dict[str, Param]:
+    """Return the Params of a norm over `shape`, by default the width.
+
+    lead: (sizes, axes) in front, of a stack of layers.
+    """
     shape = (*lead[0], *(shape or (c.width,)))
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
     p = {"scale": Param(shape, (*lead[1], *axes), zeros if c.norm == "rms_plus_one" else ones)}
@@ -42,7 +55,8 @@ def norm_params(c, lead, shape=None, axes=("norm",)):
     return p
 
 
-def abstract(c, n: int) -> dict:
+def abstract(c: "Config", n: int) -> dict:
+    """Return the Params of a stack of n layers, each with the leading axis `layers`."""
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     lead = ((n,), ("layers",))
 
@@ -120,7 +134,8 @@ SITES = ("attn", "mlp")  # of dropout in a layer
 LEAST = ("full", "offload")  # of memory: these work off an MLP in slices
 
 
-def remat(config, fn):
+def remat(config: "Config", fn: Callable) -> Callable:
+    """Wrap fn so that its backward pass keeps only what the policy config.remat names."""
     policy = REMAT.get(config.remat) or getattr(_policies, config.remat, None)
     if policy is None:
         known = [n for n in dir(_policies) if not n.startswith("_")]
@@ -128,7 +143,8 @@ def remat(config, fn):
     return jax.checkpoint(fn, policy=policy, prevent_cse=not config.scan)
 
 
-def norm(config, x, p):
+def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.Array:
+    """Normalise x [..., *scale.shape] in its own dtype; p None leaves it as it is."""
     if p is None:
         return x
     if config.norm == "layer":
@@ -218,7 +234,7 @@ def _dense(config, axes, p, x):
     return project("bsf,fd->bsd", hidden, p["down"])
 
 
-def slices(config) -> int:
+def slices(config: "Config") -> int:
     """The parts in which the width of an MLP is worked off, where memory is to be saved."""
     mesh = jax.sharding.get_abstract_mesh()
     shared = not mesh.empty and mesh.shape[RULES["mlp"]] > 1  # then each device has a part anyway
@@ -228,7 +244,16 @@ def slices(config) -> int:
     return next(n for n in range(most, 0, -1) if config.mlp % n == 0)
 
 
-def apply(config, kind, ctx, x, p, kv, first, seed):
+def apply(
+    config: "Config",
+    kind: "Kind",
+    ctx: dict[str, Any],
+    x: jax.Array,
+    p: dict[str, Any],
+    kv: tuple[jax.Array, jax.Array] | None,
+    first: tuple[jax.Array, jax.Array] | None,
+    seed: jax.Array | None,
+) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, dict[str, jax.Array] | None]]:
     """(x, (keys and values where they are kept, routing sums)). seed: of dropout, or None."""
     axes = _axes(config)
     x = checkpoint_name(x, "layer")
@@ -250,5 +275,6 @@ def _add(config, half, p, ctx, x, h, seed):
     return norm(config, constrain(x + h, "batch", "seq", "act_embed"), p.get(f"{half}_sum_norm"))
 
 
-def weak(scale):
+def weak(scale: float) -> float:
+    """Return the scale, and the integer 1 in place of a scale of 1.0."""
     return 1 if scale == 1 else scale  # so that x * 1 is x, whatever its dtype

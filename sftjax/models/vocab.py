@@ -7,6 +7,7 @@ a new token is as likely as an old one is on average, and no two of them are ali
 
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from sftjax.ops.weight import is_node
 AT_A_TIME = 64  # new rows whose coefficients, one for each old row, exist at a time
 
 
-def grow(model: Model, params, size: int, seed: int = 0, *, first: int | None = None):
+def grow(
+    model: Model, params: dict[str, Any], size: int, seed: int = 0, *, first: int | None = None
+) -> tuple[Model, dict[str, Any]]:
     """(model, params) with a vocabulary of `size` tokens; nothing given is changed.
 
     first: the first new token; the default is the model's size. A smaller one takes rows that the

@@ -1,0 +1,1 @@
+"""The operations that models and losses are made of."""

@@ -11,6 +11,7 @@ once and dropped.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def _collect(op, axes, x):
     return op(x, axes) if axes else x
 
 
-def group_sums(values, groups, n):
+def group_sums(values: jax.Array, groups: jax.Array | None, n: int) -> jax.Array | None:
     """float32 [n]: the sums of values over each group's positions (of one shape); None without."""
     if groups is None:
         return None
@@ -243,8 +244,15 @@ _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 @jax.named_scope("linear_cross_entropy")
 def linear_cross_entropy(
-    h, w, targets, weights, *, chunk_tokens=CHUNK_TOKENS, groups=None, **options
-):
+    h: jax.Array,
+    w: weight.Weight,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    groups: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
     """(sum of weights * loss, number of correct trained tokens), both float32 scalars.
 
     With groups, int32 [B, S] from 0 to n_groups - 1, a third value: the sum of weights * loss over

@@ -8,18 +8,18 @@ LEVELS = 2**16  # a rate is rounded to this many: an element takes half a random
 SITES = 2**24  # the words of a token at one site are numbered below this
 
 
-def seeds(rng, n: int) -> jax.Array:
+def seeds(rng: jax.Array, n: int) -> jax.Array:
     """uint32 [n, 2]: n seeds of a JAX key."""
     return jax.random.bits(rng, (n, 2), jnp.uint32)
 
 
-def ids(shape) -> jax.Array:
+def ids(shape: tuple[int, ...]) -> jax.Array:
     """int32 [B, S]: the number of each place of a batch of this shape."""
     rows, length = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return rows * shape[1] + length
 
 
-def dropout(x, rate: float, seed, ids, site: int = 0):
+def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: int = 0) -> jax.Array:
     """x with a share `rate` of its elements 0 and the others scaled so that the mean stays.
 
     x [B, S, D]; seed uint32 [2]; ids int32 [B, S]: a number of each token that depends on nothing

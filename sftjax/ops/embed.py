@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from sftjax.parallel import RULES, axis_size, shard_map, spec
 
 
-def lookup(w, tokens, axes=("vocab", "embed")):
+def lookup(
+    w: jax.Array, tokens: jax.Array, axes: tuple[str | None, ...] = ("vocab", "embed")
+) -> jax.Array:
     """w[tokens]: w [V, D] with the logical `axes`, tokens int32 [B, S] -> [B, S, D].
 
     On a mesh each device looks up its part of the width for the rows of all fsdp shards, and they

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def einsum(equation: str, x, w):
+def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """jnp.einsum(equation, x, w) in x's dtype."""
     w = w.astype(x.dtype)
     y = jnp.einsum(equation, x, jax.lax.stop_gradient(w))

@@ -4,6 +4,8 @@ Einsum letters: t tokens, k choices of a token, e experts, d width, f feed-forwa
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from sftjax.parallel import RULES, shard_map, spec
 from sftjax.parallel.gather import in_use
 
 
-def route(logits, k: int, renormalise: bool):
+def route(logits: jax.Array, k: int, renormalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(experts int32 [..., k], their weights float32 [..., k], probabilities float32 [..., E]).
 
     renormalise: the weights of a token's choices add up to 1.
@@ -25,7 +27,7 @@ def route(logits, k: int, renormalise: bool):
     return chosen, weights, probs
 
 
-def routing_sums(chosen, probs, real):
+def routing_sums(chosen: jax.Array, probs: jax.Array, real: jax.Array) -> dict[str, jax.Array]:
     """What the load-balancing loss is made of, as sums over the tokens where `real` is True.
 
     Returns: dict of choices [E] (how often each expert is chosen), probs [E], tokens.
@@ -39,7 +41,7 @@ def routing_sums(chosen, probs, real):
     }
 
 
-def load_balance(sums):
+def load_balance(sums: dict[str, jax.Array]) -> jax.Array:
     """The Switch Transformer's loss, experts * sum of (share of choices * mean probability).
 
     As transformers computes it, over all layers at once. It is top-k where routing is even.
@@ -49,7 +51,13 @@ def load_balance(sums):
     return jnp.sum(shares) * shares.shape[-1]
 
 
-def mixture(x, chosen, weights, p, glu):
+def mixture(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    p: dict[str, Any],
+    glu: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     """The weighted sum of the chosen experts' outputs. x [B, S, D] -> [B, S, D].
 
     chosen, weights [B, S, k]. p: gate and up {"w" [E, D, F], "b" [E, F]}, down {"w" [E, F, D],

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def rms_norm(x, scale, eps: float, offset: float = 0.0):
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """x * rsqrt(mean(x^2) + eps) * (offset + scale), the mean over the dimensions of scale.
 
     x [..., *scale.shape]. Gemma stores the scale less 1: offset=1.
@@ -17,7 +17,7 @@ def rms_norm(x, scale, eps: float, offset: float = 0.0):
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def layer_norm(x, scale, bias, eps: float):
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """(x - mean) * rsqrt(variance + eps) * scale + bias over the last axis; x [..., D]."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)

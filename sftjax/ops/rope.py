@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +25,7 @@ class Rope:
 
     @property
     def kind(self) -> str:
+        """Return the name of the variant, a key of FREQUENCIES if the variant is supported."""
         return dict(self.scaling).get("rope_type", "default")
 
 
@@ -110,7 +112,9 @@ FREQUENCIES = {
 BY_LENGTH = ("dynamic", "longrope")  # these look at the lengths
 
 
-def frequencies(rope: Rope, head_dim: int, lengths=None):
+def frequencies(
+    rope: Rope, head_dim: int, lengths: jax.Array | None = None
+) -> tuple[np.ndarray | jax.Array, float]:
     """(float32 angular frequencies [..., dim/2], factor on sine and cosine)."""
     if rope.kind not in FREQUENCIES:
         known = ", ".join(FREQUENCIES)
@@ -129,7 +133,9 @@ def frequencies(rope: Rope, head_dim: int, lengths=None):
     return out[0].astype(np.float32), out[1]
 
 
-def angles(rope: Rope, head_dim: int, positions, lengths=None):
+def angles(
+    rope: Rope, head_dim: int, positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(sin, cos), each float32 [B, S, 1, dim/2], computed once for all layers.
 
     positions: int32 [B, S]. lengths: int32 [B, S], for the kinds in BY_LENGTH.
@@ -141,7 +147,7 @@ def angles(rope: Rope, head_dim: int, positions, lengths=None):
     return jnp.sin(a) * factor, jnp.cos(a) * factor
 
 
-def rotate(x, sin, cos):
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     """Rotate the first 2 * sin.shape[-1] dimensions of x [B, S, N, H]; computed in float32."""
     half = sin.shape[-1]
     x1, x2 = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))

@@ -9,10 +9,12 @@ on after the weight's: "layers/0-3/attn/q/w/a". Inside `layers` each of them has
 dimension, as the weight would have.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sftjax.ops import embed, linear
 from sftjax.parallel import gather
@@ -35,7 +37,7 @@ class Node:
         """
         raise NotImplementedError
 
-    def dense(self, dtype) -> jax.Array:
+    def dense(self, dtype: DTypeLike) -> jax.Array:
         """The weight as one array in `dtype`."""
         raise NotImplementedError
 
@@ -52,11 +54,11 @@ class Node:
         """See `ragged`."""
         return jax.lax.ragged_dot(x, self.dense(x.dtype), sizes)
 
-    def lookup(self, tokens: jax.Array, dtype) -> jax.Array:
+    def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """See `lookup`."""
         return embed.lookup(self.dense(dtype), tokens)
 
-    def rows(self, index: jax.Array, dtype) -> jax.Array:
+    def rows(self, index: jax.Array, dtype: DTypeLike) -> jax.Array:
         """See `rows`."""
         return self.dense(dtype)[index]
 
@@ -68,7 +70,7 @@ class Node:
         """See `cut`."""
         return jax.tree.map(lambda w, a: _cut(w, a, axis, i, n), self, self.leaf_axes(axes))
 
-    def gather_for_use(self, axes: Axes, dtype) -> Self:
+    def gather_for_use(self, axes: Axes, dtype: DTypeLike) -> Self:
         """See `gather_for_use`."""
         return jax.tree.map(lambda w, a: gather.for_use(w, a, dtype), self, self.leaf_axes(axes))
 
@@ -76,7 +78,8 @@ class Node:
 Weight = jax.Array | Node
 
 
-def is_node(x) -> bool:
+def is_node(x: Any) -> bool:
+    """Return whether x is a Node, which stands for a weight, and no array."""
     return isinstance(x, Node)
 
 
@@ -102,7 +105,7 @@ def ragged(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
 
 
-def lookup(w: Weight, tokens: jax.Array, dtype) -> jax.Array:
+def lookup(w: Weight, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The rows of an embedding w [V, D] for tokens int32 [B, S] of a batch -> [B, S, D] in `dtype`.
 
     On a mesh by parts of the width, which are exchanged; see ops.embed.
@@ -112,7 +115,7 @@ def lookup(w: Weight, tokens: jax.Array, dtype) -> jax.Array:
     return embed.lookup(w, tokens).astype(dtype)
 
 
-def rows(w: Weight, index: jax.Array, dtype) -> jax.Array:
+def rows(w: Weight, index: jax.Array, dtype: DTypeLike) -> jax.Array:
     """w[index] in `dtype`, for a table that is small, or rows that are few: w [N, D]."""
     return w.rows(index, dtype) if is_node(w) else w[index].astype(dtype)
 
@@ -125,7 +128,7 @@ def as_head(h: jax.Array, w: Weight) -> tuple[jax.Array, jax.Array]:
     return w.as_head(h) if is_node(w) else (h, w)
 
 
-def dense(w: Weight, dtype) -> jax.Array:
+def dense(w: Weight, dtype: DTypeLike) -> jax.Array:
     """The weight as one array in `dtype`."""
     return w.dense(dtype) if is_node(w) else w.astype(dtype)
 
@@ -134,7 +137,7 @@ def dense(w: Weight, dtype) -> jax.Array:
 # axes: a tree like that of the weights, of the logical axes of each.
 
 
-def map_arrays(fn, tree, axes):
+def map_arrays(fn: Callable[[Any, Axes], Any], tree: Any, axes: Any) -> Any:
     """fn(array, its logical axes) in place of each array, those of nodes among them."""
 
     def one(w, axes):
@@ -143,7 +146,7 @@ def map_arrays(fn, tree, axes):
     return jax.tree.map(one, tree, axes, is_leaf=is_node)
 
 
-def gather_for_use(tree, axes, dtype):
+def gather_for_use(tree: Any, axes: Any, dtype: DTypeLike) -> Any:
     """The weights in `dtype`, each gathered over fsdp for this use only.
 
     Their arrays' gradients come in the layout in which these are stored: they are scattered as they
@@ -156,13 +159,13 @@ def gather_for_use(tree, axes, dtype):
     return jax.tree.map(one, tree, axes, is_leaf=is_node)
 
 
-def as_stored(tree, axes):
+def as_stored(tree: Any, axes: Any) -> Any:
     """The same weights; the gradients of their arrays too come in the layout in which these are
     stored, so that none is ever whole."""
     return map_arrays(gather.as_stored, tree, axes)
 
 
-def cut(tree, axes, axis: str, i: int, n: int):
+def cut(tree: Any, axes: Any, axis: str, i: int, n: int) -> Any:
     """Part i of n of the weights along their logical axis `axis`, which n divides.
 
     What a node holds without that axis stays whole.

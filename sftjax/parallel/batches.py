@@ -1,13 +1,16 @@
 """Batches on the mesh: how they divide, their layout, and which rows a process reads."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sftjax.errors import MeshError
 from sftjax.parallel.mesh import RULES, axis_size, named
 
 
-def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
+def check_batch(mesh: Mesh, batch_size: int, micro_batches: int, length: int) -> None:
     """Raise MeshError unless the batch splits over micro-batches, mesh and processes."""
     shards = axis_size(mesh, RULES["batch"])
     if micro_batches < 1 or batch_size % micro_batches:
@@ -28,7 +31,7 @@ def check_batch(mesh, batch_size: int, micro_batches: int, length: int):
         )
 
 
-def abstract_batch(mesh, spec) -> dict:
+def abstract_batch(mesh: Mesh, spec: Mapping[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as ShapeDtypeStructs laid out on the mesh. spec: {name: Field}, see data.pack."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, *axes))
@@ -36,7 +39,7 @@ def abstract_batch(mesh, spec) -> dict:
     }
 
 
-def local_rows(mesh, batch_size: int) -> list[int]:
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process must read, ascending.
 
     Not always a range: on a TPU slice the mesh may alternate between hosts.
@@ -46,7 +49,7 @@ def local_rows(mesh, batch_size: int) -> list[int]:
     return sorted({row for part in parts for row in range(*part[0].indices(batch_size))})
 
 
-def row_parts(mesh, batch_size: int) -> list[list[int]]:
+def row_parts(mesh: Mesh, batch_size: int) -> list[list[int]]:
     """The rows of a global batch in parts; each process reads one, several may read the same."""
     rows = {}
     layout = named(mesh, "batch", None).devices_indices_map((batch_size, 1))
@@ -59,7 +62,12 @@ def row_parts(mesh, batch_size: int) -> list[list[int]]:
     return [list(part) for part in parts]
 
 
-def put_batch(mesh, batch, batch_size: int, axes=None):
+def put_batch(
+    mesh: Mesh,
+    batch: Mapping[str, np.ndarray],
+    batch_size: int,
+    axes: Mapping[str, tuple[str | None, ...]] | None = None,
+) -> dict[str, jax.Array]:
     """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh.
 
     axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").

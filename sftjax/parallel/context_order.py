@@ -11,7 +11,7 @@ from sftjax.errors import MeshError
 from sftjax.parallel.mesh import RULES, shard_map, spec
 
 
-def places(length: int, shards: int):
+def places(length: int, shards: int) -> np.ndarray:
     """The place in the row of each of its columns on a mesh with `shards` shards of the row.
 
     Shard i holds parts i and 2 * shards - 1 - i of 2 * shards, so that each has the same share of
@@ -27,12 +27,12 @@ def places(length: int, shards: int):
     return np.stack([parts[:shards], parts[: shards - 1 : -1]], 1).reshape(-1)
 
 
-def spread(x):
+def spread(x: jax.Array) -> jax.Array:
     """[B, S, ...] with its columns in the order in which the context axis holds them."""
     return _reorder(x, _spread)
 
 
-def unspread(x):
+def unspread(x: jax.Array) -> jax.Array:
     """The inverse of `spread`."""
     return _reorder(x, _unspread)
 

@@ -9,23 +9,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sftjax.parallel import RULES, constrain, manual_axes, shard_map, spec, two_factors
 
 GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
 
 
-def in_use(axes):
+def in_use(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
     """The logical axes of an array after its gather: None where it has become whole."""
     return tuple(None if a in GATHERED else a for a in axes)
 
 
-def as_stored(w, axes):
+def as_stored(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """w; its gradient too comes in the layout in which w is stored, so that it is never whole."""
     return _used(w, axes, False)
 
 
-def for_use(w, axes, dtype):
+def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
     """w in `dtype`, gathered over fsdp for this use only; its gradient is scattered as it is
     summed.
 

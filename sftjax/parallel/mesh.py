@@ -5,11 +5,13 @@ one program serves a laptop and a pod. GSPMD inserts the collectives.
 """
 
 import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sftjax import params as params_lib
@@ -38,7 +40,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(sizes=None, devices=None) -> Mesh:
+def make_mesh(
+    sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of the five axes. sizes: {axis: size}; one size may be -1 and takes what is left.
 
     Several TPU slices (devices with different slice_index) become the leading factor of `data`, so
@@ -49,7 +53,7 @@ def make_mesh(sizes=None, devices=None) -> Mesh:
     return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_shape(sizes, n: int) -> list[int]:
+def mesh_shape(sizes: Mapping[str, int] | None, n: int) -> list[int]:
     """The sizes of the five axes over n devices."""
     sizes = dict(sizes or {})
     unknown = set(sizes) - set(AXES)
@@ -83,7 +87,7 @@ def _arrange(shape, devices) -> np.ndarray:
             inner, outer, devices, allow_split_physical_axes=True
         )
         return grid.reshape(shape)
-    if tpu:  # each of the two parts of fsdp along lines of chips; see ops.gather
+    if tpu:  # each of the two parts of fsdp along lines of chips; see parallel.gather
         grid = [shape[0], *two_factors(shape[1]), *shape[2:]]
         grid = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
         return grid.reshape(shape)
@@ -96,7 +100,10 @@ def two_factors(n: int) -> tuple[int, int]:
     return a, n // a
 
 
-def spec(axes, rules=None) -> P:
+def spec(
+    axes: Sequence[str | None],
+    rules: Mapping[str, str | tuple[str, ...] | None] | None = None,
+) -> P:
     """The PartitionSpec of logical `axes`. Two dimensions on one mesh axis are an error."""
     rules = rules or RULES
     used, out, split = {}, [], set(manual_axes())
@@ -118,18 +125,18 @@ def spec(axes, rules=None) -> P:
     return P(*out)
 
 
-def part(axes, mesh_axes) -> P:
+def part(axes: Sequence[str | None], mesh_axes: Collection[str]) -> P:
     """The PartitionSpec of logical `axes` over some mesh axes only."""
     keep = lambda m: m if m in mesh_axes else None  # noqa: E731
     return P(*(keep(RULES[a]) if isinstance(RULES.get(a), str) else None for a in axes))
 
 
-def named(mesh, *axes) -> NamedSharding:
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """NamedSharding of logical axes."""
     return NamedSharding(mesh, spec(axes))
 
 
-def param_shardings(mesh, abstract):
+def param_shardings(mesh: Mesh, abstract: dict[str, Any]) -> dict[str, Any]:
     """A NamedSharding for every Param; a dimension that does not divide is an error, by name."""
 
     def one(name, p):
@@ -147,13 +154,13 @@ def param_shardings(mesh, abstract):
     return params_lib.map_named(one, abstract)
 
 
-def axis_size(mesh, part) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, part: str | Sequence[str] | None) -> int:
     """Number of shards of one PartitionSpec entry (None, a mesh axis, or several)."""
     names = () if part is None else (part,) if isinstance(part, str) else part
     return math.prod(mesh.shape[n] for n in names)
 
 
-def constrain(x, *axes):
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's layout inside jit; does nothing when no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -168,7 +175,9 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def shard_map(fn, in_specs, out_specs, axes=None):
+def shard_map(
+    fn: Callable, in_specs: Any, out_specs: Any, axes: Iterable[str] | None = None
+) -> Callable:
     """jax.shard_map over the mesh axes `axes`; None: all that are not split already."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names if axes is None else axes) - set(mesh.manual_axes)

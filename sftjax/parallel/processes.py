@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 from sftjax.errors import MeshError, ProcessError
 
 
-def gather(value) -> list:
+def gather(value: Any) -> list:
     """The value, anything JSON holds, of every process, by its id. All processes must call it."""
     if jax.process_count() == 1:
         return [value]
@@ -29,7 +30,9 @@ def to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def initialize(coordinator="", processes=0, process_id=-1, timeout=300):
+def initialize(
+    coordinator: str = "", processes: int = 0, process_id: int = -1, timeout: int = 300
+) -> None:
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 
     coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,

@@ -1,3 +1,5 @@
+"""python -m sftjax.plan: see command.py."""
+
 from sftjax import config
 from sftjax.plan.command import main
 

@@ -1,6 +1,7 @@
 """The step on hardware that is not here: python -m sftjax.plan --config=FILE --target=v5e-16"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sftjax import config as config_lib
@@ -10,7 +11,8 @@ from sftjax.plan import hardware, text
 from sftjax.plan import search as search_lib
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
+    """Print the plan of a config on a target, or with --search the best that were tried."""
     flags = dict(target=None, search=False, json="", trained=0.5, document=0)
     config, flags = config_lib.parse(argv, **flags)
     if not 0 < flags.trained <= 1:

@@ -7,18 +7,26 @@ of the model only its config.json is read. For a GPU, where there is none, shape
 and the report says so.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
 
 from sftjax import hf, optim, parallel, tasks
 from sftjax.models import flops as flops_lib
+from sftjax.models.base import Model
 from sftjax.plan import estimate as estimate_lib
 from sftjax.plan import hlo
 from sftjax.plan import memory_account as memory_lib
+from sftjax.plan.hardware import Target
+from sftjax.step import TrainState
 from sftjax.training import build as build_lib
 
 GIB = 2**30
@@ -35,15 +43,17 @@ class Work:
 
     @property
     def tokens(self) -> int:
+        """Those of a step, over all devices."""
         return self.rows * self.width
 
-    def pairs(self, window) -> float:
+    def pairs(self, window: int) -> float:
         """(query, key) pairs of a row."""
         n = self.document
         out = max(n - window, 0) if window else 0
         return self.width / n * (n * (n + 1) / 2 - out * (out + 1) / 2)
 
     def text(self) -> str:
+        """The assumption in words, for a report."""
         return (
             f"{self.rows} rows of {self.width}, full, of documents of {self.document} tokens;"
             f" {self.trained:.0%} of the tokens trained"
@@ -54,13 +64,13 @@ class Work:
 class Program:
     """A config's training step over a mesh, in shapes."""
 
-    config: object
-    model: object
+    config: ConfigDict
+    model: Model
     trainable: dict
-    mesh: object
-    state: object
+    mesh: Mesh | AbstractMesh
+    state: TrainState
     batch: dict
-    step: object  # jitted
+    step: jax.stages.Wrapped  # jitted
     work: Work
 
     @property
@@ -69,7 +79,7 @@ class Program:
         of, w = self.model.train_flops(self.trainable), self.work
         return w.rows * of(w.width, w.width * w.trained, w.pairs)
 
-    def kernel_flops(self, cost) -> float:
+    def kernel_flops(self, cost: hlo.Cost) -> float:
         """Of one device's kernels: as declared, or else those of attention, with its scores formed
         once more going backward."""
         if not cost.kernels or cost.kernel_flops:
@@ -84,7 +94,7 @@ class Program:
         return flops_lib.head_flops(c, self.trainable, self.model.abstract, c.rows) * tokens
 
 
-def build(config, target, trained=0.5, document=0) -> Program:
+def build(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> Program:
     """The Program of a config; raises what train would raise of it, before any compile."""
     config = _with_stored_dtype(config)
     task = tasks.make(config, None)
@@ -103,7 +113,9 @@ def build(config, target, trained=0.5, document=0) -> Program:
     return Program(config, model, trainable, mesh, state, batch, step, work)
 
 
-def build_shapes(config, task, target):
+def build_shapes(
+    config: ConfigDict, task: tasks.Task, target: Target
+) -> tuple[Mesh | AbstractMesh, Model, Any]:
     """(mesh, model, trainable), where all their sizes divide."""
     sizes = {axis: config.mesh[axis] for axis in parallel.AXES}
     mesh = (
@@ -118,18 +130,19 @@ def build_shapes(config, task, target):
     return mesh, model, trainable
 
 
-def abstract_mesh(sizes, target):
+def abstract_mesh(sizes: Mapping[str, int], target: Target) -> AbstractMesh:
     """A mesh without devices."""
     shape = tuple(parallel.mesh_shape(sizes, target.n))
     auto = (jax.sharding.AxisType.Auto,) * len(parallel.AXES)
     return jax.sharding.AbstractMesh(shape, parallel.AXES, axis_types=auto)
 
 
-def platform(target) -> str:
+def platform(target: Target) -> str:
+    """JAX's name of what the target is, such as tpu; without devices it is a gpu."""
     return target.devices[0].platform if target.devices else "gpu"
 
 
-def use(mesh):
+def use(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
     """A context in which `mesh`, with devices or without, is the mesh."""
     abstract = isinstance(mesh, jax.sharding.AbstractMesh)
     return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
@@ -177,11 +190,12 @@ class Plan:
         return self.limit is None or self.total <= share * self.limit
 
     def as_json(self) -> dict:
+        """All fields and whether it fits, as JSON holds them."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return out | {"cost": self.cost.summary(), "fits": self.fits}
 
 
-def plan(config, target, trained=0.5, document=0) -> Plan:
+def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> Plan:
     """Compile, or estimate where there is no compiler, and account for it."""
     program, began = build(config, target, trained, document), time.monotonic()
     if not target.devices:
@@ -199,7 +213,7 @@ def plan(config, target, trained=0.5, document=0) -> Plan:
     return account(program, target, "compiled", began, cost, found)
 
 
-def rounds(text, program) -> int:
+def rounds(text: str, program: Program) -> int:
     """How often the loss's loop over chunks of trained tokens runs: the only loop that data ends.
 
     As often as the FLOPs of its rounds make up those of the vocabulary projection.
@@ -211,7 +225,8 @@ def rounds(text, program) -> int:
     return max(1, -(-int(program.head_flops / program.mesh.size) // int(each)))
 
 
-def estimated(program, target, basis, began) -> Plan:
+def estimated(program: Program, target: Target, basis: str, began: float) -> Plan:
+    """The Plan from shapes alone. began: by time.monotonic, when the work on it began."""
     with use(program.mesh):
         traced = estimate_lib.trace(program)
     cost, found = estimate_lib.estimate(traced, program.config, program.mesh)
@@ -227,7 +242,15 @@ def _too_large(program, target, message, began) -> Plan:
     return out
 
 
-def account(program, target, basis, began, cost, found) -> Plan:
+def account(
+    program: Program,
+    target: Target,
+    basis: str,
+    began: float,
+    cost: hlo.Cost,
+    found: memory_lib.Account,
+) -> Plan:
+    """The Plan of a step's cost and of its memory, both of one device, with its projection."""
     out = Plan(
         target=f"{target.name}: {target.text()}",
         mesh=dict(program.mesh.shape),
@@ -252,7 +275,7 @@ def account(program, target, basis, began, cost, found) -> Plan:
 MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler counts no cycles
 
 
-def project(p: Plan, program, target) -> dict | None:
+def project(p: Plan, program: Program, target: Target) -> dict | None:
     """A projection of one step's seconds; None for a chip of which no figures are known.
 
     Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
@@ -282,7 +305,7 @@ def project(p: Plan, program, target) -> dict | None:
     }
 
 
-def seconds_of_collectives(cost, target) -> float:
+def seconds_of_collectives(cost: hlo.Cost, target: Target) -> float:
     """A group larger than a slice, or one that pairs slices, crosses the network."""
     seconds = 0.0
     for (_, group), c in cost.collectives.items():

@@ -7,21 +7,27 @@ layer and of the loss (the results of its matmuls at once), and collectives, fro
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import jax
 from jax.extend import core
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
 
 from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.plan import hlo
 from sftjax.plan import memory_account as memory
 
+if TYPE_CHECKING:
+    from sftjax.plan.compile import Program
+
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
     """What a traced step says, of the whole batch on all devices. It holds for any mesh."""
 
-    program: object  # that was traced
+    program: "Program"  # that was traced
     flops: float
     kept: float  # bytes that scans leave to scans
     layer: float  # of the matmuls of one round of a scan
@@ -38,7 +44,7 @@ def _arrays(tree):
     return [x for x in jax.tree.leaves(tree) if x.ndim]
 
 
-def trace(program) -> Traced:
+def trace(program: "Program") -> Traced:
     """Trace the step; nothing is compiled. The program's mesh must be set."""
     traced = program.step.trace(program.state, program.batch).jaxpr.jaxpr
     once, each = _flops(traced)
@@ -49,7 +55,9 @@ def trace(program) -> Traced:
     return Traced(program, once + rounds * each, kept * n, layer * n, logits)
 
 
-def estimate(traced, config, mesh) -> tuple[hlo.Cost, memory.Account]:
+def estimate(
+    traced: Traced, config: ConfigDict, mesh: Mesh | AbstractMesh
+) -> tuple[hlo.Cost, memory.Account]:
     """(Cost of one device, Account) of the traced step with this config's micro-batches, on any
     mesh."""
     cost = hlo.Cost(flops=traced.flops / mesh.size)

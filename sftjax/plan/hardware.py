@@ -4,6 +4,7 @@ A TPU's devices come from libtpu's own description of the slice, on a machine wi
 can't be compiled for where there is none: it has figures here, and no devices.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -73,6 +74,8 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
+    """What is planned for: a number of devices of one kind, on one slice or several."""
+
     name: str
     chip: Chip | None  # None: a device whose figures are not known
     n: int  # JAX devices
@@ -82,9 +85,11 @@ class Target:
 
     @property
     def per_slice(self) -> int:
+        """JAX devices of one slice."""
         return self.n // self.slices
 
     def text(self) -> str:
+        """The devices in words, for a report."""
         if not self.topology:
             return f"{self.n} x {self.chip.kind if self.chip else self.devices[0].device_kind}"
         chips = self.per_slice // self.chip.devices
@@ -130,7 +135,7 @@ def parse(text: str) -> Target:
     return Target(text, chip, n, f"{name}:{topology}", slices)
 
 
-def stand_in(target: Target):
+def stand_in(target: Target) -> contextlib.AbstractContextManager:
     """A context to lower a program in for GPUs that are not here: newer JAX lowers a Triton kernel
     for a kind of GPU that it is told. The mesh has no axes, which is to say that there is none."""
     device = jax.sharding.AbstractDevice(target.chip.kind, num_cores=None, platform="gpu")

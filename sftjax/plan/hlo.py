@@ -14,8 +14,13 @@ import dataclasses
 import operator
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from sftjax.plan import hlo_text as text_lib
+
+if TYPE_CHECKING:
+    import jax
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 KINDS += ("ragged-all-to-all", "collective-broadcast")
@@ -43,6 +48,8 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
+    """A loop of the program, and how often its body runs each time."""
+
     name: str  # where it comes from, as in the source: "jit(step)/while"
     trips: int
     known: bool  # False: the caller's assumption
@@ -59,7 +66,8 @@ class Cost:
     by_op: Counter = dataclasses.field(default_factory=Counter)  # cycles by op_name
     loops: list = dataclasses.field(default_factory=list)
 
-    def add(self, other: "Cost", times: int = 1):
+    def add(self, other: "Cost", times: int = 1) -> None:
+        """Add another Cost, `times` over; its loops are listed once."""
         self.flops += times * other.flops
         for name in ("cycles", "by_op"):
             mine = getattr(self, name)
@@ -75,6 +83,7 @@ class Cost:
 
     @property
     def total_cycles(self) -> float:
+        """Cycles of all instructions for which the compiler gives them."""
         return sum(self.cycles.values())
 
     @property
@@ -84,6 +93,7 @@ class Cost:
 
     @property
     def collective_bytes(self) -> float:
+        """Bytes of the whole payloads of all collectives."""
         return sum(c.bytes for c in self.collectives.values())
 
     @property
@@ -107,7 +117,7 @@ class Cost:
         }
 
 
-def analyze(text: str, assume=1) -> Cost:
+def analyze(text: str, assume: int | Mapping[str, int] = 1) -> Cost:
     """The Cost of a program's entry. text: compiled.as_text().
 
     collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count
@@ -116,7 +126,7 @@ def analyze(text: str, assume=1) -> Cost:
     return _Reader(text, assume).cost()
 
 
-def peak_bytes(compiled) -> int:
+def peak_bytes(compiled: "jax.stages.Compiled") -> int:
     """Bytes a device needs: arguments, results and temporaries, shared ones once."""
     m = compiled.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -141,7 +151,7 @@ MOST_TRIPS = 100_000
 
 
 class _Reader:
-    def __init__(self, text, assume):
+    def __init__(self, text, assume) -> None:
         self.computations, self.entry = text_lib.parse(text)
         self.assume = assume
         self.started = {

@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}  # names without a width
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One instruction of a computation, taken apart."""
+
     name: str
     type: str
     op: str
@@ -18,25 +21,29 @@ class Instruction:
 
     @functools.cached_property
     def args(self) -> list[str]:
+        """The names of its operands."""
         return re.findall(r"%([\w.\-]+)", self.raw)
 
-    def attribute(self, key):
+    def attribute(self, key: str) -> str | None:
         """The name after key=, a computation's."""
         match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         return match[1] if match else None
 
     @property
     def op_name(self) -> str:
+        """Where it comes from, as in the source; its own name where nothing says it."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match[1] if match else self.name
 
 
 @dataclasses.dataclass
 class Computation:
+    """The instructions of a computation by name, and the name of the one that is its result."""
+
     instructions: dict = dataclasses.field(default_factory=dict)  # in the order of the schedule
     root: str = ""
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions.values())
 
     def find(self, text: str) -> bool:
@@ -49,7 +56,7 @@ _END = re.compile(r"\}(, execution_thread=.*)?\s*$")
 _START = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 
 
-def parse(text: str):
+def parse(text: str) -> tuple[dict[str, Computation], str]:
     """({name: Computation}, name of the entry)."""
     computations, entry, current, lines = {}, None, None, []
     for line in text.splitlines():
@@ -101,6 +108,7 @@ def shapes(kind: str) -> list:
 
 
 def nbytes(kind: str) -> float:
+    """Bytes of a type's arrays together, without padding."""
     return sum(_bits(t) / 8 * math.prod(dims) for t, dims in shapes(kind))
 
 
@@ -115,14 +123,15 @@ def _dims(one, computation):
     return shapes(computation.instructions[one].type)[0][1]
 
 
-def dot_flops(one, computation) -> float:
+def dot_flops(one: Instruction, computation: Computation) -> float:
+    """FLOPs of a dot: two for each product of its sums."""
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
     left = _dims(one.args[0], computation)
     depth = math.prod(left[int(d)] for d in contracted.split(",") if d)
     return 2 * math.prod(shapes(one.type)[0][1]) * depth
 
 
-def convolution_flops(one, computation) -> float:
+def convolution_flops(one: Instruction, computation: Computation) -> float:
     """Only what meets an element of the input counts, not the padding (nor holes of dilation)."""
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
     lhs, rhs = (_dims(a, computation) for a in one.args[:2])
@@ -163,7 +172,7 @@ def _meets(n_out, n_in, size, stride, pad, dilate, window_dilate) -> int:
     return count
 
 
-def gemm_flops(one, computation) -> float:
+def gemm_flops(one: Instruction, computation: Computation) -> float:
     """A matmul that the GPU compiler gave to cuBLAS."""
     found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)
     if "$gemm" not in one.rest and "$lt$matmul" not in one.rest or not found:
@@ -191,7 +200,7 @@ def group_size(rest: str) -> int:
     return 0
 
 
-def payload(kind, one, operands: float) -> tuple[float, float]:
+def payload(kind: str, one: Instruction, operands: float) -> tuple[float, float]:
     """(bytes of the whole payload, bytes a device sends) of a collective."""
     n = group_size(one.rest)
     result = nbytes(one.type)
@@ -203,7 +212,8 @@ def payload(kind, one, operands: float) -> tuple[float, float]:
     return whole, whole * sends
 
 
-def branches(one) -> list:
+def branches(one: Instruction) -> list:
+    """The names of the computations of which a conditional runs one."""
     found = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
     if found:
         return re.findall(r"%([\w.\-]+)", found[1])
@@ -215,11 +225,13 @@ def elements(kind: str) -> list:
     return re.findall(r"[a-z]\w*\[[\d,]*\]", kind)
 
 
-def index(one) -> int:
+def index(one: Instruction) -> int:
+    """Which element of its tuple a get-tuple-element gives, from 0."""
     return int(re.search(r"\bindex=(\d+)", one.rest)[1])
 
 
-def constant(raw):
+def constant(raw: str) -> bool | int | None:
+    """The value of a constant that is one bool or whole number; None for any other."""
     if raw in ("true", "false"):
         return raw == "true"
     return int(raw) if re.fullmatch(r"-?\d+", raw) else None

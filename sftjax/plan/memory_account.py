@@ -9,30 +9,37 @@ import dataclasses
 import math
 import os
 import re
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sftjax import params as params_lib
 from sftjax.plan import hlo, hlo_text
+from sftjax.plan.hardware import Target
+
+if TYPE_CHECKING:
+    from sftjax.plan.compile import Program
 
 GIB = 2**30
 
 
 @dataclasses.dataclass
 class Account:
+    """The memory of one device, by part, and its largest buffers."""
+
     parts: dict  # name -> bytes of one device
     total: float
     largest: list  # [(bytes, what)]
 
 
-def held(program) -> dict:
+def held(program: "Program") -> dict:
     """Bytes a device holds between the steps, exactly: its shards of state and batch."""
     parts = {"parameters": program.state.params, "frozen": program.state.frozen}
     parts |= {"optimizer": program.state.opt_state, "batch": program.batch}
     return {name: local_bytes(tree) for name, tree in parts.items()}
 
 
-def local_bytes(tree) -> int:
+def local_bytes(tree: Any) -> int:
     """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings."""
     leaves = (x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, _KEY))
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -41,7 +48,8 @@ def local_bytes(tree) -> int:
 _KEY = jax.dtypes.prng_key
 
 
-def account(program, compiled, text) -> Account:
+def account(program: "Program", compiled: jax.stages.Compiled, text: str) -> Account:
+    """The Account of a compiled step. text: compiled.as_text()."""
     parts, m = held(program), compiled.memory_analysis()
     peak = Live(text).peak()
     shapes = _shapes(program)
@@ -78,7 +86,7 @@ def _class_of(b, params, vocab) -> str:
     return "logits" if any(n in vocab for n in b.dims) else "activations"
 
 
-def limit(target) -> float | None:
+def limit(target: Target) -> float | None:
     """Bytes that a device's program may use; None where nothing says it."""
     if target.chip is not None:
         return target.chip.hbm * GIB
@@ -90,7 +98,7 @@ def limit(target) -> float | None:
     return None
 
 
-def exhausted(message) -> tuple[float, list]:
+def exhausted(message: str) -> tuple[float, list]:
     """(bytes needed, [(bytes, what)] the largest) from XLA's message of exhausted memory."""
     unit = {"B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     size = r"([\d.]+)([BKMGT])"
@@ -113,6 +121,8 @@ def exhausted(message) -> tuple[float, list]:
 
 @dataclasses.dataclass(eq=False)
 class Buffer:
+    """One array in memory: its size in bytes, where it comes from and when it is last used."""
+
     size: float
     dims: tuple
     kind: str
@@ -120,6 +130,7 @@ class Buffer:
     last: int = 0  # place in the schedule of its last use
 
     def text(self) -> str:
+        """Its type and its origin, for a report."""
         where = re.sub(r"\b(jit\(train_step\)|closed_call|while|body|jvp\(\))/", "", self.op_name)
         return f"{self.kind} of {where}"
 
@@ -130,7 +141,7 @@ _SAME = ("bitcast", "optimization-barrier", "copy-done", "async-done", "async-up
 class Live:
     """The buffers of a program's schedule."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         self.computations, self.entry = hlo_text.parse(text)
 
     def peak(self) -> list:

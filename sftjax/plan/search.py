@@ -3,17 +3,28 @@
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
+
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
 
 from sftjax import parallel, tasks
 from sftjax.plan import compile as compile_lib
 from sftjax.plan import estimate as estimate_lib
 from sftjax.plan import text
+from sftjax.plan.hardware import Target
 from sftjax.training import build
 
 COMPILED = 3  # of the candidates, the best so many by the estimate are compiled
 
 
-def search(config, target, trained=0.5, document=0, compiled=None) -> list:
+def search(
+    config: ConfigDict,
+    target: Target,
+    trained: float = 0.5,
+    document: int = 0,
+    compiled: int | None = None,
+) -> list[compile_lib.Plan]:
     """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
 
     A policy of remat is traced once; from that, every candidate is estimated. Where the target has
@@ -52,7 +63,9 @@ def _rank(p):
 REMAT = ("none", "dots", "attention", "full", "offload")
 
 
-def candidates(config, target, remat):
+def candidates(
+    config: ConfigDict, target: Target, remat: str
+) -> Iterator[tuple[ConfigDict, AbstractMesh]]:
     """(config, mesh without devices) of what a search tries: where all sizes divide."""
     model, _ = build.make_model(
         config, tasks.make(config, None), platform=compile_lib.platform(target)
@@ -84,7 +97,7 @@ def _meshes(target):
                 yield one | inner | {"expert": 1}
 
 
-def suggestions(config, target, trained=0.5, document=0) -> str:
+def suggestions(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> str:
     """What may fit, from shapes alone, as a table and config lines."""
     found = search(config, target, trained, document, compiled=0)[:5]
     return text.table(found)

@@ -1,14 +1,20 @@
 """A plan as text: what is held, what is done, what is projected, and what may be done instead."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sftjax.plan.compile import Plan
+
 GIB = 2**30
 
 
-def amount(size) -> str:
+def amount(size: float) -> str:
     """Bytes for people, in a column."""
     return f"{size / GIB:>9.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:>9.2f} MiB"
 
 
-def report(p) -> str:
+def report(p: "Plan") -> str:
     """The whole report of one Plan."""
     sizes = " x ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "of one device"
     lines = [
@@ -92,7 +98,7 @@ def _time(p) -> str:
     )
 
 
-def table(plans) -> str:
+def table(plans: "Sequence[Plan]") -> str:
     """A search's plans, best first, and the lines of the best that fits."""
     head = f"{'mesh':<28}{'micro':>6}{'remat':>14}{'GiB':>9}{'s/step':>9}{'MFU':>7}  basis"
     lines = [head]
@@ -112,7 +118,8 @@ def table(plans) -> str:
     return "\n".join([*lines, "", "To paste into the config:", *config_lines(best)])
 
 
-def config_lines(p) -> list:
+def config_lines(p: "Plan") -> list:
+    """The lines of a config file that set a plan's mesh, micro-batches and remat."""
     sizes = ", ".join(f"{axis}={n}" for axis, n in p.mesh.items())
     return [
         f"    c.mesh.update(dict({sizes}))",

@@ -9,6 +9,7 @@ import base64
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -25,7 +26,7 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def render(template: str, *, styles: Sequence[str] = (), script: str = "", **values) -> str:
+def render(template: str, *, styles: Sequence[str] = (), script: str = "", **values: Any) -> str:
     """A whole page.
 
     template: a file of templates/ that extends page.html.jinja and takes `values`, of which

@@ -2,15 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sftjax.errors import writing
 
+if TYPE_CHECKING:
+    from sftjax.tasks import Task
+    from sftjax.training.data import Feed
+
 SHARES = ("accuracy", "exact_match", "f1")  # metrics that are shown in percent
 
 
-def table(before: dict, after: dict) -> str:
+def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """A before/after table of the test set's scores and of every metric of the sets."""
     rows = [("", "before", "after")]
     scores = {k: v for k, v in after.items() if isinstance(v, float)}
@@ -29,7 +34,7 @@ def _number(value, share) -> str:
     return "-" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
 
 
-def finish(workdir: Path, task, feed, result: dict, samples: int) -> None:
+def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], samples: int) -> None:
     """Print and write what came of the run (process 0 only). samples: of the test set, to show."""
     if jax.process_index():
         return

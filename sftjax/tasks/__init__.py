@@ -7,9 +7,15 @@ import difflib
 import importlib
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
 from sftjax.tasks.base import Example, Scores, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # name -> "module:class"; imported when a config names it.
 TASKS = {
@@ -53,6 +59,6 @@ def _users(name) -> type[Task]:
     return found
 
 
-def make(config, tokenizer) -> Task:
+def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Task:
     """The task that a config names, with its settings. tokenizer: None where it needs none."""
     return find(config.task).of(config, tokenizer)

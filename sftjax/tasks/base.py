@@ -7,18 +7,29 @@ A task of your own is a class derived from Task in a file of yours, named in the
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import hf
 from sftjax.data.packing.pack import CAUSAL, Layout
+from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
+from sftjax.models.base import Model
 from sftjax.step import Loss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LossFn = Callable[..., Loss]  # (params, batch, rng[, model_state]) -> Loss
+# (params, batch[, model_state]) -> (Loss, {name: array with the rows of the batch in front})
+EvalFn = Callable[..., tuple[Loss, dict[str, jax.Array]]]
+# A task's own model, what its load_model gives: as a rule a models.base.Model, and no less than its
+# `abstract` and `state`.
+TaskModel = Any
 
 
 class Encoded(Protocol):
@@ -64,7 +75,7 @@ class Task:
     tokenizer: Any = None
 
     @classmethod
-    def of(cls, config, tokenizer) -> "Task":
+    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "Task":
         """The task of a config. tokenizer: None where the config names none."""
         task = cls()
         task.tokenizer = tokenizer
@@ -103,7 +114,7 @@ class Task:
         """What cuts and counts the examples of a source."""
         return Tally(self, max_length, overlong)
 
-    def prepared(self, source) -> tuple[Any, "Task", dict]:
+    def prepared(self, source: Source | None) -> tuple[Any, "Task", dict]:
         """(source, task, form): the source as cleaning, splitting and augmentation read it.
 
         task encodes its records; form: the keywords with which `to_conversation` reads them.
@@ -140,7 +151,7 @@ class Task:
         """What a person should know of a store before training."""
         return ()
 
-    def nothing_left(self, first, report: dict, max_length: int) -> str:
+    def nothing_left(self, first: tuple[str, Encoded] | None, report: dict, max_length: int) -> str:
         """Why a store has no document. first: (where, example), or None."""
         lost = report["dropped"] | report["skipped"]
         return f"no example is left of {sum(lost.values())} rows ({counted(lost)})"
@@ -150,21 +161,21 @@ class Task:
 
     # ---- model and loss ----
 
-    def load_model(self, section, **changes):
+    def load_model(self, section: ConfigDict, **changes: Any) -> TaskModel:
         """The Model, without weights, of the config's section `model`; see models.base.Model.
 
         changes: fields of the model's own config, such as remat and split.
         """
         raise NotImplementedError
 
-    def loss_fn(self, model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+    def loss_fn(self, model: TaskModel, options: dict, sources: Sequence[str] = ()) -> LossFn:
         """The loss of training. options: the config's section `loss`; sources: their names, where
         there are several, and the batch says in `sources` which is whose."""
         raise NotImplementedError
 
     # ---- evaluation ----
 
-    def eval_fn(self, model, options: dict) -> Callable[..., tuple[Loss, dict[str, jax.Array]]]:
+    def eval_fn(self, model: TaskModel, options: dict) -> EvalFn:
         """(params, batch, model_state) -> (Loss, predictions) in one forward pass.
 
         predictions: {name: array with the rows of the batch in front}, for `score`.
@@ -187,11 +198,11 @@ class Task:
 
     generates: ClassVar[bool] = False  # data.test is questions, answered by generating text
 
-    def questions(self, source) -> list:
+    def questions(self, source: Source) -> list:
         """What is asked of each record of data.test; where `generates`."""
         raise NotImplementedError
 
-    def answers(self, model, params, questions: list, **options) -> dict:
+    def answers(self, model: TaskModel, params: Any, questions: list, **options: Any) -> dict:
         """{"<score>": number, "answers": list of text}; options: as of generate.generate."""
         raise NotImplementedError
 
@@ -209,12 +220,12 @@ class Task:
     def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
         """Every question with its answers, as JSON lines; where `generates`."""
 
-    def try_it(self, section, export: Path) -> str:
+    def try_it(self, section: ConfigDict, export: Path) -> str:
         """A command that uses the exported model; "" for none. section: the config's `data`."""
         return ""
 
 
-def read_model(section, **changes):
+def read_model(section: ConfigDict, **changes: Any) -> Model:
     """hf.load_model of the config's section `model`. Raises: ConfigError where it names none."""
     if not section.path:
         raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
@@ -227,4 +238,5 @@ def perplexity(loss: float) -> float:
 
 
 def counted(counts: dict) -> str:
+    """Counts by reason in words: "3 too_long, 1 bad_json"; "none" for {}."""
     return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"

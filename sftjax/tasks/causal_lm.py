@@ -5,11 +5,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import losses
 from sftjax.data import open_source
@@ -17,10 +19,17 @@ from sftjax.data.masking import encode as chat
 from sftjax.data.masking.conversation import to_conversation
 from sftjax.data.masking.template import template_text
 from sftjax.data.packing.truncate import fit
+from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
 from sftjax.errors import ConfigError, DataError, writing
 from sftjax.evaluation import generation as generate
-from sftjax.tasks.base import LossFn, Scores, Task, counted, perplexity, read_model
+from sftjax.models.base import Model
+from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, counted, perplexity, read_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sftjax.models import decoder
 
 READING = ("fields", "roles")  # of a policy: what says how to read a record
 FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
@@ -34,11 +43,14 @@ class CausalLM(Task):
     counts = ("cells", "tokens", "trained_tokens")
     generates = True
 
-    def __init__(self, tokenizer, policy: dict | None = None):
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase | None", policy: dict | None = None
+    ) -> None:
         self.tokenizer, self.policy = tokenizer, dict(policy or {})
 
     @classmethod
-    def of(cls, config, tokenizer) -> "CausalLM":
+    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
+        """The task of a config. Raises: ConfigError for a setting of another task."""
         if config.loss.class_weights:
             raise ConfigError(
                 f"loss.class_weights={config.loss.class_weights!r} belongs to task="
@@ -49,6 +61,7 @@ class CausalLM(Task):
     # ---- data ----
 
     def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[chat.Encoded]:
+        """Each record, rendered and tokenised, with a weight for each token."""
         return chat.encode_batch(records, wheres, self.tokenizer, **self.policy)
 
     def fields_read(self, record: dict) -> set[str]:
@@ -65,45 +78,55 @@ class CausalLM(Task):
         return {key for key in record if matters(key)}
 
     def key(self) -> list:
+        """The policy, the chat template and the special tokens."""
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
         settings["template"] = template_text(self.tokenizer, self.policy.get("template"))
         return [settings, special]
 
-    def cut(self, example, max_length: int, overlong: str) -> list[tuple]:
+    def cut(self, example: chat.Encoded, max_length: int, overlong: str) -> list[tuple]:
+        """(tokens int32 [n], weights float32 [n]) of each piece with a trained token."""
         bos = self.tokenizer.bos_token_id
         return fit(example.tokens, example.weights, max_length, overlong, bos)
 
-    def kept(self, example, max_length: int, overlong: str) -> list[np.ndarray]:
+    def kept(self, example: chat.Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
+        """The places of the tokens of each piece; a bos that stands first has place 0."""
         # The places are cut as the tokens would be; a bos that stands first has place 0.
         places = np.arange(len(example.tokens))
         bos = 0 if len(places) and example.tokens[0] == self.tokenizer.bos_token_id else None
         return [at for at, _ in fit(places, example.weights, max_length, overlong, bos)]
 
     def tally(self, max_length: int, overlong: str) -> "CausalTally":
+        """A Tally that counts chats and trained stop tokens too."""
         return CausalTally(self, max_length, overlong)
 
-    def prepared(self, source) -> tuple:
+    def prepared(self, source: Source | None) -> tuple[Any, "CausalLM", dict]:
+        """The source as it is: cleaning reads conversations as this task does."""
         return source, self, only(self.policy, FORM)
 
     def canonical(self) -> "CausalLM":
+        """The task without what the policy says of fields, roles, system prompt and template."""
         rest = {k: v for k, v in self.policy.items() if k not in FORM}
         return CausalLM(self.tokenizer, rest)
 
     def answers_only(self) -> "CausalLM":
+        """The task that trains the last answer of each record and nothing else."""
         return CausalLM(self.tokenizer, self.policy | dict(train_on="last"))
 
     def summary(self, report: dict) -> str:
+        """The numbers of examples and tokens, the share that is trained, and the stop token."""
         return (
             f"{report['examples']} examples, {report['tokens']:,} tokens,"
             f" {report['trained_fraction']:.1%} trained; stop token {report.get('stop_token')}"
         )
 
     def facts(self, report: dict) -> dict[str, str]:
+        """Whether a stop token is trained, and which."""
         stop = f"yes, {report['stop_token']}" if report["stop_token_trained"] else "no"
         return {"stop token": f"trained: {stop}"}
 
     def warnings(self, report: dict) -> Iterable[str]:
+        """Of all or next to no tokens being trained, and of no stop token."""
         fraction = report["trained_fraction"]
         if report["chat"] and fraction == 1:
             yield "every token of the chats is trained, the users' too: see data.train_on"
@@ -112,7 +135,10 @@ class CausalLM(Task):
         if report["chat"] and not report["stop_token_trained"]:
             yield "no stop token is trained: the model won't learn to end its answer"
 
-    def nothing_left(self, first, report: dict, max_length: int) -> str:
+    def nothing_left(
+        self, first: tuple[str, chat.Encoded] | None, report: dict, max_length: int
+    ) -> str:
+        """What was lost and which settings to check, with the first example's trained spans."""
         lost = report["dropped"] | report["skipped"]
         text = (
             f"nothing is trained in any of {sum(lost.values())} rows ({counted(lost)}): check "
@@ -127,14 +153,16 @@ class CausalLM(Task):
 
     # ---- model and loss ----
 
-    def load_model(self, section, **changes):
+    def load_model(self, section: ConfigDict, **changes: Any) -> Model:
+        """The model of model.path with its vocabulary head, without weights."""
         return read_model(section, classes=0, **changes)
 
-    def loss_fn(self, model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+    def loss_fn(self, model: "decoder.Model", options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """losses.causal_lm with the options of the config's section `loss`."""
         own = {k: v for k, v in options.items() if k != "class_weights"}
         return losses.causal_lm(model, **own, sources=sources)
 
-    def eval_fn(self, model, options: dict):
+    def eval_fn(self, model: "decoder.Model", options: dict) -> EvalFn:
         """The token-weighted loss, whatever the weighting of training, and the accuracy."""
         chunk = options.get("chunk_tokens", losses.CHUNK_TOKENS)
         loss_fn = losses.causal_lm(model, accuracy=True, chunk_tokens=chunk)
@@ -143,9 +171,10 @@ class CausalLM(Task):
     # ---- evaluation ----
 
     def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        """The perplexity; the accuracy is a metric of the loss."""
         return Scores({"perplexity": perplexity(loss)})
 
-    def questions(self, source) -> list:
+    def questions(self, source: Source) -> list[tuple[np.ndarray, str]]:
         """(prompt token ids, reference answer) of each record."""
         own = {k: v for k, v in self.policy.items() if k not in ("train_on", "stop_token")}
         return [
@@ -153,7 +182,7 @@ class CausalLM(Task):
             for i in range(len(source))
         ]
 
-    def answers(self, model, params, questions: list, **options) -> dict:
+    def answers(self, model: "decoder.Model", params: Any, questions: list, **options: Any) -> dict:
         """Exact match: the share of texts equal to the answer, blanks at their ends aside."""
         prompts = [prompt for prompt, _ in questions]
         out = generate.generate(model, params, prompts, stop_ids=self.stop_ids, **options)
@@ -163,11 +192,13 @@ class CausalLM(Task):
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
+        """Token ids that end a turn of the template, or a text."""
         return chat.stop_ids(self.tokenizer, self.policy.get("template"))
 
     # ---- for people ----
 
     def shown(self, result: dict, questions: list, n: int) -> str:
+        """The first n questions with the answers before and after, and the one that is wanted."""
         lines, before, after = [], result["before"], result["after"]
         for i, (prompt, reference) in enumerate(questions[:n]):
             prompt = self.tokenizer.decode(prompt, skip_special_tokens=True)
@@ -181,6 +212,7 @@ class CausalLM(Task):
         return "\n".join(lines)
 
     def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
+        """A JSON line for each question: prompt, reference, and the answers before and after."""
         with writing("the directory", path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         with writing("the file", path), open(path, "w") as f:
@@ -194,7 +226,8 @@ class CausalLM(Task):
                 }
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def try_it(self, section, export: Path) -> str:
+    def try_it(self, section: ConfigDict, export: Path) -> str:
+        """The command that asks the export the first question of data.test; "" without one."""
         d = section
         if not (d.test and self.tokenizer.chat_template):
             return ""
@@ -212,21 +245,24 @@ class CausalLM(Task):
 class CausalTally(Tally):
     """Counts chats and trained stop tokens too."""
 
-    def __init__(self, task, max_length: int, overlong: str):
+    def __init__(self, task: CausalLM, max_length: int, overlong: str) -> None:
         super().__init__(task, max_length, overlong)
         self.stops, self.stopped, self.chats = task.stop_ids, Counter(), 0
 
-    def fit(self, encoded) -> list[tuple[np.ndarray, ...]]:
+    def fit(self, encoded: Sequence[tuple[str, chat.Encoded]]) -> list[tuple[np.ndarray, ...]]:
+        """As of Tally; counts the chats among the examples."""
         self.chats += sum(example.kind == "chat" for _, example in encoded)
         return super().fit(encoded)
 
-    def count(self, pieces) -> None:
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of Tally; counts each stop token where it is trained."""
         super().count(pieces)
         if pieces:
             tokens, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
             self.stopped.update(tokens[np.isin(tokens, self.stops) & (weights > 0)].tolist())
 
-    def report(self, skipped) -> dict:
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of Tally, with chat, stop_token (that trained most often) and stop_token_trained."""
         stop = self.stopped.most_common(1)
         token = self.task.tokenizer.convert_ids_to_tokens(stop[0][0]) if stop else None
         return super().report(skipped) | dict(
@@ -234,7 +270,7 @@ class CausalTally(Tally):
         )
 
 
-def policy(data) -> dict:
+def policy(data: ConfigDict) -> dict:
     """The keywords of `data.encode` that the config's section `data` sets."""
     return dict(
         train_on=data.train_on,
@@ -265,10 +301,13 @@ def _template_kwargs(text):
 
 
 def only(policy: dict, keys: Sequence[str]) -> dict:
+    """The entries of a policy under these keys, as far as it has them."""
     return {key: policy[key] for key in keys if key in policy}
 
 
-def mark_spans(text: str, spans, before: str = "⟦", after: str = "⟧") -> str:
+def mark_spans(
+    text: str, spans: Iterable[tuple[int, int]], before: str = "⟦", after: str = "⟧"
+) -> str:
     """`text` with `before` and `after` put around each trained span."""
     pieces, at = [], 0
     for start, stop in spans:

@@ -8,16 +8,22 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import losses
 from sftjax.data.masking.conversation import read_field
 from sftjax.data.packing.pack import TokenRows
+from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
-from sftjax.tasks.base import LossFn, Scores, Task, read_model
+from sftjax.models.base import Model
+from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, read_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEXTS = ("text", "sentence", "content", "review", "prompt", "input")  # usual names, in this order
 LABELS = ("label", "labels", "class", "completion", "output")
@@ -36,6 +42,7 @@ class Labelled(NamedTuple):
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The three arrays [n], in the order of Classification.columns."""
         return self.tokens, self.weights, self.targets
 
 
@@ -46,7 +53,7 @@ class Labels:
     called so, an index written out). Or {value in the file: name}.
     """
 
-    def __init__(self, given):
+    def __init__(self, given: Mapping[Any, str] | Sequence[str]) -> None:
         self.given = given
         if isinstance(given, Mapping) or hasattr(given, "items"):
             self.by_value = {str(value): name for value, name in given.items()}
@@ -62,7 +69,7 @@ class Labels:
                 " ('negative', 'positive'), or {0: 'negative', 1: 'positive'}"
             )
 
-    def index(self, value, where: str) -> int:
+    def index(self, value: Any, where: str) -> int:
         """The index of a value. Raises: DataError for one that means no label."""
         texts = [str(value)]
         if isinstance(value, bool):
@@ -99,12 +106,21 @@ class Classification(Task):
     metrics = ("accuracy", "f1")
     counts = ("cells", "tokens", "trained_tokens")
 
-    def __init__(self, tokenizer, labels, names: dict | None = None, reads: str = "first"):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        labels: Mapping[Any, str] | Sequence[str],
+        names: dict | None = None,
+        reads: str = "first",
+    ) -> None:
         self.tokenizer, self.labels, self.reads = tokenizer, Labels(labels), reads
         self.names = {"text": "", "label": ""} | dict(names or {})
 
     @classmethod
-    def of(cls, config, tokenizer) -> "Classification":
+    def of(
+        cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None"
+    ) -> "Classification":
+        """The task of a config, with the model's labels where data.labels names none."""
         d = config.data
         if d.overlong == "split":
             raise ConfigError(
@@ -125,6 +141,7 @@ class Classification(Task):
     # ---- data ----
 
     def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Labelled]:
+        """Each record's text, tokenised, with its label at the token that is read."""
         pairs = [self._read(r, where) for r, where in zip(records, wheres, strict=True)]
         encoded = self.tokenizer([text for text, _ in pairs])["input_ids"]
         rows = zip(encoded, pairs, wheres, strict=True)
@@ -169,10 +186,12 @@ class Classification(Task):
         return next(there, None)
 
     def fields_read(self, record: dict) -> set[str]:
+        """The keys of the text and of the label."""
         found = {self._name(record, "text", TEXTS), self._name(record, "label", LABELS)}
         return found & set(record)
 
     def key(self) -> list:
+        """The fields' names, the labels, the token read and the special tokens."""
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         return ["classification", self.names, self.labels.by_value, self.reads, special]
 
@@ -198,6 +217,7 @@ class Classification(Task):
         return before, after
 
     def cut(self, example: Labelled, max_length: int, overlong: str) -> list[tuple]:
+        """(tokens, weights, targets), each [n], with the label at the piece's own end."""
         pieces = []
         for at in self.kept(example, max_length, overlong):
             tokens, weights, targets = (x[at] for x in example.arrays)
@@ -208,25 +228,31 @@ class Classification(Task):
         return pieces
 
     def tally(self, max_length: int, overlong: str) -> "LabelTally":
+        """A Tally that counts the labels too."""
         return LabelTally(self, max_length, overlong)
 
-    def prepared(self, source) -> tuple:
+    def prepared(self, source: Source | None) -> tuple[Any, "Classification", dict]:
+        """The source as Pairs of a text and its label's name."""
         return Pairs(source, self), self.canonical(), {}
 
     def canonical(self) -> "Classification":
+        """The task that reads the text from "prompt" and the label from "completion"."""
         names = {"text": "prompt", "label": "completion"}
         return Classification(self.tokenizer, self.labels.names, names, self.reads)
 
     def summary(self, report: dict) -> str:
+        """The numbers of examples and tokens, and each label's share."""
         shares = self.facts(report)["labels"]
         return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {shares}"
 
     def facts(self, report: dict) -> dict[str, str]:
+        """Each label's share of the documents."""
         total = max(report["documents"], 1)
         shares = (f"{name} {n / total:.1%}" for name, n in report["labels"].items())
         return {"labels": ", ".join(shares)}
 
     def warnings(self, report: dict) -> Iterable[str]:
+        """Of labels without an example, and of one that most examples have."""
         counts, total = report["labels"], max(report["documents"], 1)
         if absent := [name for name, n in counts.items() if not n]:
             yield f"no example has the label {', '.join(absent)}: see data.labels"
@@ -239,10 +265,12 @@ class Classification(Task):
 
     # ---- model and loss ----
 
-    def load_model(self, section, **changes):
+    def load_model(self, section: ConfigDict, **changes: Any) -> Model:
+        """The body of model.path, without weights, with a head of a row for each label."""
         return read_model(section, labels=self.labels.names, **changes)
 
-    def loss_fn(self, model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """losses.classification with the options of the config's section `loss`."""
         return losses.classification(
             model,
             label_smoothing=options["label_smoothing"],
@@ -278,7 +306,8 @@ class Classification(Task):
 
     # ---- evaluation ----
 
-    def eval_fn(self, model, options: dict):
+    def eval_fn(self, model: Model, options: dict) -> EvalFn:
+        """The plain loss, whatever the weights in training, and what is wanted and given."""
         loss_fn = losses.classification(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
@@ -304,6 +333,7 @@ class Classification(Task):
     # ---- for people ----
 
     def shown(self, result: dict, questions: list, n: int) -> str:
+        """The confusion matrices after the run."""
         tables = result["after"].get("tables", {})
         return "\n\n".join(
             f"  {name}, after: wanted in rows, given in columns\n{confusion_text(table)}"
@@ -314,15 +344,17 @@ class Classification(Task):
 class LabelTally(Tally):
     """Counts the labels too."""
 
-    def __init__(self, task, max_length: int, overlong: str):
+    def __init__(self, task: Classification, max_length: int, overlong: str) -> None:
         super().__init__(task, max_length, overlong)
         self.labels = Counter()
 
-    def count(self, pieces) -> None:
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of Tally; counts the label of each document."""
         super().count(pieces)
         self.labels.update(int(targets[weights > 0][0]) for _, weights, targets in pieces)
 
-    def report(self, skipped) -> dict:
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of Tally, with labels: {name: number of documents}."""
         names = self.task.labels.names
         return super().report(skipped) | dict(
             labels={name: self.labels[i] for i, name in enumerate(names)}
@@ -332,7 +364,7 @@ class LabelTally(Tally):
 class Pairs(Sequence):
     """The records of a source as {"prompt": text, "completion": name of the label}."""
 
-    def __init__(self, source, task: Classification):
+    def __init__(self, source: Source | None, task: Classification) -> None:
         self.source, self.task = source, task
 
     def __len__(self) -> int:
@@ -343,13 +375,16 @@ class Pairs(Sequence):
         return {"prompt": text, "completion": self.task.labels.names[label]}
 
     def where(self, i: int) -> str:
+        """The file and row of record i, for errors."""
         return self.source.where(i)
 
     @property
-    def readers(self):
+    def readers(self) -> list:
+        """The readers of the source's files."""
         return self.source.readers
 
     def fingerprint(self) -> str:
+        """That of the source, and the settings with which it is read."""
         return f"{self.source.fingerprint()} {self.task.key()}"
 
 

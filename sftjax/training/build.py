@@ -2,24 +2,34 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax import hf, optim, parallel
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError, OutOfMemory
 from sftjax.models import vocab
+from sftjax.models.base import Model
 from sftjax.ops import attention
-from sftjax.step import TrainState, train_step
+from sftjax.step import Loss, TrainState, train_step
 from sftjax.training import xla_flags
 from sftjax.training.log import say
 
+if TYPE_CHECKING:
+    from sftjax.tasks import Task
+    from sftjax.training.data import Feed
 
-def make_model(config, task, platform=""):
+
+def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
     """(Model, tree of bools: is each parameter trained); reads no weights.
 
     Of a task without a tokenizer the model's files may be a config.json alone: nothing else is
@@ -44,7 +54,7 @@ def make_model(config, task, platform=""):
     return model, trainable
 
 
-def from_files(model) -> bool:
+def from_files(model: Any) -> bool:
     """Is it one of our bodies, made from a Hugging Face directory; else it is a user's own."""
     return getattr(model, "source", None) is not None
 
@@ -77,7 +87,7 @@ def _with_rows(model, tokenizer, added):
     return model.replace(vocab=max(rows, size))
 
 
-def dtypes(section, model, trainable):
+def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
     """Tree of parameter dtypes, by the config's section `model`: trained ones in param_dtype,
     frozen ones in frozen_dtype."""
     m = section
@@ -89,7 +99,7 @@ def dtypes(section, model, trainable):
     return params_lib.map_named(one, trainable)
 
 
-def make_schedule(section, steps: int):
+def make_schedule(section: ConfigDict, steps: int) -> optax.Schedule:
     """step -> learning rate, from the config's section `optim`."""
     c = section
     warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
@@ -97,7 +107,13 @@ def make_schedule(section, steps: int):
     return optim.schedule(c.schedule, c.lr, steps, warmup, decay, c.floor)
 
 
-def abstract_state(section, model, trainable, tx, mesh):
+def abstract_state(
+    section: ConfigDict,
+    model: Model,
+    trainable: Any,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
 
     section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's
@@ -131,7 +147,13 @@ def abstract_state(section, model, trainable, tx, mesh):
     return params_lib.map_named(place, state)
 
 
-def make_step(loss_fn, tx, target, micro_batches: int = 1, device=None):
+def make_step(
+    loss_fn: Callable[..., Loss],
+    tx: optax.GradientTransformation,
+    target: TrainState,
+    micro_batches: int = 1,
+    device: jax.Device | None = None,
+) -> jax.stages.Wrapped:
     """The jitted train_step, to be compiled for a device (None: one that is here).
 
     target: the abstract state.
@@ -158,7 +180,7 @@ def _create(params, trainable, tx, seed, model_state=None):
     )
 
 
-def state_text(state, flops) -> str:
+def state_text(state: TrainState, flops: float) -> str:
     """Counts, bytes and FLOPs of the whole, under the table of parameters."""
     trained, frozen = params_lib.count(state.params), params_lib.count(state.frozen)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
@@ -171,7 +193,7 @@ def state_text(state, flops) -> str:
     )
 
 
-def flops_per_step(model, trainable, feed) -> float:
+def flops_per_step(model: Model, trainable: Any, feed: "Feed") -> float:
     """Model FLOPs of an average step, see Model.train_flops; 0 where the model doesn't say."""
     if not hasattr(model, "train_flops"):
         return 0.0
@@ -179,7 +201,8 @@ def flops_per_step(model, trainable, feed) -> float:
     return of(row["tokens"], row["trained"], row["pairs"]) * feed.batch_size
 
 
-def shardings_of(tree):
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every leaf of a tree, in the same structure."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
@@ -197,7 +220,17 @@ def _added_text(model, trainable, new) -> str:
     return text
 
 
-def first_state(section, model, trainable, tx, target, mesh, *, seed: int = 0, new=()):
+def first_state(
+    section: ConfigDict,
+    model: Model,
+    trainable: Any,
+    tx: optax.GradientTransformation,
+    target: TrainState,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    new: Sequence[int] = (),
+) -> TrainState:
     """TrainState at step 0: pretrained weights read, or random ones drawn, in place.
 
     section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
@@ -233,7 +266,7 @@ def _drawn(abstract, mesh, seed):
     return params_lib.init(abstract, jax.random.key(seed), shardings=shardings)
 
 
-def export(directory, task, model, state) -> None:
+def export(directory: Path | str, task: "Task", model: Model, state: TrainState) -> None:
     """Write the trained model as a Hugging Face directory, or as its own `save` does."""
     if hasattr(model, "save"):
         model.save(directory, state.all_params, state.model_state)
@@ -246,7 +279,7 @@ def export(directory, task, model, state) -> None:
         say("export", f"none: {name} has no save(directory, params, model_state)")
 
 
-def compiled_text(compiled, seconds) -> str:
+def compiled_text(compiled: jax.stages.Compiled, seconds: float) -> str:
     """How long the compile took, and the program's bytes a device (0: not known there)."""
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
@@ -256,7 +289,7 @@ def compiled_text(compiled, seconds) -> str:
 
 
 @contextlib.contextmanager
-def advice(config):
+def advice(config: ConfigDict) -> Iterator[None]:
     """An out-of-memory error inside is raised again with what else may fit these devices."""
     try:
         yield

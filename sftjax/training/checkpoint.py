@@ -14,8 +14,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -35,7 +36,15 @@ class Checkpointer:
     besides ("" = none), best_mode: "min" or "max". Use it as a context manager, or call close().
     """
 
-    def __init__(self, directory, *, manifest=None, keep=2, best_metric="", best_mode="min"):
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        manifest: Mapping | None = None,
+        keep: int = 2,
+        best_metric: str = "",
+        best_mode: str = "min",
+    ) -> None:
         if keep < 1 or best_mode not in ("min", "max"):
             raise ConfigError(
                 f"keep={keep}, best_mode={best_mode!r}; expected keep >= 1 and 'min' or 'max'"
@@ -74,7 +83,13 @@ class Checkpointer:
         value = metrics.get(self.best_metric, math.nan)
         return -math.inf if math.isnan(value) else self._sign * value
 
-    def save(self, step: int, state, extra: Mapping | None = None, metrics=None) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: Mapping | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
         """Copy `state` off the devices and write it behind the loop; True when a save was begun.
 
         The state may be donated to the next step at once. extra: anything JSON holds (data
@@ -99,7 +114,7 @@ class Checkpointer:
         self._writing = step
         return True
 
-    def restore(self, abstract_state, step: int | None = None):
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, extra) of `step`, or of the newest complete checkpoint.
 
         abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
@@ -172,10 +187,10 @@ class Checkpointer:
             except Exception:  # Orbax repeats at close what wait, check or save has raised
                 pass
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _check_newer(self, step):
@@ -219,7 +234,7 @@ class Checkpointer:
         )
 
 
-def abstract_like(state):
+def abstract_like(state: Any) -> Any:
     """The restore target of a concrete state: shapes, dtypes and shardings, no values."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -250,7 +265,7 @@ def _version(name):
         return None
 
 
-def files_sha256(paths) -> str:
+def files_sha256(paths: Iterable[Path | str]) -> str:
     """One sha256 over the names and contents of files; their order does not matter."""
     total = hashlib.sha256()
     for path in sorted(map(Path, paths)):
@@ -259,7 +274,7 @@ def files_sha256(paths) -> str:
     return total.hexdigest()
 
 
-def check_manifest(directory, manifest: Mapping) -> None:
+def check_manifest(directory: Path | str, manifest: Mapping) -> None:
     """Claim `directory` for the manifest's identity, or raise CheckpointError if it has another."""
     path = Path(directory) / "manifest.json"
     if not path.exists():
@@ -278,7 +293,7 @@ def check_manifest(directory, manifest: Mapping) -> None:
         )
 
 
-def check_writable(directory, need_bytes: int = 0) -> None:
+def check_writable(directory: Path | str, need_bytes: int = 0) -> None:
     """Create `directory` and a file in it; CheckpointError if that fails or space is short."""
     try:
         os.makedirs(directory, exist_ok=True)

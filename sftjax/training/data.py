@@ -4,10 +4,14 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax import data as data_lib
@@ -20,8 +24,11 @@ from sftjax.data.packing import truncate as lengths_lib
 from sftjax.data.packing.pack import Field
 from sftjax.parallel import processes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_tokenizer(config):
+
+def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set.
 
     None where the config names neither: a task of images or of numbers needs none.
@@ -80,7 +87,7 @@ def _pairs(lengths, window):
 class Feed:
     """Everything read from the config's data, and the batches made from it."""
 
-    def __init__(self, config, task, workdir, mesh):
+    def __init__(self, config: ConfigDict, task: tasks.Task, workdir: Path, mesh: Mesh) -> None:
         d, self.config, self.mesh, self.task = config.data, config, mesh, task
         self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
         self.sources = mix.sources(config)
@@ -206,7 +213,7 @@ class Feed:
             parts += [stream.identity(s.config.data.train) for s in self.sources]
         return " ".join(parts)
 
-    def position(self, step) -> dict[str, float]:
+    def position(self, step: int) -> dict[str, float]:
         """What each of several sources has given before `step`: documents, epochs; for the log."""
         if not self.names or self.config.data.streaming:
             return {}
@@ -215,7 +222,7 @@ class Feed:
             out |= {f"documents/{name}": documents, f"epochs/{name}": documents / len(store)}
         return out
 
-    def state(self, step) -> dict:
+    def state(self, step: int) -> dict:
         """Where the data stand after the batch of the last step, `step`; for the checkpoint."""
         if not self.config.data.streaming:
             return self.position(step)
@@ -234,11 +241,11 @@ class Feed:
         if e.best and not self.every(e.every, "eval.every"):
             raise ConfigError("eval.best needs evaluations, but eval.every is 0")
 
-    def every(self, text, what) -> int:
+    def every(self, text: str, what: str) -> int:
         """Steps between two events of duration `text`; 0 = never."""
         return config_lib.duration(text, what, total=self.steps, **self._units)
 
-    def due(self, step, text, what) -> bool:
+    def due(self, step: int, text: str, what: str) -> bool:
         """Is an event of every `text` (a duration; 0 = never) due after this step?"""
         every = self.every(text, what)
         return bool(every) and (step % every == 0 or step == self.steps)
@@ -256,17 +263,17 @@ class Feed:
             spec["sources"] = spec["weights"]._replace(dtype=np.int32)
         return spec
 
-    def width(self, batch) -> int:
+    def width(self, batch: Mapping[str, jax.Array]) -> int:
         """Which of `widths` a batch has."""
         fixed = self.task.layout.fixed
         return self.widths[0] if fixed else batch["tokens"].shape[1]
 
-    def abstract_batch(self, width=None) -> dict:
+    def abstract_batch(self, width: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """A global training batch as ShapeDtypeStructs with shardings; default the widest."""
         width = int(width or self.config.data.max_length)
         return parallel.abstract_batch(self.mesh, self.spec(self.batch_size, width))
 
-    def batches(self, start: int, state=None):
+    def batches(self, start: int, state: Mapping | None = None) -> Iterator[dict[str, jax.Array]]:
         """Global batches of steps start, start+1, ... on the mesh, a few made ahead.
 
         state: what `state` returned at step `start`; a stream goes on from there, and for indexed
@@ -341,7 +348,7 @@ class Feed:
         finally:
             host.close()
 
-    def eval_batches(self, store):
+    def eval_batches(self, store: data_lib.TokenStore) -> Iterator[dict[str, jax.Array]]:
         """Every row of a validation or test set once, in order; blank rows fill the last batch."""
         d, size = self.config.data, self.config.eval.batch_size
         shards = parallel.axis_size(self.mesh, parallel.RULES["batch"])

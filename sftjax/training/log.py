@@ -2,11 +2,19 @@
 
 import contextlib
 import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
+import optax
+from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
 from sftjax.training import metrics
+
+if TYPE_CHECKING:
+    from sftjax.training.data import Feed
 
 
 def say(what: str, text: str) -> None:
@@ -26,7 +34,15 @@ class Log:
     loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
     """
 
-    def __init__(self, section, workdir, feed, lr, flops, start: int):
+    def __init__(
+        self,
+        section: ConfigDict,
+        workdir: Path | str,
+        feed: "Feed",
+        lr: optax.Schedule,
+        flops: float,
+        start: int,
+    ) -> None:
         """section: the config's `train`."""
         if not feed.every(section.log_every, "train.log_every"):
             raise ConfigError("train.log_every is 0; write at least 1 step")
@@ -44,6 +60,7 @@ class Log:
         self._last = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:
+        """Take the metrics of one step, and the seconds that it waited for its batch."""
         self._window.append(on_device)
         self._at = step
         self._waited += waited
@@ -53,7 +70,7 @@ class Log:
                 self._write_line()
 
     @contextlib.contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         """Evaluation and saving inside this are not counted as training time."""
         while self._lines:
             self._write_line()
@@ -63,10 +80,12 @@ class Log:
         yield
         self._last += time.monotonic() - began
 
-    def write(self, step: int, values: dict) -> None:
+    def write(self, step: int, values: Mapping) -> None:
+        """Record {name: number} of one step beside the loop's own lines, at once."""
         self.writer.write(step, values)
 
     def close(self) -> None:
+        """Write the lines that are left, the last one of fewer steps, and close the files."""
         if self._window:
             self._cut(self._at)
         while self._lines:

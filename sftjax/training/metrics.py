@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 import jax
 from tqdm import tqdm
@@ -28,13 +29,13 @@ class Writer:
 
     def __init__(
         self,
-        workdir,
+        workdir: Path | str,
         total_steps: int,
         process_index: int = 0,
         tensorboard: bool = True,
         progress: bool = True,
         start_step: int = 0,
-    ):
+    ) -> None:
         self._total, self._start = total_steps, start_step
         self._file = self._board = self._bar = None
         self._progress = progress and process_index == 0
@@ -81,15 +82,16 @@ class Writer:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """End the progress line and close the files; nothing is written after it."""
         for open_one in (self._bar, self._board, self._file):
             if open_one is not None:
                 open_one.close()
         self._file = self._board = self._bar = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _show(self, step, values):

@@ -2,6 +2,9 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,7 +18,7 @@ class Profiler:
     the same.
     """
 
-    def __init__(self, steps: str, workdir, total: int):
+    def __init__(self, steps: str, workdir: Path, total: int) -> None:
         self.where, text = workdir / "profile", steps
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         self.first, self.last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
@@ -27,7 +30,7 @@ class Profiler:
             )
 
     @contextlib.contextmanager
-    def step(self, step: int):
+    def step(self, step: int) -> Iterator[None]:
         """Around the call of step number `step`, the first being 1."""
         if self.first <= step <= self.last and not self.on:
             jax.profiler.start_trace(self.where)
@@ -35,13 +38,14 @@ class Profiler:
         with jax.profiler.StepTraceAnnotation("train_step", step_num=step):
             yield
 
-    def end(self, step: int, result) -> None:
+    def end(self, step: int, result: Any) -> None:
         """After step number `step`; `result` is waited for where the trace ends with it."""
         if self.on and step >= self.last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
+        """End the trace, if one is on."""
         if self.on:
             jax.profiler.stop_trace()
             self.on = False

@@ -7,17 +7,23 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError
 from sftjax.training import checkpoint
 
+if TYPE_CHECKING:
+    from sftjax.training.data import Feed
 
-def prepare_workdir(config, workdir) -> Path:
+
+def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
     """Make the workdir, or check that the one found is this config's; write config and env."""
     workdir = Path(workdir).expanduser().absolute()
     try:
@@ -58,7 +64,7 @@ def _same_config(old, new, workdir):
         )
 
 
-def manifest(config, feed) -> dict:
+def manifest(config: ConfigDict, feed: "Feed") -> dict:
     """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template)."""
     return checkpoint.make_manifest(config_lib.to_dict(config), {"tokenised data": feed.identity})
 
@@ -71,7 +77,7 @@ def _flat(tree, prefix="") -> dict:
 
 
 @contextlib.contextmanager
-def compile_cache(workdir):
+def compile_cache(workdir: Path) -> Iterator[None]:
     """Keep compiled programs in the workdir, unless the user has named another place."""
     if jax.config.jax_compilation_cache_dir is not None:
         yield

@@ -67,7 +67,7 @@ def yours() -> dict[str, str]:
 
 
 @functools.cache
-def known(platform: str, device=None) -> dict[str, tuple]:
+def known(platform: str, device: jax.Device | None = None) -> dict[str, tuple]:
     """{the table's option: its (name, value) in this XLA}, of those that this XLA knows.
 
     XLA lists its options nowhere, but refuses to compile with one that it does not know. A TPU's
@@ -98,7 +98,7 @@ def _refused(options, device) -> str | None:
     return None
 
 
-def options(platform: str, device=None) -> dict:
+def options(platform: str, device: jax.Device | None = None) -> dict:
     """The compile options of a platform: the table's, without those that the user has set.
 
     device: what is compiled for, where it is none of this machine's.

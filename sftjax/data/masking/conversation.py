@@ -4,6 +4,8 @@ A new record form is one function and one line in `_read_form`.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sftjax.data.masking.marks import THINK
 from sftjax.data.masking.messages import (
@@ -33,15 +35,15 @@ KNOWN_FORMS = (
 
 
 def to_conversation(
-    record: dict,
+    record: dict[str, Any],
     *,
-    fields=None,
-    roles=None,
+    fields: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
     system: str = "",
-    template_kwargs=None,
+    template_kwargs: Mapping[str, Any] | None = None,
     where: str = "",
-) -> dict:
-    """Bring a record of any known form into one form.
+) -> dict[str, Any]:
+    r"""Bring a record of any known form into one form.
 
     Args:
       record: messages | conversations (from/value) | prompt + completion (text or message lists)
@@ -50,7 +52,7 @@ def to_conversation(
       fields: the record's own names for prompt, completion, input, system, messages, text, tools,
         and a message's for role and content; an empty one is found by the known forms. A dotted
         name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
-        with names in braces is filled in: "{context}\\n\\n{question}".
+        with names in braces is filled in: "{context}\n\n{question}".
       roles: {the data's name of a role: ours}, beside the known ones.
       system: a system message for conversations that have none.
       template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
@@ -83,12 +85,14 @@ def to_conversation(
     return chat | dict(messages=messages, kind=kind)
 
 
-def last_turn(messages) -> int:
+def last_turn(messages: Sequence[dict[str, Any]]) -> int:
     """The index at which the last turn begins: after the last user's message."""
     return max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
 
 
-def without_reasoning(messages, start, stop) -> list[dict]:
+def without_reasoning(
+    messages: Sequence[dict[str, Any]], start: int, stop: int
+) -> list[dict[str, Any]]:
     """`messages`, of which those in [start, stop) lose their reasoning."""
     return [_answer_only(m) if start <= i < stop else m for i, m in enumerate(messages)]
 
@@ -251,7 +255,7 @@ def _check_order(messages, where):
 # --- the fields of a record ---
 
 
-def read_field(record, name, where):
+def read_field(record: dict[str, Any], name: str, where: str) -> Any:
     """`record[name]`; inside for a dotted name; a text with names in braces is filled in."""
     if "{" in name:
         return re.sub(r"\{([^{}]+)\}", lambda m: _text(record, m[1], where), name)

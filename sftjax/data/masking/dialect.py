@@ -5,7 +5,9 @@ Learned once for each template, by rendering a few short conversations.
 
 import json
 import os.path
-from typing import NamedTuple
+from collections.abc import Callable
+from re import Pattern
+from typing import Any, NamedTuple
 
 # Texts that no template writes itself.
 U, A, B, C, T, N = "sftjaxu", "sftjaxa", "sftjaxb", "sftjaxc", "sftjaxt", "sftjaxn"
@@ -19,6 +21,8 @@ THINKING = [USER, ANSWER | {"reasoning_content": T}]
 
 
 class Dialect(NamedTuple):
+    """What was learned of one template."""
+
     parts: bool  # contents are lists of parts, {"type": "text", "text": ...}
     text_arguments: bool  # a tool call's arguments are JSON text, not an object
     header: str  # what precedes an assistant's own words, as in the generation prompt
@@ -26,7 +30,7 @@ class Dialect(NamedTuple):
     ends: tuple[str, ...]  # the special tokens that end an assistant's turn
     stops: tuple[str, ...]  # those of them that end the whole answer
 
-    def message(self, message) -> dict:
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A canonical message in the form that the template reads."""
         if self.parts:
             parts = [{"type": "text", "text": message["content"]}]
@@ -41,7 +45,7 @@ def _in_text(call):
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
-def learn(render, special) -> Dialect:
+def learn(render: Callable[[list[dict[str, Any]], bool], str], special: Pattern[str]) -> Dialect:
     """The dialect of a template.
 
     Args:

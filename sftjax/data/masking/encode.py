@@ -7,11 +7,12 @@ and no token is judged by its id.
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from sftjax.data.masking.conversation import last_turn, to_conversation, without
 from sftjax.data.masking.messages import ROLES
 from sftjax.data.masking.template import Case, after_empty_think, load_template
 from sftjax.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
 
 PART = 250  # records rendered, and then tokenised, together
 STOP_TOKEN = ("turn", "all", "last", "none")
@@ -36,6 +41,7 @@ class Encoded(NamedTuple):
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens and weights, int32 and float32 [n], in the order of a store's columns."""
         return self.tokens, self.weights
 
 
@@ -48,7 +54,9 @@ class Policy(NamedTuple):
     reasoning: dict[str, str]
 
 
-def encode(record: dict, tokenizer, *, where: str = "", **policy) -> Encoded:
+def encode(
+    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
+) -> Encoded:
     """Tokenise one record and say which of its tokens are trained.
 
     Args:
@@ -75,15 +83,15 @@ def encode(record: dict, tokenizer, *, where: str = "", **policy) -> Encoded:
 
 
 def encode_batch(
-    records,
-    wheres,
-    tokenizer,
+    records: Sequence[dict[str, Any]],
+    wheres: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
     *,
-    train_on="assistant",
+    train_on: str | Sequence[str] = "assistant",
     stop_token: str = "turn",
-    reasoning=None,
+    reasoning: Mapping[str, str] | None = None,
     template: str | None = None,
-    **forms,
+    **forms: Any,
 ) -> list[Encoded]:
     """`encode` for many records, which uses all cores."""
     if stop_token not in STOP_TOKEN:
@@ -141,7 +149,9 @@ def _check_unicode(texts, wheres):
             ) from None
 
 
-def prompt_and_answer(record: dict, tokenizer, *, where: str = "", **policy):
+def prompt_and_answer(
+    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
+) -> tuple[np.ndarray, str]:
     """The prompt for which a model generates, and the reference answer.
 
     The prompt is the conversation up to the last assistant turn with the template's generation
@@ -175,7 +185,7 @@ def _ids_before(tokenizer, text, stop):
     return output["input_ids"][: bisect_right(output["offset_mapping"], stop, key=itemgetter(1))]
 
 
-def stop_ids(tokenizer, template: str | None = None) -> list[int]:
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list[int]:
     """The ids at which generation stops: end of text, and the template's ends of a turn."""
     chat_template = load_template(tokenizer, template)
     stops = chat_template.dialect.stops if chat_template.source else ()
@@ -385,17 +395,19 @@ def _added_ids(tokenizer):
 class Offsets:
     """The (start, stop) characters of an encoding's tokens: a few are asked for, not all."""
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: "Encoding") -> None:
         self.encoding = encoding
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.encoding)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[int, int]:
         return self.encoding.token_to_chars(i)
 
 
-def token_weights(offsets, spans) -> np.ndarray:
+def token_weights(
+    offsets: Offsets | Sequence[tuple[int, int]], spans: Iterable[tuple[int, int, float]]
+) -> np.ndarray:
     """The weight of each token: that of the span with which its characters overlap, else 0.
 
     Args:

@@ -6,7 +6,8 @@ put back into it give the plain rendering, character by character; then every te
 
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 # A content that begins with its reasoning; the group is the answer.
 THINK = re.compile(r"(?:\s*<think>)?(?:(?!<think>).)*?</think>\s*(.*)", re.DOTALL)
@@ -14,6 +15,8 @@ THINK_TAG = re.compile(r"(\s*</?think>\s*)")
 
 
 class Mark(NamedTuple):
+    """Which text of which message a mark stands for."""
+
     message: int
     part: str  # think | content | call (a tool's name) | argument
     text: str  # for which the mark stands
@@ -27,7 +30,9 @@ class Place(NamedTuple):
     stop: int
 
 
-def put_marks(messages, salt, only=None) -> tuple[list[dict], list[Mark]]:
+def put_marks(
+    messages: Sequence[dict[str, Any]], salt: str, only: Collection[int] | None = None
+) -> tuple[list[dict[str, Any]], list[Mark]]:
     """Messages with a mark, f"{salt}{number}z", for each text of theirs.
 
     only: the messages that get marks, and these none in the arguments of their tool calls.
@@ -84,12 +89,12 @@ def _mark_strings(value, i, mark):
     return mark(i, "argument", value) if isinstance(value, str) else value
 
 
-def split(rendering, salt) -> list[str]:
+def split(rendering: str, salt: str) -> list[str]:
     """The skeleton: [literal, number, literal, ..., literal]."""
     return re.split(rf"{salt}(\d+)z", rendering)
 
 
-def put_back(text, skeleton, marks) -> list[Place] | None:
+def put_back(text: str, skeleton: Sequence[str], marks: Sequence[Mark]) -> list[Place] | None:
     """Put the texts back into the skeleton; None if that does not give `text`.
 
     A template may trim or quote a text, so those forms of it are tried as well.

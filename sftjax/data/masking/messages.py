@@ -6,6 +6,8 @@ and `weight` are for us; all others are kept, for templates that know them.
 """
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from sftjax.data.records.sources import loads
 from sftjax.errors import DataError
@@ -20,7 +22,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 READ = ("from", "value", "function_call", *REASONING)  # their contents move to other keys
 
 
-def known_roles(more=None) -> dict:
+def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """ROLES and `more` ({your name: one of ours}), checked."""
     for name, role in dict(more or {}).items():
         if role not in ROLES:
@@ -30,7 +32,9 @@ def known_roles(more=None) -> dict:
     return ROLES | dict(more or {})
 
 
-def read_messages(raw, fields, roles, where) -> list[dict]:
+def read_messages(
+    raw: Any, fields: Mapping[str, str], roles: Mapping[str, str], where: str
+) -> list[dict[str, Any]]:
     """A list of messages, its JSON text, or a tree of replies.
 
     Args:
@@ -139,7 +143,7 @@ def _tool_call(raw, where, inside):
     return known | {"type": "function", "function": function}
 
 
-def read_tools(raw, where) -> list | None:
+def read_tools(raw: Any, where: str) -> list[dict[str, Any]] | None:
     """A list of tools, each with or without its {"type": "function"} wrapper; JSON text as well."""
     tools = _listed(raw or [], "tools", where)
     tools = [parse_json(t, "tools", where) if isinstance(t, str) else t for t in tools]
@@ -157,7 +161,7 @@ def _listed(value, name, where, inside=""):
     return value
 
 
-def parse_json(text: str, name: str, where: str, inside: str = ""):
+def parse_json(text: str, name: str, where: str, inside: str = "") -> Any:
     """The value of a field's JSON text. Raises: DataError.
 
     Args:
@@ -171,7 +175,7 @@ def parse_json(text: str, name: str, where: str, inside: str = ""):
         raise DataError(problem, where=where, kind="bad_json") from None
 
 
-def wrong_type(name: str, value, expected: str, where: str, inside: str = "") -> DataError:
+def wrong_type(name: str, value: Any, expected: str, where: str, inside: str = "") -> DataError:
     """The error of a field of another type; `where` and `inside` as in `parse_json`."""
     found = f"{value!r:.60} ({type(value).__name__})"
     problem = f"{inside}{name!r} is {found}, expected {expected}"

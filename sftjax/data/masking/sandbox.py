@@ -11,8 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from sftjax.errors import DataError
 
@@ -24,7 +26,9 @@ WORKER = Path(__file__).with_name("sandbox_worker.py")
 _lock, _workers = Lock(), {}  # process id -> (worker, progress): a fork needs one of its own
 
 
-def render(template: str, variables: dict, chats: list[dict], wheres: list[str]) -> list[dict]:
+def render(
+    template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]], wheres: Sequence[str]
+) -> list[dict[str, Any]]:
     """Each chat as {"text"} (and "blocks"), or as {"error"} where the template failed.
 
     Args:

@@ -10,11 +10,16 @@ import os
 import resource
 import sys
 import time
+from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
-def main(progress, seconds, memory, characters):
+def main(progress: int, seconds: int, memory: int, characters: int) -> None:
+    """Answer the requests on standard input until it ends.
+
+    progress: a file's descriptor; seconds: of processor time a chat; memory: bytes.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -32,7 +37,9 @@ def main(progress, seconds, memory, characters):
         sys.stdout.buffer.flush()
 
 
-def render(template, variables, chat, characters):
+def render(
+    template: str, variables: dict[str, Any], chat: dict[str, Any], characters: int
+) -> dict[str, Any]:
     """{"text", and "blocks" where they are asked for}, or {"error"}."""
     try:
         texts, blocks = render_jinja_template(

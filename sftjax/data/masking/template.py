@@ -9,14 +9,18 @@ import json
 import os.path
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sftjax.data.masking import sandbox
-from sftjax.data.masking.dialect import learn
+from sftjax.data.masking.dialect import Dialect, learn
 from sftjax.data.masking.marks import put_back, put_marks, split
 from sftjax.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OURS = ("train", "weight")  # keys of a message that are for us, not for the template
 KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -46,13 +50,15 @@ class Region(NamedTuple):
 class Case(NamedTuple):
     """A conversation with its rendering, in which `regions` are wanted."""
 
-    chat: dict
+    chat: dict[str, Any]
     text: str
     trained: dict[int, bool]  # messages whose region is needed -> and is their reasoning, too?
     where: str
 
 
-def load_template(tokenizer, template: str | None = None) -> "ChatTemplate":
+def load_template(
+    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
+) -> "ChatTemplate":
     """The template in use for this tokenizer; one object, so that its skeletons are shared."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
@@ -67,7 +73,7 @@ def _load(tokenizer, source, vocabulary):
     return ChatTemplate(tokenizer, source)
 
 
-def template_text(tokenizer, template: str | None = None) -> str:
+def template_text(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> str:
     """The chat template in use: `template` (its text, or a file's name) or the tokenizer's."""
     if not template:
         return tokenizer.get_chat_template() if tokenizer.chat_template else ""
@@ -86,7 +92,7 @@ def template_text(tokenizer, template: str | None = None) -> str:
 class ChatTemplate:
     """One tokenizer with one chat template; `source` is "" where there is none."""
 
-    def __init__(self, tokenizer, source):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
@@ -97,7 +103,7 @@ class ChatTemplate:
     # --- rendering ---
 
     @cached_property
-    def dialect(self):
+    def dialect(self) -> Dialect:
         """What this template expects of a message, and how it begins and ends a turn."""
 
         def render(messages, prompt):
@@ -106,7 +112,9 @@ class ChatTemplate:
 
         return learn(render, self.special)
 
-    def render(self, chats, wheres, generate=False) -> list[str]:
+    def render(
+        self, chats: Sequence[dict[str, Any]], wheres: Sequence[str], generate: bool = False
+    ) -> list[str]:
         """The text of each conversation, with the generation prompt if `generate`.
 
         Raises: DataError, naming the first row that the template refuses.
@@ -125,7 +133,7 @@ class ChatTemplate:
             texts.append(result["text"])
         return texts
 
-    def prompt(self, chat, where) -> tuple[str, int, str]:
+    def prompt(self, chat: dict[str, Any], where: str) -> tuple[str, int, str]:
         """A text, the character in it at which the model begins to write, and what it is to say."""
         last = len(chat["messages"]) - 1
         [text], [prompt] = (
@@ -156,7 +164,7 @@ class ChatTemplate:
 
     # --- regions ---
 
-    def regions(self, cases) -> list[list[Region]]:
+    def regions(self, cases: Sequence[Case]) -> list[list[Region]]:
         """Of each case the regions of its messages, in the order of the text.
 
         Raises: DataError, naming the row in which a trained message's region can't be found.
@@ -184,7 +192,8 @@ class ChatTemplate:
 
     def _by_trained_marks(self, cases):
         """Marks for trained messages alone, as a template may look into the others' texts, and
-        not in the arguments of tool calls, which it may quote in a way of its own."""
+        not in the arguments of tool calls, which it may quote in a way of its own.
+        """
         safe = [not self._ends_in_arguments(case) for case in cases]
         found = iter(self._by_marks([c for c, ok in zip(cases, safe, strict=True) if ok], True))
         return [next(found) if ok else None for ok in safe]
@@ -243,7 +252,8 @@ class ChatTemplate:
 
     def _runs(self, text, marks, places):
         """Places in runs, each of one message and without a stop token in it: some templates
-        write the tools' results between a message's calls and its content."""
+        write the tools' results between a message's calls and its content.
+        """
         runs = []
         for place in places:
             last = runs[-1][-1] if runs else None
@@ -327,7 +337,7 @@ class ChatTemplate:
         return Region(message, start, closing.end() if closing else start, stop, end and end.span())
 
 
-def after_empty_think(text, region) -> int:
+def after_empty_think(text: str, region: Region) -> int:
     """Where the turn begins if a think block in which nothing stands is left out of it."""
     empty = EMPTY_THINK.match(text, region.start, region.answer)
     return empty.end() if empty else region.start

@@ -10,14 +10,15 @@ function of the row index, like everything else here.
 import hashlib
 import math
 from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.data.mixing.spec import Phase
 from sftjax.data.packing.pack import Batch, Plan
-from sftjax.data.packing.rows import Rows, shuffled_plan, take_rows
+from sftjax.data.packing.rows import Rows, Store, shuffled_plan, take_rows
 
 
 def name_seed(name: str) -> int:
@@ -28,24 +29,26 @@ def name_seed(name: str) -> int:
 class Joined:
     """Stores one after the other, without a copy."""
 
-    def __init__(self, stores):
+    def __init__(self, stores: Iterable[Store]) -> None:
         self.stores = list(stores)
         self.lengths = np.concatenate([store.lengths for store in self.stores])
         self.starts = np.append(0, np.cumsum([len(store) for store in self.stores]))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
         s = int(self.owner(i))
         return self.stores[s][int(i - self.starts[s])]
 
-    def owner(self, docs):
+    def owner(self, docs: int | np.ndarray) -> np.ndarray | np.int64:
         """Which store documents belong to."""
         return np.searchsorted(self.starts, docs, side="right") - 1
 
 
 class Cycle(NamedTuple):
+    """A cycle as it was planned."""
+
     first: int  # row
     given: np.ndarray  # int [sources]: documents given before it
     plan: Plan
@@ -77,16 +80,16 @@ class Mixture(Rows):
 
     def __init__(
         self,
-        stores: dict,
+        stores: Mapping[str, Store],
         length: int,
         packing: str = "bfd",
         seed: int = 0,
         total_rows: int | None = None,
         *,
-        phases: list[Phase],
-        ends=(),
-        **options,
-    ):
+        phases: Sequence[Phase],
+        ends: Sequence[int] = (),
+        **options: Any,
+    ) -> None:
         """ends: the rows at which the phases end, all but the last's; they may be set later.
 
         options: as of `Rows`.
@@ -104,7 +107,7 @@ class Mixture(Rows):
             self._rows.append(len(self._pack(place, self._draw(place, 1.0))))
         return self._rows[0]
 
-    def mean(self, values) -> float:
+    def mean(self, values: np.ndarray) -> float:
         """The mean over all rows; until the phases' ends are known, over the phases."""
         sums = [self._by_source(phase, values).sum() for phase in self.phases]
         known = len(self.ends) == len(self.phases) - 1
@@ -139,10 +142,12 @@ class Mixture(Rows):
         return dict(zip(self.names, given.tolist(), strict=True))
 
     def pieces(self, r: int) -> list[tuple[int, int, int]]:
+        """The (document, start, stop) of row r."""
         cycle = self._cycle(r)
         return cycle.plan.row(r - cycle.first)
 
-    def batch(self, indices) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows of these indices, and each cell's source, int32 [B, S] (or [B])."""
         batch = super().batch(indices)
         batch["sources"] = np.zeros(batch["weights"].shape, np.int32)
         for b, r in enumerate(indices):
@@ -230,5 +235,5 @@ class Mixture(Rows):
     def _tally(self, docs) -> np.ndarray:
         return np.bincount(self.store.owner(docs), minlength=len(self.names))
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cycles": [], "_held": 0, "_place": None}

@@ -5,27 +5,29 @@ A share is a share of tokens, all of them, trained or not: it is what a model re
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.config import ConfigError
+from sftjax.data.packing.rows import Store
 
 
 class Source(NamedTuple):
     """An entry of data.sources. Of weight, count and replay at most one is given."""
 
     name: str
-    config: object  # the run's config, as if this were its only source
+    config: ConfigDict  # the run's config, as if this were its only source
     weight: float | None = None  # its share of the tokens, beside the other weights
     count: int = 0  # its documents in a cycle
     replay: float = 0.0  # its share of all tokens in every phase; the others keep their proportions
 
 
-def sources(config) -> list[Source]:
+def sources(config: ConfigDict) -> list[Source]:
     """The entries of data.sources, or data.train as the only one. Raises: ConfigError."""
     d = config.data
     if d.train and d.sources:
@@ -101,7 +103,7 @@ class Phase(NamedTuple):
     counted: np.ndarray  # bool [sources]
 
 
-def phases(config, sources, stores) -> list[Phase]:
+def phases(config: ConfigDict, sources: Sequence[Source], stores: Sequence[Store]) -> list[Phase]:
     """The phases of data.phases, or the one that the sources describe. Raises: ConfigError.
 
     A cycle has as many tokens as the sources with a weight hold together, divided by the weights;

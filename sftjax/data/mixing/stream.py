@@ -7,20 +7,27 @@ records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
 from grain import experimental as graph
+from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
+from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing.mixture import name_seed
+from sftjax.data.packing.pack import Batch
 from sftjax.data.records.rejects import Rejects
 from sftjax.data.records.sources import Source, find_files, kind, open_bytes, parse_line, unreadable
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError
+
+if TYPE_CHECKING:
+    from sftjax.tasks import Task
 
 BINS = 256  # rows packed at a time
 EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
@@ -71,17 +78,20 @@ class Found:
     A line is parsed when it is asked for, so that a bad one is an error of its own row.
     """
 
-    def __init__(self, path, found):
+    def __init__(
+        self, path: Path | str, found: Iterable[tuple[str, dict[str, Any] | bytes]]
+    ) -> None:
         self.path, self._found = path, list(found)  # (where, record or line)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._found)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         where, record = self._found[i]
         return parse_line(record, where) if isinstance(record, bytes) else record
 
-    def where(self, i):
+    def where(self, i: int) -> str:
+        """The shard and row number of row `i`."""
         return self._found[i][0]
 
 
@@ -115,12 +125,13 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
 
 def identity(spec: str) -> str:
     """A hash of the shards' names and sizes, as their content is too much to read; and of what a
-    state counts in."""
+    state counts in.
+    """
     known = [[path.name, path.stat().st_size] for path in shards(spec)] + [CHUNK, BINS]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-def check(config, sources) -> None:
+def check(config: ConfigDict, sources: Sequence[mix.Source]) -> None:
     """Raises: ConfigError for what a stream can't do."""
     d = config.data
     if d.shuffle_window < 1:
@@ -155,21 +166,21 @@ class Spec(NamedTuple):
 
     name: str
     paths: str  # as open_source takes them
-    task: object  # what its examples are
+    task: "Task"  # what its examples are
     overlong: str = "truncate_end"
     on_error: str = "raise"
     max_skipped: float = 0.01  # of CHUNK rows
     weight: float = 1.0  # its share of the tokens, beside the other weights
 
     @classmethod
-    def of(cls, source, task, weight):
+    def of(cls, source: mix.Source, task: "Task", weight: float) -> "Spec":
         """Of a source of the config, see `mix.sources`."""
         d = source.config.data
         return cls(source.name, d.train, task, d.overlong, d.on_error, d.max_skipped, weight)
 
 
 def batches(
-    sources: list[Spec],
+    sources: Sequence[Spec],
     *,
     length: int,
     rows: int,
@@ -179,8 +190,8 @@ def batches(
     part: int = 0,
     parts: int = 1,
     prefetch: int = 2,
-    rejects=None,
-):
+    rejects: Path | None = None,
+) -> grain.DatasetIterator:
     """An endless iterator of Batches [rows, length], with get_state() and set_state().
 
     Args:
@@ -224,23 +235,23 @@ def _batch_row(row):
 class Records(grain.IterDataset):
     """(where, record or line), endlessly; the shards in a new order in every pass."""
 
-    def __init__(self, files, part, parts, seed):
+    def __init__(self, files: Sequence[Path], part: int, parts: int, seed: int) -> None:
         super().__init__()
         self.by_shard = len(files) >= parts
         self.files = files[part::parts] if self.by_shard else files
         self.part, self.parts, self.seed = part, parts, seed
 
-    def __iter__(self):
+    def __iter__(self) -> grain.DatasetIterator:
         return _Records(self)
 
 
 class _Records(grain.DatasetIterator):
-    def __init__(self, data):
+    def __init__(self, data: Records) -> None:
         super().__init__()
         self.data = data
         self.set_state(dict(passed=0, shard=0, row=0))
 
-    def __next__(self):
+    def __next__(self) -> tuple[str, dict[str, Any] | bytes]:
         data = self.data
         while True:
             if self.rows is None:
@@ -279,21 +290,23 @@ class _Records(grain.DatasetIterator):
 class Documents(grain.IterDataset):
     """The tokens, targets and weights of records, cut as their source says."""
 
-    def __init__(self, parent, *args):
+    def __init__(self, parent: grain.IterDataset, *args: Any) -> None:
         super().__init__(parent)
         self.args = args
 
-    def __iter__(self):
+    def __iter__(self) -> grain.DatasetIterator:
         return _Documents(iter(self._parent), *self.args)
 
 
 class _Documents(grain.DatasetIterator):
-    def __init__(self, parent, source, length, rejects):
+    def __init__(
+        self, parent: grain.DatasetIterator, source: Spec, length: int, rejects: Path | None
+    ) -> None:
         super().__init__(parent)
         self.source, self.length, self.rejects = source, length, rejects
         self.before, self.documents, self.at = parent.get_state(), [], 0
 
-    def __next__(self):
+    def __next__(self) -> Batch:
         chunks = 0
         while self.at == len(self.documents):
             if chunks == EMPTY:
@@ -331,20 +344,20 @@ class _Documents(grain.DatasetIterator):
 class Mixed(grain.IterDataset):
     """Documents of several streams: next comes one of the stream that is furthest behind."""
 
-    def __init__(self, parents, weights):
+    def __init__(self, parents: Sequence[grain.IterDataset], weights: Sequence[float]) -> None:
         super().__init__(parents)
         self.weights = np.asarray(weights, float)
 
-    def __iter__(self):
+    def __iter__(self) -> grain.DatasetIterator:
         return _Mixed([iter(parent) for parent in self._parents], self.weights)
 
 
 class _Mixed(grain.DatasetIterator):
-    def __init__(self, parents, weights):
+    def __init__(self, parents: Sequence[grain.DatasetIterator], weights: np.ndarray) -> None:
         super().__init__(parents)
         self.weights, self.given = weights, np.zeros(len(weights), np.int64)  # tokens
 
-    def __next__(self):
+    def __next__(self) -> Batch:
         given = self.given / np.maximum(self.weights, 1e-300)
         s = int(np.argmin(np.where(self.weights > 0, given, np.inf)))
         document = next(self._parents[s])

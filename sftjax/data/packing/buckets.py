@@ -1,9 +1,12 @@
 """Rows of one document each, in batches as wide as the smallest of a few lengths that will do."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from sftjax.data.packing.pack import Batch, Plan
-from sftjax.data.packing.rows import Rows, take_rows
+from sftjax.data.packing.rows import Rows, Store, take_rows
 from sftjax.errors import DataError
 
 
@@ -15,7 +18,17 @@ class Buckets(Rows):
     both. Like any row, a batch is a function of its index.
     """
 
-    def __init__(self, store, length, seed=0, total_rows=None, *, widths, batch_size, **options):
+    def __init__(
+        self,
+        store: Store,
+        length: int,
+        seed: int = 0,
+        total_rows: int | None = None,
+        *,
+        widths: Sequence[int],
+        batch_size: int,
+        **options: Any,
+    ) -> None:
         """Args:
         widths: tokens in a row, ascending, up to `length`, which is the last one.
         batch_size: rows in a batch; batch b has the rows [b * batch_size, (b + 1) * batch_size).
@@ -32,10 +45,11 @@ class Buckets(Rows):
 
     @property
     def efficiency(self) -> float:
+        """The share of cells that hold a token, where each row is as wide as it needs."""
         lengths = np.asarray(self.store.lengths)
         return float(lengths.sum() / self.widths[np.searchsorted(self.widths, lengths)].sum())
 
-    def batch(self, indices) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Some rows of one batch, as wide as the whole batch needs."""
         first = int(indices[0]) // self.batch_size * self.batch_size
         rows = range(first, min(first + self.batch_size, self.total))

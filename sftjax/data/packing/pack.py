@@ -4,9 +4,9 @@
 a token is read. `shift` is the one place in which targets and their weights are built.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +23,12 @@ class Field(NamedTuple):
     axes: tuple[str | None, ...]
 
 
+class Examples(Protocol):
+    """Examples by index, each as its arrays: a list of them, or a store."""
+
+    def __getitem__(self, i: int, /) -> tuple[np.ndarray, ...]: ...
+
+
 class Layout(Protocol):
     """How examples lie in the rows of a batch: the one place that knows the batch's arrays."""
 
@@ -32,7 +38,7 @@ class Layout(Protocol):
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """The arrays of a batch of `rows` rows of `width` tokens."""
 
-    def fill(self, row: Batch, examples, pieces: Sequence[tuple[int, int, int]]) -> None:
+    def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Write `pieces`, (example, start, stop) each, into the arrays of one row."""
 
     def trained(self, example: tuple[np.ndarray, ...]) -> int:
@@ -48,16 +54,19 @@ class Plan:
     stop: np.ndarray  # int64 [pieces], one past its last token
     offsets: np.ndarray  # int64 [rows + 1]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def row(self, r: int) -> list[tuple[int, int, int]]:
+        """The (document, start, stop) of row r."""
         pieces = slice(self.offsets[r], self.offsets[r + 1])
         columns = (self.doc[pieces], self.start[pieces], self.stop[pieces])
         return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
-def pack(lengths, capacity: int, strategy: str = "bfd") -> list[list[tuple[int, int, int]]]:
+def pack(
+    lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd"
+) -> list[list[tuple[int, int, int]]]:
     """Place documents into rows of at most `capacity` tokens; empty documents are skipped.
 
     Args:
@@ -75,7 +84,7 @@ def pack(lengths, capacity: int, strategy: str = "bfd") -> list[list[tuple[int, 
     return [rows.row(r) for r in range(len(rows))]
 
 
-def plan(lengths, capacity: int, strategy: str = "bfd") -> Plan:
+def plan(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd") -> Plan:
     """`pack` as flat arrays: a million documents in about a second. Raises: DataError."""
     if strategy not in STRATEGIES:
         problem = f"data.packing={strategy!r}: expected one of {', '.join(STRATEGIES)}"
@@ -163,7 +172,7 @@ def _best_pair(there, counts, smallest, room, longest):
     return (longest,)
 
 
-def shift(tokens, weights) -> tuple[np.ndarray, np.ndarray]:
+def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The targets of one document (or piece of one), and the loss weight of each.
 
     Position i predicts token i + 1, so it carries that token's weight. Nothing follows the last
@@ -182,7 +191,12 @@ def shift(tokens, weights) -> tuple[np.ndarray, np.ndarray]:
     return targets, moved
 
 
-def make_batch(encoded_docs, length: int | None = None, rows=None, pad_id: int = 0) -> Batch:
+def make_batch(
+    encoded_docs: Iterable[Sequence[Any]],
+    length: int | None = None,
+    rows: Sequence[Sequence[tuple[int, int, int]]] | None = None,
+    pad_id: int = 0,
+) -> Batch:
     """Documents to a batch of arrays [rows, length]; padding is known from lengths alone.
 
     Args:
@@ -228,17 +242,21 @@ class TokenRows:
     fixed = False
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch, each [rows, width]."""
         kinds = dict(tokens=np.int32, targets=self.target, weights=np.float32)
         kinds |= dict(positions=np.int32, segments=np.int32)
         return {k: Field((rows, width), dtype, ("batch", "seq")) for k, dtype in kinds.items()}
 
-    def document(self, tokens, weights, targets=None) -> Batch:
+    def document(
+        self, tokens: np.ndarray, weights: np.ndarray, targets: np.ndarray | None = None
+    ) -> Batch:
         """The arrays [n] that a document brings into its row."""
         if self.shifted:
             targets, weights = shift(tokens, weights)
         return dict(tokens=tokens, targets=targets, weights=weights)
 
-    def fill(self, row: Batch, examples, pieces) -> None:
+    def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Write the pieces one after the other into a row, with their positions and segments."""
         at = 0
         for segment, (doc, start, stop) in enumerate(pieces, 1):
             cells = slice(at, at + stop - start)
@@ -248,7 +266,8 @@ class TokenRows:
             row["segments"][cells] = segment
             at = cells.stop
 
-    def trained(self, example) -> int:
+    def trained(self, example: tuple[np.ndarray, ...]) -> int:
+        """How many targets of an example (or of a piece of one) have a weight."""
         weights = example[1][1:] if self.shifted else example[1]
         return int(np.count_nonzero(weights))
 
@@ -268,19 +287,22 @@ class FixedRows:
     fixed, shifted = True, False
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch, each [rows, *shape]; they have no width."""
         kinds = (*self.fields, ("weights", (), np.float32))
         return {
             name: Field((rows, *shape), dtype, ("batch", *(None,) * len(shape)))
             for name, shape, dtype in kinds
         }
 
-    def fill(self, row: Batch, examples, pieces) -> None:
+    def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Write the one example of a row, with weight 1."""
         [(i, _, _)] = pieces
         for (name, _, _), values in zip(self.fields, examples[i], strict=True):
             row[name][...] = values
         row["weights"][...] = 1.0
 
-    def trained(self, example) -> int:
+    def trained(self, example: tuple[np.ndarray, ...]) -> int:
+        """1: an example is one target."""
         return 1
 
 

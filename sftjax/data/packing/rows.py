@@ -10,11 +10,25 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sftjax.data.packing.pack import CAUSAL, Batch, Layout, Plan, blank_batch, plan
+from sftjax.data.packing.pack import CAUSAL, Batch, Examples, Layout, Plan, blank_batch, plan
 from sftjax.errors import DataError
+
+if TYPE_CHECKING:
+    import grain
+
+
+class Store(Examples, Protocol):
+    """Examples by index with their lengths; token_store.TokenStore, where they are in files."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each example, int [documents]."""
+
+    def __len__(self) -> int: ...
 
 
 class Rows:
@@ -27,7 +41,7 @@ class Rows:
 
     def __init__(
         self,
-        store,
+        store: Store,
         length: int,
         packing: str = "bfd",
         seed: int = 0,
@@ -37,7 +51,7 @@ class Rows:
         shuffle: bool = True,
         pad_id: int = 0,
         layout: Layout = CAUSAL,
-    ):
+    ) -> None:
         """Args:
         store: a Store, or anything with `lengths` and [i] -> the arrays of an example.
         length: tokens in a row.
@@ -66,7 +80,7 @@ class Rows:
     def _count_rows(self):
         return len(self._plan(0))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.total
 
     @property
@@ -77,11 +91,11 @@ class Rows:
     def __getitem__(self, r: int) -> Batch:
         return {k: v[0] for k, v in self.batch([r]).items()}
 
-    def mean(self, values) -> float:
+    def mean(self, values: np.ndarray) -> float:
         """The mean over rows of the sum of values [documents] over each row's documents."""
         return float(np.sum(values)) / max(self.per_epoch, 1)
 
-    def batch(self, indices) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """The rows of these indices as arrays [B, S]; blank from `total` on."""
         batch = blank_batch(len(indices), self.length, self.pad_id, self.layout)
         for b, r in enumerate(indices):
@@ -111,14 +125,14 @@ class Rows:
             return plan(lengths, self.length, self.packing)
         return shuffled_plan(lengths, self.length, self.packing, [self.seed, epoch])
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plans": {}, "_lock": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
 
 
-def shuffled_plan(lengths, length: int, packing: str, seed: list[int]) -> Plan:
+def shuffled_plan(lengths: np.ndarray, length: int, packing: str, seed: list[int]) -> Plan:
     """`plan` of documents in an order drawn from `seed`, its rows in another one."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
     order = rng.permutation(len(lengths))  # breaks the ties of equal lengths
@@ -126,7 +140,7 @@ def shuffled_plan(lengths, length: int, packing: str, seed: list[int]) -> Plan:
     return take_rows(replace(packed, doc=order[packed.doc]), rng.permutation(len(packed)))
 
 
-def take_rows(packed: Plan, rows) -> Plan:
+def take_rows(packed: Plan, rows: np.ndarray) -> Plan:
     """The rows of a plan at the indices `rows`, in that order."""
     sizes = np.diff(packed.offsets)[rows]
     offsets = np.append(0, np.cumsum(sizes))
@@ -144,7 +158,7 @@ def loader(
     stop_step: int | None = None,
     workers: int = 0,
     prefetch: int = 2,
-):
+) -> "grain.DatasetIterator":
     """Batches in order, read ahead by threads, or by `workers` processes.
 
     Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those
@@ -185,9 +199,9 @@ def _settle_flags():
 class _Read:
     """Step -> batch. A class, not a closure: worker processes get it pickled."""
 
-    def __init__(self, rows, batch_size, local):
+    def __init__(self, rows: Rows, batch_size: int, local: Sequence[int]) -> None:
         self.rows, self.batch_size, self.local = rows, batch_size, local
 
-    def __call__(self, step) -> Batch:
+    def __call__(self, step: int) -> Batch:
         first = int(step) * self.batch_size
         return self.rows.batch([first + at for at in self.local])

@@ -1,11 +1,15 @@
 """Documents longer than a row may be, and what lengths there are."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 BARS = "·▁▂▃▄▅▆▇█"
 
 
-def fit(tokens, weights, max_length: int, overlong: str, bos: int | None = None) -> list[tuple]:
+def fit(
+    tokens: np.ndarray, weights: np.ndarray, max_length: int, overlong: str, bos: int | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """A document as the pieces, of at most `max_length` tokens, in which something is trained.
 
     The first token of a piece has nothing before it that could predict it, so it doesn't count.
@@ -57,7 +61,7 @@ _CUTS = dict(
 OVERLONG = tuple(_CUTS)
 
 
-def describe(lengths) -> dict:
+def describe(lengths: Sequence[int]) -> dict:
     """{"percentiles": {"p5": n, ..., "max": n}, "histogram": [[at most, documents], ...]}.
 
     The histogram's bounds double.

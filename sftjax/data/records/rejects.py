@@ -3,7 +3,9 @@
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
+from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError, writing
 
 ON_ERROR = ("raise", "skip")
@@ -25,7 +27,14 @@ class Rejects:
     counts: how many of each kind, by the kind in words (DataError.label).
     """
 
-    def __init__(self, path, kept, source, on_error: str, max_skipped: float):
+    def __init__(
+        self,
+        path: Path | None,
+        kept: Path | None,
+        source: RecordSource,
+        on_error: str,
+        max_skipped: float,
+    ) -> None:
         """Args:
         path: the file; there is none without a row.
         kept: where it goes if there are too many rows.

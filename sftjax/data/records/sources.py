@@ -14,12 +14,14 @@ import json
 import mmap
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -29,12 +31,12 @@ BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by
 class Source(Sequence):
     """The records of several files, one after the other."""
 
-    def __init__(self, readers, limit: int = 0):
+    def __init__(self, readers: Sequence[Reader], limit: int = 0) -> None:
         self.readers = readers
         self._ends = np.cumsum([len(r) for r in readers]).tolist()
         self._length = min(self._ends[-1], limit or self._ends[-1])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, i: int) -> dict:
@@ -192,7 +194,7 @@ def _readable(name):
         raise unreadable(name, "data", error) from None
 
 
-def unreadable(path, what: str, error) -> DataError:
+def unreadable(path: Path | str, what: str, error: Exception) -> DataError:
     """The error of a file that can't be read as the kind of file, `what`, that it should be."""
     return DataError(f"not a readable {what} file: {error}", where=path, kind="unreadable")
 
@@ -200,7 +202,7 @@ def unreadable(path, what: str, error) -> DataError:
 class JsonLines:
     """One JSON object a line, found through an index of line starts; blank lines are skipped."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         if path.suffix.lower() in COMPRESSED:
             with open_bytes(path) as file:
@@ -217,13 +219,14 @@ class JsonLines:
         self._lines = np.flatnonzero(filled)
         self._starts, self._stops = starts[filled], stops[filled]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         return parse_line(self._bytes[self._starts[i] : self._stops[i]], self.where(i))
 
-    def where(self, i):
+    def where(self, i: int) -> str:
+        """The file and line of record `i`."""
         return f"{self.path}:{self._lines[i] + 1}"
 
 
@@ -233,7 +236,7 @@ _ENDS = {
 }
 
 
-def loads(text: str):
+def loads(text: str) -> Any:
     """json.loads, whose error names a trailing comma in every Python, as it does since 3.13."""
     try:
         return json.loads(text)
@@ -246,7 +249,7 @@ def loads(text: str):
         raise
 
 
-def parse_line(line: bytes, where: str):
+def parse_line(line: bytes, where: str) -> Any:
     """The value of one line of JSON. Raises: DataError."""
     try:
         return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
@@ -259,7 +262,7 @@ def parse_line(line: bytes, where: str):
 
 
 @contextmanager
-def open_bytes(path):
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """A binary file to read, decompressed where the name ends in .gz or .zst."""
     compression = COMPRESSED.get(path.suffix.lower())
     if compression is None:
@@ -289,16 +292,19 @@ def _line_starts(data, chunk=1 << 26):
 class Table:
     """Rows in memory, with what `where` says of each."""
 
-    def __init__(self, path, rows, places=None):
+    def __init__(
+        self, path: Path, rows: Sequence[Any], places: Sequence[int] | None = None
+    ) -> None:
         self.path, self._rows, self._places = path, rows, places
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Any:
         return self._rows[i]
 
-    def where(self, i):
+    def where(self, i: int) -> str:
+        """The file and the place of record `i`: what `places` says, else its number."""
         return f"{self.path}:{self._places[i] if self._places else i + 1}"
 
 
@@ -330,7 +336,7 @@ def _read_json(path):
 class Nested:
     """A record for each element of the nested lists `lists`, a dotted name, in another's rows."""
 
-    def __init__(self, reader, lists):
+    def __init__(self, reader: Reader, lists: str) -> None:
         self.path, self.lists, self._reader = reader.path, lists, reader
         names = lists.split(".")
         self._at = [
@@ -342,10 +348,10 @@ class Nested:
             problem = f"#{lists} holds no element in any row"
             raise DataError(problem, where=self.path, kind="no_rows")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._at)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         row, at = self._at[i]
         record = element = self._reader[row]
         for name, n in zip(self.lists.split("."), at, strict=True):
@@ -353,7 +359,8 @@ class Nested:
             record = {k: v for k, v in record.items() if k != name} | element
         return record
 
-    def where(self, i):
+    def where(self, i: int) -> str:
+        """The place of the row, and the element in it: "file.json:1#paragraphs.0.qas.2"."""
         row, at = self._at[i]
         names = zip(self.lists.split("."), at, strict=True)
         return f"{self._reader.where(row)}#{'.'.join(f'{name}.{n}' for name, n in names)}"
@@ -379,7 +386,7 @@ def _no_list(found, subject, where):
 class Parquet:
     """A Parquet file, memory-mapped; a row becomes a dict when it is asked for."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -389,14 +396,15 @@ class Parquet:
         except (pa.ArrowInvalid, OSError) as error:
             raise unreadable(path, "Parquet", error) from None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._table.num_rows
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         columns = zip(self._table.column_names, self._table.columns, strict=True)
         return {name: column[i].as_py() for name, column in columns}
 
-    def where(self, i):
+    def where(self, i: int) -> str:
+        """The file and row number of record `i`."""
         return f"{self.path}:{i + 1}"
 
 

@@ -7,7 +7,7 @@ serves padded rows, packed rows and a KV cache (where an unwritten slot has segm
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,21 @@ from sftjax.ops.attention.blockwise import NEG_INF
 from sftjax.parallel import RULES, shard_map, spec
 
 
-def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
+def xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    sinks: jax.Array | None,
+) -> jax.Array:
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     B, S, N, H = q.shape
     T, K = k.shape[1:3]
@@ -37,7 +51,14 @@ def xla(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale
     return checkpoint_name(out, "attention")
 
 
-def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
+def mask(
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    causal: bool,
+    window: int,
+) -> jax.Array:
     """bool [B, S, T]: which keys each query sees."""
     seen = q_seg[:, :, None] == kv_seg[:, None, :]
     ahead = q_pos[:, :, None] - kv_pos[:, None, :]  # how far the key lies behind the query
@@ -50,6 +71,8 @@ def mask(q_seg, kv_seg, q_pos, kv_pos, causal, window):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
+    """One way to compute attention: its function, called as `xla` is, and what it supports."""
+
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     features: frozenset = frozenset({"segments", "window", "softcap", "sinks", "bidirectional"})
@@ -64,7 +87,7 @@ BACKENDS = {
 }
 
 
-def check(backend: str, features=(), platform="", length=0) -> None:
+def check(backend: str, features: Iterable[str] = (), platform: str = "", length: int = 0) -> None:
     """Raise ConfigError unless `backend` exists, supports `features`, runs on `platform` ("" = this
     one) and takes rows of which a shard of mesh.context holds `length` tokens (0 = any)."""
     if backend not in BACKENDS:
@@ -91,21 +114,21 @@ def check(backend: str, features=(), platform="", length=0) -> None:
 
 @jax.named_scope("attention")  # so that a trace says what belongs to it
 def attention(
-    q,
-    k,
-    v,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     *,
-    segments,
-    positions,
-    kv_segments=None,
-    kv_positions=None,
-    causal=True,
-    window=0,
-    softcap=0.0,
-    scale=None,
-    sinks=None,
-    backend="blockwise",
-):
+    segments: jax.Array,
+    positions: jax.Array,
+    kv_segments: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: jax.Array | None = None,
+    backend: str = "blockwise",
+) -> jax.Array:
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 
     segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when

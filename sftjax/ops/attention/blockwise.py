@@ -25,6 +25,8 @@ FLOOR = NEG_INF / 2  # where a running maximum starts: exp(NEG_INF - FLOOR) is 0
 
 
 class Options(NamedTuple):
+    """What the scores and the mask are; see ops.attention.attention."""
+
     causal: bool
     window: int
     softcap: float
@@ -43,7 +45,21 @@ class Places(NamedTuple):
     met: jax.Array
 
 
-def blockwise(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
+def blockwise(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    sinks: jax.Array | None,
+) -> jax.Array:
     """Softmax attention; see ops.attention.attention. Queries and keys in any order; a query of
     segment 0 (padding) gives 0."""
     B, S, N, _ = q.shape

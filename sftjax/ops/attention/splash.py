@@ -24,7 +24,7 @@ BLOCKS = {64: (1024, 1024), 128: (1024, 1024), 256: (512, 512)}
 class _Places(masks._ComputableMask):
     """Which keys the queries at the given places see; computed inside the kernel."""
 
-    def __init__(self, places, length, causal, window):
+    def __init__(self, places: np.ndarray, length: int, causal: bool, window: int) -> None:
         def seen(q, k):
             ok = q >= k if causal else (q >= k) | (q < k)
             if window:
@@ -35,10 +35,10 @@ class _Places(masks._ComputableMask):
         self.q_sequence = np.asarray(places, np.int32)
         self.key = (self.q_sequence.tobytes(), length, causal, window)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Places) and self.key == other.key
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.key)
 
 
@@ -78,7 +78,21 @@ def _kernel(places, shards, length, heads, head_dim, causal, window, softcap):
     )
 
 
-def splash(q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks):
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    sinks: jax.Array | None,
+) -> jax.Array:
     """A backend of ops.attention, for one device's part of the mesh. S and T multiples of LANES."""
     T, shards = k.shape[1], k.shape[1] // q.shape[1]
     places = parallel.places(T, shards)

@@ -12,6 +12,7 @@ Softmax in powers of two, float32; see FlashAttention-2, https://arxiv.org/abs/2
 import dataclasses
 import functools
 import math
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Blocks:
     warps: int
     stages: int
 
-    def fit(self, S, T):
+    def fit(self, S: int, T: int) -> Self:
         """Not larger than the row; powers of two from 16 on, which tensor cores want."""
         q, k = (max(16, pl.next_power_of_2(n)) for n in (S, T))
         return dataclasses.replace(self, q=min(self.q, q), k=min(self.k, k))
@@ -77,7 +78,14 @@ def _ends(seg, pos, size):
     return first, low, last, high
 
 
-def block_map(how, blocks, q_seg, kv_seg, q_pos, kv_pos):
+def block_map(
+    how: How,
+    blocks: Blocks,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """(connected, whole), bool [B, queries' blocks, keys' blocks].
 
     connected: False only where no query of the block sees a key of the other. whole: True only
@@ -96,7 +104,7 @@ def block_map(how, blocks, q_seg, kv_seg, q_pos, kv_pos):
     return connected, whole & connected
 
 
-def ranges(connected, whole):
+def ranges(connected: jax.Array, whole: jax.Array) -> jax.Array:
     """int32 [B, n, 4]: blocks 0..1 and 2..3 of these bounds are visited masked, 1..2 unmasked."""
     n = connected.shape[-1]
     i = jnp.arange(n)
@@ -351,8 +359,21 @@ def _pad(x, rows, width=0, value=0):
 
 
 def triton(
-    q, k, v, *, q_seg, kv_seg, q_pos, kv_pos, causal, window, softcap, scale, sinks, sizes=None
-):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    sinks: jax.Array | None,
+    sizes: tuple[Blocks, Blocks, Blocks] | None = None,
+) -> jax.Array:
     """A backend of ops.attention, for one device's part of the mesh. sizes: of the blocks of the
     three kernels; None = SIZES'."""
     if (

@@ -312,7 +312,7 @@ def _cast(text, old, key):
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             value = float(value)
-    if key == "data.labels" and isinstance(value, (tuple, list, dict)):
+    if key.endswith("data.labels") and isinstance(value, (tuple, list, dict)):
         return tuple(value) if isinstance(value, list) else value
     if isinstance(old, tuple) and isinstance(value, (list, int)):
         value = tuple(value) if isinstance(value, list) else (value,)
@@ -363,6 +363,7 @@ def _check_group(group, default, prefix):
 def _check_value(name, value, default):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     kinds = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
+    kinds = (tuple, list, dict, ConfigDict) if name == "data.labels" else kinds
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
         raise ConfigError(f"{name}={value!r}: expected {type(default).__name__}, like {default!r}")
     least, most = RANGES.get(name, (-math.inf, math.inf))

@@ -26,7 +26,7 @@ from sftjax.errors import DataError
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
 
-FORMAT = 3  # of the files below; part of the cache's key
+FORMAT = 4  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
@@ -275,6 +275,7 @@ class Tally:
             split=self.cut if self.overlong == "split" else 0,
             pieces_dropped=self.pieces_dropped,  # of those split: nothing is trained in them
             tokens=tokens,
+            targets=could,
             trained_tokens=self.trained,
             trained_fraction=self.trained / max(could, 1),
             longest=max(self.lengths, default=0),

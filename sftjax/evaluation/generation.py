@@ -30,13 +30,15 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
     if top_k:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if top_p < 1:
         order = jnp.sort(logits, axis=-1)[:, ::-1]
         probs = jax.nn.softmax(order, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
-        least = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
+        least = jnp.min(
+            jnp.where(before < max(top_p, 1e-6), order, jnp.inf), axis=-1, keepdims=True
+        )
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(rng, logits).astype(jnp.int32)
 

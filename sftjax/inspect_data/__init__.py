@@ -184,13 +184,15 @@ def _totals(part, cache):
         on_error=data.on_error,
         max_skipped=data.max_skipped,
     )
-    rows = Rows(store, data.max_length, data.packing, part.config.seed, layout=part.task.layout)
+    layout = part.task.layout
+    length, packing = (1, "none") if layout.fixed else (data.max_length, data.packing)
+    rows = Rows(store, length, packing, part.config.seed, layout=layout)
     removed = [finding.rule for finding in part.removed.values()]
     return store.report | dict(
         facts=part.task.facts(store.report),
         removed={rule: removed.count(rule) for rule in dict.fromkeys(removed)},
         rows=rows.per_epoch,
-        row_length=data.max_length,
+        row_length=length,
         packing_efficiency=rows.efficiency,
     )
 
@@ -205,5 +207,5 @@ def _sum(totals) -> dict:
     for name in ("removed", "dropped", "skipped"):
         reasons = dict.fromkeys(reason for t in totals for reason in t[name])
         total[name] = {r: sum(t[name].get(r, 0) for t in totals) for r in reasons}
-    could = total["tokens"] - total["documents"]
+    could = sum(t["targets"] for t in totals)
     return total | dict(trained_fraction=total["trained_tokens"] / max(could, 1))

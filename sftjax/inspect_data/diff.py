@@ -89,7 +89,8 @@ def _fed(row):
     """The tokens that training gets of a row, and the weight of each as a target."""
     ids, weights = row.example.tokens, row.example.weights.copy()
     at = np.concatenate([*row.kept, np.zeros(0, int)]).astype(int)
-    weights[[piece[0] for piece in row.kept]] = 0  # nothing stands before it to predict it
+    if row.shifted:
+        weights[[piece[0] for piece in row.kept]] = 0  # nothing stands before it to predict it
     return ids[at], weights[at]
 
 

@@ -112,13 +112,17 @@ class Row:
     kept: list[np.ndarray]  # of each document made of it: which of its tokens, int [n]
     dropped: str  # why there is none
     note: str
+    shifted: bool = (
+        True  # a token is a target of the one before it, so the first of a piece is none
+    )
 
     @property
     def trained(self) -> float:
         """The share trained of the tokens kept (if dropped: of all) that can be a target."""
         pieces = self.kept or [np.arange(len(self.example.tokens))]
-        trained = sum(np.count_nonzero(self.example.weights[piece[1:]]) for piece in pieces)
-        return float(trained) / max(sum(len(piece) - 1 for piece in pieces), 1)
+        pieces = [piece[int(self.shifted) :] for piece in pieces]
+        trained = sum(np.count_nonzero(self.example.weights[piece]) for piece in pieces)
+        return float(trained) / max(sum(map(len, pieces)), 1)
 
 
 def wanted_rows(part: Part, wanted: Wanted) -> Iterator[Row]:
@@ -143,7 +147,8 @@ def encode(part: Part, indices: Sequence[int]) -> Iterator[Row]:
         long = 0 < d.max_length < part.task.length(example)
         notes = [getattr(example, "note", ""), f"data.max_length={d.max_length}" * long]
         dropped = next(iter(tally.dropped), "")
-        yield Row(where, example, kept, dropped, "; ".join(filter(None, notes)))
+        note, shifted = "; ".join(filter(None, notes)), part.task.layout.shifted
+        yield Row(where, example, kept, dropped, note, shifted)
 
 
 def _removed(part, indices):

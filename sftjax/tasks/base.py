@@ -48,6 +48,16 @@ class Example(NamedTuple):
     spans: list[tuple[int, int]] = []
     note: str = ""
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [0]: it has none to show."""
+        return np.zeros(0, np.int32)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """float32 [0], one for each token."""
+        return np.zeros(0, np.float32)
+
 
 class Scores(NamedTuple):
     """What was measured of one evaluation set."""
@@ -108,7 +118,7 @@ class Task:
 
     def kept(self, example: Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
         """What `cut` keeps, as the places of the tokens of each piece in the example."""
-        return [np.arange(self.length(example))]
+        return [np.arange(0 if self.layout.fixed else self.length(example))]
 
     def tally(self, max_length: int, overlong: str) -> Tally:
         """What cuts and counts the examples of a source."""

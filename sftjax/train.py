@@ -19,12 +19,13 @@ from sftjax import config as config_lib
 from sftjax import optim, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.evaluation.evaluator import EarlyStop, Evaluator
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
 from sftjax.reports import run as report
 from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import Checkpointer
-from sftjax.training.data import Feed, load_tokenizer
+from sftjax.training.data import Feed
 from sftjax.training.log import Log, say
 from sftjax.training.profiler import Profiler
 

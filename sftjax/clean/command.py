@@ -26,8 +26,8 @@ from sftjax.config import ConfigError
 from sftjax.data import make_batch, open_source
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.data.records.protocols import RecordSource
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.ops.cross_entropy import linear_cross_entropy
-from sftjax.training import data as feed
 
 if TYPE_CHECKING:
     from sftjax.models.decoder import Model
@@ -54,7 +54,7 @@ def clean(
     source = open_source(d.train, d.limit)
     rejects = Path(rejects or out.with_suffix(".rejects.jsonl"))
     rules = tuple(d.clean.rules) or ("all",)
-    tokenizer = feed.load_tokenizer(config) if d.tokenizer or config.model.path else None
+    tokenizer = load_tokenizer(config) if d.tokenizer or config.model.path else None
     task = tasks.make(config, tokenizer)
     read, encoder, form = task.prepared(source)
     options = clean_options(config, task)

@@ -36,9 +36,8 @@ def sample(
         order = jnp.sort(logits, axis=-1)[:, ::-1]
         probs = jax.nn.softmax(order, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
-        least = jnp.min(
-            jnp.where(before < max(top_p, 1e-6), order, jnp.inf), axis=-1, keepdims=True
-        )
+        kept = before < max(top_p, 1e-6)  # the likeliest at least
+        least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(rng, logits).astype(jnp.int32)
 

@@ -28,10 +28,10 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax.data import DataError, Rows, build_store, make_batch, pack
 from sftjax.errors import writing
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
 from sftjax.inspect_data.views import VIEWS
-from sftjax.training import data as feed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,7 +105,7 @@ def collect(
     wanted.check()
     if set not in ("train", "validation", "test"):
         raise DataError(f"--set={set}: expected train | validation | test", kind="setting")
-    tokenizer = feed.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     with tempfile.TemporaryDirectory() as temporary:  # where training's cache is not named
         cache = config.data.cache_dir or temporary
         # Policies are compared on the rows as they are: an augmented one is in a form of its own.

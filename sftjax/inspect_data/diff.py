@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from sftjax import tasks
 from sftjax.data import DataError
 from sftjax.data.mixing import spec as mix
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.rows import Part, Wanted, encode
-from sftjax.training import data as feed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def compare(
     other = other.copy_and_resolve_references()
     if not (other.data.tokenizer or other.model.path):
         other.data.tokenizer = config.data.tokenizer or config.model.path
-    tokenizers = feed.load_tokenizer(config), feed.load_tokenizer(other)
+    tokenizers = load_tokenizer(config), load_tokenizer(other)
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     # Ids of two vocabularies say nothing about each other: then tokens are compared by their text.
     words = [_Words(tokenizer) for tokenizer in tokenizers]

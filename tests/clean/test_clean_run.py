@@ -18,8 +18,9 @@ from sftjax.clean import command
 from sftjax.clean.rules import find
 from sftjax.config import ConfigError, get_default
 from sftjax.data import DataError, make_batch, open_source
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data import inspect
-from sftjax.training.data import Feed, load_tokenizer
+from sftjax.training.data import Feed
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -19,8 +19,8 @@ from experiments.stories import run as stories
 from sftjax import config as config_lib
 from sftjax import data, tasks
 from sftjax import params as params_lib
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.train import train
-from sftjax.training import data as feed
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SPECS = ["gsm8k/config.py", "sst2/config.py", "stories/config.py:babyllama105-hf"]
@@ -122,7 +122,7 @@ def test_sst2(in_repository, tmp_path):
 @pytest.mark.slow
 def test_gsm8k(in_repository, tmp_path):
     config = config_lib.load(str(EXPERIMENTS / "gsm8k/config.py"))
-    source, tokenizer = data.open_source(config.data.train), feed.load_tokenizer(config)
+    source, tokenizer = data.open_source(config.data.train), load_tokenizer(config)
     task, length = tasks.make(config, tokenizer), config.data.max_length
     store = data.build_store(source, task, length, "error", tmp_path)
     assert data.Rows(store, length).efficiency >= 0.98

@@ -11,9 +11,9 @@ from test_chat import make_tokenizer
 
 from sftjax.config import get_default
 from sftjax.data import encode
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data import inspect
 from sftjax.reports import html as html_lib
-from sftjax.training import data as feed
 
 pytestmark = pytest.mark.browser
 PHONE = 390  # CSS pixels
@@ -110,7 +110,7 @@ class Document(HTMLParser):
 
 def test_trained_spans_are_found_by_their_class(config, page):
     document = browse(page)
-    tokenizer = feed.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     encoded = [encode(row, tokenizer) for row in ROWS + OTHER]
     assert len(document.articles) == len(encoded)
     for article, e in zip(document.articles, encoded, strict=True):

@@ -20,10 +20,10 @@ from sftjax import parallel, tasks
 from sftjax import params as params_lib
 from sftjax import train as train_lib
 from sftjax.evaluation.generation import generate
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.models import vocab
 from sftjax.parallel import mesh as mesh_lib
 from sftjax.training import build
-from sftjax.training import data as feed
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
 OLD = 67
@@ -279,7 +279,7 @@ def make(files, **changes):
 def test_the_tokenizer_keeps_each_new_token_whole(files, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = feed.load_tokenizer(make(files))
+    tokenizer = load_tokenizer(make(files))
     tokenizer.save_pretrained(tmp_path)
     for t in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert t("<think>1</think>", add_special_tokens=False).input_ids[::2] == [112, 113]
@@ -298,30 +298,30 @@ def test_tokens_that_cannot_be_added(files, tokens, message):
     config = make(files)
     config.data.add_tokens = tokens
     with pytest.raises(config_lib.ConfigError) as e:
-        feed.load_tokenizer(config)
+        load_tokenizer(config)
     assert message in str(e.value)
 
 
 def test_a_tokenizer_that_does_not_fit_the_model(files, tmp_path):
     extended = tmp_path / "tokenizer"  # as somebody saved it, without growing the model
-    feed.load_tokenizer(make(files)).save_pretrained(extended)
+    load_tokenizer(make(files)).save_pretrained(extended)
     config = make(files, data__tokenizer=extended, data__add_tokens="('</think>',)")
     message = (
         r"the tokenizer has 114 tokens, the model's embedding only 112 rows; without a row:"
         r" '<think>'. Take .* \(data.tokenizer\), or list .* in data.add_tokens"
     )
     with pytest.raises(config_lib.ConfigError, match=message):
-        build.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
+        build.make_model(config, tasks.make(config, load_tokenizer(config)))
     config.data.add_tokens = NEW
-    model, _ = build.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
+    model, _ = build.make_model(config, tasks.make(config, load_tokenizer(config)))
     assert (model.config.vocab, model.config.rows) == (114, 128)
     config.data.add_tokens, config.data.tokenizer = (), ""
-    model, _ = build.make_model(config, tasks.make(config, feed.load_tokenizer(config)))
+    model, _ = build.make_model(config, tasks.make(config, load_tokenizer(config)))
     assert model.config.vocab == 112
 
 
 def first_params(config):
-    tokenizer = feed.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
     with jax.set_mesh(mesh):
         model, trainable = build.make_model(config, tasks.make(config, tokenizer))

@@ -18,6 +18,7 @@ from sftjax import config as config_lib
 from sftjax import optim, parallel, tasks
 from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
+from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data import inspect
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
@@ -117,7 +118,7 @@ def ran(case, tmp_path_factory):
 
 
 def make(config):
-    return tasks.make(config, feed_lib.load_tokenizer(config))
+    return tasks.make(config, load_tokenizer(config))
 
 
 def test_every_task_has_a_case():

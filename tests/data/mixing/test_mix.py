@@ -438,9 +438,10 @@ def test_a_curriculum_runs_logs_each_source_and_resumes(files, kinds, tmp_path, 
 
 def make_feed(config, workdir):
     from sftjax import parallel, tasks
+    from sftjax.hf.tokenizer import load_tokenizer
     from sftjax.training import data as feed
 
-    task = tasks.make(config, feed.load_tokenizer(config))
+    task = tasks.make(config, load_tokenizer(config))
     return feed.Feed(config, task, workdir, parallel.make_mesh({"fsdp": -1}))
 
 

@@ -1,0 +1,53 @@
+"""The tokenizer of a config, with its added tokens and its template."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from sftjax.errors import ConfigError
+from sftjax.hf.directory import load_model, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set.
+
+    None where the config names neither: a task of images or of numbers needs none.
+    """
+    from transformers import AutoTokenizer
+
+    d = config.data
+    if not (d.tokenizer or config.model.path):
+        return None
+    path = resolve(d.tokenizer or config.model.path, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"no tokenizer could be loaded from {path} (data.tokenizer, else model.path): {e}"
+        ) from e
+    if d.add_tokens:
+        _add_tokens(tokenizer, d.add_tokens, config.model.path)
+    if d.template:  # the export then carries it too
+        if not Path(d.template).is_file():
+            raise ConfigError(f"data.template={d.template!r} does not exist")
+        tokenizer.chat_template = Path(d.template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _add_tokens(tokenizer, tokens, model):
+    """Special tokens, each of which needs a new row; it may be in the tokenizer without one."""
+    rows = load_model(model).config.vocab if model else 0
+    ids = tokenizer.get_vocab()
+    for token in tokens:
+        if not isinstance(token, str) or not token:
+            raise ConfigError(f"data.add_tokens has {token!r}; expected strings, ('<a>', '<b>')")
+        if ids.get(token, rows) < rows:
+            raise ConfigError(
+                f"data.add_tokens: {token!r} is token {ids[token]} already, and the model has a row"
+                " for it; leave it out"
+            )
+    tokenizer.add_tokens(list(tokens), special_tokens=True)

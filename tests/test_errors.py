@@ -12,15 +12,16 @@ from test_chat import TOKENIZER
 
 from sftjax import config, errors, parallel
 from sftjax.data import DataError, build_store, encode, open_source
-from sftjax.data import token_store as pipeline
 from sftjax.hf import safetensors_io
-from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
+from sftjax.tasks.causal_lm import CausalLM
 from sftjax.training import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}
-CLASSES = [e for e in vars(errors).values() if isinstance(e, type)]
+CLASSES = [
+    e for e in vars(errors).values() if isinstance(e, type) and e.__module__ == errors.__name__
+]
 
 
 # --- the parts of a DataError ---
@@ -129,17 +130,16 @@ def test_rows_are_counted_by_kind_whatever_their_messages_say(tmp_path, monkeypa
         4: dict(problem="field 'y' is missing"),
     }
 
-    def encode_batch(records, wheres, *args, **policy):
+    def examples(self, records, wheres):
         for record, where in zip(records, wheres, strict=True):
             if error := raised.get(record["n"]):
                 raise DataError(**error, where=where)
-        return original(records, wheres, *args, **policy)
+        return original(self, records, wheres)
 
-    original = pipeline.encode_batch
-    monkeypatch.setattr(pipeline, "encode_batch", encode_batch)
-    store = build_store(
-        open_source(path), TOKENIZER, {}, 64, "drop", tmp_path / "c", "skip", 1.0
-    )  # fmt: skip
+    original = CausalLM.examples
+    monkeypatch.setattr(CausalLM, "examples", examples)
+    source, task = open_source(path), CausalLM(TOKENIZER)
+    store = build_store(source, task, 64, "drop", tmp_path / "c", "skip", 1.0)
     assert store.report["skipped"] == {
         "odd label": 2, "field 'x' is missing": 1, "another reason": 1
     }  # fmt: skip
@@ -157,9 +157,10 @@ def test_an_error_of_another_place_is_not_skipped(tmp_path, monkeypatch, where):
     def fail(*args, **policy):
         raise error
 
-    monkeypatch.setattr(pipeline, "encode_batch", fail)
+    monkeypatch.setattr(CausalLM, "examples", fail)
+    source, task = open_source(path), CausalLM(TOKENIZER)
     with pytest.raises(DataError) as caught:
-        build_store(open_source(path), TOKENIZER, {}, 64, "drop", tmp_path / "c", "skip", 1.0)
+        build_store(source, task, 64, "drop", tmp_path / "c", "skip", 1.0)
     assert caught.value is error
 
 
@@ -183,7 +184,6 @@ def test_classes_are_those_of_their_places_and_of_python():
     assert safetensors_io.WeightsError is errors.WeightsError
     assert parallel.MeshError is errors.MeshError and targets.TargetError is errors.TargetError
     assert checkpoint.CheckpointError is errors.CheckpointError
-    assert plan.OutOfMemory is errors.OutOfMemory
     builtin = (ValueError, OSError, RuntimeError, TypeError)
     for error in CLASSES:
         assert issubclass(error, errors.UserError)

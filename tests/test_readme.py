@@ -1,6 +1,8 @@
 """What the README says is true: its loop runs, its keys, files and commands exist."""
 
+import importlib
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,13 @@ def test_keys_and_modules_exist():
             assert part in node, key
             node = node[part]
     for module in re.findall(r"python -m (sftjax\.\w+)", TEXT):
-        assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
+        assert find_spec(f"{module}.__main__" if is_package(module) else module), module
     for module in COMMANDS.values():
-        assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
+        assert callable(importlib.import_module(module).main), module
+
+
+def is_package(module):
+    return find_spec(module).submodule_search_locations is not None
 
 
 def test_every_family_and_rope_variant_is_in_the_page_of_models():

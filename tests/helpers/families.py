@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from sftjax import hf as hf_lib
 from sftjax import params as params_lib
+from sftjax.hf import names as names_lib
 
 BASE = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -138,7 +139,7 @@ def write(name, directory, dtype=np.float32) -> Path:
     (directory / "config.json").write_text(json.dumps(ALL[name]))
     model = hf_lib.load_model(directory)
     abstract, shapes = params_lib.flatten(model.abstract), {}
-    for path, files, layout in hf_lib.tensors(model):
+    for path, files, layout in names_lib.tensors(model):
         p, lead = abstract[path], len(next(iter(files)))
         for file in files.values():
             shapes[file] = (layout.file_shape(p.shape[lead:]), path, p.shape[lead:])

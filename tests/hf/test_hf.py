@@ -24,6 +24,7 @@ from sftjax import hf as hf_lib
 from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.hf import layout
+from sftjax.hf import names as names_lib
 from sftjax.hf.safetensors_io import Reader, WeightsError
 
 HF = {
@@ -349,7 +350,7 @@ def written(directory, hf, shards):
     (directory / "config.json").write_text(json.dumps(hf))
     model = hf_lib.load_model(directory)
     abstract, shapes = params_lib.flatten(model.abstract), {}
-    for path, files, one in hf_lib.tensors(model):
+    for path, files, one in names_lib.tensors(model):
         shape = one.file_shape(abstract[path].shape[len(next(iter(files))) :])
         shapes |= dict.fromkeys(files.values(), shape)
     names, rng, where = sorted(shapes), np.random.default_rng(0), {}

@@ -51,11 +51,14 @@ class CausalLM(Task):
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
         """The task of a config. Raises: ConfigError for a setting of another task."""
-        if config.loss.class_weights:
-            raise ConfigError(
-                f"loss.class_weights={config.loss.class_weights!r} belongs to task="
-                f"'classification', and this is {config.task!r}; leave it empty"
-            )
+        d = config.data
+        foreign = {"loss.class_weights": config.loss.class_weights, "data.labels": d.labels}
+        for key, value in (foreign | {"data.fields.label": d.fields.label}).items():
+            if value:
+                raise ConfigError(
+                    f"{key}={value!r} belongs to task='classification', and this is"
+                    f" {config.task!r}; leave it empty"
+                )
         return cls(tokenizer, policy(config.data))
 
     # ---- data ----
@@ -78,6 +81,8 @@ class CausalLM(Task):
         return {key for key in record if matters(key)}
 
     def key(self) -> list:
+        if self.tokenizer is None:
+            raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
         """The policy, the chat template and the special tokens."""
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}

@@ -54,7 +54,7 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
         }  # fmt: skip
         step = functools.partial(
             sftjax.train_step,
-            loss_fn=sftjax.losses.causal_lm(model, **config.loss.to_dict()),
+            loss_fn=tasks.make(config, tokenizer).loss_fn(model, config.loss.to_dict()),
             tx=tx,
             micro_batches=config.train.micro_batches,
         )

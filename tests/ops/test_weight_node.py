@@ -148,7 +148,10 @@ def close(found, expected, tolerance=1e-5):
 # ---- one device ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("case", [c if c == "tied" else pytest.param(c, marks=SLOW) for c in CASES])
 def test_a_product_is_the_dense_weight_forward_and_by_the_chain_rule(case, monkeypatch):
     names, changes = CASES[case]
     if case == "mlp in slices":
@@ -174,6 +177,7 @@ def test_no_dense_weight_is_formed_where_the_node_knows_better():
         assert f"tensor<{shape}xf32>" not in text
 
 
+@pytest.mark.slow
 def test_decoding_reads_the_nodes_too():
     model, dense = node_model(".*/w"), tiny.model()
     params, batch = tiny.params(model), tiny.batch(rows=2, length=16)
@@ -186,6 +190,7 @@ def test_decoding_reads_the_nodes_too():
     close(run(model, params), run(dense, plain(params)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"remat": "full"}, MOE], ids=["dots", "slices", "experts"])
 def test_the_defaults_alone_serve_a_frozen_quantised_weight(changes, monkeypatch):
     """On 8 devices; the integers are gathered as integers."""
@@ -300,10 +305,10 @@ ONLY_NODES = ((".*/w/[ab]", True), (".*", False))
 @pytest.mark.parametrize(
     ("sizes", "changes"),
     [
-        ({"fsdp": 8}, {}),
+        pytest.param({"fsdp": 8}, {}, marks=SLOW),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
-        ({"fsdp": 4, "context": 2}, {"tied": True}),
-        ({"data": 2, "fsdp": 2, "expert": 2}, MOE),
+        pytest.param({"fsdp": 4, "context": 2}, {"tied": True}, marks=SLOW),
+        pytest.param({"data": 2, "fsdp": 2, "expert": 2}, MOE, marks=SLOW),
     ],
     ids=str,
 )

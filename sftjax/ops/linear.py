@@ -10,8 +10,16 @@ import jax.numpy as jnp
 def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """jnp.einsum(equation, x, w) in x's dtype."""
     w = w.astype(x.dtype)
+    if not _for_cpu():
+        return jnp.einsum(equation, x, w)
     y = jnp.einsum(equation, x, jax.lax.stop_gradient(w))
     return _by_weight(equation, y, jax.lax.stop_gradient(x), w)
+
+
+def _for_cpu() -> bool:
+    """Whether the program that is traced is one for CPUs: by the mesh, or else by what is here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -21,6 +29,11 @@ def _by_weight(equation, y, x, w):
     JAX itself would take g times x and turn the product, for which XLA:CPU turns g, together with
     all that is fused with it, element by element. The product stays outside, in the sight of the
     policies of remat.
+
+    For CPUs only, where a step of a small Llama (width 288, six layers, 8 rows of 256 tokens) takes
+    0.84 of the time that it takes by JAX's own rule. Compiled for a v5e 2x4, a 1B's step with full
+    remat takes 2.9% fewer cycles and 7.3% less memory by JAX's rule (1.039 s for 1.070 s, 5.06 GiB
+    for 5.46 GiB; the same FLOPs, and the same bytes sent).
     """
     return y
 

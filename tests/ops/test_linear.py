@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from sftjax import sharding
+from sftjax import parallel
 from sftjax.ops import linear
 
 EQUATIONS = {
@@ -34,8 +34,8 @@ def test_the_rule_for_cpus_gives_the_gradients_of_jax(equation, monkeypatch):
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_the_rule_follows_the_mesh_of_the_program(platform):
     """Not the machine that compiles it: programs for TPUs are compiled on CPUs too."""
-    sizes = (1,) * len(sharding.AXES)
-    mesh = AbstractMesh(sizes, sharding.AXES, abstract_device=AbstractDevice("", None, platform))
+    sizes = (1,) * len(parallel.AXES)
+    mesh = AbstractMesh(sizes, parallel.AXES, abstract_device=AbstractDevice("", None, platform))
     x, w = jnp.ones((2, 6, 8)), jnp.ones((8, 5))
     with jax.sharding.use_abstract_mesh(mesh):
         text = str(jax.make_jaxpr(lambda x, w: linear.einsum("bsd,df->bsf", x, w))(x, w))

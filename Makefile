@@ -16,7 +16,7 @@ test: .venv/installed-test
 
 # The long groups too; those that read $SFTJAX_FIXTURES are skipped where it is absent.
 test-all: test
-	.venv/bin/python -m pytest -q -m "(slow or multiprocess) and not (parity or tpu or browser)"
+	.venv/bin/python -m pytest -q -m "(slow or long or multiprocess) and not (parity or tpu or browser)"
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

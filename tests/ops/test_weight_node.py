@@ -148,10 +148,11 @@ def close(found, expected, tolerance=1e-5):
 # ---- one device ----------------------------------------------------------------------------
 
 
-SLOW = pytest.mark.slow
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
+HOW = {"tied": (), "q": SLOW, "experts": SLOW, "mlp in slices": SLOW}  # the others are long
 
 
-@pytest.mark.parametrize("case", [c if c == "tied" else pytest.param(c, marks=SLOW) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=HOW.get(c, LONG)) for c in CASES])
 def test_a_product_is_the_dense_weight_forward_and_by_the_chain_rule(case, monkeypatch):
     names, changes = CASES[case]
     if case == "mlp in slices":
@@ -190,8 +191,15 @@ def test_decoding_reads_the_nodes_too():
     close(run(model, params), run(dense, plain(params)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, MOE], ids=["dots", "slices", "experts"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=SLOW),
+        pytest.param({"remat": "full"}, marks=LONG),
+        pytest.param(MOE, marks=LONG),
+    ],
+    ids=["dots", "slices", "experts"],
+)
 def test_the_defaults_alone_serve_a_frozen_quantised_weight(changes, monkeypatch):
     """On 8 devices; the integers are gathered as integers."""
     monkeypatch.setattr(layer, "SLICE", 16)
@@ -305,9 +313,9 @@ ONLY_NODES = ((".*/w/[ab]", True), (".*", False))
 @pytest.mark.parametrize(
     ("sizes", "changes"),
     [
-        pytest.param({"fsdp": 8}, {}, marks=SLOW),
+        pytest.param({"fsdp": 8}, {}, marks=LONG),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
-        pytest.param({"fsdp": 4, "context": 2}, {"tied": True}, marks=SLOW),
+        pytest.param({"fsdp": 4, "context": 2}, {"tied": True}, marks=LONG),
         pytest.param({"data": 2, "fsdp": 2, "expert": 2}, MOE, marks=SLOW),
     ],
     ids=str,

@@ -3,20 +3,43 @@
 import importlib
 import sys
 
+import sftjax
 from sftjax import config
 
-COMMANDS = {
-    "train": "sftjax.train",
-    "inspect": "sftjax.inspect_data",
-    "clean": "sftjax.clean.command",
-    "plan": "sftjax.plan.command",
-    "generate": "sftjax.generate",
+COMMANDS = {  # name: (module, what it does)
+    "train": ("sftjax.train", "fine-tune a model, measure it, export it"),
+    "inspect": ("sftjax.inspect_data", "show what a config trains on, token by token"),
+    "clean": ("sftjax.clean.command", "clean a data set, with a report of what was taken out"),
+    "plan": ("sftjax.plan.command", "compile a config for hardware that is not here: does it fit?"),
+    "generate": ("sftjax.generate", "one answer of a model"),
 }
 
 
+def usage() -> str:
+    """Return the commands, a line each."""
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: sftjax COMMAND --config=FILE.py [--config.KEY=VALUE ...]", "", *lines, ""]
+    )
+
+
 def main() -> None:
-    """Run the command that the first argument names, with the arguments after it."""
+    """Run the command that the first argument names, with the arguments after it.
+
+    Raises: SystemExit, with status 2 if the first argument is no command.
+    """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        raise SystemExit(f"usage: sftjax {' | '.join(COMMANDS)} --config=FILE.py ...")
-    config.run(importlib.import_module(COMMANDS[name]).main, sys.argv[2:])
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name in ("--version", "-V"):
+        print(f"sftjax {sftjax.__version__}")
+    elif name in COMMANDS:
+        config.run(importlib.import_module(COMMANDS[name][0]).main, sys.argv[2:])
+    else:
+        found = f"unknown command {name!r}\n" if name else ""
+        print(f"{found}{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

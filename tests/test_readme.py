@@ -53,7 +53,7 @@ def test_keys_and_modules_exist():
             node = node[part]
     for module in re.findall(r"python -m (sftjax\.\w+)", TEXT):
         assert find_spec(f"{module}.__main__" if is_package(module) else module), module
-    for module in COMMANDS.values():
+    for module, _ in COMMANDS.values():
         assert callable(importlib.import_module(module).main), module
 
 

@@ -209,7 +209,7 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
         return _too_large(program, target, str(e), began)
     text = compiled.as_text()
     cost = hlo.analyze(text, assume=rounds(text, program))
-    found = memory_lib.account(program, compiled, text)
+    found = memory_lib.account(program, compiled)
     return account(program, target, "compiled", began, cost, found)
 
 

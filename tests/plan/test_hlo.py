@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sftjax.plan import hlo, hlo_text
-from sftjax.plan import memory_account as memory
 
 
 def text_of(fn, *args) -> str:
@@ -296,8 +295,3 @@ def test_peak_bytes_counts_donated_memory_once():
     kept = jax.jit(lambda x: x + 1).lower(x).compile()
     donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
     assert hlo.peak_bytes(kept) == 2 * size and hlo.peak_bytes(donated) == size
-
-
-def test_what_another_core_takes_and_makes_is_in_use_until_it_is_done():
-    found = [b.dims for b in memory.Live(ASYNC).peak() if b.dims]
-    assert sorted(found) == [(4, 4), (8, 8), (16, 8), (16, 8)]  # of %b, %call-start, %b and %o

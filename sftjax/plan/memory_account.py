@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from sftjax.plan import hlo
 from sftjax.plan.hardware import Target
+from sftjax.training.metrics import peak_bytes
 
 if TYPE_CHECKING:
     from sftjax.plan.compile import Program
@@ -48,7 +48,7 @@ _KEY = jax.dtypes.prng_key
 
 def account(program: "Program", compiled: jax.stages.Compiled) -> Account:
     """The Account of a compiled step."""
-    parts, total = held(program), hlo.peak_bytes(compiled)
+    parts, total = held(program), peak_bytes(compiled)
     parts["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
     named = sorted(((size, f"the {name}") for name, size in parts.items()), reverse=True)
     # The step's number, the random key, the metrics, and what fills up the tiles of all arrays.

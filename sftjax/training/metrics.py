@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
+from sftjax.files import write_atomic
 
 # ---- writing -------------------------------------------------------------------------------
 
@@ -133,9 +133,7 @@ def _drop_after(path, step):
     if not path.exists():
         return
     kept = [line for line, at in read_lines(path) if at["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomic(path, "".join(kept))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -187,6 +185,13 @@ def mfu(flops_per_step: float, seconds: float, device_kind: str, n_devices: int)
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_step / (seconds * n_devices * peak)
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes a device needs of a program: arguments, results and temporaries, shared ones once."""
+    m = compiled.memory_analysis()
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return held + m.temp_size_in_bytes
 
 
 def peak_memory() -> tuple[int, str]:

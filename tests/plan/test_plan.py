@@ -17,7 +17,7 @@ from sftjax.plan import estimate as estimate_lib
 from sftjax.plan import hardware as targets
 from sftjax.plan import memory_account as memory
 from sftjax.plan import text as plan_text
-from sftjax.training import build
+from sftjax.training import build, metrics
 
 LLAMA = dict(
     model_type="llama", vocab_size=512, hidden_size=64, num_hidden_layers=4,
@@ -90,7 +90,7 @@ def test_what_is_held_is_what_the_compiler_holds(compiled, case):
     m = done.memory_analysis()
     held = sum(memory.held(program).values())
     assert 0 <= m.argument_size_in_bytes - held <= 64  # beside it: the step and the random key
-    assert p.total == hlo.peak_bytes(done)
+    assert p.total == metrics.peak_bytes(done)
     assert p.memory["temporaries"] == m.temp_size_in_bytes and sum(p.memory.values()) == p.total
     assert 0 <= p.memory["other"] < 0.02 * p.total
     names = ["parameters", "frozen", "optimizer", "batch", "temporaries"]

@@ -29,8 +29,6 @@ from sftjax.plan.hardware import Target
 from sftjax.step import TrainState
 from sftjax.training import build as build_lib
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:

@@ -256,11 +256,12 @@ def make_manifest(config: Mapping, identity: Mapping) -> dict:
     return {
         "identity": json.loads(json.dumps(dict(identity))),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "versions": {name: _version(name) for name in ("sftjax", "jax", "orbax-checkpoint")},
+        "versions": {name: version(name) for name in ("sftjax", "jax", "orbax-checkpoint")},
     }
 
 
-def _version(name):
+def version(name: str) -> str | None:
+    """The installed version of a package; None where there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree

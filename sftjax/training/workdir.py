@@ -86,14 +86,6 @@ def compile_cache(workdir: Path) -> Iterator[None]:
 
 def environment() -> dict:
     """Versions, devices and the command, for env.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def find(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     commit = None
     with contextlib.suppress(OSError):  # no git here
@@ -105,7 +97,7 @@ def environment() -> dict:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: find(p) for p in (*packages, "transformers", "numpy")},
+        "packages": {p: checkpoint.version(p) for p in (*packages, "transformers", "numpy")},
         "devices": [str(d.device_kind) for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": commit,

@@ -430,4 +430,4 @@ def _generation(model, tokenizer, stop_ids) -> dict:
 
 
 def _write_json(file, value):
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

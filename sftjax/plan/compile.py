@@ -152,7 +152,7 @@ def _with_stored_dtype(config):
     if not config.model.frozen_dtype:
         path = Path(hf.resolve(config.model.path, weights=False))
         file = path / "config.json" if path.is_dir() else path
-        stored = json.loads(file.read_text()) if file.exists() else {}
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         name = stored.get("dtype") or stored.get("torch_dtype")
         config.model.frozen_dtype = name if isinstance(name, str) else ""
     return config

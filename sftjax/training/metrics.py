@@ -44,7 +44,7 @@ class Writer:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)  # line by line: a killed run keeps its lines
+        self._file = path.open("a", 1, encoding="utf-8")  # by lines: a killed run keeps them
         if tensorboard:
             from tensorboardX import SummaryWriter  # slow to import, not always wanted
 
@@ -138,7 +138,7 @@ def _drop_after(path, step):
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(text, object) of every whole line of a metrics.jsonl."""
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         for line in f:
             try:
                 parsed = json.loads(line)

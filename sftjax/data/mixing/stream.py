@@ -79,7 +79,7 @@ def identity(spec: str) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-def check(config: ConfigDict, sources: Sequence[mix.Source]) -> None:
+def check(config: ConfigDict, sources: Sequence[mix.Share]) -> None:
     """Raises: ConfigError for what a stream can't do."""
     d = config.data
     if d.shuffle_window < 1:
@@ -121,7 +121,7 @@ class Spec(NamedTuple):
     weight: float = 1.0  # its share of the tokens, beside the other weights
 
     @classmethod
-    def of(cls, source: mix.Source, task: "Task", weight: float) -> "Spec":
+    def of(cls, source: mix.Share, task: "Task", weight: float) -> "Spec":
         """Of a source of the config, see `mix.sources`."""
         d = source.config.data
         return cls(source.name, d.train, task, d.overlong, d.on_error, d.max_skipped, weight)

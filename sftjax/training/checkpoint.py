@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import checkpoint_managers as managers
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
@@ -58,18 +58,18 @@ class Checkpointer:
         if manifest is not None:
             check_manifest(self.directory, manifest)
         _set_aside_incomplete(self.directory)
-        keepers = [policies.LatestN(keep)]
+        keepers = [managers.LatestN(keep)]
         if best_metric:
             keepers.append(
-                policies.BestN(
+                managers.BestN(
                     get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
                 )
             )
-        self._manager = policies.CheckpointManager(
+        self._manager = managers.CheckpointManager(
             self.directory,
-            options=policies.CheckpointManagerOptions(
+            options=managers.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                preservation_policy=policies.AnyPreservationPolicy(keepers),
+                preservation_policy=managers.AnyPreservationPolicy(keepers),
                 # Without a best_fn Orbax writes no metrics, and a resumed run forgets its best.
                 best_fn=self._score if best_metric else None,
             ),

@@ -330,7 +330,7 @@ def _attention(how, q, k, v, sinks, where):
 
 
 def _attention_forward(how, q, k, v, sinks, where):
-    # Named for remat policies: what is saved under this name is not computed a second time.
+    # Named for remat: what is saved under this name is not computed a second time.
     out, lse = checkpoint_name(_forward(how, q, k, v, sinks, where), "attention")
     return out, (q, k, v, sinks, where, out, lse)
 

@@ -282,7 +282,7 @@ def _parquet(path):
         raise unreadable(path, "Parquet", error) from None
 
 
-def _read_table(path, **dialect):
+def _read_table(path, **dialect: Any):
     csv.field_size_limit(1 << 30)  # the library's 128 kB is shorter than some documents
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -40,7 +40,7 @@ def xla(
 
 
 def mask(where: Where, causal: bool, window: int) -> jax.Array:
-    """bool [B, S, T]: which keys each query sees."""
+    """Which keys each query sees: bool [B, S, T]."""
     seen = where.q_seg[:, :, None] == where.kv_seg[:, None, :]
     ahead = where.q_pos[:, :, None] - where.kv_pos[:, None, :]  # how far the key lies behind
     if causal:

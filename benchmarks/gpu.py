@@ -213,6 +213,7 @@ def tune(case, tries, kernels=range(3)):
     import jax.numpy as jnp
 
     from sftjax.ops.attention import triton as gpu_attention
+    from sftjax.ops.attention.asked import Options, Where
 
     shape, (batch, _) = SHAPES[case.shape], make_batch(case)
     H = shape["head_dim"]
@@ -224,10 +225,8 @@ def tune(case, tries, kernels=range(3)):
     segments, positions = batch["segments"], batch["positions"]
 
     def loss(sizes, q, k, v):
-        out = gpu_attention.triton(
-            q, k, v, q_seg=segments, kv_seg=segments, q_pos=positions, kv_pos=positions,
-            causal=True, window=0, softcap=0.0, scale=H**-0.5, sinks=None, sizes=sizes,
-        )  # fmt: skip
+        where, o = Where(segments, segments, positions, positions), Options(True, 0, 0.0, H**-0.5)
+        out = gpu_attention.triton(q, k, v, None, where, o, sizes)
         return jnp.sum(out, dtype=jnp.float32)
 
     def time_of(sizes):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sftjax.ops.attention import splash
+from sftjax.ops.attention.asked import Options, Where
 from sftjax.plan import hardware as targets
 from sftjax.training import workdir
 
@@ -26,8 +27,8 @@ HEADS = 4
 
 def step(q, k, v, seg):
     def total(q, k, v):
-        how = dict(causal=True, window=0, softcap=0.0, scale=q.shape[-1] ** -0.5, sinks=None)
-        out = splash.splash(q, k, v, q_seg=seg, kv_seg=seg, q_pos=None, kv_pos=None, **how)
+        where, o = Where(seg, seg, None, None), Options(True, 0, 0.0, q.shape[-1] ** -0.5)
+        out = splash.splash(q, k, v, None, where, o)
         return jnp.sum(out.astype(jnp.float32))
 
     return jax.grad(total, (0, 1, 2))(q, k, v)

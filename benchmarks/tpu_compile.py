@@ -14,8 +14,7 @@ peak     bytes of a device, as the compiler counts them: arguments + temporaries
          half of a layer on the host.
 cycles   the compiler's own estimate, over the clock: the loops' bodies as often as they run. The
          loss takes as many chunks as there are trained tokens; the count assumed is printed. They
-         hold neither attention kernels, whose own FLOPs are apart, nor collectives; of a ring of
-         permutes, as a v5e sums gradients, they hold the sums.
+         hold neither attention kernels, whose own FLOPs are apart, nor collectives.
 wire     what a device sends, against the least that fsdp can do: two gathers of the weights and one
          scatter of their gradients. async: the share that runs beside other work.
 

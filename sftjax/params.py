@@ -48,13 +48,18 @@ def is_param(x: Any) -> bool:
 
 def path_name(path: Sequence[Any]) -> str:
     """The "/"-joined name of a jax.tree_util key path."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """[(name such as "layers/attn/q/w", leaf)] in tree order; None is no leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param)
+    return [(path_name(path), leaf) for path, leaf in leaves]
 
 
 def flatten(tree: Any) -> dict[str, Any]:
     """{name: leaf} in tree order; None is no leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param)
-    return {path_name(path): leaf for path, leaf in leaves}
+    return dict(named_leaves(tree))
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:

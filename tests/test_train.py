@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
 import sftjax
@@ -19,21 +20,14 @@ from sftjax import config as config_lib
 from sftjax import train as train_lib
 
 REPO = Path(__file__).resolve().parents[1]
-QUICKSTART = REPO / "experiments" / "quickstart"
+QUICKSTART = tiny.QUICKSTART
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A tiny random model's directory, and small data files."""
     where = tmp_path_factory.mktemp("files")
-    model = where / "model"
-    model.mkdir()
-    for file in (QUICKSTART / "base_model").iterdir():
-        if file.suffix != ".safetensors":
-            (model / file.name).write_bytes(file.read_bytes())
-    config = json.loads((model / "config.json").read_text())
-    config |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
-    (model / "config.json").write_text(json.dumps(config))
+    tiny.directory(where / "model")
     for name, n in {"train": 200, "validation": 21, "test": 6}.items():
         lines = (QUICKSTART / "data" / f"{name}.jsonl").read_text().splitlines()[:n]
         (where / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -10,6 +10,7 @@ from sftjax.clean.rules import RULES, Findings
 from sftjax.clean.split import said
 from sftjax.data.masking.conversation import to_conversation
 from sftjax.data.records.protocols import RecordSource
+from sftjax.data.records.rejects import record
 from sftjax.errors import DataError, writing
 
 EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row
@@ -30,7 +31,7 @@ def write_rejects(path: Path | str, source: RecordSource, findings: Findings) ->
             line = dict(
                 where=source.where(i), reason=finding.rule, note=finding.note, other=finding.other
             )
-            line["record"] = _record(source, i)
+            line["record"] = record(source, i)
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
@@ -109,15 +110,8 @@ def _excerpts(source, i, form):
         *prompt, answer = (said(m) for m in chat["messages"])
         texts = ("\n".join(prompt), answer)
     except DataError:
-        texts = (json.dumps(_record(source, i), ensure_ascii=False, default=str), "")
+        texts = (json.dumps(record(source, i), ensure_ascii=False, default=str), "")
     return [t if len(t) <= EXCERPT else t[: EXCERPT - 1] + "…" for t in texts]
-
-
-def _record(source, i):
-    try:
-        return source[i]
-    except DataError:  # malformed: the note says what is wrong with it
-        return None
 
 
 @contextmanager

@@ -8,9 +8,7 @@ one reason, and the counts add up.
 import hashlib
 import inspect
 import json
-import os
 import re
-import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ from sftjax.clean.split import normalise, said
 from sftjax.data.masking.conversation import to_conversation
 from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError
+from sftjax.files import write_atomic
 
 FORMAT = 1  # of what the rules find; part of the cache's key
 SHINGLE = 5  # characters in a piece of text that near duplicates are compared by
@@ -445,15 +444,11 @@ def find_once(
     known = json.dumps([FORMAT, key, list(rules), plain, sets, files, code], sort_keys=True)
     file = Path(folder) / f"clean-{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
     if file.exists():
-        rows, found, *names = json.loads(file.read_text())
+        rows, found, *names = json.loads(file.read_text(encoding="utf-8"))
         return Findings(rows, tuple(Finding(*f) for f in found), *map(tuple, names))
     findings = find(source, rules, **options)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with open(handle, "w") as out:  # whole or not at all: other processes do the same
-            json.dump(list(vars(findings).values()), out)
-        os.replace(temporary, file)
+        write_atomic(file, json.dumps(list(vars(findings).values())))  # as other processes do
     except OSError as error:
         problem = f"data.cache_dir={folder}: can't be written: {error}"
         raise DataError(problem, kind="unwritable") from None

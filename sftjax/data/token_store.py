@@ -50,7 +50,7 @@ class TokenStore:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.report = json.loads((self.folder / "report.json").read_text())
+        self.report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
         self.columns = self.report.get("columns", COLUMNS)
         self.arrays = {
             name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape(
@@ -179,7 +179,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
         problem = task.nothing_left(first, report, max_length)
         raise DataError(problem, kind="nothing_trained")
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
-    (temporary / "report.json").write_text(json.dumps(report, indent=1))
+    (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _chunks(total):

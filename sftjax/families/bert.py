@@ -75,10 +75,7 @@ def names(c: Config) -> list[tuple]:
         ]
     sums = [(out, "layers/attn_sum_norm"), (block + "output.", "layers/mlp_sum_norm")]
     for file, path in [*sums, (embed, "embed_norm")]:
-        rows += [
-            (file + "LayerNorm.weight", path + "/scale", "d -> d"),
-            (file + "LayerNorm.bias", path + "/b", "d -> d"),
-        ]
+        rows += common.layer_norm(file + "LayerNorm", path)
     return rows + _head(c)
 
 

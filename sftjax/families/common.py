@@ -161,3 +161,11 @@ def kinds(
             raise ModelError(f"layer type {name!r} is not supported; known: {', '.join(known)}")
     out = tuple(Kind(known[name], rope) for name in types)
     return out[:1] if len(set(out)) == 1 else out
+
+
+def layer_norm(file: str, path: str) -> list[tuple]:
+    """Rows as in llama.names of a LayerNorm: its scale and its bias."""
+    return [
+        (file + ".weight", path + "/scale", "d -> d"),
+        (file + ".bias", path + "/b", "d -> d"),
+    ]

@@ -61,8 +61,5 @@ def names(c: Config) -> list[tuple]:
         ]
     places = [(block + "ln_1", "layers/attn_norm"), (block + "ln_2", "layers/mlp_norm")]
     for file, path in [*places, ("transformer.ln_f", "norm")]:
-        rows += [
-            (file + ".weight", path + "/scale", "d -> d"),
-            (file + ".bias", path + "/b", "d -> d"),
-        ]
+        rows += common.layer_norm(file, path)
     return rows + [("lm_head.weight", "head/w", "v d -> v d")] * (not c.tied)

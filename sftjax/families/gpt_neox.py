@@ -60,8 +60,5 @@ def names(c: Config) -> list[tuple]:
         (block + "post_attention_layernorm", "layers/mlp_norm"),
         ("gpt_neox.final_layer_norm", "norm"),
     ]:
-        rows += [
-            (file + ".weight", path + "/scale", "d -> d"),
-            (file + ".bias", path + "/b", "d -> d"),
-        ]
+        rows += common.layer_norm(file, path)
     return rows + [("embed_out.weight", "head/w", "v d -> v d")] * (not c.tied)

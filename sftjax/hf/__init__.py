@@ -2,7 +2,7 @@
 
 from sftjax.hf.directory import (
     FAMILIES,
-    Source,
+    Origin,
     load_model,
     load_params,
     load_pretrained,
@@ -14,7 +14,7 @@ from sftjax.hf.directory import (
 
 __all__ = [
     "FAMILIES",
-    "Source",
+    "Origin",
     "load_model",
     "load_params",
     "load_pretrained",

@@ -41,7 +41,7 @@ IGNORED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Origin:
     """The facts of the directory a model came from that export needs."""
 
     directory: str
@@ -102,7 +102,7 @@ def load_model(
         raise ModelError(f"{file}: {e}") from None
     generation = file.parent / "generation_config.json"
     generation = _json(generation) if generation.exists() else {}
-    source = Source(str(file.parent), hf, generation, dtypes={}, labels=labels)
+    source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels)
     return getattr(family, "Model", decoder.Model)(config, source)
 
 
@@ -430,4 +430,4 @@ def _generation(model, tokenizer, stop_ids) -> dict:
 
 
 def _write_json(file, value):
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

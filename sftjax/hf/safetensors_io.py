@@ -56,7 +56,8 @@ class Reader:
             return [single]
         if index.exists():
             try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = sorted(set(names.values()))
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise WeightsError(f"{index}: damaged index: {e!r}. Download it again.") from None
             missing = [f for f in files if not (self.directory / f).exists()]
@@ -166,7 +167,7 @@ def write(
         total = sum(row[-1] for shard in shards for row in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text)
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write_file(path, rows):

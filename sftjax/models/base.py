@@ -25,7 +25,7 @@ class Model(Protocol):
     """
 
     config: Any  # a frozen dataclass; classes: 0, or the size of the head that reads a document
-    source: Any  # hf.Source: the facts of the directory it came from, or None
+    source: Any  # hf.Origin: the facts of the directory it came from, or None
     reads: Literal["first", "last"]  # the token of a document from which its class is read
 
     @property

@@ -108,22 +108,22 @@ def _axes(config):
 # ---- forward -------------------------------------------------------------------------------
 
 
-_policies = jax.checkpoint_policies
+_kept = jax.checkpoint_policies
 # What the forward pass of a layer keeps for the backward one, beside the layer's input. None keeps
 # what was gathered: the weights of all layers at once would lie whole on every device.
 REMAT = {
     "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "stop_gradient"),
     # What matmuls and attention gave, and the sums after them. The rest is cheaper to compute again
     # than to write and read: on a CPU a step takes a tenth less time than with "none".
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names("attention", "layer"),
+    "dots": _kept.save_from_both_policies(
+        _kept.dots_with_no_batch_dims_saveable,
+        _kept.save_only_these_names("attention", "layer"),
     ),
-    "attention": _policies.save_only_these_names("attention"),
-    "full": _policies.nothing_saveable,
+    "attention": _kept.save_only_these_names("attention"),
+    "full": _kept.nothing_saveable,
     # As "full", with the layers' inputs and the sums after attention in the host's memory until the
     # backward pass.
-    "offload": _policies.save_and_offload_only_these_names(
+    "offload": _kept.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=("layer",),
         offload_src="device",
@@ -135,12 +135,12 @@ LEAST = ("full", "offload")  # of memory: these work off an MLP in slices
 
 
 def remat(config: "Config", fn: Callable) -> Callable:
-    """Wrap fn so that its backward pass keeps only what the policy config.remat names."""
-    policy = REMAT.get(config.remat) or getattr(_policies, config.remat, None)
-    if policy is None:
-        known = [n for n in dir(_policies) if not n.startswith("_")]
+    """Wrap fn so that its backward pass keeps only what config.remat names."""
+    kept = REMAT.get(config.remat) or getattr(_kept, config.remat, None)
+    if kept is None:
+        known = [n for n in dir(_kept) if not n.startswith("_")]
         raise ConfigError(f"model.remat={config.remat!r} is none of {', '.join(REMAT)}, {known}")
-    return jax.checkpoint(fn, policy=policy, prevent_cse=not config.scan)
+    return jax.checkpoint(fn, policy=kept, prevent_cse=not config.scan)
 
 
 def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.Array:

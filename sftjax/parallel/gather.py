@@ -68,51 +68,23 @@ def _gather_fwd(w, axes):
     return shard_map(whole, (left,), left)(w), None
 
 
-# A kind of chip that waits for a reduce-scatter, having no cores apart for it (see xla_flags): the
-# largest mesh on which it does not wait for a permute.
-RINGS = {"TPU v5 lite": 16}
-
-
 def _gather_bwd(axes, _, g):
     """The sum over fsdp, scattered: along the minor part of the axis last.
 
     In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
     """
     dim, left = axes.index("embed"), spec(axes)
-    mesh = jax.sharding.get_abstract_mesh()
-    kind = mesh.abstract_device and mesh.abstract_device.device_kind
-    one = _ring if mesh.size <= RINGS.get(kind, 0) else _scatter
 
     def scatter(g):
         n = jax.lax.axis_size(RULES["embed"])
         grid = np.arange(n).reshape(two_factors(n))
         for groups in (grid.T, grid):
             if groups.shape[1] > 1:
-                g = one(g, dim, groups)
+                how = dict(scatter_dimension=dim, tiled=True, axis_index_groups=groups.tolist())
+                g = jax.lax.psum_scatter(g, RULES["embed"], **how)
         return g
 
     return (shard_map(scatter, (left,), left)(g),)
-
-
-def _scatter(g, dim, groups):
-    return jax.lax.psum_scatter(
-        g, RULES["embed"], scatter_dimension=dim, tiled=True, axis_index_groups=groups.tolist()
-    )
-
-
-def _ring(g, dim, groups):
-    """The same by sums that go round in each group, which run beside other work."""
-    n, size = groups.shape[1], g.shape[dim] // groups.shape[1]
-    ahead = np.stack([groups, np.roll(groups, -1, 1)], -1).reshape(-1, 2).tolist()
-    place = jnp.asarray(np.argsort(groups.ravel()) % n)[jax.lax.axis_index(RULES["embed"])]
-
-    def part(k):
-        return jax.lax.dynamic_slice_in_dim(g, (place - k) % n * size, size, dim)
-
-    total = part(1)
-    for k in range(2, n + 1):
-        total = jax.lax.ppermute(total, RULES["embed"], ahead) + part(k)
-    return total
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

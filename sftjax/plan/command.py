@@ -33,4 +33,4 @@ def main(argv: Sequence[str]) -> None:
     if flags.json:
         content = json.dumps([p.as_json() for p in found], indent=1)
         with writing("--json", flags.json):
-            Path(flags.json).write_text(content + "\n")
+            Path(flags.json).write_text(content + "\n", encoding="utf-8")

@@ -29,8 +29,6 @@ from sftjax.plan.hardware import Target
 from sftjax.step import TrainState
 from sftjax.training import build as build_lib
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -154,7 +152,7 @@ def _with_stored_dtype(config):
     if not config.model.frozen_dtype:
         path = Path(hf.resolve(config.model.path, weights=False))
         file = path / "config.json" if path.is_dir() else path
-        stored = json.loads(file.read_text()) if file.exists() else {}
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         name = stored.get("dtype") or stored.get("torch_dtype")
         config.model.frozen_dtype = name if isinstance(name, str) else ""
     return config
@@ -209,7 +207,7 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
         return _too_large(program, target, str(e), began)
     text = compiled.as_text()
     cost = hlo.analyze(text, assume=rounds(text, program))
-    found = memory_lib.account(program, compiled, text)
+    found = memory_lib.account(program, compiled)
     return account(program, target, "compiled", began, cost, found)
 
 

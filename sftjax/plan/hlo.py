@@ -15,12 +15,8 @@ import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from sftjax.plan import hlo_text as text_lib
-
-if TYPE_CHECKING:
-    import jax
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 KINDS += ("ragged-all-to-all", "collective-broadcast")
@@ -124,13 +120,6 @@ def analyze(text: str, assume: int | Mapping[str, int] = 1) -> Cost:
     depends on data; a number, or {regex searched in the loop's name: number} (others: 1).
     """
     return _Reader(text, assume).cost()
-
-
-def peak_bytes(compiled: "jax.stages.Compiled") -> int:
-    """Bytes a device needs: arguments, results and temporaries, shared ones once."""
-    m = compiled.memory_analysis()
-    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return held + m.temp_size_in_bytes
 
 
 # ---- the walk ------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """HTML pages of reports: jinja2 templates that escape every value; one file each, nothing fetched.
 
-A page's style and script stand in files beside the templates. A page carries a policy that lets
-a browser run and apply these alone, by their hashes, so that text from a data set could not run
-even where an escape were forgotten.
+A page's style and script stand in files beside the templates. A page carries a
+Content-Security-Policy that lets a browser run and apply these alone, by their hashes, so that text
+from a data set could not run even where an escape were forgotten.
 """
 
 import base64
@@ -37,13 +37,13 @@ def render(template: str, *, styles: Sequence[str] = (), script: str = "", **val
     text = (
         _environment()
         .get_template(template)
-        .render(style=Markup(style), script=Markup(code), policy=policy(style, code), **values)
+        .render(style=Markup(style), script=Markup(code), csp=csp(style, code), **values)
     )
     # A browser reads a bare carriage return as a newline, so that no value would keep its own.
     return text.replace("\r", "&#13;") + "\n"
 
 
-def policy(style: str, script: str) -> Markup:
+def csp(style: str, script: str) -> Markup:
     """The Content-Security-Policy that allows this inline style and script, and nothing else."""
     return Markup(
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from sftjax.errors import writing
+from sftjax.files import write_atomic
 
 if TYPE_CHECKING:
     from sftjax.tasks import Task
@@ -51,7 +52,7 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
     with writing("the file", workdir / "result.json"):
-        (workdir / "result.json").write_text(text + "\n")
+        write_atomic(workdir / "result.json", text + "\n")
     from sftjax.reports import curves  # a run that trains has no need of matplotlib before
 
     curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")

@@ -220,7 +220,7 @@ class CausalLM(Task):
         """A JSON line for each question: prompt, reference, and the answers before and after."""
         with writing("the directory", path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with writing("the file", path), open(path, "w") as f:
+        with writing("the file", path), open(path, "w", encoding="utf-8") as f:
             rows = zip(questions, before["answers"], after["answers"], strict=True)
             for (prompt, reference), old, new in rows:
                 row = {

@@ -21,7 +21,7 @@ from sftjax.models import vocab
 from sftjax.models.base import Model
 from sftjax.ops import attention
 from sftjax.step import Loss, TrainState, train_step
-from sftjax.training import xla_flags
+from sftjax.training import metrics, xla_flags
 from sftjax.training.log import say
 
 if TYPE_CHECKING:
@@ -281,10 +281,7 @@ def export(directory: Path | str, task: "Task", model: Model, state: TrainState)
 
 def compiled_text(compiled: jax.stages.Compiled, seconds: float) -> str:
     """How long the compile took, and the program's bytes a device (0: not known there)."""
-    m = compiled.memory_analysis()
-    peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-    peak -= m.alias_size_in_bytes
-    cache = jax.config.jax_compilation_cache_dir
+    peak, cache = metrics.peak_bytes(compiled), jax.config.jax_compilation_cache_dir
     return f"in {seconds:.1f} s, peak {peak / 2**20:,.0f} MiB a device; cache {cache}"
 
 

@@ -22,9 +22,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import checkpoint_managers as managers
 
+from sftjax import params as params_lib
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
+from sftjax.files import write_atomic
 
 
 class Checkpointer:
@@ -56,18 +58,18 @@ class Checkpointer:
         if manifest is not None:
             check_manifest(self.directory, manifest)
         _set_aside_incomplete(self.directory)
-        keepers = [policies.LatestN(keep)]
+        keepers = [managers.LatestN(keep)]
         if best_metric:
             keepers.append(
-                policies.BestN(
+                managers.BestN(
                     get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
                 )
             )
-        self._manager = policies.CheckpointManager(
+        self._manager = managers.CheckpointManager(
             self.directory,
-            options=policies.CheckpointManagerOptions(
+            options=managers.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
-                preservation_policy=policies.AnyPreservationPolicy(keepers),
+                preservation_policy=managers.AnyPreservationPolicy(keepers),
                 # Without a best_fn Orbax writes no metrics, and a resumed run forgets its best.
                 best_fn=self._score if best_metric else None,
             ),
@@ -254,11 +256,12 @@ def make_manifest(config: Mapping, identity: Mapping) -> dict:
     return {
         "identity": json.loads(json.dumps(dict(identity))),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "versions": {name: _version(name) for name in ("sftjax", "jax", "orbax-checkpoint")},
+        "versions": {name: version(name) for name in ("sftjax", "jax", "orbax-checkpoint")},
     }
 
 
-def _version(name):
+def version(name: str) -> str | None:
+    """The installed version of a package; None where there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
@@ -279,11 +282,9 @@ def check_manifest(directory: Path | str, manifest: Mapping) -> None:
     path = Path(directory) / "manifest.json"
     if not path.exists():
         if jax.process_index() == 0:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(manifest, indent=2))
-            os.replace(temporary, path)
+            write_atomic(path, json.dumps(manifest, indent=2))
         return
-    old, new = json.loads(path.read_text())["identity"], manifest["identity"]
+    old, new = json.loads(path.read_text(encoding="utf-8"))["identity"], manifest["identity"]
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if differing:
         lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing)
@@ -334,16 +335,10 @@ def _set_aside_incomplete(directory):
 # ---- state <-> table -----------------------------------------------------------------------
 
 
-def _named_leaves(tree) -> list:
-    """[(name such as "params/layers/q", leaf)]; None and empty nodes have no leaves."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
-
-
 def _to_table(tree) -> dict:
     """{name: array or ShapeDtypeStruct}; Orbax takes no PRNG keys and no arrays of size 0."""
     table = {}
-    for name, x in _named_leaves(tree):
+    for name, x in params_lib.named_leaves(tree):
         if name in table:
             raise CheckpointError(f"two leaves of the state are named {name!r}; rename one")
         x = x if hasattr(x, "dtype") else np.asarray(x)
@@ -362,7 +357,7 @@ def _from_table(table, target):
             return jax.random.wrap_key_data(table[name], impl=_key_impl(spec))
         return table[name]
 
-    values = [value(name, spec) for name, spec in _named_leaves(target)]
+    values = [value(name, spec) for name, spec in params_lib.named_leaves(target)]
     return jax.tree.unflatten(jax.tree.structure(target), values)
 
 

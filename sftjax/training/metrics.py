@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
+from sftjax.files import write_atomic
 
 # ---- writing -------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ class Writer:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)  # line by line: a killed run keeps its lines
+        self._file = path.open("a", 1, encoding="utf-8")  # by lines: a killed run keeps them
         if tensorboard:
             from tensorboardX import SummaryWriter  # slow to import, not always wanted
 
@@ -133,14 +133,12 @@ def _drop_after(path, step):
     if not path.exists():
         return
     kept = [line for line, at in read_lines(path) if at["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomic(path, "".join(kept))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(text, object) of every whole line of a metrics.jsonl."""
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         for line in f:
             try:
                 parsed = json.loads(line)
@@ -187,6 +185,13 @@ def mfu(flops_per_step: float, seconds: float, device_kind: str, n_devices: int)
     """
     peak = peak_flops(device_kind)
     return None if peak is None else flops_per_step / (seconds * n_devices * peak)
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes a device needs of a program: arguments, results and temporaries, shared ones once."""
+    m = compiled.memory_analysis()
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return held + m.temp_size_in_bytes
 
 
 def peak_memory() -> tuple[int, str]:

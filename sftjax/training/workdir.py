@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError
+from sftjax.files import write_atomic
 from sftjax.training import checkpoint
 
 if TYPE_CHECKING:
@@ -38,18 +38,11 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
         if jax.process_index() == 0:
             (workdir / "checkpoints" / "manifest.json").unlink(missing_ok=True)
     elif file.exists():
-        _same_config(json.loads(file.read_text()), new, workdir)
+        _same_config(json.loads(file.read_text(encoding="utf-8")), new, workdir)
     if jax.process_index() == 0:
-        _write_json(file, new)
-        _write_json(workdir / "env.json", environment())
+        for path, value in ((file, new), (workdir / "env.json", environment())):
+            write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
-
-
-def _write_json(file, value):
-    """Whole or not at all: other processes may be reading it."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, file)
 
 
 def _same_config(old, new, workdir):
@@ -93,14 +86,6 @@ def compile_cache(workdir: Path) -> Iterator[None]:
 
 def environment() -> dict:
     """Versions, devices and the command, for env.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def find(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     commit = None
     with contextlib.suppress(OSError):  # no git here
@@ -112,7 +97,7 @@ def environment() -> dict:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: find(p) for p in (*packages, "transformers", "numpy")},
+        "packages": {p: checkpoint.version(p) for p in (*packages, "transformers", "numpy")},
         "devices": [str(d.device_kind) for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": commit,

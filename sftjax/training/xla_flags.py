@@ -28,7 +28,7 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
-        # Scatter on the SparseCores, beside all else; a v5e has none: see ops.gather.RINGS.
+        # Scatter on the SparseCores, beside all else; a v5e has none, and waits.
         "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     },
     "gpu": {

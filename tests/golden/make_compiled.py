@@ -22,6 +22,7 @@ from sftjax import config as config_lib
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
 from sftjax.plan import hlo
+from sftjax.training import metrics
 
 FILE = Path(__file__).with_name("compiled.json")
 
@@ -72,7 +73,7 @@ def measure(name) -> dict:
     text = compiled.as_text()
     cost = hlo.analyze(text, plan.rounds(text, program))
     return {
-        "peak_bytes": hlo.peak_bytes(compiled),
+        "peak_bytes": metrics.peak_bytes(compiled),
         "flops": cost.flops,
         "compilations": compilations.count("/jax/core/compile/backend_compile_duration"),
         "asynchronous_bytes": sum(c.async_bytes for c in cost.collectives.values()),

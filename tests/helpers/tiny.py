@@ -1,5 +1,8 @@
 """A small random Llama and batches for it, shared by the tests."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,22 @@ from sftjax.models import decoder
 CONFIG = decoder.Config(
     vocab=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp=64, init_std=0.1
 )
+
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
+
+
+def directory(path):
+    """Make `path` the Hugging Face directory of a small model with the quickstart's tokenizer and
+    no weights."""
+    path.mkdir()
+    for file in (QUICKSTART / "base_model").iterdir():
+        if file.suffix != ".safetensors":
+            (path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    config |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def model(**changes) -> decoder.Model:

@@ -157,7 +157,7 @@ form.elements.min.value = "0.5"; form.elements.source.value = "one";
 form.elements.min.dispatchEvent(new Event("input", { bubbles: true }));
 document.documentElement.dataset.hash = location.hash;
 """
-    allowed = html_lib.policy("", script).split("script-src ")[1].split(";")[0]
+    allowed = html_lib.csp("", script).split("script-src ")[1].split(";")[0]
     text = page.read_text(encoding="utf-8").replace("script-src ", f"script-src {allowed} ", 1)
     file = page.with_name("set.html")
     file.write_text(f"{text}<script>{script}</script>", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,6 @@ from sftjax.models import vocab
 from sftjax.parallel import mesh as mesh_lib
 from sftjax.training import build
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
 OLD = 67
 
 
@@ -250,14 +248,7 @@ NEW = ("<think>", "</think>")
 def files(tmp_path_factory):
     """A small model with the quickstart's tokenizer, and chats that use the new tokens."""
     where = tmp_path_factory.mktemp("files")
-    model = where / "model"
-    model.mkdir()
-    for file in (QUICKSTART / "base_model").iterdir():
-        if file.suffix != ".safetensors":
-            (model / file.name).write_bytes(file.read_bytes())
-    hf = json.loads((model / "config.json").read_text())
-    hf |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
-    (model / "config.json").write_text(json.dumps(hf))
+    model = tiny.directory(where / "model")
     random = hf_lib.load_model(model)
     sftjax.save_pretrained(model, random, params_lib.init(random.abstract, jax.random.key(7)))
     chats = [{"prompt": f"{i}+1=", "completion": f"<think>{i}</think>{i + 1}"} for i in range(40)]

@@ -22,15 +22,13 @@ def row(*lengths, pad=0):
     return segments, positions
 
 
-def value_and_grads(fn, arrays, cotangent, where, **how):
-    segments, positions = where
+def value_and_grads(fn, arrays, cotangent, where, causal, window, softcap, sinks, **more):
+    places = attention_lib.Where(*(x for x in where for _ in "qk"))
+    uses_sinks = sinks
 
     def loss(q, k, v, sinks):
-        out = fn(
-            q, k, v, q_seg=segments, kv_seg=segments, q_pos=positions, kv_pos=positions,
-            scale=q.shape[-1] ** -0.5, sinks=sinks if how["sinks"] else None,
-            **{k: v for k, v in how.items() if k != "sinks"},
-        )  # fmt: skip
+        o = attention_lib.Options(causal, window, softcap, q.shape[-1] ** -0.5)
+        out = fn(q, k, v, sinks if uses_sinks else None, places, o, **more)
         return jnp.sum(out * cotangent), out
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)
@@ -100,7 +98,7 @@ def test_on_a_mesh_as_on_one_device():
 
 
 def brute_map(how, blocks, where):
-    seen = attention_lib.mask(*where, how.causal, how.window)
+    seen = attention_lib.mask(attention_lib.Where(*where), how.causal, how.window)
     B, S, T = seen.shape
     seen = seen.reshape(B, S // blocks.q, blocks.q, T // blocks.k, blocks.k)
     return seen.any((2, 4)), seen.all((2, 4))

@@ -124,7 +124,7 @@ CASES = {
 
 
 def node_model(names, make=Product.of, **changes):
-    source = hf.Source("", {"model_type": "llama"}, {}, {})
+    source = hf.Origin("", {"model_type": "llama"}, {}, {})
     return sftjax.Model(tiny.model(**changes).config, source, nodes=((names, make),))
 
 

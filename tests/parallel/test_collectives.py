@@ -15,7 +15,6 @@ from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.data.packing.pack import CAUSAL
 from sftjax.ops import weight
-from sftjax.parallel import gather
 from sftjax.plan import hlo
 
 ROWS, LENGTH, F32 = 8, 32, 4
@@ -66,19 +65,9 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
     assert not found
 
 
-def test_where_scatters_would_wait_gradients_go_round_in_rings(monkeypatch):
-    """On a v5e: the same bytes, in permutes, which run beside other work."""
-    monkeypatch.setattr(gather, "RINGS", {"cpu": 8})
-    found = collectives({"fsdp": 8})
-    assert found.pop(("reduce-scatter", 8)) == HIDDEN
-    # Half to the neighbour; then quarters of that half, three times, to the next of the four.
-    assert found.pop(("collective-permute", 2)) == WEIGHTS / 2 + 3 * WEIGHTS / 2 / 4
-    assert not any(kind == "reduce-scatter" for kind, _ in found)
-
-
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
-def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
+def test_a_scatter_gives_each_device_its_part_of_the_sum(sizes, axes):
     """The gradient of a gathered weight, of which each device makes another use."""
 
     def loss(w):
@@ -93,12 +82,12 @@ def test_a_ring_gives_each_device_its_part_of_the_sum(monkeypatch, sizes, axes):
     w = np.arange(64.0 * 32, dtype=np.float32).reshape(64, 32)
     with jax.set_mesh(parallel.make_mesh(sizes)):
         placed = jax.device_put(w, parallel.named(jax.sharding.get_mesh(), *axes))
-        monkeypatch.setattr(gather, "RINGS", {"cpu": 8})
-        ring = jax.jit(jax.grad(loss)).lower(placed).compile()
-        assert "reduce-scatter(" not in ring.as_text() and "collective-permute(" in ring.as_text()
+        scattered = jax.jit(jax.grad(loss)).lower(placed).compile()
+        assert "reduce-scatter(" in scattered.as_text()
         n = sizes["fsdp"]
         total = sizes.get("data", 1) * n * (n + 1) / 2  # of 1 + the place on fsdp
-        np.testing.assert_allclose(ring(placed), np.cos(w.astype(np.float64)) * total, atol=1e-4)
+        expected = np.cos(w.astype(np.float64)) * total
+        np.testing.assert_allclose(scattered(placed), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("micro", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -5,13 +5,11 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sftjax.plan import hlo, hlo_text
-from sftjax.plan import memory_account as memory
 
 
 def text_of(fn, *args) -> str:
@@ -288,16 +286,3 @@ def test_kernels_with_their_declared_cost():
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation; give compiled.as_text"):
         hlo.analyze("HloModule m\n")
-
-
-def test_peak_bytes_counts_donated_memory_once():
-    x = f32(1024, 256)
-    size = np.prod(x.shape) * 4
-    kept = jax.jit(lambda x: x + 1).lower(x).compile()
-    donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
-    assert hlo.peak_bytes(kept) == 2 * size and hlo.peak_bytes(donated) == size
-
-
-def test_what_another_core_takes_and_makes_is_in_use_until_it_is_done():
-    found = [b.dims for b in memory.Live(ASYNC).peak() if b.dims]
-    assert sorted(found) == [(4, 4), (8, 8), (16, 8), (16, 8)]  # of %b, %call-start, %b and %o

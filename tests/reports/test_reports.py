@@ -103,5 +103,5 @@ def test_a_value_that_is_missing_is_an_error():
 
 
 def test_other_code_than_the_page_s_has_another_hash():
-    assert html.policy("a {}", "x()") != html.policy("a {}", "y()") != html.policy("b {}", "y()")
-    assert "script-src 'none'" in html.policy("a {}", "")
+    assert html.csp("a {}", "x()") != html.csp("a {}", "y()") != html.csp("b {}", "y()")
+    assert "script-src 'none'" in html.csp("a {}", "")

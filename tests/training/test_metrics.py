@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,3 +121,11 @@ def test_peak_memory_says_what_it_measured(monkeypatch):
 
     monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device(5), Device(7)])
     assert peak_memory() == (7, "device")
+
+
+def test_peak_bytes_counts_donated_memory_once():
+    x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
+    size = 1024 * 256 * 4
+    kept = jax.jit(lambda x: x + 1).lower(x).compile()
+    donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
+    assert metrics.peak_bytes(kept) == 2 * size and metrics.peak_bytes(donated) == size

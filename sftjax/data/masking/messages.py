@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sftjax.data.records.sources import loads
+from sftjax.data.records.readers import loads
 from sftjax.errors import DataError
 
 ROLES = {  # the names that data sets use -> the names that templates use

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sftjax.data.mixing.spec import Phase
-from sftjax.data.packing.pack import Batch, Plan
+from sftjax.data.packing.pack import Batch, RowPlan
 from sftjax.data.packing.rows import Rows, Store, shuffled_plan, take_rows
 
 
@@ -51,7 +51,7 @@ class Cycle(NamedTuple):
 
     first: int  # row
     given: np.ndarray  # int [sources]: documents given before it
-    plan: Plan
+    plan: RowPlan
 
 
 @dataclass
@@ -194,7 +194,7 @@ class Mixture(Rows):
         place.given = place.given + self._begun(packed)
         return cycle
 
-    def _pack(self, place, docs) -> Plan:
+    def _pack(self, place, docs) -> RowPlan:
         """The plan of docs; its `doc` are places in docs, as one may be there twice."""
         lengths = self.store.lengths[docs]
         return shuffled_plan(lengths, self.length, self.packing, [self.seed, place.cycle])

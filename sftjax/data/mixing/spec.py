@@ -17,7 +17,7 @@ from sftjax.config import ConfigError
 from sftjax.data.packing.rows import Store
 
 
-class Source(NamedTuple):
+class Share(NamedTuple):
     """An entry of data.sources. Of weight, count and replay at most one is given."""
 
     name: str
@@ -27,7 +27,7 @@ class Source(NamedTuple):
     replay: float = 0.0  # its share of all tokens in every phase; the others keep their proportions
 
 
-def sources(config: ConfigDict) -> list[Source]:
+def sources(config: ConfigDict) -> list[Share]:
     """The entries of data.sources, or data.train as the only one. Raises: ConfigError."""
     d = config.data
     if d.train and d.sources:
@@ -35,7 +35,7 @@ def sources(config: ConfigDict) -> list[Source]:
     if not d.train and not d.sources:
         raise ConfigError("data.train is empty; give a file, a glob or a hub data set id")
     found = [_source(config, i, entry) for i, entry in enumerate(d.sources)]
-    found = found or [Source("train", config)]
+    found = found or [Share("train", config)]
     mixing = d.phases or d.temperature != 1 or found[0].count or found[0].replay
     if len(found) == 1 and mixing:
         raise ConfigError(
@@ -49,15 +49,15 @@ def sources(config: ConfigDict) -> list[Source]:
     return found
 
 
-def _source(config, i, entry) -> Source:
-    what, keys = f"data.sources[{i}]", ("path", "name", *Source._fields[2:], *config_lib.OWN)
+def _source(config, i, entry) -> Share:
+    what, keys = f"data.sources[{i}]", ("path", "name", *Share._fields[2:], *config_lib.OWN)
     _check_keys(what, entry, keys)
     if not entry.get("path"):
         raise ConfigError(f"{what} has no 'path': a file, a glob or a hub data set id")
     name = entry.get("name") or Path(entry["path"].split(",")[0]).name.split(".")[0]
     if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(f"{what}: set a 'name' of letters, digits, _ and -; {name!r} is none")
-    source = Source(name, _alone(config, what, entry), entry.get("weight"))
+    source = Share(name, _alone(config, what, entry), entry.get("weight"))
     source = source._replace(count=entry.get("count", 0), replay=entry.get("replay", 0.0))
     given = [k for k in ("weight", "count", "replay") if getattr(source, k)]
     if len(given) > 1:
@@ -103,7 +103,7 @@ class Phase(NamedTuple):
     counted: np.ndarray  # bool [sources]
 
 
-def phases(config: ConfigDict, sources: Sequence[Source], stores: Sequence[Store]) -> list[Phase]:
+def phases(config: ConfigDict, sources: Sequence[Share], stores: Sequence[Store]) -> list[Phase]:
     """The phases of data.phases, or the one that the sources describe. Raises: ConfigError.
 
     A cycle has as many tokens as the sources with a weight hold together, divided by the weights;

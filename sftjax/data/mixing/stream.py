@@ -7,7 +7,7 @@ records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +21,9 @@ from sftjax.config import ConfigError
 from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing.mixture import name_seed
 from sftjax.data.packing.pack import Batch
+from sftjax.data.records.readers import READERS, Table
 from sftjax.data.records.rejects import Rejects
-from sftjax.data.records.sources import Source, find_files, kind, open_bytes, parse_line, unreadable
+from sftjax.data.records.sources import Source, find_files, kind
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError
 
@@ -34,78 +35,25 @@ EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
 SAMPLE = 2000  # records looked at before training
 
 
-def _json_lines(path, start):
-    with open_bytes(path) as file:
-        for row, line in enumerate(file):
-            if row >= start and line.strip():
-                yield row, line
-
-
-def _parquet(path, start):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            row = 0
-            for group in range(file.num_row_groups):
-                n = file.metadata.row_group(group).num_rows
-                if row + n <= start:
-                    row += n
-                    continue
-                for batch in file.iter_batches(CHUNK, [group]):
-                    for record in batch.to_pylist():
-                        if row >= start:
-                            yield row, record
-                        row += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(path, "Parquet", error) from None
-
-
-# Path and row number to begin at -> (row number, record or line of JSON), one after the other.
-READERS = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".jsonl.zst": _json_lines,
-    ".parquet": _parquet,
-}
-
-
-class Found:
-    """Rows as READERS give them, with the places they are from: a reader for a Source.
-
-    A line is parsed when it is asked for, so that a bad one is an error of its own row.
-    """
-
-    def __init__(
-        self, path: Path | str, found: Iterable[tuple[str, dict[str, Any] | bytes]]
-    ) -> None:
-        self.path, self._found = path, list(found)  # (where, record or line)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __getitem__(self, i: int) -> Any:
-        where, record = self._found[i]
-        return parse_line(record, where) if isinstance(record, bytes) else record
-
-    def where(self, i: int) -> str:
-        """The shard and row number of row `i`."""
-        return self._found[i][0]
-
-
 def _read(path, start):
-    return ((f"{path}:{row + 1}", row, value) for row, value in READERS[kind(path)](path, start))
+    rows = READERS[kind(path)].stream(path, start)
+    return ((f"{path}:{row + 1}", row, value) for row, value in rows)
+
+
+def _table(path, found):
+    """A reader of (where, record or line)."""
+    places, rows = zip(*found, strict=True) if (found := list(found)) else ((), ())
+    return Table(path, rows, places)
 
 
 def shards(spec: str) -> list[Path]:
     """The files of a spec, see `open_source`. Raises: DataError if one can't be streamed."""
+    known = [suffix for suffix, reader in READERS.items() if hasattr(reader, "stream")]
     files = find_files(spec)
     for path in files:
-        if kind(path) not in READERS:
+        if kind(path) not in known:
             raise DataError(
-                f"{kind(path)!r} can't be streamed; known: {', '.join(READERS)}",
+                f"{kind(path)!r} can't be streamed; known: {', '.join(known)}",
                 where=path,
                 kind="unknown_format",
             )
@@ -117,7 +65,7 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
     files = shards(spec)
     files = files[:: -(-len(files) // 16)]
     each = -(-n // len(files))
-    parts = [Found(p, ((where, x) for where, _, x in islice(_read(p, 0), each))) for p in files]
+    parts = [_table(p, ((where, x) for where, _, x in islice(_read(p, 0), each))) for p in files]
     if not any(map(len, parts)):
         raise DataError("the shards hold no row", where=spec, kind="no_rows")
     return Source(parts)
@@ -131,7 +79,7 @@ def identity(spec: str) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-def check(config: ConfigDict, sources: Sequence[mix.Source]) -> None:
+def check(config: ConfigDict, sources: Sequence[mix.Share]) -> None:
     """Raises: ConfigError for what a stream can't do."""
     d = config.data
     if d.shuffle_window < 1:
@@ -173,7 +121,7 @@ class Spec(NamedTuple):
     weight: float = 1.0  # its share of the tokens, beside the other weights
 
     @classmethod
-    def of(cls, source: mix.Source, task: "Task", weight: float) -> "Spec":
+    def of(cls, source: mix.Share, task: "Task", weight: float) -> "Spec":
         """Of a source of the config, see `mix.sources`."""
         d = source.config.data
         return cls(source.name, d.train, task, d.overlong, d.on_error, d.max_skipped, weight)
@@ -207,13 +155,13 @@ def batches(
     for source in sources:
         seeds = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
         seeds = [int(s) // 2 for s in seeds]  # the number of a window is added, in 32 bits
-        records = Records(shards(source.paths), part, parts, seeds[0])
+        records = Step(_Records, [], shards(source.paths), part, parts, seeds[0])
         records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
-        streams.append(Documents(records, source, length, rejects))
+        streams.append(Step(_Documents, [records], source, length, rejects))
     several = len(sources) > 1
     keys = ["tokens", "targets", "weights", *(["sources"] if several else [])]
     packed = graph.BestFitPackIterDataset(
-        Mixed(streams, [s.weight for s in sources]) if several else streams[0],
+        Step(_Mixed, streams, [s.weight for s in sources]) if several else streams[0],
         length_struct=dict.fromkeys(keys, length),
         num_packing_bins=BINS,
         seed=seed,
@@ -232,33 +180,41 @@ def _batch_row(row):
 # ---- steps of the graph; grain calls get_state between any two elements -----------------------
 
 
-class Records(grain.IterDataset):
-    """(where, record or line), endlessly; the shards in a new order in every pass."""
+class Step(grain.IterDataset):
+    """A step of the graph whose iterator is `made(parents' iterators, *args)`."""
 
-    def __init__(self, files: Sequence[Path], part: int, parts: int, seed: int) -> None:
-        super().__init__()
-        self.by_shard = len(files) >= parts
-        self.files = files[part::parts] if self.by_shard else files
-        self.part, self.parts, self.seed = part, parts, seed
+    def __init__(
+        self,
+        made: Callable[..., grain.DatasetIterator],
+        parents: Sequence[grain.IterDataset],
+        *args: Any,
+    ) -> None:
+        super().__init__(parents)
+        self.made, self.args = made, args
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Records(self)
+        return self.made([iter(parent) for parent in self._parents], *self.args)
 
 
 class _Records(grain.DatasetIterator):
-    def __init__(self, data: Records) -> None:
-        super().__init__()
-        self.data = data
+    """(where, record or line), endlessly; the shards in a new order in every pass."""
+
+    def __init__(
+        self, parents: Sequence, files: Sequence[Path], part: int, parts: int, seed: int
+    ) -> None:
+        super().__init__(parents)
+        self.by_shard = len(files) >= parts
+        self.files = files[part::parts] if self.by_shard else files
+        self.part, self.parts, self.seed = part, parts, seed
         self.set_state(dict(passed=0, shard=0, row=0))
 
     def __next__(self) -> tuple[str, dict[str, Any] | bytes]:
-        data = self.data
         while True:
             if self.rows is None:
-                self.rows = _read(data.files[self.order[self.shard]], self.row)
+                self.rows = _read(self.files[self.order[self.shard]], self.row)
             for where, row, record in self.rows:
                 self.row = row + 1
-                if data.by_shard or row % data.parts == data.part:
+                if self.by_shard or row % self.parts == self.part:
                     self.empty = False
                     return where, record
             self._next_shard()
@@ -267,16 +223,14 @@ class _Records(grain.DatasetIterator):
         self.rows, self.row, self.shard = None, 0, self.shard + 1
         if self.shard == len(self.order):
             if self.empty:
-                names = ", ".join(map(str, self.data.files[:3]))
-                problem = f"no row for part {self.data.part + 1} of {self.data.parts}"
+                names = ", ".join(map(str, self.files[:3]))
+                problem = f"no row for part {self.part + 1} of {self.parts}"
                 raise DataError(problem, where=names, kind="no_rows")
             self._begin(self.passed + 1)
 
     def _begin(self, passed):
         self.passed, self.shard, self.empty = passed, 0, True
-        self.order = np.random.default_rng([self.data.seed, passed]).permutation(
-            len(self.data.files)
-        )
+        self.order = np.random.default_rng([self.seed, passed]).permutation(len(self.files))
 
     def get_state(self):
         return dict(passed=self.passed, shard=self.shard, row=self.row)
@@ -287,24 +241,13 @@ class _Records(grain.DatasetIterator):
         self.empty = not (self.shard or self.row)
 
 
-class Documents(grain.IterDataset):
+class _Documents(grain.DatasetIterator):
     """The tokens, targets and weights of records, cut as their source says."""
 
-    def __init__(self, parent: grain.IterDataset, *args: Any) -> None:
-        super().__init__(parent)
-        self.args = args
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _Documents(iter(self._parent), *self.args)
-
-
-class _Documents(grain.DatasetIterator):
-    def __init__(
-        self, parent: grain.DatasetIterator, source: Spec, length: int, rejects: Path | None
-    ) -> None:
-        super().__init__(parent)
+    def __init__(self, parents: Sequence, source: Spec, length: int, rejects: Path | None) -> None:
+        super().__init__(parents)
         self.source, self.length, self.rejects = source, length, rejects
-        self.before, self.documents, self.at = parent.get_state(), [], 0
+        self.before, self.documents, self.at = self._parent.get_state(), [], 0
 
     def __next__(self) -> Batch:
         chunks = 0
@@ -325,7 +268,7 @@ class _Documents(grain.DatasetIterator):
 
     def _read(self):
         s = self.source
-        chunk = Source([Found(s.paths, islice(self._parent, CHUNK))])
+        chunk = Source([_table(s.paths, islice(self._parent, CHUNK))])
         rejects = Rejects(self.rejects, self.rejects, chunk, s.on_error, s.max_skipped)
         encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects)
         self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
@@ -341,21 +284,13 @@ class _Documents(grain.DatasetIterator):
             self._read()
 
 
-class Mixed(grain.IterDataset):
+class _Mixed(grain.DatasetIterator):
     """Documents of several streams: next comes one of the stream that is furthest behind."""
 
-    def __init__(self, parents: Sequence[grain.IterDataset], weights: Sequence[float]) -> None:
+    def __init__(self, parents: Sequence, weights: Sequence[float]) -> None:
         super().__init__(parents)
         self.weights = np.asarray(weights, float)
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _Mixed([iter(parent) for parent in self._parents], self.weights)
-
-
-class _Mixed(grain.DatasetIterator):
-    def __init__(self, parents: Sequence[grain.DatasetIterator], weights: np.ndarray) -> None:
-        super().__init__(parents)
-        self.weights, self.given = weights, np.zeros(len(weights), np.int64)  # tokens
+        self.given = np.zeros(len(weights), np.int64)  # tokens
 
     def __next__(self) -> Batch:
         given = self.given / np.maximum(self.weights, 1e-300)

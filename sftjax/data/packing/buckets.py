@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.packing.pack import Batch, Plan
+from sftjax.data.packing.pack import Batch, RowPlan
 from sftjax.data.packing.rows import Rows, Store, take_rows
 from sftjax.errors import DataError
 
@@ -57,7 +57,7 @@ class Buckets(Rows):
         width = self.widths[np.searchsorted(self.widths, longest)]
         return {key: values[:, :width] for key, values in super().batch(indices).items()}
 
-    def _make_plan(self, epoch) -> Plan:
+    def _make_plan(self, epoch) -> RowPlan:
         plan = super()._make_plan(epoch)  # row r is one document, and ends at plan.stop[r]
         order = np.argsort(np.searchsorted(self.widths, plan.stop), kind="stable")
         first = -epoch * len(order) % self.batch_size  # rows of a batch that has begun before

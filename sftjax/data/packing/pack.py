@@ -46,7 +46,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """Rows as flat arrays: row r holds the pieces [offsets[r], offsets[r + 1])."""
 
     doc: np.ndarray  # int64 [pieces]
@@ -84,7 +84,7 @@ def pack(
     return [rows.row(r) for r in range(len(rows))]
 
 
-def plan(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd") -> Plan:
+def plan(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd") -> RowPlan:
     """`pack` as flat arrays: a million documents in about a second. Raises: DataError."""
     if strategy not in STRATEGIES:
         problem = f"data.packing={strategy!r}: expected one of {', '.join(STRATEGIES)}"
@@ -117,13 +117,13 @@ def _wrapped(lengths, capacity):
     doc = np.searchsorted(ends, starts, side="right")
     base = (ends - lengths)[doc]
     offsets = np.append(np.searchsorted(starts, cuts), len(starts))
-    return Plan(doc, starts - base, stops - base, offsets)
+    return RowPlan(doc, starts - base, stops - base, offsets)
 
 
 def _none(lengths, capacity):
     kept = np.flatnonzero(lengths)
     stop = np.minimum(lengths[kept], capacity)
-    return Plan(kept, np.zeros_like(kept), stop, np.arange(len(kept) + 1))
+    return RowPlan(kept, np.zeros_like(kept), stop, np.arange(len(kept) + 1))
 
 
 STRATEGIES = {"bfd": _bfd, "bfd_split": _bfd_split, "wrapped": _wrapped, "none": _none}
@@ -156,7 +156,7 @@ def _best_fit(doc, start, stop, capacity):
     # The n-th placement of a length is the n-th piece of that length.
     order = np.empty(len(placed), np.int64)
     order[np.argsort(placed, kind="stable")] = np.argsort(lengths, kind="stable")
-    return Plan(doc[order], start[order], stop[order], np.array(offsets))
+    return RowPlan(doc[order], start[order], stop[order], np.array(offsets))
 
 
 def _best_pair(there, counts, smallest, room, longest):

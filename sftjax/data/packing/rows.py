@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sftjax.data.packing.pack import CAUSAL, Batch, Examples, Layout, Plan, blank_batch, plan
+from sftjax.data.packing.pack import CAUSAL, Batch, Examples, Layout, RowPlan, blank_batch, plan
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Rows:
         epoch, row = divmod(r, self.per_epoch)
         return self._plan(epoch).row(row)
 
-    def _plan(self, epoch) -> Plan:
+    def _plan(self, epoch) -> RowPlan:
         with self._lock:
             if epoch not in self._plans:
                 # Two, because prefetching reads across the border of two epochs.
@@ -132,7 +132,7 @@ class Rows:
         self.__dict__.update(state, _lock=Lock())
 
 
-def shuffled_plan(lengths: np.ndarray, length: int, packing: str, seed: list[int]) -> Plan:
+def shuffled_plan(lengths: np.ndarray, length: int, packing: str, seed: list[int]) -> RowPlan:
     """`plan` of documents in an order drawn from `seed`, its rows in another one."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
     order = rng.permutation(len(lengths))  # breaks the ties of equal lengths
@@ -140,13 +140,13 @@ def shuffled_plan(lengths: np.ndarray, length: int, packing: str, seed: list[int
     return take_rows(replace(packed, doc=order[packed.doc]), rng.permutation(len(packed)))
 
 
-def take_rows(packed: Plan, rows: np.ndarray) -> Plan:
+def take_rows(packed: RowPlan, rows: np.ndarray) -> RowPlan:
     """The rows of a plan at the indices `rows`, in that order."""
     sizes = np.diff(packed.offsets)[rows]
     offsets = np.append(0, np.cumsum(sizes))
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
     pieces = np.repeat(packed.offsets[:-1][rows], sizes) + within
-    return Plan(packed.doc[pieces], packed.start[pieces], packed.stop[pieces], offsets)
+    return RowPlan(packed.doc[pieces], packed.start[pieces], packed.stop[pieces], offsets)
 
 
 def loader(

@@ -7,7 +7,7 @@ from sftjax.errors import DataError
 
 
 class Reader(Protocol):
-    """The records of one file, by index; see READERS in sources.py."""
+    """The records of one file, by index; see READERS in readers.py."""
 
     @property
     def path(self) -> Path | str:

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError, writing
@@ -50,7 +51,7 @@ class Rejects:
         if self.on_error == "raise" or error.where != self.source.where(row):
             raise error
         line = dict(row=row + 1, file=error.where, kind=error.kind, reason=error.reason)
-        line["record"] = self._record(row)
+        line["record"] = record(self.source, row)
         text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
         with writing("the file", self.path):
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -69,8 +70,10 @@ class Rejects:
                 kind="too_many_rejects",
             )
 
-    def _record(self, row):
-        try:
-            return self.source[row]
-        except DataError:  # malformed: the reason says how
-            return None
+
+def record(source: RecordSource, i: int) -> dict[str, Any] | None:
+    """Record `i`; None where it is malformed, as its error says."""
+    try:
+        return source[i]
+    except DataError:
+        return None

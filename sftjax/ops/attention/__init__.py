@@ -15,33 +15,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.errors import ConfigError
 from sftjax.ops.attention import blockwise, splash, triton
-from sftjax.ops.attention.blockwise import NEG_INF
+from sftjax.ops.attention.asked import NEG_INF, Options, Where
 from sftjax.parallel import RULES, shard_map, spec
 
 
 def xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    q_seg: jax.Array,
-    kv_seg: jax.Array,
-    q_pos: jax.Array,
-    kv_pos: jax.Array,
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    sinks: jax.Array | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
 ) -> jax.Array:
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     B, S, N, H = q.shape
     T, K = k.shape[1:3]
     q = q.reshape(B, S, K, N // K, H)
-    scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * scale
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    seen = mask(q_seg, kv_seg, q_pos, kv_pos, causal, window)  # [B, S, T]
+    scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * o.scale
+    if o.softcap:
+        scores = o.softcap * jnp.tanh(scores / o.softcap)
+    seen = mask(where, o.causal, o.window)  # [B, S, T]
     scores = jnp.where(seen[:, None, None], scores, NEG_INF)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
@@ -51,17 +39,10 @@ def xla(
     return checkpoint_name(out, "attention")
 
 
-def mask(
-    q_seg: jax.Array,
-    kv_seg: jax.Array,
-    q_pos: jax.Array,
-    kv_pos: jax.Array,
-    causal: bool,
-    window: int,
-) -> jax.Array:
-    """bool [B, S, T]: which keys each query sees."""
-    seen = q_seg[:, :, None] == kv_seg[:, None, :]
-    ahead = q_pos[:, :, None] - kv_pos[:, None, :]  # how far the key lies behind the query
+def mask(where: Where, causal: bool, window: int) -> jax.Array:
+    """Which keys each query sees: bool [B, S, T]."""
+    seen = where.q_seg[:, :, None] == where.kv_seg[:, None, :]
+    ahead = where.q_pos[:, :, None] - where.kv_pos[:, None, :]  # how far the key lies behind
     if causal:
         seen &= ahead >= 0
     if window:
@@ -136,19 +117,12 @@ def attention(
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
     softmax and gives nothing.
     """
-    how = dict(
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    o = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
     if kv_segments is not None:  # decoding: only the reference knows the cache
-        seen = dict(q_seg=segments, kv_seg=kv_segments, q_pos=positions, kv_pos=kv_positions)
-        return xla(q, k, v, **seen, **how, sinks=sinks)
-    run = functools.partial(BACKENDS[backend].fn, **how)
-    seg, pos = segments, positions
+        return xla(q, k, v, sinks, Where(segments, kv_segments, positions, kv_positions), o)
+    run, seg, pos = functools.partial(BACKENDS[backend].fn, o=o), segments, positions
     if jax.sharding.get_abstract_mesh().empty:
-        return run(q, k, v, q_seg=seg, kv_seg=seg, q_pos=pos, kv_pos=pos, sinks=sinks)
+        return run(q, k, v, sinks, Where(seg, seg, pos, pos))
     rows = spec(("batch", "seq"))
     heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
     specs = (heads, keys, keys, rows, rows, spec(("heads",)) if sinks is not None else None)
@@ -160,4 +134,4 @@ def _shard(run, q, k, v, seg, pos, sinks):
     k, v, kv_seg, kv_pos = (
         jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True) for x in (k, v, seg, pos)
     )
-    return run(q, k, v, q_seg=seg, kv_seg=kv_seg, q_pos=pos, kv_pos=kv_pos, sinks=sinks)
+    return run(q, k, v, sinks, Where(seg, kv_seg, pos, kv_pos))

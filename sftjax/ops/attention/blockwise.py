@@ -16,21 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from sftjax.ops.attention.asked import NEG_INF, Options, Where
+
 BLOCK = 128  # queries, and keys, in a block
 # Rows no longer than so many blocks are taken all at once: there is little to skip in them, and
 # one row's block is too little work for one turn of a loop.
 TOGETHER = 4
-NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)
 FLOOR = NEG_INF / 2  # where a running maximum starts: exp(NEG_INF - FLOOR) is 0
-
-
-class Options(NamedTuple):
-    """What the scores and the mask are; see ops.attention.attention."""
-
-    causal: bool
-    window: int
-    softcap: float
-    scale: float
 
 
 class Places(NamedTuple):
@@ -46,29 +38,16 @@ class Places(NamedTuple):
 
 
 def blockwise(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    q_seg: jax.Array,
-    kv_seg: jax.Array,
-    q_pos: jax.Array,
-    kv_pos: jax.Array,
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    sinks: jax.Array | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
 ) -> jax.Array:
     """Softmax attention; see ops.attention.attention. Queries and keys in any order; a query of
     segment 0 (padding) gives 0."""
     B, S, N, _ = q.shape
     T, K = k.shape[1:3]
-    o = Options(causal, window, softcap, scale)
     sizes = (min(BLOCK, S), min(BLOCK, T))
     rows = B if max(S, T) <= TOGETHER * BLOCK else 1
-    q_seg, q_pos = (_cut(x, rows, sizes[0]) for x in (q_seg, q_pos))
-    kv_seg, kv_pos = (_cut(x, rows, sizes[1]) for x in (kv_seg, kv_pos))
+    q_seg, q_pos = (_cut(x, rows, sizes[0]) for x in (where.q_seg, where.q_pos))
+    kv_seg, kv_pos = (_cut(x, rows, sizes[1]) for x in (where.kv_seg, where.kv_pos))
     places = _places(o, q_seg, q_pos, kv_seg, kv_pos)
     if sinks is not None:  # a score of each query of a block
         sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, N // K), sizes[0], axis=1)

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from sftjax import parallel
 from sftjax.errors import ConfigError
+from sftjax.ops.attention.asked import Options, Where
 
 INTERPRET = False  # run the kernels as plain JAX, on any platform: for tests
 LANES = 128  # a block is a multiple of it
@@ -79,29 +80,17 @@ def _kernel(places, shards, length, heads, head_dim, causal, window, softcap):
 
 
 def splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    q_seg: jax.Array,
-    kv_seg: jax.Array,
-    q_pos: jax.Array,
-    kv_pos: jax.Array,
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
-    sinks: jax.Array | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
 ) -> jax.Array:
     """A backend of ops.attention, for one device's part of the mesh. S and T multiples of LANES."""
     T, shards = k.shape[1], k.shape[1] // q.shape[1]
-    places = parallel.places(T, shards)
-    run = _kernel(places, shards, T, *q.shape[2:], causal, window, softcap)
+    places, q_seg, kv_seg = parallel.places(T, shards), where.q_seg, where.kv_seg
+    run = _kernel(places, shards, T, *q.shape[2:], o.causal, o.window, o.softcap)
     if shards > 1:
         run = _own(run, jax.lax.axis_index(parallel.RULES["seq"]), shards)
         back = np.argsort(places)
         k, v, kv_seg = k[:, back], v[:, back], kv_seg[:, back]
-    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))  # [B, N, S, H]
+    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(o.scale, q.dtype), k, v))  # [B, N, S, H]
 
     def row(q, k, v, q_seg, kv_seg):
         return run(q, k, v, kernel.SegmentIds(q_seg, kv_seg), sinks=sinks)

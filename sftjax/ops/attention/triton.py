@@ -23,10 +23,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from sftjax import parallel
 from sftjax.errors import ConfigError
+from sftjax.ops.attention.asked import NEG_INF, Options, Where
 
 LOG2E = math.log2(math.e)
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-LOWEST = MASKED / 2  # where the running maximum starts: what is masked is 0 beside it, never 1
+LOWEST = NEG_INF / 2  # where the running maximum starts: what is masked is 0 beside it, never 1
 NOBODY = 2**30  # segments of padding: one for queries, the next for keys, so that none match
 
 
@@ -151,7 +151,7 @@ def _scores(how, q, k, where, masked):
             seen &= behind >= 0
         if how.window:
             seen &= behind < how.window
-        x = jnp.where(seen, x, MASKED)
+        x = jnp.where(seen, x, NEG_INF)
     return x, slope
 
 
@@ -330,7 +330,7 @@ def _attention(how, q, k, v, sinks, where):
 
 
 def _attention_forward(how, q, k, v, sinks, where):
-    # Named for remat policies: what is saved under this name is not computed a second time.
+    # Named for remat: what is saved under this name is not computed a second time.
     out, lse = checkpoint_name(_forward(how, q, k, v, sinks, where), "attention")
     return out, (q, k, v, sinks, where, out, lse)
 
@@ -362,23 +362,15 @@ def triton(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
-    q_seg: jax.Array,
-    kv_seg: jax.Array,
-    q_pos: jax.Array,
-    kv_pos: jax.Array,
-    causal: bool,
-    window: int,
-    softcap: float,
-    scale: float,
     sinks: jax.Array | None,
+    where: Where,
+    o: Options,
     sizes: tuple[Blocks, Blocks, Blocks] | None = None,
 ) -> jax.Array:
     """A backend of ops.attention, for one device's part of the mesh. sizes: of the blocks of the
     three kernels; None = SIZES'."""
-    if (
-        k.shape[1] > q.shape[1]
-    ):  # a shard of `context`: keys in the order of the row, for the ranges
+    q_seg, kv_seg, q_pos, kv_pos = where
+    if k.shape[1] > q.shape[1]:  # a shard of `context`: keys in the row's order, for the ranges
         back = np.argsort(parallel.places(k.shape[1], k.shape[1] // q.shape[1]))
         k, v, kv_seg, kv_pos = (x[:, back] for x in (k, v, kv_seg, kv_pos))
     (_, S, _, H), T = q.shape, k.shape[1]
@@ -395,7 +387,7 @@ def triton(
         _pad(q_pos, q_rows),
         _pad(kv_pos, k_rows),
     )
-    how = How(causal, window, float(softcap), float(scale), sizes)
+    how = How(o.causal, o.window, float(o.softcap), float(o.scale), sizes)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     out = _attention(
         how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, where

@@ -108,7 +108,7 @@ def test_a_shard_is_read_from_any_row(tmp_path, kind):
     path = tmp_path / f"x.{kind}"
     write(path, records)
     for start in (0, 1, 6, 7, 13, 19, 20):
-        found = list(stream.READERS[f".{kind}"](path, start))
+        found = list(stream.READERS[f".{kind}"].stream(path, start))
         values = [json.loads(x) if isinstance(x, bytes) else x for _, x in found]
         assert [row for row, _ in found] == list(range(start, 20)) and values == records[start:]
 

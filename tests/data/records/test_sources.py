@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftjax.data import DataError, open_source
+from sftjax.data.records import readers
 from sftjax.data.records import sources as sources_lib
 
 
@@ -29,7 +30,7 @@ def test_jsonl_skips_blank_lines_and_counts_them(tmp_path):
 
 def test_line_index_over_several_blocks():
     data = b'{"a": 1}\n' * 50
-    starts = sources_lib._line_starts(data, chunk=7)
+    starts = readers._line_starts(data, chunk=7)
     assert starts.tolist() == list(range(0, len(data), 9))
 
 

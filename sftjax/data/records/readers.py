@@ -1,0 +1,348 @@
+"""Files of many kinds, each to records by index, or one after the other.
+
+A new format is one function `path -> reader` and one line in `READERS`. A reader has a length,
+gives the record at an index, and says by `where` which line or row of the file that is. If it can
+also be streamed, `stream(path, start)` gives (row number, record or line of JSON) one after the
+other from row `start` on, without the whole file in memory.
+"""
+
+import codecs
+import csv
+import io
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sftjax.data.records.protocols import Reader
+from sftjax.errors import DataError
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+
+
+@contextmanager
+def readable(name: Path | str) -> Iterator[None]:
+    """The system's own errors, such as a missing permission, as errors of the data."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(name, "data", error) from None
+
+
+def unreadable(path: Path | str, what: str, error: Exception) -> DataError:
+    """The error of a file that can't be read as the kind of file, `what`, that it should be."""
+    return DataError(f"not a readable {what} file: {error}", where=path, kind="unreadable")
+
+
+class JsonLines:
+    """One JSON object a line, found through an index of line starts; blank lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.suffix.lower() in COMPRESSED:
+            with open_bytes(path) as file:
+                self._bytes = file.read()
+        else:
+            with open(path, "rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        starts = _line_starts(self._bytes)
+        stops = np.append(starts[1:], len(self._bytes))
+        first = np.frombuffer(self._bytes, np.uint8)[starts]
+        filled = np.ones(len(starts), bool)
+        for line in np.flatnonzero(np.isin(first, list(b" \t\r\n"))):
+            filled[line] = bool(self._bytes[starts[line] : stops[line]].strip())
+        self._lines = np.flatnonzero(filled)
+        self._starts, self._stops = starts[filled], stops[filled]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, i: int) -> Any:
+        return parse_line(self._bytes[self._starts[i] : self._stops[i]], self.where(i))
+
+    def where(self, i: int) -> str:
+        """The file and line of record `i`."""
+        return f"{self.path}:{self._lines[i] + 1}"
+
+    @staticmethod
+    def stream(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
+        """(line number from 0, line) of the lines from `start` on that aren't blank."""
+        with open_bytes(path) as file:
+            yield from ((row, x) for row, x in enumerate(file) if row >= start and x.strip())
+
+
+_ENDS = {
+    "Expecting value": ("]", "array"),
+    "Expecting property name enclosed in double quotes": ("}", "object"),
+}
+
+
+def loads(text: str) -> Any:
+    """json.loads, whose error names a trailing comma in every Python, as it does since 3.13."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        end, kind = _ENDS.get(error.msg, ("", ""))
+        before = text[: error.pos].rstrip(" \t\r\n")
+        if end and text[error.pos :].startswith(end) and before.endswith(","):
+            message = f"Illegal trailing comma before end of {kind}"
+            raise json.JSONDecodeError(message, text, len(before) - 1) from None
+        raise
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """The value of one line of JSON. Raises: DataError."""
+    try:
+        return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise _malformed(where, error) from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
+        raise _not_read(where, error) from None
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
+    """A binary file to read, decompressed where the name ends in .gz or .zst."""
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        with readable(path):
+            file = open(path, "rb")
+        with file:
+            yield file
+        return
+    import pyarrow as pa
+
+    try:
+        with io.BufferedReader(pa.input_stream(path, compression=compression)) as file:
+            yield file
+    except OSError as error:
+        raise unreadable(path, compression, error) from None
+
+
+def _line_starts(data, chunk=1 << 26):
+    starts = [np.zeros(1, np.int64)]
+    for at in range(0, len(data), chunk):
+        block = np.frombuffer(data, np.uint8, min(chunk, len(data) - at), at)
+        starts.append(np.flatnonzero(block == ord("\n")) + at + 1)
+    starts = np.concatenate(starts)
+    return starts[starts < len(data)]
+
+
+class Table:
+    """Rows in memory, with what `where` says of each.
+
+    A line of JSON among them is parsed when it is asked for, so that a bad one is an error of its
+    own row. A place is the number of a line, or a file with it.
+    """
+
+    def __init__(
+        self, path: Path | str, rows: Sequence[Any], places: Sequence[int | str] | None = None
+    ) -> None:
+        self.path, self._rows, self._places = path, rows, places
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Any:
+        row = self._rows[i]
+        return parse_line(row, self.where(i)) if isinstance(row, bytes) else row
+
+    def where(self, i: int) -> str:
+        """The file and the place of record `i`: what `places` says, else its number."""
+        place = self._places[i] if self._places else i + 1
+        return place if isinstance(place, str) else f"{self.path}:{place}"
+
+
+def _read_json(path):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        data = loads(text)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
+            return JsonLines(path)  # JSON lines under the name .json, as many tools write them
+        raise _malformed(f"{path}:{error.lineno}", error) from None
+    except (ValueError, RecursionError) as error:
+        raise _not_read(path, error) from None
+    lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise DataError(
+            "expected a list of objects, or an object with one list such as "
+            f'{{"data": [...]}}; found {excerpt(data)}',
+            "One object per line belongs in .jsonl",
+            joint=". ",
+            where=path,
+            kind="bad_table",
+        )
+    return Table(path, lists[0])
+
+
+class Nested:
+    """A record for each element of the nested lists `lists`, a dotted name, in another's rows."""
+
+    def __init__(self, reader: Reader, lists: str) -> None:
+        self.path, self.lists, self._reader = reader.path, lists, reader
+        names = lists.split(".")
+        self._at = [
+            (row, at)
+            for row in range(len(reader))
+            for at in _elements(reader[row], names, reader.where(row))
+        ]
+        if not self._at:
+            problem = f"#{lists} holds no element in any row"
+            raise DataError(problem, where=self.path, kind="no_rows")
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row, at = self._at[i]
+        record = element = self._reader[row]
+        for name, n in zip(self.lists.split("."), at, strict=True):
+            element = element[name][n]
+            record = {k: v for k, v in record.items() if k != name} | element
+        return record
+
+    def where(self, i: int) -> str:
+        """The place of the row, and the element in it: "file.json:1#paragraphs.0.qas.2"."""
+        row, at = self._at[i]
+        names = zip(self.lists.split("."), at, strict=True)
+        return f"{self._reader.where(row)}#{'.'.join(f'{name}.{n}' for name, n in names)}"
+
+
+def _elements(value, names, where):
+    """The indices of all elements of the nested lists in one row."""
+    if not isinstance(value, dict):
+        raise _no_list(f"{excerpt(value)} is no object", "an element", where)
+    if not names:
+        return [()]
+    inner = value.get(names[0])
+    if not isinstance(inner, list):
+        raise _no_list(f"#{names[0]} is {excerpt(inner)}", repr(names[0]), where)
+    return [(n, *at) for n, e in enumerate(inner) for at in _elements(e, names[1:], where)]
+
+
+def _no_list(found, subject, where):
+    problem = f"{found}, expected a list of objects"
+    return DataError(problem, where=where, kind="wrong_type", subject=subject)
+
+
+class Parquet:
+    """A Parquet file, memory-mapped; a row becomes a dict when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.path = path
+        with _parquet(path):
+            self._table = pq.read_table(path, memory_map=True)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        columns = zip(self._table.column_names, self._table.columns, strict=True)
+        return {name: column[i].as_py() for name, column in columns}
+
+    def where(self, i: int) -> str:
+        """The file and row number of record `i`."""
+        return f"{self.path}:{i + 1}"
+
+    @staticmethod
+    def stream(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(row number from 0, record) of the rows from `start` on; one part of a group is held."""
+        import pyarrow.parquet as pq
+
+        end = 0
+        with _parquet(path), pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                first, end = end, end + file.metadata.row_group(group).num_rows
+                if end > start:
+                    parts = (part.to_pylist() for part in file.iter_batches(1000, [group]))
+                    rows = enumerate(chain.from_iterable(parts), first)
+                    yield from ((row, record) for row, record in rows if row >= start)
+
+
+@contextmanager
+def _parquet(path):
+    """Arrow's errors of a file as errors of the data."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise unreadable(path, "Parquet", error) from None
+
+
+def _read_table(path, **dialect: Any):
+    csv.field_size_limit(1 << 30)  # the library's 128 kB is shorter than some documents
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True, **dialect)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        where = f"{path}:{reader.line_num}"
+        raise DataError(f"malformed: {error}", where=where, kind="bad_table") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    names = lines[0][1] if lines else []
+    if len(set(names)) < len(names):
+        problem = f"the header names a column twice: {names}"
+        raise DataError(problem, where=f"{path}:{lines[0][0]}", kind="bad_table")
+    for line, row in lines[1:]:
+        if len(row) != len(names):
+            raise DataError(
+                f"{len(row)} fields, but the header has {len(names)} ({', '.join(names)}); the "
+                f"row begins {excerpt(row[0])}",
+                where=f"{path}:{line}",
+                kind="bad_table",
+            )
+    rows = [dict(zip(names, row, strict=True)) for _, row in lines[1:]]
+    return Table(path, rows, [line for line, _ in lines[1:]])
+
+
+def _read_tsv(path):
+    # A tab-separated file has no quoting: in GLUE's files a field may begin with a lone quote.
+    return _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+READERS = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": _read_json,
+    ".parquet": Parquet,
+    ".csv": _read_table,
+    ".tsv": _read_tsv,
+    ".jsonl.gz": JsonLines,
+    ".jsonl.zst": JsonLines,
+}
+
+
+def _malformed(where, error):
+    near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip("\r\n")
+    problem = f"malformed JSON at column {error.colno}: {error.msg}, near {near!r}"
+    fix = "expected JSON, in .jsonl one object per line"
+    return DataError(problem, fix, where=where, kind="bad_json")
+
+
+def _not_read(where, error):
+    return DataError(f"JSON that can't be read: {error}", where=where, kind="bad_json")
+
+
+def _not_utf8(where, error):
+    problem, fix = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
+    return DataError(problem, fix, joint=": ", where=where, kind="not_utf8")
+
+
+def excerpt(value: Any, width: int = 60) -> str:
+    """The beginning of a value, for a message."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return repr(text if len(text) <= width else text[:width] + "…")

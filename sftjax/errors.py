@@ -94,9 +94,7 @@ class DataError(UserError, ValueError):
         subject: str = "",
         joint: str = "; ",
     ) -> None:
-        """Args:
-        joint: what stands between the problem and the fix in the message.
-        """
+        """Take the parts; `joint` stands between the problem and the fix in the message."""
         super().__init__(problem)
         self.problem, self.fix, self.joint = problem, fix, joint
         self.where, self.kind, self.subject = str(where), kind, subject

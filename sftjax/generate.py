@@ -1,4 +1,4 @@
-"""One answer of a model: python -m sftjax.generate --model=DIR --prompt=TEXT"""
+"""One answer of a model: the command `sftjax generate --model=DIR --prompt=TEXT`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from sftjax.evaluation import generation
 
 
 def main(argv: Sequence[str]) -> None:
-    """sftjax generate --model=DIR --prompt=TEXT: one answer, for a look at an exported model."""
+    """Print one answer, for a look at an exported model."""
     parser = argparse.ArgumentParser(prog="sftjax generate")
     parser.add_argument("--model", required=True, help="Hugging Face directory, such as an export")
     parser.add_argument("--prompt", required=True)

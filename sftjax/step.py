@@ -211,5 +211,5 @@ def _sum_once(work, micro_batches):
 
 
 def _ratio(a, b):
-    """a / b, and exactly 0 where b is 0."""
+    """The quotient a / b, and exactly 0 where b is 0."""
     return jnp.where(b == 0, jnp.zeros_like(a), a / jnp.where(b == 0, 1, b))

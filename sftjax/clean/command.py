@@ -1,4 +1,4 @@
-"""Clean a data set: python -m sftjax.clean --config=FILE --out=clean.parquet --report=report.html
+"""Clean a data set, as `sftjax clean --config=FILE --out=clean.parquet --report=page.html` does.
 
 Applies the rules of data.clean (all of them where none is named) to data.train, looking for rows of
 data.validation and data.test too. Writes the rows that stay (.parquet or .jsonl), the rejects with

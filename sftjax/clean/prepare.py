@@ -38,6 +38,7 @@ def training_rows(
     Of a stream, only the first rows of its shards: see `data.stream.sample`.
 
     Args:
+      config: of the run; its section `data` says which rows, and what becomes of them.
       task: encodes the config's records.
       cache_dir: where what cleaning found is kept, so that a restart does not look again.
       workdir: where the rejects and the report of cleaning are written; None = not at all.

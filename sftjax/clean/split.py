@@ -65,6 +65,7 @@ def split(
     know the others. Rows that share a prompt or group stay together first.
 
     Args:
+      source: the records to share out.
       share: the share of rows for validation, 0 < share < 1.
       group_by: a field; all rows with one value of it go to the same side.
       stratify_by: a field; the share is held within each of its values.

@@ -95,6 +95,7 @@ def build_store(
     """Encode all of `source`, or open what an earlier call with the same inputs has written.
 
     Args:
+      source: records by index, as of `open_source`.
       task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
       max_length: the most tokens of a document; 0 = no limit.
       overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
@@ -138,7 +139,7 @@ def store_key(
     return digest.hexdigest()[:32]
 
 
-def _write_atomically(folder, *inputs):
+def _write_atomically(folder, *inputs: Any):
     """Write beside `folder`, then rename: a killed or second process leaves no half of a store."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,11 @@ def measure(
 
 
 def _joined(parts) -> np.ndarray:
-    """The rows of all batches. Those of different widths are flattened: what belongs together is
-    then at one place of all arrays."""
+    """The rows of all batches.
+
+    Those of different widths are flattened: what belongs together is then at one place of all
+    arrays.
+    """
     if len({x.shape[1:] for x in parts}) > 1:
         parts = [np.ravel(x) for x in parts]
     return np.concatenate(parts)

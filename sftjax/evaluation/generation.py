@@ -44,7 +44,7 @@ def sample(
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
 def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k, top_p):
-    """tokens int32 [B, P] right-padded, lengths [B] -> (ids [B, new], count of ids kept [B])."""
+    """Of tokens int32 [B, P], right-padded, lengths [B]: (ids [B, new], count of ids kept [B])."""
     B, P = tokens.shape
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -142,7 +142,7 @@ def generate(
     return answers
 
 
-def _replicated(mesh, *arrays):
+def _replicated(mesh, *arrays: jax.Array):
     if mesh is None:
         return arrays
     return [jax.device_put(x, parallel.named(mesh)) for x in arrays]

@@ -1,5 +1,7 @@
-"""gpt-oss: a mixture of experts with biases and a clamped SwiGLU, attention sinks, every other
-layer a window. Its bf16 files; the mxfp4 ones are quantised and refused."""
+"""gpt-oss: experts with biases and a clamped SwiGLU, attention sinks, every other layer a window.
+
+Its bf16 files are read; the mxfp4 ones are quantised and refused.
+"""
 
 import dataclasses
 

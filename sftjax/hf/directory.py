@@ -380,8 +380,10 @@ def save_pretrained(
 
 
 def _written(model) -> list[tuple]:
-    """The rows of `tensors` to write: every tensor by the name that it was read with; but all by
-    the names of the whole model where its head is new, for the files may have been a bare model's.
+    """The rows of `tensors` to write: every tensor by the name that it was read with.
+
+    Where the head is new, all go by the names of the whole model: the files may have been a bare
+    model's.
     """
     ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
     new_head = any(path.startswith("score/") and _fresh(model, path, name) for path, name in ones)

@@ -122,8 +122,10 @@ def visible(model: base.Model, path: str, p: Param | jax.Array, lead: int) -> tu
 
 
 def ends(model: base.Model) -> tuple[str, str | None]:
-    """The names of embedding and vocabulary head in the files, the head's also where it is tied;
-    None for the head of a body that never has one."""
+    """The names of embedding and vocabulary head in the files, the head's also where it is tied.
+
+    The head of a body that never has one is None.
+    """
     untied = model.replace(tied=False, classes=0)
     names = {path: files[()] for path, files, _ in tensors(untied) if () in files}
     return names["embed/w"], names.get("head/w")

@@ -129,7 +129,7 @@ def _align(fed, keys, words) -> list[dict]:
     a, b = (list(key(ids)) for key, (ids, _) in zip(keys, fed, strict=True))
     tokens = []
 
-    def add(mark, side, i, *weights):
+    def add(mark, side, i, *weights: float):
         word = words[side][i]
         tokens.append(dict(mark=mark, token=word, id=i, here=weights[0], there=weights[1]))
 

@@ -1,7 +1,7 @@
 """The rows of a set as training would have them, one by one, each with what becomes of it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 
     def takes(self, row: "Row") -> bool:
         """Is this row one of those wanted?"""
-        if self.dropped and not row.dropped or self.dropped not in ("", "any", row.dropped):
+        if (self.dropped and not row.dropped) or self.dropped not in ("", "any", row.dropped):
             return False
         return self.min_trained <= row.trained <= self.max_trained
 
@@ -63,7 +63,7 @@ class Part(NamedTuple):
     config: ConfigDict  # the run's config, with the keys that the source sets itself
     source: RecordSource
     task: tasks.Task  # encodes them
-    removed: dict[int, Finding] = {}  # by row of data.train: what data.clean took out
+    removed: Mapping[int, Finding] = {}  # by row of data.train: what data.clean took out
 
 
 def parts_of(

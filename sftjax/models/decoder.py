@@ -9,6 +9,7 @@ Einsum letters: d width, v vocabulary.
 
 import dataclasses
 import functools
+import itertools
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -100,12 +101,12 @@ def _kinds(config) -> list[Kind]:
 def stacks(config: Config) -> dict[str, int]:
     """{name: number of layers} of each stack in order; the name is its range: "0-11"."""
     cuts = [0, *config.split, config.layers]
-    if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ConfigError(
             f"model.split={config.split} must rise strictly between 0 and {config.layers} layers"
         )
     kinds, out = _kinds(config), {}
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         while start < stop:
             n = max(_run(kinds[start:stop], p) for p in range(1, PERIOD + 1))
             out[f"{start}-{start + n - 1}"] = n

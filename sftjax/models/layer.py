@@ -60,9 +60,12 @@ def abstract(c: "Config", n: int) -> dict:
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     lead = ((n,), ("layers",))
 
-    def linear(bias, inputs, **sizes):
-        """sizes: the weight's axes in order; bias: those of the bias, () for none; inputs: those
-        that the product sums over."""
+    def linear(bias, inputs, **sizes: int):
+        """A product's parameters: {"w"}, and "b" where it has a bias.
+
+        bias: the axes of the bias, () for none; inputs: those that the product sums over; sizes:
+        the weight's axes in order.
+        """
         p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal, inputs)}
         if bias:
             p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
@@ -153,7 +156,7 @@ def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.
 
 
 def _attention(config, kind, axes, p, x, ctx, kv, first):
-    """x [B, S, D] -> [B, S, D], and this layer's keys and values, the whole cache when decoding.
+    """Of x [B, S, D] the same shape, and this layer's keys and values: the cache when decoding.
 
     first: this layer's keys and values in the first pass, when in a later one.
     """
@@ -185,8 +188,11 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 
 
 def _mix(p, q, first, own):
-    """A later pass over the same layers: each head's gate weighs its attention to the first pass's
-    keys against windowed attention to its own (IQuest-Coder's loop form)."""
+    """A later pass over the same layers (IQuest-Coder's loop form).
+
+    Each head's gate weighs its attention to the first pass's keys against windowed attention to its
+    own.
+    """
     w = weight.dense(p["w"], jnp.float32)
     gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), w)
     gate = jax.nn.sigmoid(gate + p["b"].astype(jnp.float32))[..., None].astype(q.dtype)
@@ -203,7 +209,7 @@ def _glu(config, gate, up):
 
 @jax.named_scope("mlp")
 def _mlp(config, axes, p, x, ctx):
-    """x [B, S, D] -> [B, S, D], and moe.routing_sums (None for a dense MLP)."""
+    """Of x [B, S, D] the same shape, and moe.routing_sums (None for a dense MLP)."""
     if config.experts:
         p = gather_for_use(p, axes, config.dtype)
         logits = project("bsd,de->bse", x, p["router"])

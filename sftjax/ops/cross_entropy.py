@@ -62,8 +62,10 @@ class _Axes:
 
 
 def _axes(rows: int) -> _Axes:
-    """rows: of the head; it is shared over as many devices as divide it, but not over `data`,
-    which may cross slices."""
+    """The axes of the mesh that share a head of so many rows.
+
+    It lies on as many devices as divide it, but not over `data`, which may cross slices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _Axes()
@@ -148,8 +150,10 @@ def group_sums(values: jax.Array, groups: jax.Array | None, n: int) -> jax.Array
 
 
 def _compact(weights, chunk):
-    """Of positions with weights [T]: those trained, first, in whole chunks; each one's place among
-    them; how many there are."""
+    """Of positions with weights [T]: those trained, each one's place among them, and their number.
+
+    The trained come first, in whole chunks.
+    """
     trained = weights != 0
     place = jnp.cumsum(trained) - 1
     T, count = weights.shape[0], jnp.sum(trained)
@@ -198,7 +202,7 @@ def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
     return sums, dh, dw
 
 
-def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
+def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest: jax.Array):
     """`_shard` on each device of the mesh, or here."""
     axes = _axes(w.shape[0])
     mesh = jax.sharding.get_abstract_mesh()
@@ -219,11 +223,11 @@ def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(o, chunk_tokens, *primals):
+def _fused(o, chunk_tokens, *primals: jax.Array):
     return _run(o, chunk_tokens, False, False, *primals)[0]
 
 
-def _forward(o, chunk_tokens, *primals):
+def _forward(o, chunk_tokens, *primals: Any):
     # Only what is trained is differentiated: a frozen head costs no gradient of its own.
     trained = (primals[0].perturbed, primals[1].perturbed)
     values = [None if p is None else p.value for p in primals]

@@ -20,7 +20,7 @@ def ids(shape: tuple[int, ...]) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: int = 0) -> jax.Array:
-    """x with a share `rate` of its elements 0 and the others scaled so that the mean stays.
+    """The array x, a share `rate` of it 0 and the others scaled so that the mean stays.
 
     x [B, S, D]; seed uint32 [2]; ids int32 [B, S]: a number of each token that depends on nothing
     but its place in the global batch; site: tells apart what shares a seed. The same elements are

@@ -92,14 +92,17 @@ def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
 
 
 def project(equation: str, x: jax.Array, p: dict[str, Any]) -> jax.Array:
-    """einsum with p["w"], plus p["b"] where there is one (its dimensions are the output's last)."""
+    """The einsum with p["w"], plus p["b"] if there is one: its dimensions are the output's last."""
     y = einsum(equation, x, p["w"])
     return y + p["b"].astype(y.dtype) if "b" in p else y
 
 
 def ragged(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
-    """The product of x [N, D], in groups of `sizes` int32 [E] rows, each with its matrix of w
-    [E, D, F] -> [N, F] in x's dtype; rows after the last group may come back as anything."""
+    """The product [N, F] of x [N, D], in groups of rows, with a matrix of w [E, D, F] for each.
+
+    sizes: int32 [E], rows of each group. It has x's dtype; rows after the last group may come back
+    as anything.
+    """
     if is_node(w):
         return w.ragged(x, sizes)
     return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
@@ -160,8 +163,10 @@ def gather_for_use(tree: Any, axes: Any, dtype: DTypeLike) -> Any:
 
 
 def as_stored(tree: Any, axes: Any) -> Any:
-    """The same weights; the gradients of their arrays too come in the layout in which these are
-    stored, so that none is ever whole."""
+    """The same weights, whose gradients come in the layout in which the arrays are stored.
+
+    So no gradient is ever whole on a device.
+    """
     return map_arrays(gather.as_stored, tree, axes)
 
 

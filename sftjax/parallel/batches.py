@@ -68,7 +68,7 @@ def put_batch(
     batch_size: int,
     axes: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> dict[str, jax.Array]:
-    """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh.
+    """Global arrays [batch_size, ...], laid out on the mesh, of NumPy rows of this process.
 
     axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").
     """

@@ -1,4 +1,4 @@
-"""The step on hardware that is not here: python -m sftjax.plan --config=FILE --target=v5e-16"""
+"""The step on hardware that is not here: `sftjax plan --config=FILE --target=v5e-16`."""
 
 import json
 from collections.abc import Sequence

@@ -80,8 +80,10 @@ class Program:
         return w.rows * of(w.width, w.width * w.trained, w.pairs)
 
     def kernel_flops(self, cost: hlo.Cost) -> float:
-        """Of one device's kernels: as declared, or else those of attention, with its scores formed
-        once more going backward."""
+        """FLOPs of one device's kernels: as declared, or else those of attention.
+
+        Attention forms its scores once more going backward.
+        """
         if not cost.kernels or cost.kernel_flops:
             return cost.kernel_flops
         of = self.model.train_flops(self.trainable)

@@ -136,8 +136,11 @@ def parse(text: str) -> Target:
 
 
 def stand_in(target: Target) -> contextlib.AbstractContextManager:
-    """A context to lower a program in for GPUs that are not here: newer JAX lowers a Triton kernel
-    for a kind of GPU that it is told. The mesh has no axes, which is to say that there is none."""
+    """A context to lower a program in for GPUs that are not here.
+
+    Newer JAX lowers a Triton kernel for a kind of GPU that it is told. The mesh has no axes, which
+    is to say that there is none.
+    """
     device = jax.sharding.AbstractDevice(target.chip.kind, num_cores=None, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 

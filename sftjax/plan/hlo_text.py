@@ -175,7 +175,7 @@ def _meets(n_out, n_in, size, stride, pad, dilate, window_dilate) -> int:
 def gemm_flops(one: Instruction, computation: Computation) -> float:
     """A matmul that the GPU compiler gave to cuBLAS."""
     found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)
-    if "$gemm" not in one.rest and "$lt$matmul" not in one.rest or not found:
+    if not found or not ("$gemm" in one.rest or "$lt$matmul" in one.rest):
         return 0.0
     left = _dims(one.args[0], computation)
     depth = math.prod(left[int(d)] for d in re.findall(r"\d+", found[1]))

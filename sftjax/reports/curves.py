@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The loss curve of a run, and how every figure of ours looks and is saved.
 
 matplotlib draws, by its objects alone: without pyplot there is no window and no global figure.

@@ -45,7 +45,7 @@ class Example(NamedTuple):
 
     arrays: tuple[np.ndarray, ...]
     text: str = ""
-    spans: list[tuple[int, int]] = []
+    spans: Sequence[tuple[int, int]] = ()
     note: str = ""
 
     @property
@@ -63,7 +63,7 @@ class Scores(NamedTuple):
     """What was measured of one evaluation set."""
 
     values: dict[str, float]  # "accuracy" -> a number; they go into every log and table
-    tables: dict[str, Any] = {}  # "confusion" -> anything JSON holds; they go into the result
+    tables: Mapping[str, Any] = {}  # "confusion" -> anything JSON holds; they go into the result
 
 
 class Task:
@@ -179,8 +179,11 @@ class Task:
         raise NotImplementedError
 
     def loss_fn(self, model: TaskModel, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """The loss of training. options: the config's section `loss`; sources: their names, where
-        there are several, and the batch says in `sources` which is whose."""
+        """The loss of training.
+
+        options: the config's section `loss`; sources: their names, where there are several, and the
+        batch says in `sources` which is whose.
+        """
         raise NotImplementedError
 
     # ---- evaluation ----

@@ -81,9 +81,9 @@ class CausalLM(Task):
         return {key for key in record if matters(key)}
 
     def key(self) -> list:
+        """The policy, the chat template and the special tokens."""
         if self.tokenizer is None:
             raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
-        """The policy, the chat template and the special tokens."""
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
         settings["template"] = template_text(self.tokenizer, self.policy.get("template"))

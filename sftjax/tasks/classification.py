@@ -38,7 +38,7 @@ class Labelled(NamedTuple):
     targets: np.ndarray  # int32 [n]: the label's index there, else 0
     text: str
     note: str  # the label, for people to read
-    spans: list[tuple[int, int]] = []
+    spans: Sequence[tuple[int, int]] = ()
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,7 +98,7 @@ class Classification(Task):
     """
 
     layout = TokenRows(shifted=False)
-    columns = {
+    columns: Mapping[str, tuple[str, None]] = {
         "tokens": ("int32", None),
         "weights": ("float32", None),
         "targets": ("int32", None),

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,7 +140,7 @@ class Feed:
             "pairs": lambda window: rows.mean(_pairs(lengths, window)),
         }
 
-    def _rows(self, store, packing, batch_size, **options):
+    def _rows(self, store, packing, batch_size, **options: Any):
         d, options["layout"] = self.config.data, self.task.layout
         packing = "none" if self.task.layout.fixed else packing
         if d.buckets and packing == "none":

@@ -6,7 +6,6 @@ strategies that verify themselves; where none can, the row is refused.
 """
 
 import json
-import os.path
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sftjax.data.masking import sandbox
-from sftjax.data.masking.dialect import Dialect, learn
+from sftjax.data.masking.dialect import Dialect, alike, learn
 from sftjax.data.masking.marks import put_back, put_marks, split
 from sftjax.errors import DataError
 
@@ -148,7 +147,7 @@ class ChatTemplate:
             return text, start, answer
         return prompt, len(prompt), answer
 
-    def _request(self, messages, chat, **more):
+    def _request(self, messages, chat, **more: Any):
         """What the sandbox gets: of the messages only what this template can read."""
         plain = (
             {k: v for k, v in m.items() if k in KEYS or (k in self.source and k not in OURS)}
@@ -191,8 +190,9 @@ class ChatTemplate:
         )
 
     def _by_trained_marks(self, cases):
-        """Marks for trained messages alone, as a template may look into the others' texts, and
-        not in the arguments of tool calls, which it may quote in a way of its own.
+        """Marks for trained messages alone, and not in the arguments of tool calls.
+
+        A template may look into the texts of the others, and quote arguments in a way of its own.
         """
         safe = [not self._ends_in_arguments(case) for case in cases]
         found = iter(self._by_marks([c for c, ok in zip(cases, safe, strict=True) if ok], True))
@@ -251,8 +251,9 @@ class ChatTemplate:
         return [region for region in regions if region]
 
     def _runs(self, text, marks, places):
-        """Places in runs, each of one message and without a stop token in it: some templates
-        write the tools' results between a message's calls and its content.
+        """Places in runs, each of one message and without a stop token in it.
+
+        Some templates write the tools' results between a message's calls and its content.
         """
         runs = []
         for place in places:
@@ -288,7 +289,7 @@ class ChatTemplate:
         # No header where a turn goes on after tools' results, or where there is none to learn.
         written = text[lower:start][::-1], self.dialect.openings.get(part, "")[::-1]
         opening = OPEN_THINK.search(text, lower, start)
-        return opening.start() if opening else start - len(os.path.commonprefix(written))
+        return opening.start() if opening else start - alike(*written)
 
     def _answer(self, case, marks, run, start, stop):
         """Where the answer begins in the turn [start, stop): after its reasoning."""

@@ -115,7 +115,7 @@ class Mixture(Rows):
         return float(np.average(np.divide(sums, self._rows), weights=spans))
 
     def _by_source(self, phase, values) -> np.ndarray:
-        """float [sources]: the sum of values [documents] over what each gives in a cycle."""
+        """The sum, float [sources], of values [documents] over what each gives in a cycle."""
         values, lengths = (
             np.array([part.mean() for part in np.split(np.asarray(x), self.store.starts[1:-1])])
             for x in (values, self.store.lengths)
@@ -229,7 +229,7 @@ class Mixture(Rows):
         return np.random.Generator(np.random.Philox(seed)).permutation(docs)
 
     def _begun(self, plan) -> np.ndarray:
-        """int [sources]: documents that begin in a plan."""
+        """How many documents of each source begin in a plan: int [sources]."""
         return self._tally(plan.doc[plan.start == 0])
 
     def _tally(self, docs) -> np.ndarray:

@@ -124,8 +124,9 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
 
 
 def identity(spec: str) -> str:
-    """A hash of the shards' names and sizes, as their content is too much to read; and of what a
-    state counts in.
+    """A hash of the shards' names and sizes, and of what a state counts in.
+
+    The content of shards is too much to read.
     """
     known = [[path.name, path.stat().st_size] for path in shards(spec)] + [CHUNK, BINS]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
@@ -196,10 +197,14 @@ def batches(
 
     Args:
       sources: of several, the batches have `sources` too: int32 [B, S], each token's source.
+      length: tokens in a row.
+      rows: rows in a batch.
       packing: "bfd" or "bfd_split" (best fit, among BINS rows) | "none" (one document a row).
+      seed: of the order of shards and records.
       window: records of a source that are shuffled together.
-      part, parts: which part of the data this is. It has whole shards where there is at least one
-        for each part, else every parts-th row.
+      part: which part of the data this is, from 0 on.
+      parts: how many there are. Each has whole shards where there is at least one for each, else
+        every parts-th row.
       prefetch: batches made ahead, by a thread.
       rejects: the file for rows that can't be used, where on_error is "skip".
     """

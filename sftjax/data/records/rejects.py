@@ -35,11 +35,14 @@ class Rejects:
         on_error: str,
         max_skipped: float,
     ) -> None:
-        """Args:
-        path: the file; there is none without a row.
-        kept: where it goes if there are too many rows.
-        on_error: "raise" | "skip".
-        max_skipped: the share of all rows past which the error is raised after all.
+        """Begin with no row.
+
+        Args:
+          path: the file; there is none without a row.
+          kept: where it goes if there are too many rows.
+          source: the records, by index.
+          on_error: "raise" | "skip".
+          max_skipped: the share of all rows past which the error is raised after all.
         """
         self.path, self.kept, self.source = path, kept, source
         self.on_error, self.max_skipped = on_error, max_skipped
@@ -52,9 +55,9 @@ class Rejects:
         line = dict(row=row + 1, file=error.where, kind=error.kind, reason=error.reason)
         line["record"] = self._record(row)
         text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
-        with writing("the file", self.path):
-            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+        how = dict(encoding="utf-8", errors="backslashreplace")
+        with writing("the file", self.path), open(self.path, "a", **how) as file:
+            file.write(text)
         self.counts[error.label] += 1
         rows, rejected = len(self.source), self.counts.total()
         if rejected > self.max_skipped * rows:

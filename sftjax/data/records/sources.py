@@ -267,7 +267,7 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     compression = COMPRESSED.get(path.suffix.lower())
     if compression is None:
         with _readable(path):
-            file = open(path, "rb")
+            file = open(path, "rb")  # noqa: SIM115 (an error of its reader is not one of opening)
         with file:
             yield file
         return
@@ -408,7 +408,7 @@ class Parquet:
         return f"{self.path}:{i + 1}"
 
 
-def _read_table(path, **dialect):
+def _read_table(path, **dialect: Any):
     csv.field_size_limit(1 << 30)  # the library's 128 kB is shorter than some documents
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

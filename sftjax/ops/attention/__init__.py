@@ -59,7 +59,7 @@ def mask(
     causal: bool,
     window: int,
 ) -> jax.Array:
-    """bool [B, S, T]: which keys each query sees."""
+    """Which keys each query sees: bool [B, S, T]."""
     seen = q_seg[:, :, None] == kv_seg[:, None, :]
     ahead = q_pos[:, :, None] - kv_pos[:, None, :]  # how far the key lies behind the query
     if causal:
@@ -88,8 +88,11 @@ BACKENDS = {
 
 
 def check(backend: str, features: Iterable[str] = (), platform: str = "", length: int = 0) -> None:
-    """Raise ConfigError unless `backend` exists, supports `features`, runs on `platform` ("" = this
-    one) and takes rows of which a shard of mesh.context holds `length` tokens (0 = any)."""
+    """Raise ConfigError unless `backend` exists and can do what is asked of it.
+
+    features: what it must support; platform: where it runs, "" = here; length: the tokens of a row
+    that a shard of mesh.context holds, 0 = any.
+    """
     if backend not in BACKENDS:
         raise ConfigError(
             f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"

@@ -237,7 +237,7 @@ def _queries_kernel(how, bounds, q_seg, kv_seg, q_pos, kv_pos, q, k, v, do, lse,
 def _call(kernel, name, blocks, grid, in_specs, args, out_specs, out_shape):
     """The kernel on a GPU; interpreted on a CPU."""
 
-    def run(interpret, *args):
+    def run(interpret, *args: jax.Array):
         return pl.pallas_call(
             kernel,
             name=name,
@@ -351,7 +351,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _pad(x, rows, width=0, value=0):
-    """x [B, S, ...] with S a multiple of `rows`, and its last axis `width` wide."""
+    """Pad x [B, S, ...] till S is a multiple of `rows`, and its last axis `width` wide."""
     pads = [(0, 0), (0, -x.shape[1] % rows)] + [(0, 0)] * (x.ndim - 2)
     if width:
         pads[-1] = (0, width - x.shape[-1])
@@ -374,8 +374,10 @@ def triton(
     sinks: jax.Array | None,
     sizes: tuple[Blocks, Blocks, Blocks] | None = None,
 ) -> jax.Array:
-    """A backend of ops.attention, for one device's part of the mesh. sizes: of the blocks of the
-    three kernels; None = SIZES'."""
+    """A backend of ops.attention, for one device's part of the mesh.
+
+    sizes: of the blocks of the three kernels; None = SIZES'.
+    """
     if (
         k.shape[1] > q.shape[1]
     ):  # a shard of `context`: keys in the order of the row, for the ranges

@@ -333,7 +333,7 @@ def test_the_first_token_of_a_piece_is_no_target(config, tmp_path):
 def test_weights_that_differ(config, tmp_path):
     turns = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a", "weight": 0.5}]
     config.data.train = write(
-        tmp_path / "m.jsonl", [{"a": turns, "b": turns[:1] + [turns[1] | {"weight": 2}]}]
+        tmp_path / "m.jsonl", [{"a": turns, "b": [turns[0], turns[1] | {"weight": 2}]}]
     )
     config.data.fields.messages = "a"
     (difference,) = against(config, changed(config, **{"fields.messages": "b"}))["differences"]

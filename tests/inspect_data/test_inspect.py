@@ -11,6 +11,8 @@ from sftjax import config as config_lib
 from sftjax.config import get_default
 from sftjax.data import DataError
 from sftjax.inspect_data import inspect, main
+from sftjax.inspect_data.diff import compare
+from sftjax.inspect_data.rows import Wanted
 from sftjax.inspect_data.views import GREEN, PLAIN, RED
 
 ROWS = [
@@ -398,3 +400,8 @@ def test_command(config, tmp_path, capsys):
     assert "dropped: no_trained_token" in out.read_text()
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         main([*command[3:], "--config.data.train=none.jsonl"])
+
+
+def test_configs_without_a_tokenizer_cannot_be_compared():
+    with pytest.raises(DataError, match="--against compares tokens, and this task has no token"):
+        compare([], get_default(), get_default(), Wanted())

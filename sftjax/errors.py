@@ -89,7 +89,7 @@ class DataError(UserError, ValueError):
         problem: str,
         fix: str = "",
         *,
-        where: str = "",
+        where: str | Path = "",
         kind: str = "",
         subject: str = "",
         joint: str = "; ",

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from sftjax import hf
 from sftjax.data import stop_ids
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         raise DataError(problem, where=f"--model={path}", kind="no_template")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
-    chat = dict(messages=messages, tools=None, options={})
+    chat: dict[str, Any] = dict(messages=messages, tools=None, options={})
     [text] = load_template(tokenizer).render([chat], [f"--model={path}"], generate=True)
     model, params = hf.load_pretrained(path)
     prompt = tokenizer(text, add_special_tokens=False).input_ids

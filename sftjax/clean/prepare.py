@@ -49,8 +49,9 @@ def training_rows(
             "data.split.share takes validation rows from data.train, but data.validation is set "
             "too: keep one of them"
         )
+    source: RecordSource
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
-    options, form = {}, {}
+    options, form = dict[str, Any](), dict[str, Any]()
     if d.clean.rules:
         options = clean_options(config, task)
     if d.clean.rules or d.split.share or d.augment:

@@ -96,7 +96,7 @@ def _section(rule, source, findings, form):
     found = [f for f in findings.found if f.rule == rule]
     return dict(
         name=rule,
-        about=" ".join(RULES[rule].__doc__.split("\n\n")[0].split()),
+        about=" ".join((RULES[rule].__doc__ or "").split("\n\n")[0].split()),
         rows=[(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form))
               for f in found],
     )  # fmt: skip

@@ -248,7 +248,7 @@ def markup(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     for i in texts.readable(rows):
         sides = texts.raw(texts.source, i)[:2]
         if hit := _MARKUP.search("\n".join(_CODE.sub(" ", side) for side in sides)):
-            yield i, f"{names[hit.lastindex - 1]} {hit[0][:40]!a}", None
+            yield i, f"{names[(hit.lastindex or 1) - 1]} {hit[0][:40]!a}", None
 
 
 def contamination(
@@ -270,12 +270,12 @@ def _evaluation_index(texts, evaluation, ngram):
     Texts shorter than `ngram` words are indexed at their own length. What many evaluation rows
     share is the wording of the task, and no evidence.
     """
-    wholes, places, counts = {}, defaultdict(dict), Counter()
+    wholes, places, counts = dict[tuple, str](), defaultdict[int, dict](dict), Counter[tuple]()
     for source in evaluation:
         for i in range(len(source)):
             prompt, answer, _ = map(normalise, texts.raw(source, i))
             wholes.setdefault(_words(prompt or answer), source.where(i))
-            found = set()
+            found = set[tuple]()
             for words in (_words(prompt), _words(answer)):
                 n = min(ngram, len(words))
                 if n >= min(SHORT, ngram):
@@ -331,7 +331,7 @@ def conflict(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
 
 def exact_duplicate(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows that equal an earlier one in prompt and answer, after normalisation."""
-    first = {}
+    first: dict[tuple, int] = {}
     for i in texts.readable(rows):
         same = first.setdefault((texts.prompts[i], texts.answers[i], texts.tools[i]), i)
         if same != i:
@@ -417,7 +417,7 @@ def label_suspects(
         yield rows[at], f"trust {values[at]:.3g}", None
 
 
-RULES = {
+RULES: dict[str, Callable[..., Iterator[Hit]]] = {
     "missing": missing,
     "empty": empty,
     "too_long": too_long,

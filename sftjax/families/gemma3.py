@@ -1,7 +1,6 @@
-"""Gemma 3, text: Gemma 2 without soft caps, with normalised queries and keys.
+"""Gemma 3, text: Gemma 2 without soft caps, with normalised queries and keys."""
 
-To each global layer it has five local ones, with a rotary base of their own.
-"""
+# To each global layer it has five local ones, with a rotary base of their own.
 
 import dataclasses
 

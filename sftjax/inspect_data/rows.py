@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 250  # rows encoded together
+REASONS: tuple[str, ...]
 REASONS = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
 REASONS += tuple(rule for rule in RULES if rule not in REASONS)
 
@@ -83,7 +84,8 @@ def parts_of(
             task = tasks.make(source.config, tokenizer)
             source.config.data.augment = source.config.data.augment if augment else ()
             rows = prepare.training_rows(source.config, task, cache)
-            part = Part(source.name, source.config, rows.validation, rows.held)
+            held: Any = rows.validation  # None where none is held out; the part then goes
+            part = Part(source.name, source.config, held, rows.held)
             if set == "train":
                 part = part._replace(source=rows.train, task=rows.task, removed=rows.removed)
             parts += [part] if part.source else []

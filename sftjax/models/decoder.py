@@ -288,7 +288,7 @@ def run_layers(
     cache: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array] | None]:
     """(x [B, S, D] after all layers, keys and values by stack, moe.routing_sums or None)."""
-    kept, sums, ctx = {}, [], dict(ctx)
+    kept, sums, ctx = dict[str, Any](), [], dict(ctx)
     seeds = ctx.pop("seeds", None)
     for loop in range(config.loops):
         for name in stacks(config):
@@ -419,6 +419,6 @@ class Model(base.Body):
         segments: jax.Array,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """(hidden [B, S, D], cache) with the tokens appended to the cache."""
-        x, cache, _ = forward(self.config, params, tokens, positions, segments, cache)
-        cache.pop("slots")
-        return x, cache
+        out: Any = forward(self.config, params, tokens, positions, segments, cache)
+        out[1].pop("slots")
+        return out[:2]

@@ -22,7 +22,7 @@ from sftjax.params import Param, is_param
 if TYPE_CHECKING:  # it imports this file
     from sftjax.models.decoder import Config, Kind
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -61,11 +61,8 @@ def abstract(c: "Config", n: int) -> dict:
     lead = ((n,), ("layers",))
 
     def linear(bias, inputs, **sizes: int):
-        """A product's parameters: {"w"}, and "b" where it has a bias.
-
-        bias: the axes of the bias, () for none; inputs: those that the product sums over; sizes:
-        the weight's axes in order.
-        """
+        """A product's weight, of axes `sizes`, and its bias, of axes `bias`, () for none."""
+        # inputs: the axes that the product sums over.
         p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal, inputs)}
         if bias:
             p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
@@ -177,7 +174,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 
     how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
     how |= dict(causal=config.causal, backend=config.attention)
-    attend = functools.partial(attention, q, **ctx["where"], **how)
+    attend: Callable = functools.partial(attention, q, **ctx["where"], **how)
 
     if first is None:
         out = attend(k, v, window=kind.window)
@@ -188,11 +185,8 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 
 
 def _mix(p, q, first, own):
-    """A later pass over the same layers (IQuest-Coder's loop form).
-
-    Each head's gate weighs its attention to the first pass's keys against windowed attention to its
-    own.
-    """
+    """Weigh attention to the first pass's keys against windowed attention to its own, by gates."""
+    # The loop form of IQuest-Coder: this is a later pass over the same layers.
     w = weight.dense(p["w"], jnp.float32)
     gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), w)
     gate = jax.nn.sigmoid(gate + p["b"].astype(jnp.float32))[..., None].astype(q.dtype)
@@ -221,12 +215,13 @@ def _mlp(config, axes, p, x, ctx):
     if n == 1:
         return _dense(config, axes, p, x), None
     # The barriers hold two slices in flight: one is gathered, or scattered, while one is computed.
-    parts, y = [weight.cut(p, axes, "mlp", i, n) for i in range(n)], 0
+    parts: list[Any] = [weight.cut(p, axes, "mlp", i, n) for i in range(n)]
+    out: Any = 0
     for i in range(n):
-        y = y + jax.checkpoint(functools.partial(_dense, config, axes))(parts[i], x)
+        out = out + jax.checkpoint(functools.partial(_dense, config, axes))(parts[i], x)
         if i + 2 < n:
-            y, parts[i + 2] = jax.lax.optimization_barrier((y, parts[i + 2]))
-    return y, None
+            out, parts[i + 2] = jax.lax.optimization_barrier((out, parts[i + 2]))
+    return out, None
 
 
 def _dense(config, axes, p, x):

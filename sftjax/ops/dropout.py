@@ -32,8 +32,8 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: in
     def words(token):
         return threefry_2x32(seed, jnp.concatenate([jnp.full_like(lanes, token), lanes]))
 
-    words = jax.vmap(jax.vmap(words))(ids.astype(jnp.uint32))
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    drawn = jax.vmap(jax.vmap(words))(ids.astype(jnp.uint32))
+    halves = jax.lax.bitcast_convert_type(drawn, jnp.uint16)
     halves = halves.reshape(*ids.shape, -1)[..., :width]
     scale = jnp.asarray(LEVELS / (LEVELS - least), x.dtype)
     return jnp.where(halves >= least, x * scale, jnp.zeros_like(x))

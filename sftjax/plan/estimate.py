@@ -7,7 +7,7 @@ layer and of the loss (the results of its matmuls at once), and collectives, fro
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend import core
@@ -133,7 +133,7 @@ def _bytes(var) -> float:
 
 def _activations(jaxpr) -> tuple[float, float, float]:
     """(what scans leave to scans, matmuls of one round of a scan, of the loss), in global bytes."""
-    kept, layer, logits, left = 0.0, 0.0, 0.0, {}
+    kept, layer, logits, left = 0.0, 0.0, 0.0, dict[Any, float]()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("scan", "shard_map"):
             for var in eqn.invars:

@@ -14,14 +14,15 @@ import dataclasses
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from sftjax.plan import hlo_text as text_lib
 
 if TYPE_CHECKING:
     import jax
 
+KINDS: tuple[str, ...]
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 KINDS += ("ragged-all-to-all", "collective-broadcast")
 
@@ -128,7 +129,7 @@ def analyze(text: str, assume: int | Mapping[str, int] = 1) -> Cost:
 
 def peak_bytes(compiled: "jax.stages.Compiled") -> int:
     """Bytes a device needs: arguments, results and temporaries, shared ones once."""
-    m = compiled.memory_analysis()
+    m: Any = compiled.memory_analysis()  # CompiledMemoryStats: CPUs, GPUs and TPUs have it
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return held + m.temp_size_in_bytes
 
@@ -136,7 +137,7 @@ def peak_bytes(compiled: "jax.stages.Compiled") -> int:
 # ---- the walk ------------------------------------------------------------------------------
 
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
-_BINARY = {
+_BINARY: dict[str, Callable] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -166,7 +167,7 @@ class _Reader:
 
     def _walk(self, name, env) -> Cost:
         """env: {(parameter, index): int}: the scalars known of the computation's tuple."""
-        body, total, flights = self.computations[name], Cost(), {}
+        body, total, flights = self.computations[name], Cost(), dict[str, tuple]()
         for one in body:
             for key in self._ends(one):
                 if key in flights:
@@ -386,7 +387,7 @@ def _collectives_in(computation):
 
 
 def _kernel(one, total):
-    target = re.search(r'custom_call_target="([^"]*)"', one.rest)[1]
+    target = re.findall(r'custom_call_target="([^"]*)"', one.rest)[0]
     if target != "tpu_custom_call" and "triton" not in target and "cudnn" not in target:
         return
     record = total.kernels[one.name.rstrip(".0123456789")]

@@ -50,8 +50,8 @@ _KEY = jax.dtypes.prng_key
 
 def account(program: "Program", compiled: jax.stages.Compiled, text: str) -> Account:
     """The Account of a compiled step. text: compiled.as_text()."""
-    parts, m = held(program), compiled.memory_analysis()
-    peak = Live(text).peak()
+    m: Any = compiled.memory_analysis()
+    parts, peak = held(program), Live(text).peak()
     shapes = _shapes(program)
     found = {"gradients": 0.0, "weights in use": 0.0, "activations": 0.0, "logits": 0.0}
     for b in peak:
@@ -108,11 +108,11 @@ def exhausted(message: str) -> tuple[float, list]:
     total = float(asked[1]) if asked else total
     found = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
-        n = re.match(size, part)
+        number, scale = re.findall(rf"\A{size}", part)[0]
         named = re.search(r'op_name="([^"]*)"', part)
         shape = re.search(r"Shape: (\S+\])", part)
         what = " ".join(x[1] for x in (shape, named) if x)
-        found.append((float(n[1]) * unit[n[2]], what or part.split("\n")[0]))
+        found.append((float(number) * unit[scale], what or part.split("\n")[0]))
     return total, found
 
 
@@ -150,7 +150,7 @@ class Live:
 
     def _peak(self, name, in_place) -> list:
         """in_place: the result has a place already, as a loop's has in what it began with."""
-        body, values, buffers, inner = self.computations[name], {}, [], {}
+        body, values, buffers, inner = self.computations[name], dict[str, list](), [], {}
         for at, one in enumerate(body):
             values[one.name], made = self._value(one, body, values)
             for b in made:
@@ -277,7 +277,7 @@ def _size(kind, dims, layout) -> float:
         return 0.0
     tile = re.search(r":T\((\d+),(\d+)\)", layout)
     if tile and len(dims) > 1:
-        order = [int(x) for x in re.match(r"\{([\d,]*)", layout)[1].split(",")]
+        order = [int(x) for x in re.findall(r"^\{([\d,]*)", layout)[0].split(",")]
         padded = list(dims)
         for axis, n in zip(order, (int(tile[2]), int(tile[1])), strict=False):
             padded[axis] = -(-padded[axis] // n) * n

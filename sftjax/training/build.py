@@ -280,10 +280,10 @@ def export(directory: Path | str, task: "Task", model: Model, state: TrainState)
 
 def compiled_text(compiled: jax.stages.Compiled, seconds: float) -> str:
     """How long the compile took, and the program's bytes a device (0: not known there)."""
-    m = compiled.memory_analysis()
+    m: Any = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
     peak -= m.alias_size_in_bytes
-    cache = jax.config.jax_compilation_cache_dir
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined] # as in workdir.py
     return f"in {seconds:.1f} s, peak {peak / 2**20:,.0f} MiB a device; cache {cache}"
 
 

@@ -77,7 +77,7 @@ class Checkpointer:
                 "extra": ocp.JsonCheckpointHandler(),
             },
         )
-        self._writing = None  # the step being written
+        self._writing: int | None = None  # the step being written
 
     def _score(self, metrics) -> float:
         # Absent when an earlier run in this directory tracked another metric.

@@ -190,11 +190,7 @@ def mfu(flops_per_step: float, seconds: float, device_kind: str, n_devices: int)
 
 
 def peak_memory() -> tuple[int, str]:
-    """(bytes, "device"): the most that one local device has held so far.
-
-    Where the backend does not say, as on CPU: (bytes, "process"), the most that this process has
-    held in host memory.
-    """
+    """(bytes, "device"): the most that one has held; else (bytes, "process"), of host memory."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:

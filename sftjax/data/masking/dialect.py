@@ -90,9 +90,8 @@ def learn(render: Callable[[list[dict[str, Any]], bool], str], special: Pattern[
 
 def alike(a: Sequence, b: Sequence) -> int:
     """How many items two texts or lists begin with in common."""
-    return next(
-        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _shows(text):

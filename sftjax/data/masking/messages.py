@@ -56,8 +56,8 @@ def _best_thread(node, fields, roles):
     """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
     thread = [node]
     while replies := [r for r in _replies(node) if isinstance(r, dict)]:
-        ranks = (r.get("rank") for r in replies)
-        ranks = [n if isinstance(n, (int, float)) else len(replies) for n in ranks]
+        given = (r.get("rank") for r in replies)
+        ranks = [n if isinstance(n, (int, float)) else len(replies) for n in given]
         node = replies[ranks.index(min(ranks))]
         thread.append(node)
     while len(thread) > 1 and roles.get(str(thread[-1].get(fields.get("role", "role")))) == "user":

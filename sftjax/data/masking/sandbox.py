@@ -23,7 +23,8 @@ MEMORY = 4 << 30  # bytes, of the process
 CHARACTERS = 1 << 26  # of one rendered conversation
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 
-_lock, _workers = Lock(), {}  # process id -> (worker, progress): a fork needs one of its own
+_lock = Lock()
+_workers: dict[int, tuple] = {}  # process id -> (worker, progress): a fork needs one of its own
 
 
 def render(

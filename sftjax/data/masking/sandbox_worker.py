@@ -42,7 +42,7 @@ def render(
 ) -> dict[str, Any]:
     """{"text", and "blocks" where they are asked for}, or {"error"}."""
     try:
-        texts, blocks = render_jinja_template(
+        texts, blocks = render_jinja_template(  # type: ignore[str-unpack] # its type says str
             [chat["messages"]],
             tools=chat["tools"],
             chat_template=template,

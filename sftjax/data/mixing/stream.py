@@ -124,10 +124,7 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
 
 
 def identity(spec: str) -> str:
-    """A hash of the shards' names and sizes, and of what a state counts in.
-
-    The content of shards is too much to read.
-    """
+    """A hash of the names and sizes of shards, too much to read, and of what a state counts in."""
     known = [[path.name, path.stat().st_size] for path in shards(spec)] + [CHUNK, BINS]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
@@ -210,8 +207,8 @@ def batches(
     """
     streams = []
     for source in sources:
-        seeds = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
-        seeds = [int(s) // 2 for s in seeds]  # the number of a window is added, in 32 bits
+        drawn = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
+        seeds = [int(s) // 2 for s in drawn]  # the number of a window is added, in 32 bits
         records = Records(shards(source.paths), part, parts, seeds[0])
         records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
         streams.append(Documents(records, source, length, rejects))
@@ -251,6 +248,11 @@ class Records(grain.IterDataset):
 
 
 class _Records(grain.DatasetIterator):
+    order: Any  # of the shards, in this pass
+    shard: int  # the place in it
+    row: int  # the next of the shard
+    rows: Any  # those left of the shard; None where it is not open
+
     def __init__(self, data: Records) -> None:
         super().__init__()
         self.data = data
@@ -309,7 +311,7 @@ class _Documents(grain.DatasetIterator):
     ) -> None:
         super().__init__(parent)
         self.source, self.length, self.rejects = source, length, rejects
-        self.before, self.documents, self.at = parent.get_state(), [], 0
+        self.before, self.documents, self.at = parent.get_state(), list[tuple](), 0
 
     def __next__(self) -> Batch:
         chunks = 0
@@ -326,7 +328,8 @@ class _Documents(grain.DatasetIterator):
             self._read()
         document = self.documents[self.at]
         self.at += 1
-        return self.source.task.layout.document(*document)
+        layout: Any = self.source.task.layout  # of tokens, as all that is streamed
+        return layout.document(*document)
 
     def _read(self):
         s = self.source

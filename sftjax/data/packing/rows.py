@@ -67,7 +67,7 @@ class Rows:
         """
         self.store, self.length, self.packing = store, length, packing
         self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
-        self._plans, self._lock = {}, Lock()
+        self._plans, self._lock = dict[int, Plan](), Lock()
         longest = int(max(store.lengths, default=0))
         if longest > length and packing in ("bfd", "none"):
             raise DataError(

@@ -39,7 +39,7 @@ class Source(Sequence):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: Any) -> Any:  # a record, or of a slice the list of them
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         reader, row = self._locate(i)
@@ -86,7 +86,7 @@ def open_source(spec: str, limit: int = 0) -> Source:
 
     Raises: DataError if a file is absent, empty, malformed or of an unknown kind.
     """
-    readers = []
+    readers: list[Reader] = []
     for part in str(spec or "").split(","):
         with _readable(part.strip()):
             files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
@@ -156,8 +156,8 @@ def _hub_files(repo, split):
     pairs = zip(files, names, strict=True)
     wanted = [f for f, n in pairs if _split_of(n) in known or (split and split in n)]
     if not wanted:
-        names = ", ".join(names[:8])
-        problem = f"no file of split {split or 'train'!r}; it holds: {names}"
+        some = ", ".join(names[:8])
+        problem = f"no file of split {split or 'train'!r}; it holds: {some}"
         raise DataError(problem, where=repo, kind="no_file")
     return wanted
 
@@ -206,7 +206,7 @@ class JsonLines:
         self.path = path
         if path.suffix.lower() in COMPRESSED:
             with open_bytes(path) as file:
-                self._bytes = file.read()
+                self._bytes: bytes | mmap.mmap = file.read()
         else:
             with open(path, "rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -281,11 +281,11 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _line_starts(data, chunk=1 << 26):
-    starts = [np.zeros(1, np.int64)]
+    found = [np.zeros(1, np.int64)]
     for at in range(0, len(data), chunk):
         block = np.frombuffer(data, np.uint8, min(chunk, len(data) - at), at)
-        starts.append(np.flatnonzero(block == ord("\n")) + at + 1)
-    starts = np.concatenate(starts)
+        found.append(np.flatnonzero(block == ord("\n")) + at + 1)
+    starts = np.concatenate(found)
     return starts[starts < len(data)]
 
 

@@ -8,6 +8,7 @@ serves padded rows, packed rows and a KV cache (where an unwritten slot has segm
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,15 +140,15 @@ def attention(
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
     softmax and gives nothing.
     """
-    how = dict(
+    how: dict[str, Any] = dict(
         causal=causal,
         window=window,
         softcap=softcap,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
     if kv_segments is not None:  # decoding: only the reference knows the cache
-        seen = dict(q_seg=segments, kv_seg=kv_segments, q_pos=positions, kv_pos=kv_positions)
-        return xla(q, k, v, **seen, **how, sinks=sinks)
+        how |= dict(q_seg=segments, kv_seg=kv_segments, q_pos=positions, kv_pos=kv_positions)
+        return xla(q, k, v, **how, sinks=sinks)
     run = functools.partial(BACKENDS[backend].fn, **how)
     seg, pos = segments, positions
     if jax.sharding.get_abstract_mesh().empty:

@@ -62,10 +62,7 @@ def blockwise(
     scale: float,
     sinks: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention; see ops.attention.attention.
-
-    Queries and keys lie in any order; a query of segment 0 (padding) gives 0.
-    """
+    """Softmax attention of tokens in any order; see ops.attention.attention. Padding gives 0."""
     B, S, N, _ = q.shape
     T, K = k.shape[1:3]
     o = Options(causal, window, softcap, scale)

@@ -63,7 +63,7 @@ class How:
     window: int
     softcap: float
     scale: float
-    sizes: tuple[Blocks, Blocks, Blocks]
+    sizes: tuple[Blocks, ...]
 
 
 # ---- which blocks see which ----------------------------------------------------------------
@@ -372,12 +372,9 @@ def triton(
     softcap: float,
     scale: float,
     sinks: jax.Array | None,
-    sizes: tuple[Blocks, Blocks, Blocks] | None = None,
+    sizes: tuple[Blocks, ...] | None = None,
 ) -> jax.Array:
-    """A backend of ops.attention, for one device's part of the mesh.
-
-    sizes: of the blocks of the three kernels; None = SIZES'.
-    """
+    """A backend of ops.attention; sizes: of the blocks of its three kernels, None = SIZES'."""
     if (
         k.shape[1] > q.shape[1]
     ):  # a shard of `context`: keys in the order of the row, for the ranges

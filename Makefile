@@ -21,10 +21,11 @@ test-all: test
 lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 # Everything that make made, except runs/.
 clean:
-	rm -rf .venv .venv-313 .venv-tpu .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-313 .venv-tpu .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || \

@@ -217,7 +217,7 @@ def tune(case, tries, kernels=range(3)):
 
     shape, (batch, _) = SHAPES[case.shape], make_batch(case)
     H = shape["head_dim"]
-    base = next(s for most, s in gpu_attention.SIZES.items() if H <= most)
+    base = next(s for most, s in gpu_attention.SIZES.items() if most >= H)
     q, k, v = (
         jax.random.normal(jax.random.key(i), (case.rows, case.length, n, H), jnp.bfloat16)
         for i, n in enumerate((shape["heads"], shape["kv_heads"], shape["kv_heads"]))

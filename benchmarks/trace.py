@@ -40,8 +40,8 @@ from sftjax.reports import curves
 from sftjax.training import workdir
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plot import loglog  # noqa: E402
-from train_step import SHAPES, make_batch  # noqa: E402
+from plot import loglog
+from train_step import SHAPES, make_batch
 
 KINDS = ("matmul", "attention", "vocabulary", "collectives", "other")
 COLLECTIVE = re.compile(
@@ -71,7 +71,7 @@ class Program:
 
     def inside(self, name):
         """The instruction and those of the computations that it calls as one operation."""
-        shape, opcode, rest = self.ops[name]
+        _, opcode, rest = self.ops[name]
         yield name
         if opcode not in CONTAINERS:
             for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", rest):
@@ -100,7 +100,7 @@ class Program:
         return sum(self._product_flops(n) for n in self.inside(name))
 
     def _product_flops(self, name):
-        shape, opcode, rest = self.ops[name]
+        shape, _, rest = self.ops[name]
         found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]"?([\d,"]*)', rest)
         if not self.is_product(name) or not found:
             return 0
@@ -252,11 +252,11 @@ def profile(config, rows, length, steps, logdir):
     step = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx), donate_argnums=0)
     batch = jax.device_put(make_batch(config, rows, length, 0.5))
     compiled = step.lower(state, batch).compile()
-    state, metrics = jax.block_until_ready(compiled(state, batch))
+    state, _ = jax.block_until_ready(compiled(state, batch))
     with jax.profiler.trace(logdir):
         for i in range(steps):
             with jax.profiler.StepTraceAnnotation("train_step", step_num=i):
-                state, metrics = jax.block_until_ready(compiled(state, batch))
+                state, _ = jax.block_until_ready(compiled(state, batch))
     return compiled.as_text()
 
 

@@ -48,7 +48,7 @@ from sftjax.models.decoder import Config
 from sftjax.training import workdir
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-import drive  # noqa: E402
+import drive
 
 SHAPES = {
     "S": (
@@ -314,10 +314,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    if args.variants:
-        results = {"variants": variants(args.shape, args.rounds)}
-    else:
-        results = peers(args)
+    shape, rounds = args.shape, args.rounds
+    results = {"variants": variants(shape, rounds)} if args.variants else peers(args)
     if args.out:
         value = {"environment": workdir.environment() | drive.machine(), "results": results}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -180,6 +181,7 @@ FREE = (
     "profile.",
 )
 # Keys of `data` that an entry of data.sources may set for its rows alone.
+OWN: tuple[str, ...]
 OWN = ("limit", "fields", "roles", "train_on", "stop_token", "reasoning", "system", "overlong")
 OWN += ("template_kwargs", "clean", "split", "augment", "augment_copies", "on_error")
 OWN += ("max_skipped",)
@@ -199,7 +201,7 @@ def load(spec: str) -> ConfigDict:
             f"--config={spec}: {path} is not a Python file; a config is a file NAME.py with a"
             " function get_config(arg='')"
         )
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
     with _blamed(path):
         module_spec.loader.exec_module(module)
@@ -324,7 +326,7 @@ def _cast(text, old, key):
 
 # The least and the most that a number may be. What other files check with more knowledge (the mesh,
 # the shares of sources, the rules of cleaning) is not repeated here.
-_RANGES = {
+_RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "data.limit data.workers data.prefetch data.clean.max_tokens": (0, math.inf),
     "data.max_length train.batch_size train.micro_batches train.keep": (1, math.inf),
@@ -362,7 +364,7 @@ def _check_group(group, default, prefix):
 
 def _check_value(name, value, default):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    kinds = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
+    kinds: Any = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
     kinds = (tuple, list, dict, ConfigDict) if name == "data.labels" else kinds
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
         raise ConfigError(f"{name}={value!r}: expected {type(default).__name__}, like {default!r}")
@@ -412,19 +414,16 @@ def duration(
         raise ConfigError(f"{what}={text!r}: {match[1]!r} is not a number") from None
     if n == math.inf:
         raise ConfigError(f"{what}={text!r}: expected a finite number")
-    known = {"total": total, "batch": batch, "epoch_rows": epoch_rows, "per_row": per_row}
-    need = {"%": ["total"], "epochs": ["batch", "epoch_rows"]}
-    need |= {"examples": ["batch", "per_row"], "tokens": ["batch", "per_row"]}
-    if any(known[k] is None for k in need.get(unit, [])):
-        raise ConfigError(f"{what}={text!r}: {unit} has no meaning here; write steps")
     if unit == "steps":
         steps = n
-    elif unit == "%":
+    elif unit == "%" and total is not None:
         steps = n / 100 * total
-    elif unit == "epochs":
+    elif unit == "epochs" and batch is not None and epoch_rows is not None:
         steps = n * epoch_rows / batch
-    else:
+    elif unit in ("examples", "tokens") and batch is not None and per_row is not None:
         steps = n / (per_row[unit == "tokens"] * batch)
+    else:
+        raise ConfigError(f"{what}={text!r}: {unit} has no meaning here; write steps")
     return math.ceil(round(steps, 9))
 
 

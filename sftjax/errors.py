@@ -89,14 +89,12 @@ class DataError(UserError, ValueError):
         problem: str,
         fix: str = "",
         *,
-        where: str = "",
+        where: str | Path = "",
         kind: str = "",
         subject: str = "",
         joint: str = "; ",
     ) -> None:
-        """Args:
-        joint: what stands between the problem and the fix in the message.
-        """
+        """Take the parts; `joint` stands between the problem and the fix in the message."""
         super().__init__(problem)
         self.problem, self.fix, self.joint = problem, fix, joint
         self.where, self.kind, self.subject = str(where), kind, subject

@@ -1,7 +1,8 @@
-"""One answer of a model: python -m sftjax.generate --model=DIR --prompt=TEXT"""
+"""One answer of a model: the command `sftjax generate --model=DIR --prompt=TEXT`."""
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from sftjax import hf
 from sftjax.data import stop_ids
@@ -11,7 +12,7 @@ from sftjax.evaluation import generation
 
 
 def main(argv: Sequence[str]) -> None:
-    """sftjax generate --model=DIR --prompt=TEXT: one answer, for a look at an exported model."""
+    """Print one answer, for a look at an exported model."""
     parser = argparse.ArgumentParser(prog="sftjax generate")
     parser.add_argument("--model", required=True, help="Hugging Face directory, such as an export")
     parser.add_argument("--prompt", required=True)
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         raise DataError(problem, where=f"--model={path}", kind="no_template")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
-    chat = dict(messages=messages, tools=None, options={})
+    chat: dict[str, Any] = dict(messages=messages, tools=None, options={})
     [text] = load_template(tokenizer).render([chat], [f"--model={path}"], generate=True)
     model, params = hf.load_pretrained(path)
     prompt = tokenizer(text, add_special_tokens=False).input_ids

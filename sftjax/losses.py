@@ -140,8 +140,8 @@ def token_counts(
 
 def _by_source(sources, sums, weights, groups):
     """Metrics of each source: its loss, and the number of its trained tokens."""
-    shares = group_sums(weights, groups, len(sources))
-    counts = group_sums(jnp.float32(weights != 0), groups, len(sources))
+    shares: Any = group_sums(weights, groups, len(sources))
+    counts: Any = group_sums(jnp.float32(weights != 0), groups, len(sources))
     metrics = {}
     for i, name in enumerate(sources):
         metrics[f"loss/{name}"] = (sums[i], shares[i])

@@ -4,6 +4,7 @@ One division, after all micro-batches and devices: loss = sum of weighted token 
 weights over the whole global batch. A micro-batch without a trained token adds exactly nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -131,10 +132,8 @@ def train_step(
     }
     ratios = {k: s if w is None else _ratio(s, w) for k, (s, w) in loss.metrics.items()}
     metrics |= ratios
-    state = state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state, model_state=model_state
-    )
-    return state, metrics
+    new = dict(params=params, opt_state=opt_state, model_state=model_state)
+    return dataclasses.replace(state, step=state.step + 1, **new), metrics
 
 
 def eval_step(
@@ -211,5 +210,5 @@ def _sum_once(work, micro_batches):
 
 
 def _ratio(a, b):
-    """a / b, and exactly 0 where b is 0."""
+    """The quotient a / b, and exactly 0 where b is 0."""
     return jnp.where(b == 0, jnp.zeros_like(a), a / jnp.where(b == 0, 1, b))

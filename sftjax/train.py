@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
         if checkpoints.latest_step() is None:
             how = dict(seed=config.seed, new=feed.new_tokens)
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
-            extra = {"before": None, "early_stop": None, "data": None}
+            extra: dict[str, Any] = {"before": None, "early_stop": None, "data": None}
         else:
             state, extra = checkpoints.restore(target)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")

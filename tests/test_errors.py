@@ -327,6 +327,6 @@ def test_a_duration_without_end():
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
-    with pytest.raises(errors.WriteError, match="--json .*absent/x.json cannot be written: No su"):
-        with errors.writing("--json", tmp_path / "absent" / "x.json"):
-            (tmp_path / "absent" / "x.json").write_text("")
+    path, message = tmp_path / "absent" / "x.json", "--json .*absent/x.json cannot be written: No"
+    with pytest.raises(errors.WriteError, match=message), errors.writing("--json", path):
+        path.write_text("")

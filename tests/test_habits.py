@@ -19,9 +19,10 @@ def shown(tree):
             yield node
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             for inner in node.body:
-                if isinstance(inner, ast.FunctionDef):
-                    if inner.name == "__init__" or not inner.name.startswith("_"):
-                        yield inner
+                if not isinstance(inner, ast.FunctionDef):
+                    continue
+                if inner.name == "__init__" or not inner.name.startswith("_"):
+                    yield inner
 
 
 def test_arguments_of_public_functions_are_typed():

@@ -101,7 +101,7 @@ def test_the_export_is_the_trained_model(straight, files):
 
     from sftjax.evaluation.evaluator import loss_over
 
-    workdir, config, result = straight
+    workdir, _, result = straight
     model, params = sftjax.load_pretrained(workdir / "export")
     tokenizer = AutoTokenizer.from_pretrained(workdir / "export")
     source = sftjax.data.open_source(str(files / "validation.jsonl"))
@@ -382,7 +382,7 @@ def test_a_template_of_the_config_goes_into_the_export(files, tmp_path):
 
 
 def test_the_workdir_of_another_config_is_refused(straight, files):
-    workdir, config, _ = straight
+    workdir, *_ = straight
     with pytest.raises(ValueError, match=r"another config:\n  optim.lr: 0.003 there, 0.01 now"):
         train_lib.train(make(files, optim__lr=0.01), workdir)
 

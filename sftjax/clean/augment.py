@@ -39,7 +39,7 @@ def paraphrase_template(record: dict[str, Any], rng: np.random.Generator) -> dic
 AUGMENTATIONS = {"token_dropout": token_dropout, "paraphrase_template": paraphrase_template}
 
 
-class Augmented(Sequence):
+class Augmented(RecordSource):
     """`copies` variants of each row: all rows once, then all once more, and so on.
 
     Variant k of row i is a function of (seed, k, i) and the row. A source like any other, so the

@@ -1,4 +1,4 @@
-"""Clean a data set: python -m sftjax.clean --config=FILE --out=clean.parquet --report=report.html
+"""Clean a data set, as `sftjax clean --config=FILE --out=clean.parquet --report=page.html` does.
 
 Applies the rules of data.clean (all of them where none is named) to data.train, looking for rows of
 data.validation and data.test too. Writes the rows that stay (.parquet or .jsonl), the rejects with
@@ -74,12 +74,12 @@ def clean(
     print(f"{'rules':<10}{', '.join(findings.rules)}")
     if idle := [r for r in RULES if r not in findings.rules]:
         print(f"{'not asked':<10}{', '.join(idle)}")
-    files = dict(kept=out, rejects=rejects)
+    files: dict[str, Path | str] = dict(kept=out, rejects=rejects)
     if report:
         write_report(report, read, findings, d.train, options["form"])
         files["report"] = report
-    for what, path in files.items():
-        print(f"{what:<10}{path}")
+    for what, file in files.items():
+        print(f"{what:<10}{file}")
     return findings
 
 

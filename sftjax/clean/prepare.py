@@ -38,6 +38,7 @@ def training_rows(
     Of a stream, only the first rows of its shards: see `data.stream.sample`.
 
     Args:
+      config: of the run; its section `data` says which rows, and what becomes of them.
       task: encodes the config's records.
       cache_dir: where what cleaning found is kept, so that a restart does not look again.
       workdir: where the rejects and the report of cleaning are written; None = not at all.
@@ -48,8 +49,9 @@ def training_rows(
             "data.split.share takes validation rows from data.train, but data.validation is set "
             "too: keep one of them"
         )
+    source: RecordSource
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
-    options, form = {}, {}
+    options, form = dict[str, Any](), dict[str, Any]()
     if d.clean.rules:
         options = clean_options(config, task)
     if d.clean.rules or d.split.share or d.augment:

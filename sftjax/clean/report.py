@@ -28,7 +28,7 @@ def write_rejects(path: Path | str, source: RecordSource, findings: Findings) ->
     """Every removed row as a JSON line: place, reason, note, the row it clashes with, itself."""
     with _open(path) as file:
         for i, finding in findings.removed.items():
-            line = dict(
+            line: dict[str, Any] = dict(
                 where=source.where(i), reason=finding.rule, note=finding.note, other=finding.other
             )
             line["record"] = record(source, i)
@@ -97,7 +97,7 @@ def _section(rule, source, findings, form):
     found = [f for f in findings.found if f.rule == rule]
     return dict(
         name=rule,
-        about=" ".join(RULES[rule].__doc__.split("\n\n")[0].split()),
+        about=" ".join((RULES[rule].__doc__ or "").split("\n\n")[0].split()),
         rows=[(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form))
               for f in found],
     )  # fmt: skip

@@ -94,9 +94,11 @@ def find(
       near: near_duplicate: least Jaccard similarity of two rows' pieces of 5 characters.
       ngram: contamination: words in a row that a row may not share with an evaluation set.
       evaluation: the sources of the evaluation sets; they are only read.
-      max_tokens, count_tokens: too_long: the limit, and (records, wheres) -> their token counts.
+      max_tokens: too_long: the most tokens of a row; 0 = the rule has no limit.
+      count_tokens: too_long: (records, wheres) -> the token count of each.
       trust: label_suspects: rows -> a number for each, least for what is likely wrong.
-      suspects: the share of rows that label_suspects lists; removed if `remove_suspects`.
+      suspects: the share of rows that label_suspects lists.
+      remove_suspects: remove these too.
 
     Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
     """
@@ -245,7 +247,7 @@ def markup(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     for i in texts.readable(rows):
         sides = texts.raw(texts.source, i)[:2]
         if hit := _MARKUP.search("\n".join(_CODE.sub(" ", side) for side in sides)):
-            yield i, f"{names[hit.lastindex - 1]} {ascii(hit[0][:40])}", None
+            yield i, f"{names[(hit.lastindex or 1) - 1]} {hit[0][:40]!a}", None
 
 
 def contamination(
@@ -267,12 +269,12 @@ def _evaluation_index(texts, evaluation, ngram):
     Texts shorter than `ngram` words are indexed at their own length. What many evaluation rows
     share is the wording of the task, and no evidence.
     """
-    wholes, places, counts = {}, defaultdict(dict), Counter()
+    wholes, places, counts = dict[tuple, str](), defaultdict[int, dict](dict), Counter[tuple]()
     for source in evaluation:
         for i in range(len(source)):
             prompt, answer, _ = map(normalise, texts.raw(source, i))
             wholes.setdefault(_words(prompt or answer), source.where(i))
-            found = set()
+            found = set[tuple]()
             for words in (_words(prompt), _words(answer)):
                 n = min(ngram, len(words))
                 if n >= min(SHORT, ngram):
@@ -328,7 +330,7 @@ def conflict(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
 
 def exact_duplicate(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows that equal an earlier one in prompt and answer, after normalisation."""
-    first = {}
+    first: dict[tuple, int] = {}
     for i in texts.readable(rows):
         same = first.setdefault((texts.prompts[i], texts.answers[i], texts.tools[i]), i)
         if same != i:
@@ -386,7 +388,7 @@ def _pieces(text) -> np.ndarray:
 
 
 def _common_pieces(texts, rows, bits=22):
-    """bool [2**bits] by a piece's low bits: is it in more than a tenth (and 20) of the rows?"""
+    """By a piece's low bits, bool [2**bits]: is it in more than a tenth (and 20) of the rows?"""
     counts = np.zeros(1 << bits, np.int32)
     for i in rows:
         both = np.union1d(_pieces(texts.prompts[i]), _pieces(texts.answers[i]))
@@ -414,7 +416,7 @@ def label_suspects(
         yield rows[at], f"trust {values[at]:.3g}", None
 
 
-RULES = {
+RULES: dict[str, Callable[..., Iterator[Hit]]] = {
     "missing": missing,
     "empty": empty,
     "too_long": too_long,

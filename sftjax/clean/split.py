@@ -20,7 +20,7 @@ from sftjax.errors import DataError
 DRIFT = 0.005  # how far a stratified label's share may be from the one asked for
 
 
-class Subset(Sequence):
+class Subset(RecordSource):
     """The rows of a source at some indices, with the places and the fingerprint of a source."""
 
     def __init__(self, source: RecordSource, rows: Sequence[int] | np.ndarray) -> None:
@@ -65,6 +65,7 @@ def split(
     know the others. Rows that share a prompt or group stay together first.
 
     Args:
+      source: the records to share out.
       share: the share of rows for validation, 0 < share < 1.
       group_by: a field; all rows with one value of it go to the same side.
       stratify_by: a field; the share is held within each of its values.
@@ -76,7 +77,7 @@ def split(
     if not 0 < share < 1:
         problem = f"data.split.share={share!r}: expected a share between 0 and 1"
         raise DataError(problem, kind="setting")
-    side_of, held, seen = {}, Counter(), Counter()
+    side_of, held, seen = {}, Counter[Any](), Counter[Any]()
     sides = np.zeros(len(source), bool)
     for i in range(len(source)):
         where = source.where(i)

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,7 @@ def build_store(
     """Encode all of `source`, or open what an earlier call with the same inputs has written.
 
     Args:
+      source: records by index, as of `open_source`.
       task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
       max_length: the most tokens of a document; 0 = no limit.
       overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
@@ -138,7 +139,7 @@ def store_key(
     return digest.hexdigest()[:32]
 
 
-def _write_atomically(folder, *inputs):
+def _write_atomically(folder, *inputs: Any):
     """Write beside `folder`, then rename: a killed or second process leaves no half of a store."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -220,11 +221,12 @@ class Tally:
 
     def __init__(self, task: "Task", max_length: int, overlong: str) -> None:
         self.task, self.max_length, self.overlong = task, max_length, overlong
-        self.read, self.lengths = [], []  # tokens of each example, and of each document kept
+        self.read: list[int] = []  # tokens of each example
+        self.lengths: list[int] = []  # and of each document kept
         self.trained = self.cut = self.pieces_dropped = 0
-        self.dropped = Counter()
+        self.dropped = Counter[str]()
 
-    def fit(self, encoded: Iterable[tuple[str, "Encoded"]]) -> list[tuple[np.ndarray, ...]]:
+    def fit(self, encoded: Sequence[tuple[str, Any]]) -> list[tuple[np.ndarray, ...]]:
         """The arrays of all documents that (where, example) give."""
         found = []
         for where, example in encoded:

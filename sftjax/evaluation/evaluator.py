@@ -1,5 +1,6 @@
 """Evaluation: exact sums over whole sets, predictions and their scores, early stopping."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def measure(
     for batch in batches:
         out = step(params, batch, *state)
         loss, predictions = (out, {}) if isinstance(out, Loss) else out
-        loss = jax.tree.map(np.float64, jax.device_get(loss.replace(state=None)))
+        loss = jax.tree.map(np.float64, jax.device_get(dataclasses.replace(loss, state=None)))
         total = loss if total is None else jax.tree.map(np.add, total, loss)
         found.append({k: to_host(v) for k, v in predictions.items()})
     if total is None or total.weight == 0:
@@ -50,8 +51,7 @@ def measure(
 
 
 def _joined(parts) -> np.ndarray:
-    """The rows of all batches. Those of different widths are flattened: what belongs together is
-    then at one place of all arrays."""
+    """All batches' rows, flat where widths differ: what belongs together stays at one place."""
     if len({x.shape[1:] for x in parts}) > 1:
         parts = [np.ravel(x) for x in parts]
     return np.concatenate(parts)
@@ -81,7 +81,7 @@ class Evaluator:
         return out
 
     def _measured(self, sets, params, model_state):
-        values, tables = {}, {}
+        values, tables = dict[str, float](), dict[str, Any]()
         for name, store in sets.items():
             batches = self.feed.eval_batches(store)
             found, predictions = measure(self.step, params, batches, model_state)

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from sftjax import parallel
 from sftjax.errors import DataError, ModelError
 from sftjax.parallel import processes
 
 if TYPE_CHECKING:
-    from sftjax.models.decoder import Model
+    from sftjax.models.base import Model
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -44,7 +45,7 @@ def sample(
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
 def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k, top_p):
-    """tokens int32 [B, P] right-padded, lengths [B] -> (ids [B, new], count of ids kept [B])."""
+    """Of tokens int32 [B, P], right-padded, lengths [B]: (ids [B, new], count of ids kept [B])."""
     B, P = tokens.shape
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
@@ -106,7 +107,7 @@ def generate(
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
     after max_new_tokens. Every process must call this with the same prompts.
     """
-    if not hasattr(model, "decode") or getattr(model.config, "classes", 0):
+    if not hasattr(model, "decode") or getattr(model.config, "classes", 0) > 0:
         raise ModelError(
             "generate: this model has no vocabulary head to draw tokens from; take the directory of"
             " a causal language model"
@@ -117,7 +118,7 @@ def generate(
         raise DataError(problem, kind="empty_text")
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
     size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
-    answers = [None] * len(prompts)
+    answers: list[list[int]] = [[]] * len(prompts)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         width = -(-max(len(prompts[i]) for i in rows) // BUCKET) * BUCKET
@@ -142,7 +143,7 @@ def generate(
     return answers
 
 
-def _replicated(mesh, *arrays):
+def _replicated(mesh, *arrays: ArrayLike):
     if mesh is None:
         return arrays
     return [jax.device_put(x, parallel.named(mesh)) for x in arrays]

@@ -152,7 +152,7 @@ def rope(
 
 
 def kinds(
-    hf: dict, types: list[str], rope: Rope, window_key: str = "sliding_window"
+    hf: dict, types: list[str], rope: Rope | None, window_key: str = "sliding_window"
 ) -> tuple[Kind, ...]:
     """A Kind for each layer type: the window is that of the sliding ones."""
     known = {FULL: 0, SLIDING: hf.get(window_key) or 0}

@@ -1,5 +1,6 @@
-"""Gemma 3, text: Gemma 2 without soft caps, with normalised queries and keys, and five local
-layers with a rotary base of their own to each global one."""
+"""Gemma 3, text: Gemma 2 without soft caps, with normalised queries and keys."""
+
+# To each global layer it has five local ones, with a rotary base of their own.
 
 import dataclasses
 

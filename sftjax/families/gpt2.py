@@ -43,7 +43,7 @@ def names(c: Config) -> list[tuple]:
     block, n = "transformer.h.{}.", c.heads
     qkv, out = block + "attn.c_attn.", block + "attn.c_proj."
     up, down = block + "mlp.c_fc.", block + "mlp.c_proj."
-    rows = [
+    rows: list[tuple] = [
         ("transformer.wte.weight", "embed/w", "v d -> v d"),
         ("transformer.wpe.weight", "positions/w", "p d -> p d"),
         (out + "weight", "layers/attn/o/w", "(n h) d -> n h d"),

@@ -40,7 +40,7 @@ def names(c: Config) -> list[tuple]:
     block = "gpt_neox.layers.{}."
     qkv, out = block + "attention.query_key_value.", block + "attention.dense."
     up, down = block + "mlp.dense_h_to_4h.", block + "mlp.dense_4h_to_h."
-    rows = [
+    rows: list[tuple] = [
         ("gpt_neox.embed_in.weight", "embed/w", "v d -> v d"),
         (out + "weight", "layers/attn/o/w", "d (n h) -> n h d"),
         (up + "weight", "layers/mlp/up/w", "f d -> d f"),

@@ -1,5 +1,6 @@
-"""gpt-oss: a mixture of experts with biases and a clamped SwiGLU, attention sinks, every other
-layer a window. Its bf16 files; the mxfp4 ones are quantised and refused."""
+"""gpt-oss: experts with biases and a clamped SwiGLU, attention sinks, every second a window."""
+
+# It is read from its bf16 files; the mxfp4 ones are quantised and refused.
 
 import dataclasses
 
@@ -39,7 +40,7 @@ def config(hf: dict) -> Config:
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     mlp = llama.MLP
-    rows = [
+    rows: list[tuple] = [
         (llama.ATTN + "sinks", "layers/attn/sinks", "n -> n"),
         (mlp + "router.weight", "layers/mlp/router/w", "e d -> d e"),
         (mlp + "router.bias", "layers/mlp/router/b", "e -> e"),

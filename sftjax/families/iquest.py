@@ -24,7 +24,8 @@ def names(c: Config) -> list[tuple]:
     if c.loops == 1:
         return llama.names(c)
     gate = "model.gate_projections.{}."
-    return llama.names(c) + [
+    return [
+        *llama.names(c),
         (gate + "weight", "layers/attn/mix/w", "n h -> n h"),
         (gate + "bias", "layers/attn/mix/b", "n -> n"),
     ]

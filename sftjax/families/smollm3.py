@@ -20,8 +20,8 @@ def config(hf: dict) -> Config:
         common.SLIDING if sliding and not on else common.FULL for on in rotated
     ]
     kinds = common.kinds(hf if sliding else hf | {"sliding_window": 0}, types, c.kinds[0].rope)
-    kinds = [
+    kinds = tuple(
         kinds[i % len(kinds)] if on else dataclasses.replace(kinds[i % len(kinds)], rope=None)
         for i, on in enumerate(rotated)
-    ]
-    return dataclasses.replace(c, kinds=tuple(kinds))
+    )
+    return dataclasses.replace(c, kinds=kinds)

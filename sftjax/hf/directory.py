@@ -100,8 +100,8 @@ def load_model(
         raise ModelError(f"{file}: field {e} is missing") from None
     except ValueError as e:
         raise ModelError(f"{file}: {e}") from None
-    generation = file.parent / "generation_config.json"
-    generation = _json(generation) if generation.exists() else {}
+    said = file.parent / "generation_config.json"
+    generation = _json(said) if said.exists() else {}
     source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels)
     return getattr(family, "Model", decoder.Model)(config, source)
 
@@ -204,8 +204,8 @@ def load_params(
 
     leaves = {name: leaf(name, *rest) for name, *rest in rows if name not in fresh}
     for name in fresh:
-        one, key, kind = {name: abstract[name]}, jax.random.key(seed), dtypes[name]
-        leaves |= params_lib.init(one, key, kind, {name: shardings[name]})
+        new, key, kind = {name: abstract[name]}, jax.random.key(seed), dtypes[name]
+        leaves |= params_lib.init(new, key, kind, {name: shardings[name]})
     return model, params_lib.map_named(lambda name, _: leaves[name], model.abstract)
 
 
@@ -216,8 +216,9 @@ def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
     config, as_stored = model.config, getattr(family_of(model.source.config), "as_stored", None)
     if as_stored:
         config = as_stored(config, reader.entries)
+    body: Any = model  # a dataclass, as every model that was read from a directory is
     source = dataclasses.replace(model.source, dtypes=dtypes)
-    return dataclasses.replace(model, config=config, source=source)
+    return dataclasses.replace(body, config=config, source=source)
 
 
 def _fresh(model, path, name) -> bool:
@@ -280,7 +281,7 @@ def _compare(model, reader, path) -> list[str]:
 
     Gives the names of the tensors that belong to a head which the model does not have.
     """
-    abstract, expected = params_lib.flatten(model.abstract), {}
+    abstract, expected = params_lib.flatten(model.abstract), dict[str, tuple]()
     for name, files, layout in tensors(model):
         shape = visible(model, name, abstract[name], len(next(iter(files))))
         if not _fresh(model, name, next(iter(files.values()))):
@@ -344,7 +345,8 @@ def save_pretrained(
     main = jax.process_index() == 0
     with writing("the directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    leaves, parts = params_lib.flatten(params), {}  # parts: name in the files -> its parameters
+    leaves = params_lib.flatten(params)
+    parts: dict[str, list] = {}  # name in the files -> its parameters
     for path, files, layout in _written(model):
         shape = visible(model, path, leaves[path], len(next(iter(files))))
         for at, name in files.items():
@@ -380,13 +382,12 @@ def save_pretrained(
 
 
 def _written(model) -> list[tuple]:
-    """The rows of `tensors` to write: every tensor by the name that it was read with; but all by
-    the names of the whole model where its head is new, for the files may have been a bare model's.
-    """
+    """The rows of `tensors` to write: every tensor by the name that it was read with."""
+    # Under a new head all go by the whole model's names: the files may be a bare model's.
     ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
     new_head = any(path.startswith("score/") and _fresh(model, path, name) for path, name in ones)
     rows = list(tensors(model, as_read=not new_head))
-    _, head = ends(model)
+    head: Any = ends(model)[1]  # a name where the head is tied
     if model.config.tied and not model.config.classes and head in model.source.dtypes:
         rows += [("embed/w", {(): head}, layout) for p, _, layout in rows if p == "embed/w"]
     return rows

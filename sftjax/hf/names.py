@@ -96,7 +96,7 @@ def tensors(
         experts = name.count("{}") > 1
         for stack, n in decoder.stacks(c).items():
             first = int(stack.split("-")[0])
-            files = {
+            files: dict[tuple[int, ...], str] = {
                 (i, e) if experts else (i,): in_files(name.format(first + i, e), known)
                 for i in range(n)
                 for e in range(c.experts if experts else 1)
@@ -122,8 +122,7 @@ def visible(model: base.Model, path: str, p: Param | jax.Array, lead: int) -> tu
 
 
 def ends(model: base.Model) -> tuple[str, str | None]:
-    """The names of embedding and vocabulary head in the files, the head's also where it is tied;
-    None for the head of a body that never has one."""
+    """The names of embedding and vocabulary head in the files, if tied too; None for no head."""
     untied = model.replace(tied=False, classes=0)
     names = {path: files[()] for path, files, _ in tensors(untied) if () in files}
     return names["embed/w"], names.get("head/w")

@@ -40,7 +40,7 @@ class Reader:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.entries = {}  # name -> (file, dtype, shape, byte offset)
+        self.entries: dict[str, tuple] = {}  # name -> (file, dtype, shape, byte offset)
         for file in self._files():
             for name, entry in _header(file).items():
                 if name in self.entries:
@@ -149,7 +149,7 @@ def write(
     transformers names them.
     """
     directory = Path(directory)
-    shards, room = [[]], max_shard_bytes
+    shards, room = [list[tuple]()], max_shard_bytes
     for row in tensors:
         size = int(np.prod(row[1], dtype=np.int64)) * np.dtype(row[2]).itemsize
         if size > room and shards[-1]:
@@ -157,7 +157,7 @@ def write(
             room = max_shard_bytes
         shards[-1].append((*row, size))
         room -= size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = many if len(shards) > 1 else "model.safetensors"
@@ -171,7 +171,7 @@ def write(
 
 
 def _write_file(path, rows):
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": dict[str, Any](format="pt")}, 0
     for name, shape, dtype, _, size in rows:
         span = [offset, offset + size]
         code = _CODES[np.dtype(dtype)]

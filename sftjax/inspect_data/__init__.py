@@ -1,4 +1,4 @@
-"""Show what is trained: python -m sftjax.inspect_data --config=FILE [--format=html --out=page.html]
+"""Show what is trained: `sftjax inspect --config=FILE [--format=html --out=page.html]`.
 
 For the first 5 rows of each source: the text with its trained spans marked and, beside it, each
 token with its id, weight, segment and position in a packed row. Then totals over the whole set.
@@ -77,7 +77,8 @@ def inspect(
       n: how many examples of each source, from the first that is wanted.
       format: "terminal" | "json" | "html" (one file, nothing fetched).
       set: "train" | "validation" | "test".
-      color, width: of a terminal; from 120 columns on, tokens stand beside the text.
+      color: of a terminal: escape codes mark what is trained.
+      width: columns of the terminal, 0 = of a file; from 120 on, tokens stand beside the text.
       against: another config: only rows are shown whose trained tokens differ under its policy.
       wanted: the other fields of `Wanted`.
 

@@ -27,7 +27,9 @@ def compare(
     other = other.copy_and_resolve_references()
     if not (other.data.tokenizer or other.model.path):
         other.data.tokenizer = config.data.tokenizer or config.model.path
-    tokenizers = load_tokenizer(config), load_tokenizer(other)
+    tokenizers = [t for t in (load_tokenizer(config), load_tokenizer(other)) if t is not None]
+    if len(tokenizers) < 2:
+        raise DataError("--against compares tokens, and this task has no tokenizer", kind="setting")
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     # Ids of two vocabularies say nothing about each other: then tokens are compared by their text.
     words = [_Words(tokenizer) for tokenizer in tokenizers]
@@ -129,7 +131,7 @@ def _align(fed, keys, words) -> list[dict]:
     a, b = (list(key(ids)) for key, (ids, _) in zip(keys, fed, strict=True))
     tokens = []
 
-    def add(mark, side, i, *weights):
+    def add(mark, side, i, *weights: float | None):
         word = words[side][i]
         tokens.append(dict(mark=mark, token=word, id=i, here=weights[0], there=weights[1]))
 

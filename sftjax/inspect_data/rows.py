@@ -1,10 +1,10 @@
 """The rows of a set as training would have them, one by one, each with what becomes of it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 250  # rows encoded together
+REASONS: tuple[str, ...]
 REASONS = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
 REASONS += tuple(rule for rule in RULES if rule not in REASONS)
 
@@ -39,7 +40,7 @@ class Wanted(NamedTuple):
 
     def takes(self, row: "Row") -> bool:
         """Is this row one of those wanted?"""
-        if self.dropped and not row.dropped or self.dropped not in ("", "any", row.dropped):
+        if (self.dropped and not row.dropped) or self.dropped not in ("", "any", row.dropped):
             return False
         return self.min_trained <= row.trained <= self.max_trained
 
@@ -63,7 +64,7 @@ class Part(NamedTuple):
     config: ConfigDict  # the run's config, with the keys that the source sets itself
     source: RecordSource
     task: tasks.Task  # encodes them
-    removed: dict[int, Finding] = {}  # by row of data.train: what data.clean took out
+    removed: Mapping[int, Finding] = {}  # by row of data.train: what data.clean took out
 
 
 def parts_of(
@@ -83,7 +84,8 @@ def parts_of(
             task = tasks.make(source.config, tokenizer)
             source.config.data.augment = source.config.data.augment if augment else ()
             rows = prepare.training_rows(source.config, task, cache)
-            part = Part(source.name, source.config, rows.validation, rows.held)
+            held: Any = rows.validation  # None where none is held out; the part then goes
+            part = Part(source.name, source.config, held, rows.held)
             if set == "train":
                 part = part._replace(source=rows.train, task=rows.task, removed=rows.removed)
             parts += [part] if part.source else []

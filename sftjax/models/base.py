@@ -8,7 +8,7 @@ Letters of shapes: B rows, S tokens of a row, D width, C classes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,17 @@ class Model(Protocol):
     `logit_options` as well, see decoder.Model.
     """
 
-    config: Any  # a frozen dataclass; classes: 0, or the size of the head that reads a document
-    source: Any  # hf.Origin: the facts of the directory it came from, or None
-    reads: Literal["first", "last"]  # the token of a document from which its class is read
+    @property
+    def config(self) -> Any:
+        """A frozen dataclass; classes: 0, or the size of the head that reads a document."""
+
+    @property
+    def source(self) -> Any:
+        """hf.Origin: the facts of the directory it came from, or None."""
+
+    @property
+    def reads(self) -> str:
+        """Which token of a document its class is read from, "first" or "last"."""
 
     @property
     def abstract(self) -> dict:
@@ -79,12 +87,12 @@ class Body:
         return None
 
     def hidden(
-        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
+        self: Model, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
     ) -> jax.Array:
         """The first of `outputs`."""
         return self.outputs(params, batch, rng)[0]
 
-    def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
+    def train_flops(self: Model, trainable: dict) -> Callable[[float, float, Callable], float]:
         """See flops.train_flops."""
         from sftjax.models import flops  # it walks the layers of decoder.py, which imports this
 
@@ -108,7 +116,7 @@ class Body:
         if c.learned_positions and length > c.max_positions:
             raise ConfigError(f"{what}: the model has {c.max_positions} learned positions")
 
-    def names(self) -> list[tuple]:
+    def names(self: Model) -> list[tuple]:
         """The rows of its Hugging Face table; ModelError for a model of no directory."""
         if self.source is None:
             raise ModelError("names: this Model has no source, whose model_type names its tensors")

@@ -9,6 +9,7 @@ Einsum letters: d width, v vocabulary.
 
 import dataclasses
 import functools
+import itertools
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -100,12 +101,12 @@ def _kinds(config) -> list[Kind]:
 def stacks(config: Config) -> dict[str, int]:
     """{name: number of layers} of each stack in order; the name is its range: "0-11"."""
     cuts = [0, *config.split, config.layers]
-    if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(cuts)):
         raise ConfigError(
             f"model.split={config.split} must rise strictly between 0 and {config.layers} layers"
         )
     kinds, out = _kinds(config), {}
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         while start < stop:
             n = max(_run(kinds[start:stop], p) for p in range(1, PERIOD + 1))
             out[f"{start}-{start + n - 1}"] = n
@@ -287,7 +288,7 @@ def run_layers(
     cache: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array] | None]:
     """(x [B, S, D] after all layers, keys and values by stack, moe.routing_sums or None)."""
-    kept, sums, ctx = {}, [], dict(ctx)
+    kept, sums, ctx = dict[str, Any](), [], dict(ctx)
     seeds = ctx.pop("seeds", None)
     for loop in range(config.loops):
         for name in stacks(config):
@@ -418,6 +419,6 @@ class Model(base.Body):
         segments: jax.Array,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """(hidden [B, S, D], cache) with the tokens appended to the cache."""
-        x, cache, _ = forward(self.config, params, tokens, positions, segments, cache)
-        cache.pop("slots")
-        return x, cache
+        out: Any = forward(self.config, params, tokens, positions, segments, cache)
+        out[1].pop("slots")
+        return out[:2]

@@ -70,8 +70,7 @@ def forward(
     types: jax.Array,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Hidden states [B, S, D]. tokens, positions, segments, types: int32 [B, S]; rng: of dropout,
-    None = without."""
+    """Hidden states [B, S, D]; tokens to types: int32 [B, S]; rng: of dropout, None = without."""
     tokens, positions, segments, types = map(spread, (tokens, positions, segments, types))
     x = decoder.embed(config, params, tokens, positions)
     x = x + weight.rows(params["token_types"]["w"], types, x.dtype)

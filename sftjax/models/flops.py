@@ -26,7 +26,7 @@ def train_flops(
     abstract = decoder.abstract(c) if abstract is None else abstract
     names = [n for n in EMBEDDING if n in abstract]
     reached = any(v for k, v in on.items() if k.startswith(tuple(f"{n}/" for n in names)))
-    per_token, per_pair = 0.0, {}
+    per_token, per_pair = 0.0, dict[int, float]()
     for name in names:  # rows are looked up; what they are multiplied by then
         for key, p in _matrices(abstract[name], f"{name}/"):
             if "vocab" not in p.axes:

@@ -22,7 +22,7 @@ from sftjax.params import Param, is_param
 if TYPE_CHECKING:  # it imports this file
     from sftjax.models.decoder import Config, Kind
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -60,9 +60,9 @@ def abstract(c: "Config", n: int) -> dict:
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     lead = ((n,), ("layers",))
 
-    def linear(bias, inputs, **sizes):
-        """sizes: the weight's axes in order; bias: those of the bias, () for none; inputs: those
-        that the product sums over."""
+    def linear(bias, inputs, **sizes: int):
+        """A product's weight, of axes `sizes`, and its bias, of axes `bias`, () for none."""
+        # inputs: the axes that the product sums over.
         p = {"w": Param((n, *sizes.values()), ("layers", *sizes), normal, inputs)}
         if bias:
             p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
@@ -153,7 +153,7 @@ def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.
 
 
 def _attention(config, kind, axes, p, x, ctx, kv, first):
-    """x [B, S, D] -> [B, S, D], and this layer's keys and values, the whole cache when decoding.
+    """Of x [B, S, D] the same shape, and this layer's keys and values: the cache when decoding.
 
     first: this layer's keys and values in the first pass, when in a later one.
     """
@@ -174,7 +174,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 
     how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
     how |= dict(causal=config.causal, backend=config.attention)
-    attend = functools.partial(attention, q, **ctx["where"], **how)
+    attend: Callable = functools.partial(attention, q, **ctx["where"], **how)
 
     if first is None:
         out = attend(k, v, window=kind.window)
@@ -185,8 +185,8 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
 
 
 def _mix(p, q, first, own):
-    """A later pass over the same layers: each head's gate weighs its attention to the first pass's
-    keys against windowed attention to its own (IQuest-Coder's loop form)."""
+    """Weigh attention to the first pass's keys against windowed attention to its own, by gates."""
+    # The loop form of IQuest-Coder: this is a later pass over the same layers.
     w = weight.dense(p["w"], jnp.float32)
     gate = jnp.einsum("bsnh,nh->bsn", q.astype(jnp.float32), w)
     gate = jax.nn.sigmoid(gate + p["b"].astype(jnp.float32))[..., None].astype(q.dtype)
@@ -203,7 +203,7 @@ def _glu(config, gate, up):
 
 @jax.named_scope("mlp")
 def _mlp(config, axes, p, x, ctx):
-    """x [B, S, D] -> [B, S, D], and moe.routing_sums (None for a dense MLP)."""
+    """Of x [B, S, D] the same shape, and moe.routing_sums (None for a dense MLP)."""
     if config.experts:
         p = gather_for_use(p, axes, config.dtype)
         logits = project("bsd,de->bse", x, p["router"])
@@ -215,12 +215,13 @@ def _mlp(config, axes, p, x, ctx):
     if n == 1:
         return _dense(config, axes, p, x), None
     # The barriers hold two slices in flight: one is gathered, or scattered, while one is computed.
-    parts, y = [weight.cut(p, axes, "mlp", i, n) for i in range(n)], 0
+    parts: list[Any] = [weight.cut(p, axes, "mlp", i, n) for i in range(n)]
+    out: Any = 0
     for i in range(n):
-        y = y + jax.checkpoint(functools.partial(_dense, config, axes))(parts[i], x)
+        out = out + jax.checkpoint(functools.partial(_dense, config, axes))(parts[i], x)
         if i + 2 < n:
-            y, parts[i + 2] = jax.lax.optimization_barrier((y, parts[i + 2]))
-    return y, None
+            out, parts[i + 2] = jax.lax.optimization_barrier((out, parts[i + 2]))
+    return out, None
 
 
 def _dense(config, axes, p, x):

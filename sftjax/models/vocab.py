@@ -46,10 +46,10 @@ def grow(
         if name in params and is_node(params[name]["w"]):
             kind = type(params[name]["w"]).__name__
             raise ModelError(f"vocab.grow: {name}/w is a {kind}; grow the plain table before")
-    tables = {name: model.abstract[name] for name in ("embed", "head") if name in params}
-    now = getattr(params["embed"]["w"], "sharding", None)
-    on_mesh = isinstance(now, NamedSharding)
-    shardings = parallel.param_shardings(now.mesh, tables) if on_mesh else dict.fromkeys(tables)
+    tables: dict[str, Any] = {n: model.abstract[n] for n in ("embed", "head") if n in params}
+    now, shardings = getattr(params["embed"]["w"], "sharding", None), dict.fromkeys(tables)
+    if isinstance(now, NamedSharding):
+        shardings = parallel.param_shardings(now.mesh, tables)
     out = dict(params)
     for name in tables:
         draw = functools.partial(_grow, first=first, size=size, rows=model.config.rows)

@@ -62,8 +62,8 @@ class _Axes:
 
 
 def _axes(rows: int) -> _Axes:
-    """rows: of the head; it is shared over as many devices as divide it, but not over `data`,
-    which may cross slices."""
+    """The axes of the mesh that share a head of so many rows: as many as divide it."""
+    # But not `data`, which may cross slices.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _Axes()
@@ -148,8 +148,7 @@ def group_sums(values: jax.Array, groups: jax.Array | None, n: int) -> jax.Array
 
 
 def _compact(weights, chunk):
-    """Of positions with weights [T]: those trained, first, in whole chunks; each one's place among
-    them; how many there are."""
+    """Of weights [T] the trained, first, in whole chunks; the place of each there; their number."""
     trained = weights != 0
     place = jnp.cumsum(trained) - 1
     T, count = weights.shape[0], jnp.sum(trained)
@@ -171,7 +170,7 @@ def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
         sums, dh, dw = carry
         rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         live = i * chunk + jnp.arange(chunk) < count
-        part = [x if x is None else x[rows] for x in (h, targets, weights, groups)]
+        part: list[Any] = [x if x is None else x[rows] for x in (h, targets, weights, groups)]
         part[2] = jnp.where(live, part[2], 0.0)
         if axes.gathered:
             part = [x if x is None else gather(x) for x in part]
@@ -198,7 +197,7 @@ def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
     return sums, dh, dw
 
 
-def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
+def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest: jax.Array):
     """`_shard` on each device of the mesh, or here."""
     axes = _axes(w.shape[0])
     mesh = jax.sharding.get_abstract_mesh()
@@ -219,14 +218,14 @@ def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(o, chunk_tokens, *primals):
+def _fused(o, chunk_tokens, *primals: jax.Array):
     return _run(o, chunk_tokens, False, False, *primals)[0]
 
 
-def _forward(o, chunk_tokens, *primals):
+def _forward(o, chunk_tokens, *primals: Any):
     # Only what is trained is differentiated: a frozen head costs no gradient of its own.
     trained = (primals[0].perturbed, primals[1].perturbed)
-    values = [None if p is None else p.value for p in primals]
+    values: list[Any] = [None if p is None else p.value for p in primals]
     sums, *grads = _run(o, chunk_tokens, *trained, *values)
     if grads[1] is not None:
         grads[1] = grads[1].astype(values[1].dtype)

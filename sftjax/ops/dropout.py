@@ -20,7 +20,7 @@ def ids(shape: tuple[int, ...]) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: int = 0) -> jax.Array:
-    """x with a share `rate` of its elements 0 and the others scaled so that the mean stays.
+    """The array x, a share `rate` of it 0 and the others scaled so that the mean stays.
 
     x [B, S, D]; seed uint32 [2]; ids int32 [B, S]: a number of each token that depends on nothing
     but its place in the global batch; site: tells apart what shares a seed. The same elements are
@@ -32,8 +32,8 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: in
     def words(token):
         return threefry_2x32(seed, jnp.concatenate([jnp.full_like(lanes, token), lanes]))
 
-    words = jax.vmap(jax.vmap(words))(ids.astype(jnp.uint32))
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    drawn = jax.vmap(jax.vmap(words))(ids.astype(jnp.uint32))
+    halves = jax.lax.bitcast_convert_type(drawn, jnp.uint16)
     halves = halves.reshape(*ids.shape, -1)[..., :width]
     scale = jnp.asarray(LEVELS / (LEVELS - least), x.dtype)
     return jnp.where(halves >= least, x * scale, jnp.zeros_like(x))

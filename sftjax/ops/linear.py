@@ -1,7 +1,7 @@
 """The product with a weight that is an array; model code asks ops.weight for it."""
 
 import functools
-import os.path
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,8 @@ def _forward(equation, y, x, w):
 
 def _backward(equation, x, dy):
     a, b, y = equation.replace("->", ",").split(",")
-    g, rows = dy, os.path.commonprefix([a, y])
+    g, common = dy, itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, y, strict=False))
+    rows = "".join(letter for letter, _ in common)
     if len(rows) > 1 and not set(rows) & set(b):
         # Matrices XLA:CPU multiplies as they lie; arrays of more dimensions it turns first.
         a, y = (rows[0] + s.removeprefix(rows) for s in (a, y))

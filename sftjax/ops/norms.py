@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-    """x * rsqrt(mean(x^2) + eps) * (offset + scale), the mean over the dimensions of scale.
+    """Give x * rsqrt(mean(x^2) + eps) * (offset + scale), the mean over the dimensions of scale.
 
     x [..., *scale.shape]. Gemma stores the scale less 1: offset=1.
     """

@@ -88,19 +88,21 @@ def is_node(x: Any) -> bool:
 
 def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
     """jnp.einsum(equation, x, w) in x's dtype."""
-    return w.einsum(equation, x) if is_node(w) else linear.einsum(equation, x, w)
+    return w.einsum(equation, x) if isinstance(w, Node) else linear.einsum(equation, x, w)
 
 
 def project(equation: str, x: jax.Array, p: dict[str, Any]) -> jax.Array:
-    """einsum with p["w"], plus p["b"] where there is one (its dimensions are the output's last)."""
+    """The einsum with p["w"], plus p["b"] if there is one: its dimensions are the output's last."""
     y = einsum(equation, x, p["w"])
     return y + p["b"].astype(y.dtype) if "b" in p else y
 
 
 def ragged(x: jax.Array, w: Weight, sizes: jax.Array) -> jax.Array:
-    """The product of x [N, D], in groups of `sizes` int32 [E] rows, each with its matrix of w
-    [E, D, F] -> [N, F] in x's dtype; rows after the last group may come back as anything."""
-    if is_node(w):
+    """The product of x [N, D], in groups of `sizes` int32 [E] rows, and each one's w [E, D, F].
+
+    It is [N, F], in x's dtype; rows after the last group may come back as anything.
+    """
+    if isinstance(w, Node):
         return w.ragged(x, sizes)
     return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
 
@@ -110,14 +112,14 @@ def lookup(w: Weight, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
 
     On a mesh by parts of the width, which are exchanged; see ops.embed.
     """
-    if is_node(w):
+    if isinstance(w, Node):
         return w.lookup(tokens, dtype)
     return embed.lookup(w, tokens).astype(dtype)
 
 
 def rows(w: Weight, index: jax.Array, dtype: DTypeLike) -> jax.Array:
     """w[index] in `dtype`, for a table that is small, or rows that are few: w [N, D]."""
-    return w.rows(index, dtype) if is_node(w) else w[index].astype(dtype)
+    return w.rows(index, dtype) if isinstance(w, Node) else w[index].astype(dtype)
 
 
 def as_head(h: jax.Array, w: Weight) -> tuple[jax.Array, jax.Array]:
@@ -125,12 +127,12 @@ def as_head(h: jax.Array, w: Weight) -> tuple[jax.Array, jax.Array]:
 
     So the loss takes any head by chunks of its logits and knows arrays only.
     """
-    return w.as_head(h) if is_node(w) else (h, w)
+    return w.as_head(h) if isinstance(w, Node) else (h, w)
 
 
 def dense(w: Weight, dtype: DTypeLike) -> jax.Array:
     """The weight as one array in `dtype`."""
-    return w.dense(dtype) if is_node(w) else w.astype(dtype)
+    return w.dense(dtype) if isinstance(w, Node) else w.astype(dtype)
 
 
 # ---- trees of weights ----------------------------------------------------------------------
@@ -160,8 +162,7 @@ def gather_for_use(tree: Any, axes: Any, dtype: DTypeLike) -> Any:
 
 
 def as_stored(tree: Any, axes: Any) -> Any:
-    """The same weights; the gradients of their arrays too come in the layout in which these are
-    stored, so that none is ever whole."""
+    """The same weights; gradients come laid out as the arrays are, so that none is ever whole."""
     return map_arrays(gather.as_stored, tree, axes)
 
 

@@ -1,16 +1,17 @@
 """Batches on the mesh: how they divide, their layout, and which rows a process reads."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from sftjax.errors import MeshError
-from sftjax.parallel.mesh import RULES, axis_size, named
+from sftjax.parallel.mesh import RULES, AnyMesh, axis_size, named
 
 
-def check_batch(mesh: Mesh, batch_size: int, micro_batches: int, length: int) -> None:
+def check_batch(mesh: AnyMesh, batch_size: int, micro_batches: int, length: int) -> None:
     """Raise MeshError unless the batch splits over micro-batches, mesh and processes."""
     shards = axis_size(mesh, RULES["batch"])
     if micro_batches < 1 or batch_size % micro_batches:
@@ -31,7 +32,7 @@ def check_batch(mesh: Mesh, batch_size: int, micro_batches: int, length: int) ->
         )
 
 
-def abstract_batch(mesh: Mesh, spec: Mapping[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(mesh: AnyMesh, spec: Mapping[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as ShapeDtypeStructs laid out on the mesh. spec: {name: Field}, see data.pack."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, *axes))
@@ -45,14 +46,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     Not always a range: on a TPU slice the mesh may alternate between hosts.
     """
     sharding = named(mesh, "batch", None)
-    parts = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    parts: Any = sharding.addressable_devices_indices_map((batch_size, 1)).values()
     return sorted({row for part in parts for row in range(*part[0].indices(batch_size))})
 
 
 def row_parts(mesh: Mesh, batch_size: int) -> list[list[int]]:
     """The rows of a global batch in parts; each process reads one, several may read the same."""
-    rows = {}
-    layout = named(mesh, "batch", None).devices_indices_map((batch_size, 1))
+    rows: dict[int, set[int]] = {}
+    layout: Mapping[Any, Any] = named(mesh, "batch", None).devices_indices_map((batch_size, 1))
     for device, part in layout.items():
         own = rows.setdefault(device.process_index, set())
         own.update(range(*part[0].indices(batch_size)))
@@ -68,7 +69,7 @@ def put_batch(
     batch_size: int,
     axes: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> dict[str, jax.Array]:
-    """numpy rows of this process -> global arrays [batch_size, ...] laid out on the mesh.
+    """Global arrays [batch_size, ...], laid out on the mesh, of NumPy rows of this process.
 
     axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").
     """

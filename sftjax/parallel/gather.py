@@ -27,11 +27,10 @@ def as_stored(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
-    """w in `dtype`, gathered over fsdp for this use only; its gradient is scattered as it is
-    summed.
+    """The array w in `dtype`, gathered over fsdp for this use only.
 
-    An array with no gathered dimension comes back as it is. Integers keep their dtype: they are
-    numbers of fewer bits, and travel as such.
+    Its gradient is scattered as it is summed. An array with no gathered dimension comes back as it
+    is. Integers keep their dtype: they are numbers of fewer bits, and travel as such.
     """
     if not any(a in GATHERED for a in axes):
         return w

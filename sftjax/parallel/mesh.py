@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 from sftjax import params as params_lib
 from sftjax.errors import MeshError
 
+AnyMesh = Mesh | AbstractMesh  # with devices, or without
 AXES = ("data", "fsdp", "context", "tensor", "expert")
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: dict[str, Any] = {  # logical axis: a mesh axis, several, or None
     # activations
     "batch": ("data", "fsdp", "expert"),
     "seq": "context",
@@ -88,8 +89,8 @@ def _arrange(shape, devices) -> np.ndarray:
         )
         return grid.reshape(shape)
     if tpu:  # each of the two parts of fsdp along lines of chips; see parallel.gather
-        grid = [shape[0], *two_factors(shape[1]), *shape[2:]]
-        grid = mesh_utils.create_device_mesh(grid, devices, allow_split_physical_axes=True)
+        sizes = [shape[0], *two_factors(shape[1]), *shape[2:]]
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return grid.reshape(shape)
     return np.array(devices).reshape(shape)
 
@@ -106,7 +107,7 @@ def spec(
 ) -> P:
     """The PartitionSpec of logical `axes`. Two dimensions on one mesh axis are an error."""
     rules = rules or RULES
-    used, out, split = {}, [], set(manual_axes())
+    used, out, split = dict[str, str | None](), [], set(manual_axes())
     for axis in axes:
         if axis is not None and axis not in rules:
             raise MeshError(f"unknown logical axis {axis!r}; the table has {', '.join(rules)}")
@@ -127,16 +128,16 @@ def spec(
 
 def part(axes: Sequence[str | None], mesh_axes: Collection[str]) -> P:
     """The PartitionSpec of logical `axes` over some mesh axes only."""
-    keep = lambda m: m if m in mesh_axes else None  # noqa: E731
-    return P(*(keep(RULES[a]) if isinstance(RULES.get(a), str) else None for a in axes))
+    rules = (None if a is None else RULES.get(a) for a in axes)
+    return P(*(m if isinstance(m, str) and m in mesh_axes else None for m in rules))
 
 
-def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+def named(mesh: AnyMesh, *axes: str | None) -> NamedSharding:
     """NamedSharding of logical axes."""
     return NamedSharding(mesh, spec(axes))
 
 
-def param_shardings(mesh: Mesh, abstract: dict[str, Any]) -> dict[str, Any]:
+def param_shardings(mesh: AnyMesh, abstract: dict[str, Any]) -> dict[str, Any]:
     """A NamedSharding for every Param; a dimension that does not divide is an error, by name."""
 
     def one(name, p):
@@ -154,7 +155,7 @@ def param_shardings(mesh: Mesh, abstract: dict[str, Any]) -> dict[str, Any]:
     return params_lib.map_named(one, abstract)
 
 
-def axis_size(mesh: Mesh | AbstractMesh, part: str | Sequence[str] | None) -> int:
+def axis_size(mesh: AnyMesh, part: str | Sequence[str] | None) -> int:
     """Number of shards of one PartitionSpec entry (None, a mesh axis, or several)."""
     names = () if part is None else (part,) if isinstance(part, str) else part
     return math.prod(mesh.shape[n] for n in names)

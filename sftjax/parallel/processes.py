@@ -41,7 +41,7 @@ def initialize(
     """
     if not coordinator:
         return
-    known = {}
+    known: dict[str, Any] = {}
     if coordinator != "auto":
         _meet(coordinator, processes, process_id, timeout)
         known = dict(
@@ -83,7 +83,7 @@ def _meet(coordinator, processes, me, timeout):
 
 
 def _wait_for_all(port, processes, deadline, timeout):
-    peers = {}
+    peers: dict[int, Any] = {}
     try:
         server = socket.create_server(("", port))
     except OSError as e:

@@ -1,4 +1,4 @@
-"""The step on hardware that is not here: python -m sftjax.plan --config=FILE --target=v5e-16"""
+"""The step on hardware that is not here: `sftjax plan --config=FILE --target=v5e-16`."""
 
 import json
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from sftjax.plan import search as search_lib
 
 def main(argv: Sequence[str]) -> None:
     """Print the plan of a config on a target, or with --search the best that were tried."""
-    flags = dict(target=None, search=False, json="", trained=0.5, document=0)
-    config, flags = config_lib.parse(argv, **flags)
+    defaults = dict(target=None, search=False, json="", trained=0.5, document=0)
+    config, flags = config_lib.parse(argv, **defaults)
     if not 0 < flags.trained <= 1:
         raise config_lib.ConfigError(f"--trained={flags.trained}: expected a share, above 0 to 1")
     if flags.document < 0 or flags.document > config.data.max_length:

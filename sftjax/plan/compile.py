@@ -78,8 +78,8 @@ class Program:
         return w.rows * of(w.width, w.width * w.trained, w.pairs)
 
     def kernel_flops(self, cost: hlo.Cost) -> float:
-        """Of one device's kernels: as declared, or else those of attention, with its scores formed
-        once more going backward."""
+        """FLOPs of one device's kernels: as declared, or else those of attention."""
+        # Attention forms its scores once more going backward.
         if not cost.kernels or cost.kernel_flops:
             return cost.kernel_flops
         of = self.model.train_flops(self.trainable)
@@ -142,8 +142,9 @@ def platform(target: Target) -> str:
 
 def use(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
     """A context in which `mesh`, with devices or without, is the mesh."""
-    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
-    return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return jax.sharding.use_abstract_mesh(mesh)
+    return jax.set_mesh(mesh)
 
 
 def _with_stored_dtype(config):
@@ -205,7 +206,7 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         return _too_large(program, target, str(e), began)
-    text = compiled.as_text()
+    text: Any = compiled.as_text()  # None only where a backend has no text
     cost = hlo.analyze(text, assume=rounds(text, program))
     found = memory_lib.account(program, compiled)
     return account(program, target, "compiled", began, cost, found)
@@ -305,8 +306,9 @@ def project(p: Plan, program: Program, target: Target) -> dict | None:
 
 def seconds_of_collectives(cost: hlo.Cost, target: Target) -> float:
     """A group larger than a slice, or one that pairs slices, crosses the network."""
+    chip: Any = target.chip  # known: `project` asks for no other
     seconds = 0.0
     for (_, group), c in cost.collectives.items():
         far = target.slices > 1 and (group > target.per_slice or group == target.slices)
-        seconds += c.wire / (1e9 * (target.chip.dcn if far else target.chip.link))
+        seconds += c.wire / (1e9 * (chip.dcn if far else chip.link))
     return seconds

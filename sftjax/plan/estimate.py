@@ -7,7 +7,7 @@ layer and of the loss (the results of its matmuls at once), and collectives, fro
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend import core
@@ -58,8 +58,7 @@ def trace(program: "Program") -> Traced:
 def estimate(
     traced: Traced, config: ConfigDict, mesh: Mesh | AbstractMesh
 ) -> tuple[hlo.Cost, memory.Account]:
-    """(Cost of one device, Account) of the traced step with this config's micro-batches, on any
-    mesh."""
+    """(Cost of one device, Account) of the traced step with this config's micro-batches."""
     cost = hlo.Cost(flops=traced.flops / mesh.size)
     _collectives(traced.program, config, mesh, cost)
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) * mesh.shape["context"]
@@ -134,7 +133,7 @@ def _bytes(var) -> float:
 
 def _activations(jaxpr) -> tuple[float, float, float]:
     """(what scans leave to scans, matmuls of one round of a scan, of the loss), in global bytes."""
-    kept, layer, logits, left = 0.0, 0.0, 0.0, {}
+    kept, layer, logits, left = 0.0, 0.0, 0.0, dict[Any, float]()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("scan", "shard_map"):
             for var in eqn.invars:
@@ -179,8 +178,11 @@ def _dots(jaxpr) -> float:
 
 
 def _collectives(program, config, mesh, cost):
-    """Per micro-batch two gathers and one reduce-scatter of what fsdp shards; per step the sum of
-    gradients over replicas; per layer the sums of tensor parallelism and the keys of context."""
+    """Per micro-batch two gathers and one reduce-scatter of what fsdp shards.
+
+    Per step the sum of gradients over replicas; per layer the sums of tensor parallelism and the
+    keys of context.
+    """
     m, c = mesh.shape, program.model.config
     n, item = config.train.micro_batches, jax.numpy.dtype(c.dtype).itemsize
     size = params_lib.count(program.model.abstract) * item / (m["tensor"] * m["expert"])

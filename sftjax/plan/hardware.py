@@ -37,7 +37,7 @@ class Chip:
     @property
     def flops(self) -> float:
         """Peak dense bf16 FLOP/s."""
-        return peak_flops(self.kind)
+        return peak_flops(self.kind) or 0.0  # never 0: it knows every kind of CHIPS
 
 
 CHIPS = {
@@ -90,7 +90,7 @@ class Target:
 
     def text(self) -> str:
         """The devices in words, for a report."""
-        if not self.topology:
+        if not self.chip or not self.topology:
             return f"{self.n} x {self.chip.kind if self.chip else self.devices[0].device_kind}"
         chips = self.per_slice // self.chip.devices
         one = f"{self.chip.kind}, {self.topology}: {chips} chips"
@@ -119,9 +119,9 @@ def parse(text: str) -> Target:
     if gpu and gpu[1] in CHIPS and int(gpu[2] or 1):
         return Target(text, CHIPS[gpu[1]], int(gpu[2] or 1))
     tpu = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*?)(?:-(\d+)|:(\d+(?:x\d+)+))", text)
-    name = tpu and ALIASES.get(tpu[2], tpu[2])
-    chip = CHIPS.get(name) if tpu else None
-    if not chip or not chip.dims or tpu[1] == "0":
+    name = ALIASES.get(tpu[2], tpu[2]) if tpu else ""
+    chip = CHIPS.get(name)
+    if not tpu or not chip or not chip.dims or tpu[1] == "0":
         raise TargetError(f"--target={text} is unknown; known are {known()}")
     topology = tpu[4] or _shape_of(text, name, chip, int(tpu[3]))
     sizes = [int(x) for x in topology.split("x")]
@@ -136,9 +136,10 @@ def parse(text: str) -> Target:
 
 
 def stand_in(target: Target) -> contextlib.AbstractContextManager:
-    """A context to lower a program in for GPUs that are not here: newer JAX lowers a Triton kernel
-    for a kind of GPU that it is told. The mesh has no axes, which is to say that there is none."""
-    device = jax.sharding.AbstractDevice(target.chip.kind, num_cores=None, platform="gpu")
+    """A context to lower a program in for GPUs that are not here."""
+    # Newer JAX lowers a Triton kernel for a kind that it is told; a mesh without axes is none.
+    kind = target.chip.kind if target.chip else target.devices[0].device_kind
+    device = jax.sharding.AbstractDevice(kind, num_cores=None, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 

@@ -14,10 +14,11 @@ import dataclasses
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from sftjax.plan import hlo_text as text_lib
 
+KINDS: tuple[str, ...]
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 KINDS += ("ragged-all-to-all", "collective-broadcast")
 
@@ -125,7 +126,7 @@ def analyze(text: str, assume: int | Mapping[str, int] = 1) -> Cost:
 # ---- the walk ------------------------------------------------------------------------------
 
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
-_BINARY = {
+_BINARY: dict[str, Callable] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -155,7 +156,7 @@ class _Reader:
 
     def _walk(self, name, env) -> Cost:
         """env: {(parameter, index): int}: the scalars known of the computation's tuple."""
-        body, total, flights = self.computations[name], Cost(), {}
+        body, total, flights = self.computations[name], Cost(), dict[str, tuple]()
         for one in body:
             for key in self._ends(one):
                 if key in flights:
@@ -375,7 +376,7 @@ def _collectives_in(computation):
 
 
 def _kernel(one, total):
-    target = re.search(r'custom_call_target="([^"]*)"', one.rest)[1]
+    target = re.findall(r'custom_call_target="([^"]*)"', one.rest)[0]
     if target != "tpu_custom_call" and "triton" not in target and "cudnn" not in target:
         return
     record = total.kernels[one.name.rstrip(".0123456789")]

@@ -58,7 +58,7 @@ _START = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """({name: Computation}, name of the entry)."""
-    computations, entry, current, lines = {}, None, None, []
+    computations, entry, current, lines = {}, None, None, list[str]()
     for line in text.splitlines():
         head = _HEAD.match(line) if line[:1] not in (" ", "") else None
         if head:
@@ -79,15 +79,15 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _read(line, computation):
-    match = _START.match(line)
-    rest = re.sub(r"/\*index=\d+\*/", "", line[match.end() :])
+    _, root, name, rest = _START.split(line, maxsplit=1)
+    rest = re.sub(r"/\*index=\d+\*/", "", rest)
     end = _close(rest, 0) if rest[0] == "(" else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     begin = rest.index("(")
     end = _close(rest, begin)
-    one = Instruction(match[2], kind, rest[:begin], rest[begin + 1 : end - 1], rest[end:])
+    one = Instruction(name, kind, rest[:begin], rest[begin + 1 : end - 1], rest[end:])
     computation.instructions[one.name] = one
-    if match[1]:
+    if root:
         computation.root = one.name
 
 
@@ -113,7 +113,7 @@ def nbytes(kind: str) -> float:
 
 
 def _bits(t) -> int:
-    return BITS[t] if t in BITS else int(re.search(r"\d+", t)[0])
+    return BITS[t] if t in BITS else int(re.findall(r"\d+", t)[0])
 
 
 # ---- one instruction -----------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _dims(one, computation):
 
 def dot_flops(one: Instruction, computation: Computation) -> float:
     """FLOPs of a dot: two for each product of its sums."""
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
+    [contracted] = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
     left = _dims(one.args[0], computation)
     depth = math.prod(left[int(d)] for d in contracted.split(",") if d)
     return 2 * math.prod(shapes(one.type)[0][1]) * depth
@@ -133,11 +133,11 @@ def dot_flops(one: Instruction, computation: Computation) -> float:
 
 def convolution_flops(one: Instruction, computation: Computation) -> float:
     """Only what meets an element of the input counts, not the padding (nor holes of dilation)."""
-    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
+    [(left, right, out)] = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     lhs, rhs = (_dims(a, computation) for a in one.args[:2])
     result = shapes(one.type)[0][1]
-    window = re.search(r"window=\{([^}]*)\}", one.rest)
-    window = dict(x.split("=") for x in window[1].split()) if window else {}
+    found = re.search(r"window=\{([^}]*)\}", one.rest)
+    window = dict(x.split("=") for x in found[1].split()) if found else {}
     flops = 2 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]
     for d in range(sum(c.isdigit() for c in out)):
 
@@ -175,7 +175,7 @@ def _meets(n_out, n_in, size, stride, pad, dilate, window_dilate) -> int:
 def gemm_flops(one: Instruction, computation: Computation) -> float:
     """A matmul that the GPU compiler gave to cuBLAS."""
     found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)
-    if "$gemm" not in one.rest and "$lt$matmul" not in one.rest or not found:
+    if not found or not ("$gemm" in one.rest or "$lt$matmul" in one.rest):
         return 0.0
     left = _dims(one.args[0], computation)
     depth = math.prod(left[int(d)] for d in re.findall(r"\d+", found[1]))
@@ -227,7 +227,7 @@ def elements(kind: str) -> list:
 
 def index(one: Instruction) -> int:
     """Which element of its tuple a get-tuple-element gives, from 0."""
-    return int(re.search(r"\bindex=(\d+)", one.rest)[1])
+    return int(re.findall(r"\bindex=(\d+)", one.rest)[0])
 
 
 def constant(raw: str) -> bool | int | None:

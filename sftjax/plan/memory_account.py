@@ -49,7 +49,8 @@ _KEY = jax.dtypes.prng_key
 def account(program: "Program", compiled: jax.stages.Compiled) -> Account:
     """The Account of a compiled step."""
     parts, total = held(program), peak_bytes(compiled)
-    parts["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
+    m: Any = compiled.memory_analysis()  # CompiledMemoryStats: CPUs, GPUs and TPUs have it
+    parts["temporaries"] = m.temp_size_in_bytes
     named = sorted(((size, f"the {name}") for name, size in parts.items()), reverse=True)
     # The step's number, the random key, the metrics, and what fills up the tiles of all arrays.
     parts["other"] = max(0, total - sum(parts.values()))
@@ -78,9 +79,9 @@ def exhausted(message: str) -> tuple[float, list]:
     total = float(asked[1]) if asked else total
     found = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
-        n = re.match(size, part)
+        number, scale = re.findall(rf"\A{size}", part)[0]
         named = re.search(r'op_name="([^"]*)"', part)
         shape = re.search(r"Shape: (\S+\])", part)
         what = " ".join(x[1] for x in (shape, named) if x)
-        found.append((float(n[1]) * unit[n[2]], what or part.split("\n")[0]))
+        found.append((float(number) * unit[scale], what or part.split("\n")[0]))
     return total, found

@@ -86,7 +86,7 @@ def candidates(
 
 
 def _meshes(target):
-    """fsdp over all or a part of a slice, data over the rest; with tensor 2 to 8 or context 2, 4"""
+    """All or a part of a slice as fsdp, the rest as data; with tensor 2 to 8, or context 2 or 4."""
     for inner in ({}, {"tensor": 2}, {"tensor": 4}, {"tensor": 8}, {"context": 2}, {"context": 4}):
         left, odd = divmod(target.per_slice, inner.get("tensor", 1) * inner.get("context", 1))
         if odd or not left:

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The loss curve of a run, and how every figure of ours looks and is saved.
 
 matplotlib draws, by its objects alone: without pyplot there is no window and no global figure.
@@ -98,7 +97,8 @@ def loss_figure(series: Mapping[str, Points], title: str) -> Figure:
         called = "train" if name == "loss" else name.removesuffix("/loss")
         labels.append(f"{called} {points[-1][1]:.4g}")
         draw = _train if name == "loss" else _validation
-        lines.append(draw(axes, *np.transpose(points), colour, MARKERS[i % len(MARKERS)]))
+        steps, losses = np.transpose(points)
+        lines.append(draw(axes, steps, losses, colour, MARKERS[i % len(MARKERS)]))
     if lines:
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(lines), 4))
     else:

@@ -59,5 +59,5 @@ def _source(text):
 
 
 def _asset(name):
-    environment = _environment()
+    environment: Any = _environment()
     return environment.loader.get_source(environment, name)[0]

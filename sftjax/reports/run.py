@@ -18,7 +18,7 @@ SHARES = ("accuracy", "exact_match", "f1")  # metrics that are shown in percent
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     """A before/after table of the test set's scores and of every metric of the sets."""
-    rows = [("", "before", "after")]
+    rows: list[tuple[str, ...]] = [("", "before", "after")]
     scores = {k: v for k, v in after.items() if isinstance(v, float)}
     pairs = [(f"test {k.replace('_', ' ')}", k, before.get(k), v) for k, v in scores.items()]
     pairs += [(k, k, before["losses"].get(k), v) for k, v in after["losses"].items()]

@@ -49,6 +49,8 @@ def _users(name) -> type[Task]:
     if not Path(path).is_file():
         raise ConfigError(f"task={name!r}: file {path} does not exist")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"task={name!r}: {path} is no Python file, NAME.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, cls, None)

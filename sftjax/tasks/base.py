@@ -7,7 +7,7 @@ A task of your own is a class derived from Task in a file of yours, named in the
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -35,9 +35,20 @@ TaskModel = Any
 class Encoded(Protocol):
     """An example as `Task.examples` gives it."""
 
-    arrays: tuple[np.ndarray, ...]  # in the order of Task.columns
-    text: str  # for people to read
-    spans: list[tuple[int, int]]  # characters of text that are trained
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """In the order of Task.columns."""
+
+    @property
+    def text(self) -> str:
+        """For people to read."""
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int]]:
+        """The characters of text that are trained."""
+
+
+E = TypeVar("E", bound=Encoded)  # a task's own kind of example
 
 
 class Example(NamedTuple):
@@ -45,7 +56,7 @@ class Example(NamedTuple):
 
     arrays: tuple[np.ndarray, ...]
     text: str = ""
-    spans: list[tuple[int, int]] = []
+    spans: Sequence[tuple[int, int]] = ()
     note: str = ""
 
     @property
@@ -63,10 +74,10 @@ class Scores(NamedTuple):
     """What was measured of one evaluation set."""
 
     values: dict[str, float]  # "accuracy" -> a number; they go into every log and table
-    tables: dict[str, Any] = {}  # "confusion" -> anything JSON holds; they go into the result
+    tables: Mapping[str, Any] = {}  # "confusion" -> anything JSON holds; they go into the result
 
 
-class Task:
+class Task(Generic[E]):
     """One kind of supervised task: from a record to an example, a loss, and a score.
 
     layout: how examples lie in the rows of a batch, which is the batch's schema.
@@ -93,7 +104,7 @@ class Task:
 
     # ---- data: from records to examples ----
 
-    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Encoded]:
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[E]:
         """The example of each record. wheres: file and row of each, for errors.
 
         Raises: DataError for a record that cannot be an example.
@@ -108,15 +119,15 @@ class Task:
         """All settings, as JSON holds them, that change what `examples` gives of a record."""
         return [type(self).__name__]
 
-    def length(self, example: Encoded) -> int:
+    def length(self, example: E) -> int:
         """Its number of tokens; 1 for an example of fixed shapes."""
         return 1 if self.layout.fixed else len(example.arrays[0])
 
-    def cut(self, example: Encoded, max_length: int, overlong: str) -> list[tuple]:
+    def cut(self, example: E, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what becomes of an example, each of at most max_length tokens (0 = all)."""
         return [example.arrays]
 
-    def kept(self, example: Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
+    def kept(self, example: E, max_length: int, overlong: str) -> list[np.ndarray]:
         """What `cut` keeps, as the places of the tokens of each piece in the example."""
         return [np.arange(0 if self.layout.fixed else self.length(example))]
 
@@ -161,7 +172,7 @@ class Task:
         """What a person should know of a store before training."""
         return ()
 
-    def nothing_left(self, first: tuple[str, Encoded] | None, report: dict, max_length: int) -> str:
+    def nothing_left(self, first: tuple[str, E] | None, report: dict, max_length: int) -> str:
         """Why a store has no document. first: (where, example), or None."""
         lost = report["dropped"] | report["skipped"]
         return f"no example is left of {sum(lost.values())} rows ({counted(lost)})"
@@ -179,8 +190,10 @@ class Task:
         raise NotImplementedError
 
     def loss_fn(self, model: TaskModel, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """The loss of training. options: the config's section `loss`; sources: their names, where
-        there are several, and the batch says in `sources` which is whose."""
+        """The loss of training. options: the config's section `loss`.
+
+        sources: the names of several sources; the batch says in `sources` which is whose.
+        """
         raise NotImplementedError
 
     # ---- evaluation ----

@@ -35,7 +35,7 @@ READING = ("fields", "roles")  # of a policy: what says how to read a record
 FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
 
 
-class CausalLM(Task):
+class CausalLM(Task[chat.Encoded]):
     """policy: the keywords of `data.encode`: what is trained of a record, and how it is read."""
 
     columns = COLUMNS
@@ -81,9 +81,9 @@ class CausalLM(Task):
         return {key for key in record if matters(key)}
 
     def key(self) -> list:
+        """The policy, the chat template and the special tokens."""
         if self.tokenizer is None:
             raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
-        """The policy, the chat template and the special tokens."""
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
         settings["template"] = template_text(self.tokenizer, self.policy.get("template"))
@@ -239,11 +239,11 @@ class CausalLM(Task):
         keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
         first = to_conversation(open_source(d.test)[0], **keys)
         prompt = quote(first["messages"][-2]["content"])
-        python, export = os.path.relpath(sys.executable), os.path.relpath(export)
+        python, model = os.path.relpath(sys.executable), os.path.relpath(export)
         system = f" --system={quote(d.system)}" if d.system else ""
         return (
             "Ask the trained model:\n"
-            f"  {python} -m sftjax.generate --model={export}{system} --prompt={prompt}"
+            f"  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"
         )
 
 
@@ -252,7 +252,7 @@ class CausalTally(Tally):
 
     def __init__(self, task: CausalLM, max_length: int, overlong: str) -> None:
         super().__init__(task, max_length, overlong)
-        self.stops, self.stopped, self.chats = task.stop_ids, Counter(), 0
+        self.stops, self.stopped, self.chats = task.stop_ids, Counter[int](), 0
 
     def fit(self, encoded: Sequence[tuple[str, chat.Encoded]]) -> list[tuple[np.ndarray, ...]]:
         """As of Tally; counts the chats among the examples."""

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from sftjax import losses
 from sftjax.data.masking.conversation import read_field
-from sftjax.data.packing.pack import TokenRows
+from sftjax.data.packing.pack import Layout, TokenRows
+from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
@@ -38,7 +39,7 @@ class Labelled(NamedTuple):
     targets: np.ndarray  # int32 [n]: the label's index there, else 0
     text: str
     note: str  # the label, for people to read
-    spans: list[tuple[int, int]] = []
+    spans: Sequence[tuple[int, int]] = ()
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -89,7 +90,7 @@ class Labels:
         return self.names.index(name)
 
 
-class Classification(Task):
+class Classification(Task[Labelled]):
     """tokenizer: a fast one; its special tokens surround each text as it wants them.
 
     names: the record's own names of text and label ("" = found by their usual ones; several with
@@ -97,8 +98,8 @@ class Classification(Task):
     class is read.
     """
 
-    layout = TokenRows(shifted=False)
-    columns = {
+    layout: Layout = TokenRows(shifted=False)
+    columns: Mapping[str, tuple[str, None]] = {
         "tokens": ("int32", None),
         "weights": ("float32", None),
         "targets": ("int32", None),
@@ -188,7 +189,7 @@ class Classification(Task):
     def fields_read(self, record: dict) -> set[str]:
         """The keys of the text and of the label."""
         found = {self._name(record, "text", TEXTS), self._name(record, "label", LABELS)}
-        return found & set(record)
+        return set(record) & found
 
     def key(self) -> list:
         """The fields' names, the labels, the token read and the special tokens."""
@@ -344,9 +345,11 @@ class Classification(Task):
 class LabelTally(Tally):
     """Counts the labels too."""
 
+    task: Classification
+
     def __init__(self, task: Classification, max_length: int, overlong: str) -> None:
         super().__init__(task, max_length, overlong)
-        self.labels = Counter()
+        self.labels = Counter[int]()
 
     def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
         """As of Tally; counts the label of each document."""
@@ -361,11 +364,12 @@ class LabelTally(Tally):
         )
 
 
-class Pairs(Sequence):
+class Pairs(RecordSource):
     """The records of a source as {"prompt": text, "completion": name of the label}."""
 
     def __init__(self, source: Source | None, task: Classification) -> None:
-        self.source, self.task = source, task
+        self.source: Any = source  # None where only the form of the records is asked for
+        self.task = task
 
     def __len__(self) -> int:
         return len(self.source)

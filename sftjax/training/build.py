@@ -88,8 +88,7 @@ def _with_rows(model, tokenizer, added):
 
 
 def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
-    """Tree of parameter dtypes, by the config's section `model`: trained ones in param_dtype,
-    frozen ones in frozen_dtype."""
+    """Tree of parameter dtypes, by the config's section `model`: param_dtype or frozen_dtype."""
     m = section
     stored = hf.stored_dtypes(model) if from_files(model) else {}
 
@@ -100,7 +99,7 @@ def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
 
 
 def make_schedule(section: ConfigDict, steps: int) -> optax.Schedule:
-    """step -> learning rate, from the config's section `optim`."""
+    """The learning rate as a function of the step, from the config's section `optim`."""
     c = section
     warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
     decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
@@ -281,7 +280,8 @@ def export(directory: Path | str, task: "Task", model: Model, state: TrainState)
 
 def compiled_text(compiled: jax.stages.Compiled, seconds: float) -> str:
     """How long the compile took, and the program's bytes a device (0: not known there)."""
-    peak, cache = metrics.peak_bytes(compiled), jax.config.jax_compilation_cache_dir
+    peak = metrics.peak_bytes(compiled)
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined] # as in workdir.py
     return f"in {seconds:.1f} s, peak {peak / 2**20:,.0f} MiB a device; cache {cache}"
 
 

@@ -7,6 +7,7 @@ and empty optimizer states need no entry: the restore target supplies the struct
 and thereby the mesh, which may differ from the one that saved.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -78,7 +79,7 @@ class Checkpointer:
                 "extra": ocp.JsonCheckpointHandler(),
             },
         )
-        self._writing = None  # the step being written
+        self._writing: int | None = None  # the step being written
 
     def _score(self, metrics) -> float:
         # Absent when an earlier run in this directory tracked another metric.
@@ -184,10 +185,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            try:
+            with contextlib.suppress(Exception):  # it repeats what wait, check or save has raised
                 self._manager.close()
-            except Exception:  # Orbax repeats at close what wait, check or save has raised
-                pass
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing import stream
 from sftjax.data.packing import truncate as lengths_lib
 from sftjax.data.packing.pack import Field
+from sftjax.data.token_store import TokenStore
 from sftjax.parallel import processes
 
 
@@ -48,7 +50,8 @@ class Feed:
         self.sources = mix.sources(config)
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
         stream.check(config, self.sources)
-        self.notes, self.stores, self.sets = [], [], {}
+        self.notes, self.sets = list[str](), dict[str, TokenStore]()
+        self.stores: list[TokenStore] = []
         for source in self.sources:
             self._prepare(source, workdir)
         self.batch_size = config.train.batch_size
@@ -57,7 +60,8 @@ class Feed:
         for name, path in sets(d.validation).items():
             self.sets[name] = self._store(data_lib.open_source(path), task, config)
         self._check_best()
-        self.questions, self.tests = [], {}  # the test set: one or the other
+        # The test set is one or the other.
+        self.questions, self.tests = list[Any](), dict[str, TokenStore]()
         if d.test:
             self._open_test(d.test, config.eval.test_limit)
         task.saw([store.report for store in self.stores])
@@ -113,7 +117,7 @@ class Feed:
             stores = dict(zip(self.names, self.stores, strict=True))
             rows = data_lib.Mixture(stores, *options, phases=phases, layout=self.task.layout)
         else:
-            phases, rows = (), self._rows(self.stores[0], d.packing, size, seed=self.config.seed)
+            phases, rows = [], self._rows(self.stores[0], d.packing, size, seed=self.config.seed)
         self.widths = getattr(rows, "widths", [d.max_length])
         self.rows, self.store = rows, rows.store
         lengths = rows.store.lengths.astype(np.int64)
@@ -126,20 +130,22 @@ class Feed:
             raise ConfigError(f"train.duration={t.duration!r} is no step at all")
         # Whole epochs end with their last row: the last batch is then filled with blank rows.
         exact = config_lib.epochs(t.duration)
-        rows.total = self.steps * size if exact is None else math.ceil(exact * epoch - 1e-9)
+        rows.total = self.steps * size
+        if exact is not None and epoch is not None:
+            rows.total = math.ceil(exact * epoch - 1e-9)
         self.epochs = self.steps * size / rows.per_epoch if exact is None else exact
         if phases:
             rows.ends = self._phase_ends(phases)
-        trained = [np.full(len(s), s.report["trained_tokens"] / len(s)) for s in self.stores]
-        trained = np.concatenate(trained)
+        shares = [np.full(len(s), s.report["trained_tokens"] / len(s)) for s in self.stores]
+        trained = np.concatenate(shares)
         # Model FLOPs count pairs of tokens that see each other, inside documents.
-        self.per_row = {
+        self.per_row: dict[str, Any] = {
             "tokens": rows.mean(lengths),
             "trained": rows.mean(trained),
             "pairs": lambda window: rows.mean(_pairs(lengths, window)),
         }
 
-    def _rows(self, store, packing, batch_size, **options):
+    def _rows(self, store, packing, batch_size, **options: Any):
         d, options["layout"] = self.config.data, self.task.layout
         packing = "none" if self.task.layout.fixed else packing
         if d.buckets and packing == "none":
@@ -172,7 +178,7 @@ class Feed:
         """What each of several sources has given before `step`: documents, epochs; for the log."""
         if not self.names or self.config.data.streaming:
             return {}
-        given, out = self.rows.position(step * self.batch_size), {}
+        given, out = self.rows.position(step * self.batch_size), dict[str, float]()
         for (name, documents), store in zip(given.items(), self.stores, strict=True):
             out |= {f"documents/{name}": documents, f"epochs/{name}": documents / len(store)}
         return out

@@ -55,8 +55,8 @@ class Log:
         self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
         self.lr, self.flops, self._at = lr, flops, start
-        self._lines = []  # [(step, [metrics on the device], seconds waited)], not yet written
-        self._window, self._waited = [], 0.0
+        # Not yet written: (step, [metrics on the device], seconds waited).
+        self._lines, self._window, self._waited = list[tuple](), list[dict](), 0.0
         self._last = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:

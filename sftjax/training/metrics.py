@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 from tqdm import tqdm
@@ -189,14 +189,13 @@ def mfu(flops_per_step: float, seconds: float, device_kind: str, n_devices: int)
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes a device needs of a program: arguments, results and temporaries, shared ones once."""
-    m = compiled.memory_analysis()
+    m: Any = compiled.memory_analysis()  # CompiledMemoryStats: CPUs, GPUs and TPUs have it
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return held + m.temp_size_in_bytes
 
 
 def peak_memory() -> tuple[int, str]:
-    """(bytes, "device" or "process"): the most that one local device has held so far; where the
-    backend does not say, as on CPU, the most that this process has held in host memory."""
+    """(bytes, "device"): the most that one has held; else (bytes, "process"), of host memory."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -63,7 +63,7 @@ def manifest(config: ConfigDict, feed: "Feed") -> dict:
 
 
 def _flat(tree, prefix="") -> dict:
-    out = {}
+    out: dict[str, Any] = {}
     for k, v in tree.items():
         out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return out
@@ -72,7 +72,8 @@ def _flat(tree, prefix="") -> dict:
 @contextlib.contextmanager
 def compile_cache(workdir: Path) -> Iterator[None]:
     """Keep compiled programs in the workdir, unless the user has named another place."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    # JAX adds its options to the class as it is imported, so its types have none of them.
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         yield
         return
     jax.config.update("jax_compilation_cache_dir", str(workdir / "cache" / "xla"))

@@ -8,9 +8,9 @@ import pytest
 if os.environ.get("SFTJAX_REQUIRE_PARITY") != "1":
     pytest.importorskip("torch")
     pytest.importorskip("trl")
-import torch  # noqa: E402
+import torch
 
-from benchmarks import loss_curve  # noqa: E402
+from benchmarks import loss_curve
 
 pytestmark = [pytest.mark.parity, pytest.mark.fixtures]
 

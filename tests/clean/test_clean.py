@@ -113,10 +113,10 @@ def edits(text, rng):
     w = text.split()
     at = rng.randrange(1, len(w) - 1)
     return [
-        w[:at] + [sentence(rng, 1, 1)] + w[at + 1 :],
+        [*w[:at], sentence(rng, 1, 1), *w[at + 1 :]],
         w[:at] + w[at + 1 :],
-        w[:at] + [sentence(rng, 1, 1)] + w[at:],
-        w[: at - 1] + [w[at], w[at - 1]] + w[at + 1 :],
+        [*w[:at], sentence(rng, 1, 1), *w[at:]],
+        [*w[: at - 1], w[at], w[at - 1], *w[at + 1 :]],
         ["please", *w],
         [*w, "!"],
     ]
@@ -294,7 +294,7 @@ def test_bad_rules():
 
 
 def test_every_removed_row_is_told(tmp_path):
-    path, test, expected = planted(tmp_path)
+    path, test, _ = planted(tmp_path)
     source = open_source(str(path))
     findings = find(source, evaluation=[open_source(str(test))])
     write_rejects(tmp_path / "rejects.jsonl", source, findings)

@@ -19,8 +19,11 @@ texts = st.one_of(
     st.text(max_size=8),  # with half surrogate pairs, marks, line ends
     st.lists(
         st.sampled_from(
-            ["four", " ", "\n", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"]
-            + ["assistant", "user", "{{ x }}", "é", "🙂", "\u0301", "sftjax0z", "a", "\x00", '"']
+            [
+                *("four", " ", "\n", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "<think>"),
+                *("</think>", "assistant", "user", "{{ x }}", "é", "🙂", "\u0301", "sftjax0z"),
+                *("a", "\x00", '"'),
+            ]
         ),
         min_size=1,
         max_size=6,

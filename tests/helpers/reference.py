@@ -16,9 +16,9 @@ if os.environ.get("SFTJAX_REQUIRE_PARITY") == "1":
     import torch
 else:
     torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
-from loop_reference import Loop  # noqa: E402
+import torch.nn.functional as F
+import transformers
+from loop_reference import Loop
 
 torch.set_num_threads(1)  # its threads only wait for each other on models this small
 

@@ -11,6 +11,8 @@ from sftjax import config as config_lib
 from sftjax.config import get_default
 from sftjax.data import DataError
 from sftjax.inspect_data import inspect, main
+from sftjax.inspect_data.diff import compare
+from sftjax.inspect_data.rows import Wanted
 from sftjax.inspect_data.views import GREEN, PLAIN, RED
 
 ROWS = [
@@ -333,7 +335,7 @@ def test_the_first_token_of_a_piece_is_no_target(config, tmp_path):
 def test_weights_that_differ(config, tmp_path):
     turns = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a", "weight": 0.5}]
     config.data.train = write(
-        tmp_path / "m.jsonl", [{"a": turns, "b": turns[:1] + [turns[1] | {"weight": 2}]}]
+        tmp_path / "m.jsonl", [{"a": turns, "b": [turns[0], turns[1] | {"weight": 2}]}]
     )
     config.data.fields.messages = "a"
     (difference,) = against(config, changed(config, **{"fields.messages": "b"}))["differences"]
@@ -398,3 +400,8 @@ def test_command(config, tmp_path, capsys):
     assert "dropped: no_trained_token" in out.read_text()
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         main([*command[3:], "--config.data.train=none.jsonl"])
+
+
+def test_configs_without_a_tokenizer_cannot_be_compared():
+    with pytest.raises(DataError, match="--against compares tokens, and this task has no token"):
+        compare([], get_default(), get_default(), Wanted())

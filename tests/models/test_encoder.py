@@ -129,7 +129,7 @@ def test_documents_of_one_row_are_as_each_in_a_row_of_its_own(bert, backend):
     changed = np.asarray(logits(model, params, rows([other, [], [], []])))[0]
     np.testing.assert_array_equal(packed[starts[1:]], changed[starts[1:]])
     # Both directions: the first token depends on the last.
-    last = [docs[0][:-1] + [docs[0][-1] % 63 + 1], *docs[1:]]
+    last = [[*docs[0][:-1], docs[0][-1] % 63 + 1], *docs[1:]]
     assert not np.allclose(logits(model, params, rows([last, [], [], []]))[0, 0], packed[0])
 
 

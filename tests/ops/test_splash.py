@@ -1,5 +1,7 @@
 """The TPU's attention, its kernels interpreted on a CPU: against the reference, and on a mesh."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def inputs():
     q, k, v = (jnp.float32(rng.normal(size=(B, S, n, H))) for n in (N, K, K))
     segments, positions = np.zeros((2, B, S), np.int32)
     for row, cuts in enumerate([[0, 100, 300, 450], [0, 37, S]]):
-        for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(cuts)):
             segments[row, a:b], positions[row, a:b] = i + 1, np.arange(b - a)
     return (q, k, v), dict(segments=segments, positions=positions)
 

@@ -246,6 +246,7 @@ def test_nobody_asks_for_a_task_by_name():
     [
         ("causal_ml", "did you mean 'causal_lm'"),
         ("nowhere.py:Task", "file nowhere.py does not exist"),
+        (f"{CUSTOM.parents[1] / 'README.md'}:Task", "README.md is no Python file"),
         (f"{CUSTOM / 'task.py'}:Nothing", "no class Nothing derived from sftjax.tasks.Task"),
     ],
 )

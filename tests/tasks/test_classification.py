@@ -151,7 +151,7 @@ def test_inspect_shows_the_label_and_the_token_it_is_read_from(tmp_path):
     classes(config, tmp_path)
     text = inspect(config, n=1, color=False)
     assert "label good" in text or "label bad" in text
-    assert "labels" in text and "good 5" in text or "good 4" in text
+    assert ("labels" in text and "good 5" in text) or "good 4" in text
 
 
 # ---- packed rows, the loss and the score -----------------------------------------------------

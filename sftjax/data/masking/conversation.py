@@ -125,8 +125,8 @@ def _read_form(record, fields, roles, where):
     if "text" in fields:
         return "text", _text_message(record, fields["text"], where)
     if pair & set(fields):
-        names = [fields.get(key, key) for key in ("prompt", "completion")]
-        return _read_pair(record, *names, fields, roles, where)
+        prompt, completion = (fields.get(key, key) for key in ("prompt", "completion"))
+        return _read_pair(record, prompt, completion, fields, roles, where)
     for key in ("messages", "conversations"):
         if key in present:
             return "chat", read_messages(record[key], fields, roles, where)

@@ -4,8 +4,7 @@ Learned once for each template, by rendering a few short conversations.
 """
 
 import json
-import os.path
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from re import Pattern
 from typing import Any, NamedTuple
 
@@ -70,7 +69,7 @@ def learn(render: Callable[[list[dict[str, Any]], bool], str], special: Pattern[
     header = _header(prompt, alone, before_answer, special)
     called = rendered(dialect, CALLING)
     openings = {
-        part: lead[len(os.path.commonprefix([lead, before_answer.split("<think>")[0]])) :]
+        part: lead[alike(lead, before_answer.split("<think>")[0]) :]
         for part, lead in {
             "think": _between(rendered(dialect, THINKING), U, T),
             "call": _between(called, U, N),
@@ -78,7 +77,7 @@ def learn(render: Callable[[list[dict[str, Any]], bool], str], special: Pattern[
     }
 
     between, tail = (special.findall(text) for text in (_between(whole, A, B), _after(whole, C)))
-    common = os.path.commonprefix([between, tail])[-1:]
+    common = tail[: alike(between, tail)][-1:]
     calls = special.findall(_after(called, A))[-1:]
     if not calls:
         answered = rendered(dialect, [*CALLING, RESULT, AGAIN[1]])
@@ -87,6 +86,12 @@ def learn(render: Callable[[list[dict[str, Any]], bool], str], special: Pattern[
     ends = dict.fromkeys([*stops, *([] if common else between[:1])])
     found = dict(header=header, openings=openings, ends=tuple(ends), stops=tuple(stops))
     return dialect._replace(**found)
+
+
+def alike(a: Sequence, b: Sequence) -> int:
+    """How many items two texts or lists begin with in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _shows(text):
@@ -100,10 +105,10 @@ def _encoded_once(text):
 
 def _header(prompt, alone, before_answer, special):
     """The generation prompt without the end of the user's turn, as far as training text has it."""
-    cut = len(os.path.commonprefix([prompt, alone]))
+    cut = alike(prompt, alone)
     for token in special.finditer(prompt):  # two turns may differ inside a token
         cut = token.start() if token.start() < cut < token.end() else cut
-    return os.path.commonprefix([prompt, before_answer])[cut:].split("<think>")[0]
+    return prompt[cut : alike(prompt, before_answer)].split("<think>")[0]
 
 
 def _after(text, mark):

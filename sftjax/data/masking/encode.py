@@ -107,8 +107,8 @@ def encode_batch(
     with ThreadPoolExecutor(1) as pool:
         found = pool.map(lambda part: _tokenise(chat_template, chats[part], wheres[part]), parts)
         encoded = [
-            _encode_part(chat_template, chats[part], *texts, wheres[part], policy)
-            for part, texts in zip(parts, found, strict=True)
+            _encode_part(chat_template, chats[part], texts, encodings, wheres[part], policy)
+            for part, (texts, encodings) in zip(parts, found, strict=True)
         ]
     return [example for part in encoded for example in part]
 
@@ -190,7 +190,8 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) 
     chat_template = load_template(tokenizer, template)
     stops = chat_template.dialect.stops if chat_template.source else ()
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return sorted({*ids, *tokenizer.convert_tokens_to_ids(list(stops))})
+    ends: Any = tokenizer.convert_tokens_to_ids(list(stops))  # of a list, a list
+    return sorted({*ids, *ends})
 
 
 # --- what the policy says ---
@@ -276,7 +277,7 @@ def _texts(template, chats, wheres):
 
 def _trained_spans(template, chats, texts, wheres, policy):
     """Of each text the spans (start, stop, weight), in order."""
-    spans, cases = [], {}
+    spans, cases = list[list](), dict[int, tuple]()
     for chat, text, where in zip(chats, texts, wheres, strict=True):
         weights = _message_weights(chat["messages"], policy, where)
         kind = _kind(chat, template)
@@ -402,7 +403,8 @@ class Offsets:
         return len(self.encoding)
 
     def __getitem__(self, i: int) -> tuple[int, int]:
-        return self.encoding.token_to_chars(i)
+        span: Any = self.encoding.token_to_chars(i)  # None of no token: the text is all there is
+        return span
 
 
 def token_weights(

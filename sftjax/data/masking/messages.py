@@ -38,8 +38,10 @@ def read_messages(
     """A list of messages, its JSON text, or a tree of replies.
 
     Args:
+      raw: the value of the record's field.
       fields: may name the keys "role" and "content" of a message.
       roles: the names of roles, as from `known_roles`.
+      where: file and row, for errors.
     """
     if isinstance(raw, str):
         raw = parse_json(raw, "messages", where)
@@ -54,8 +56,8 @@ def _best_thread(node, fields, roles):
     """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
     thread = [node]
     while replies := [r for r in _replies(node) if isinstance(r, dict)]:
-        ranks = (r.get("rank") for r in replies)
-        ranks = [n if isinstance(n, (int, float)) else len(replies) for n in ranks]
+        given = (r.get("rank") for r in replies)
+        ranks = [n if isinstance(n, (int, float)) else len(replies) for n in given]
         node = replies[ranks.index(min(ranks))]
         thread.append(node)
     while len(thread) > 1 and roles.get(str(thread[-1].get(fields.get("role", "role")))) == "user":
@@ -165,6 +167,8 @@ def parse_json(text: str, name: str, where: str, inside: str = "") -> Any:
     """The value of a field's JSON text. Raises: DataError.
 
     Args:
+      text: what the field holds.
+      name: the field's, for errors.
       where: file and row, for errors.
       inside: what of the row the field is in, "message 2: "; "" for the row itself.
     """

@@ -23,7 +23,8 @@ MEMORY = 4 << 30  # bytes, of the process
 CHARACTERS = 1 << 26  # of one rendered conversation
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 
-_lock, _workers = Lock(), {}  # process id -> (worker, progress): a fork needs one of its own
+_lock = Lock()
+_workers: dict[int, tuple] = {}  # process id -> (worker, progress): a fork needs one of its own
 
 
 def render(
@@ -32,6 +33,7 @@ def render(
     """Each chat as {"text"} (and "blocks"), or as {"error"} where the template failed.
 
     Args:
+      template: its text, in Jinja.
       variables: what the template sees beside messages, tools and options (special tokens).
       chats: dict(messages, tools, options, blocks); blocks: return the spans of generation tags.
       wheres: file and row of each, for errors.
@@ -69,7 +71,7 @@ def render(
 def _running_worker():
     worker, progress = _workers.get(os.getpid(), (None, None))
     if worker is None or worker.poll() is not None:
-        progress = tempfile.TemporaryFile()
+        progress = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as the worker is)
         progress.write(bytes(8))
         progress.flush()
         arguments = [progress.fileno(), SECONDS, MEMORY, CHARACTERS]

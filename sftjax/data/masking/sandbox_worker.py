@@ -5,6 +5,7 @@ Started by `sandbox.py`, which writes a request a line and reads a result a line
 nothing of sftjax: a start must be quick.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -21,10 +22,9 @@ def main(progress: int, seconds: int, memory: int, characters: int) -> None:
     progress: a file's descriptor; seconds: of processor time a chat; memory: bytes.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
+    # macOS refuses; the limits of time and characters remain.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    except (ValueError, OSError):  # macOS refuses; the limits of time and characters remain
-        pass
     for line in sys.stdin.buffer:
         request = json.loads(line)
         for number, chat in enumerate(request["chats"]):
@@ -42,7 +42,7 @@ def render(
 ) -> dict[str, Any]:
     """{"text", and "blocks" where they are asked for}, or {"error"}."""
     try:
-        texts, blocks = render_jinja_template(
+        texts, blocks = render_jinja_template(  # type: ignore[str-unpack] # its type says str
             [chat["messages"]],
             tools=chat["tools"],
             chat_template=template,

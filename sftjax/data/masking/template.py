@@ -6,7 +6,6 @@ strategies that verify themselves; where none can, the row is refused.
 """
 
 import json
-import os.path
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sftjax.data.masking import sandbox
-from sftjax.data.masking.dialect import Dialect, learn
+from sftjax.data.masking.dialect import Dialect, alike, learn
 from sftjax.data.masking.marks import put_back, put_marks, split
 from sftjax.errors import DataError
 
@@ -98,7 +97,7 @@ class ChatTemplate:
         special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._variables = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-        self._skeletons = {}
+        self._skeletons: dict[Any, Any] = {}
 
     # --- rendering ---
 
@@ -148,7 +147,7 @@ class ChatTemplate:
             return text, start, answer
         return prompt, len(prompt), answer
 
-    def _request(self, messages, chat, **more):
+    def _request(self, messages, chat, **more: Any):
         """What the sandbox gets: of the messages only what this template can read."""
         plain = (
             {k: v for k, v in m.items() if k in KEYS or (k in self.source and k not in OURS)}
@@ -169,7 +168,7 @@ class ChatTemplate:
 
         Raises: DataError, naming the row in which a trained message's region can't be found.
         """
-        found = [None] * len(cases)
+        found: list[Any] = [None] * len(cases)
         for strategy in (self._by_marks, self._by_trained_marks, self._by_generation_tags):
             left = [k for k, regions in enumerate(found) if regions is None]
             for k, regions in zip(left, strategy([cases[k] for k in left]), strict=True):
@@ -191,9 +190,8 @@ class ChatTemplate:
         )
 
     def _by_trained_marks(self, cases):
-        """Marks for trained messages alone, as a template may look into the others' texts, and
-        not in the arguments of tool calls, which it may quote in a way of its own.
-        """
+        """Marks in trained messages alone, and not in the arguments of tool calls."""
+        # A template may look into the others' texts, and quote arguments in a way of its own.
         safe = [not self._ends_in_arguments(case) for case in cases]
         found = iter(self._by_marks([c for c, ok in zip(cases, safe, strict=True) if ok], True))
         return [next(found) if ok else None for ok in safe]
@@ -251,12 +249,11 @@ class ChatTemplate:
         return [region for region in regions if region]
 
     def _runs(self, text, marks, places):
-        """Places in runs, each of one message and without a stop token in it: some templates
-        write the tools' results between a message's calls and its content.
-        """
-        runs = []
+        """Places in runs, each of one message and without a stop token in it."""
+        # Some templates write the tools' results between a message's calls and its content.
+        runs: list[list] = []
         for place in places:
-            last = runs[-1][-1] if runs else None
+            last: Any = runs[-1][-1] if runs else None
             same = last and marks[last.number].message == marks[place.number].message
             if same and not self._stops.search(text, last.stop, place.start):
                 runs[-1].append(place)
@@ -288,7 +285,7 @@ class ChatTemplate:
         # No header where a turn goes on after tools' results, or where there is none to learn.
         written = text[lower:start][::-1], self.dialect.openings.get(part, "")[::-1]
         opening = OPEN_THINK.search(text, lower, start)
-        return opening.start() if opening else start - len(os.path.commonprefix(written))
+        return opening.start() if opening else start - alike(*written)
 
     def _answer(self, case, marks, run, start, stop):
         """Where the answer begins in the turn [start, stop): after its reasoning."""

@@ -78,6 +78,9 @@ class Mixture(Rows):
     the first: two seconds for a million documents, at a resumption too.
     """
 
+    store: Joined
+    _place: Place | None
+
     def __init__(
         self,
         stores: Mapping[str, Store],
@@ -96,7 +99,7 @@ class Mixture(Rows):
         """
         self.names, self.phases, self.ends = tuple(stores), phases, tuple(ends)
         self._seeds = [name_seed(name) for name in stores]
-        self._cycles, self._held, self._place = [], 0, None
+        self._cycles, self._held, self._place = list[Cycle](), 0, None
         super().__init__(Joined(stores.values()), length, packing, seed, total_rows, **options)
 
     def _count_rows(self):
@@ -115,7 +118,7 @@ class Mixture(Rows):
         return float(np.average(np.divide(sums, self._rows), weights=spans))
 
     def _by_source(self, phase, values) -> np.ndarray:
-        """float [sources]: the sum of values [documents] over what each gives in a cycle."""
+        """The sum, float [sources], of values [documents] over what each gives in a cycle."""
         values, lengths = (
             np.array([part.mean() for part in np.split(np.asarray(x), self.store.starts[1:-1])])
             for x in (values, self.store.lengths)
@@ -161,10 +164,11 @@ class Mixture(Rows):
     def _cycle(self, r) -> Cycle:
         with self._lock:
             ends = (*self.ends, self.total)
-            if not self._cycles or r < self._cycles[0].first or self._place.ends != ends:
-                self._cycles, self._held, self._place = [], 0, self._start(ends)
-            while r >= self._place.row:
-                self._cycles.append(self._next(self._place))
+            place = self._place
+            if place is None or r < self._cycles[0].first or place.ends != ends:
+                self._cycles, self._held, self._place = [], 0, (place := self._start(ends))
+            while r >= place.row:
+                self._cycles.append(self._next(place))
                 self._held += len(self._cycles[-1].plan.doc)
                 while self._held > KEPT and len(self._cycles) > 2:
                     self._held -= len(self._cycles.pop(0).plan.doc)
@@ -229,7 +233,7 @@ class Mixture(Rows):
         return np.random.Generator(np.random.Philox(seed)).permutation(docs)
 
     def _begun(self, plan) -> np.ndarray:
-        """int [sources]: documents that begin in a plan."""
+        """How many documents of each source begin in a plan: int [sources]."""
         return self._tally(plan.doc[plan.start == 0])
 
     def _tally(self, docs) -> np.ndarray:

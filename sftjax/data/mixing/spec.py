@@ -23,7 +23,7 @@ class Share(NamedTuple):
     name: str
     config: ConfigDict  # the run's config, as if this were its only source
     weight: float | None = None  # its share of the tokens, beside the other weights
-    count: int = 0  # its documents in a cycle
+    count: int = 0  # type: ignore[assignment] # its documents in a cycle; tuple has a method count
     replay: float = 0.0  # its share of all tokens in every phase; the others keep their proportions
 
 
@@ -111,7 +111,7 @@ def phases(config: ConfigDict, sources: Sequence[Share], stores: Sequence[Store]
     a weight share these tokens by (their own tokens) ** (1 / data.temperature), so at temperature 1
     a cycle is every document once.
     """
-    entries = config.data.phases or ({},)
+    entries: Sequence[Mapping] = config.data.phases or ({},)
     return [_phase(config, i, entry, sources, stores) for i, entry in enumerate(entries)]
 
 

@@ -72,9 +72,7 @@ def sample(spec: str, n: int = SAMPLE) -> Source:
 
 
 def identity(spec: str) -> str:
-    """A hash of the shards' names and sizes, as their content is too much to read; and of what a
-    state counts in.
-    """
+    """A hash of the names and sizes of shards, too much to read, and of what a state counts in."""
     known = [[path.name, path.stat().st_size] for path in shards(spec)] + [CHUNK, BINS]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
@@ -144,17 +142,21 @@ def batches(
 
     Args:
       sources: of several, the batches have `sources` too: int32 [B, S], each token's source.
+      length: tokens in a row.
+      rows: rows in a batch.
       packing: "bfd" or "bfd_split" (best fit, among BINS rows) | "none" (one document a row).
+      seed: of the order of shards and records.
       window: records of a source that are shuffled together.
-      part, parts: which part of the data this is. It has whole shards where there is at least one
-        for each part, else every parts-th row.
+      part: which part of the data this is, from 0 on.
+      parts: how many there are. Each has whole shards where there is at least one for each, else
+        every parts-th row.
       prefetch: batches made ahead, by a thread.
       rejects: the file for rows that can't be used, where on_error is "skip".
     """
     streams = []
     for source in sources:
-        seeds = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
-        seeds = [int(s) // 2 for s in seeds]  # the number of a window is added, in 32 bits
+        drawn = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
+        seeds = [int(s) // 2 for s in drawn]  # the number of a window is added, in 32 bits
         records = Step(_Records, [], shards(source.paths), part, parts, seeds[0])
         records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
         streams.append(Step(_Documents, [records], source, length, rejects))
@@ -198,6 +200,11 @@ class Step(grain.IterDataset):
 
 class _Records(grain.DatasetIterator):
     """(where, record or line), endlessly; the shards in a new order in every pass."""
+
+    order: Any  # of the shards, in this pass
+    shard: int  # the place in it
+    row: int  # the next of the shard
+    rows: Any  # those left of the shard; None where it is not open
 
     def __init__(
         self, parents: Sequence, files: Sequence[Path], part: int, parts: int, seed: int
@@ -247,7 +254,7 @@ class _Documents(grain.DatasetIterator):
     def __init__(self, parents: Sequence, source: Spec, length: int, rejects: Path | None) -> None:
         super().__init__(parents)
         self.source, self.length, self.rejects = source, length, rejects
-        self.before, self.documents, self.at = self._parent.get_state(), [], 0
+        self.before, self.documents, self.at = self._parent.get_state(), list[tuple](), 0
 
     def __next__(self) -> Batch:
         chunks = 0
@@ -264,7 +271,8 @@ class _Documents(grain.DatasetIterator):
             self._read()
         document = self.documents[self.at]
         self.at += 1
-        return self.source.task.layout.document(*document)
+        layout: Any = self.source.task.layout  # of tokens, as all that is streamed
+        return layout.document(*document)
 
     def _read(self):
         s = self.source

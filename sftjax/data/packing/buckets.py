@@ -29,10 +29,10 @@ class Buckets(Rows):
         batch_size: int,
         **options: Any,
     ) -> None:
-        """Args:
+        """Order the rows; the other arguments are those of `Rows`.
+
         widths: tokens in a row, ascending, up to `length`, which is the last one.
         batch_size: rows in a batch; batch b has the rows [b * batch_size, (b + 1) * batch_size).
-        options: as of `Rows`.
         """
         self.widths, self.batch_size = np.array([*widths, length]), batch_size
         if self.widths[0] < 1 or (np.diff(self.widths) <= 0).any():

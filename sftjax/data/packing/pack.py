@@ -32,8 +32,13 @@ class Examples(Protocol):
 class Layout(Protocol):
     """How examples lie in the rows of a batch: the one place that knows the batch's arrays."""
 
-    fixed: bool  # a row is exactly one example, whose arrays have one shape; nothing is packed
-    shifted: bool  # targets are the next tokens, so the first token of a document is none
+    @property
+    def fixed(self) -> bool:
+        """Is a row exactly one example, whose arrays have one shape? Nothing is packed then."""
+
+    @property
+    def shifted(self) -> bool:
+        """Are targets the next tokens? The first token of a document is none then."""
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """The arrays of a batch of `rows` rows of `width` tokens."""
@@ -138,7 +143,7 @@ def _best_fit(doc, start, stop, capacity):
     lengths = stop - start
     counts = np.bincount(lengths, minlength=capacity + 1).tolist()
     there = bytearray(n > 0 for n in counts)  # is a piece of this length left; found by memchr
-    placed, offsets = [], [0]
+    placed, offsets = list[int](), [0]
     while (smallest := there.find(1)) > 0:
         room = capacity
         while room >= smallest > 0:
@@ -247,10 +252,8 @@ class TokenRows:
         kinds |= dict(positions=np.int32, segments=np.int32)
         return {k: Field((rows, width), dtype, ("batch", "seq")) for k, dtype in kinds.items()}
 
-    def document(
-        self, tokens: np.ndarray, weights: np.ndarray, targets: np.ndarray | None = None
-    ) -> Batch:
-        """The arrays [n] that a document brings into its row."""
+    def document(self, tokens: np.ndarray, weights: np.ndarray, targets: Any = None) -> Batch:
+        """The arrays [n] that a document brings into its row; targets [n], where not shifted."""
         if self.shifted:
             targets, weights = shift(tokens, weights)
         return dict(tokens=tokens, targets=targets, weights=weights)
@@ -308,7 +311,7 @@ class FixedRows:
 
 def blank_batch(rows: int, length: int, pad_id: int = 0, layout: Layout = CAUSAL) -> Batch:
     """A batch of padding: every segment 0, every weight 0."""
-    batch = {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
+    batch: Batch = {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
     if pad_id:
         batch["tokens"][...] = pad_id
     return batch

@@ -52,17 +52,22 @@ class Rows:
         pad_id: int = 0,
         layout: Layout = CAUSAL,
     ) -> None:
-        """Args:
-        store: a Store, or anything with `lengths` and [i] -> the arrays of an example.
-        length: tokens in a row.
-        packing: a strategy of `pack`.
-        total_rows: how many rows there are in all; default as many as `epochs` has,
-        epochs: how often to go through the data, fractions too.
-        layout: how examples lie in a row; the default is that of causal language models.
+        """Plan the rows that go through a store.
+
+        Args:
+          store: a Store, or anything with `lengths` and [i] -> the arrays of an example.
+          length: tokens in a row.
+          seed: of the order of examples, and of rows.
+          packing: a strategy of `pack`.
+          total_rows: how many rows there are in all; default as many as `epochs` has.
+          epochs: how often to go through the data, fractions too.
+          shuffle: draw an order for each epoch; without, it is the store's.
+          pad_id: the token at places where there is none.
+          layout: how examples lie in a row; the default is that of causal language models.
         """
         self.store, self.length, self.packing = store, length, packing
         self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
-        self._plans, self._lock = {}, Lock()
+        self._plans, self._lock = dict[int, RowPlan](), Lock()
         longest = int(max(store.lengths, default=0))
         if longest > length and packing in ("bfd", "none"):
             raise DataError(
@@ -165,8 +170,12 @@ def loader(
     at the places `local` within them, so that all processes together read what one would.
 
     Args:
+      rows: all rows of the run.
+      batch_size: rows of a global batch.
+      local: the places of this process's rows in it; None = all of them.
       start_step: the first step; nothing before it is read.
       stop_step: one past the last; default as many as hold all rows, the last one padded.
+      workers: processes that read; 0 = threads of this one.
       prefetch: batches read ahead, by each worker where there are any.
 
     Returns: a grain iterator of Batch, numpy [local rows, S], with get_state() and set_state().
@@ -189,7 +198,7 @@ def loader(
 
 
 def _settle_flags():
-    """grain reads absl flags when it starts processes, and fails where nobody parsed any."""
+    """Parse absl flags if nobody has: Grain reads them when it starts processes."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -15,7 +15,8 @@ def fit(
     The first token of a piece has nothing before it that could predict it, so it doesn't count.
 
     Args:
-      tokens, weights: [n], is each token itself trained; not shifted.
+      tokens: int32 [n].
+      weights: float32 [n], of each token itself; not shifted.
       max_length: 0 = no limit.
       overlong: "truncate_end" | "truncate_prompt" | "drop" | "split" | "error" (as "drop").
       bos: the id that begins a text; truncate_prompt keeps it.

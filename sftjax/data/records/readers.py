@@ -46,7 +46,7 @@ class JsonLines:
         self.path = path
         if path.suffix.lower() in COMPRESSED:
             with open_bytes(path) as file:
-                self._bytes = file.read()
+                self._bytes: bytes | mmap.mmap = file.read()
         else:
             with open(path, "rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -113,7 +113,7 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     compression = COMPRESSED.get(path.suffix.lower())
     if compression is None:
         with readable(path):
-            file = open(path, "rb")
+            file = open(path, "rb")  # noqa: SIM115 (an error of its reader is not one of opening)
         with file:
             yield file
         return
@@ -127,11 +127,11 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _line_starts(data, chunk=1 << 26):
-    starts = [np.zeros(1, np.int64)]
+    found = [np.zeros(1, np.int64)]
     for at in range(0, len(data), chunk):
         block = np.frombuffer(data, np.uint8, min(chunk, len(data) - at), at)
-        starts.append(np.flatnonzero(block == ord("\n")) + at + 1)
-    starts = np.concatenate(starts)
+        found.append(np.flatnonzero(block == ord("\n")) + at + 1)
+    starts = np.concatenate(found)
     return starts[starts < len(data)]
 
 
@@ -314,7 +314,7 @@ def _read_tsv(path):
     return _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-READERS = {
+READERS: dict[str, Any] = {
     ".jsonl": JsonLines,
     ".ndjson": JsonLines,
     ".json": _read_json,

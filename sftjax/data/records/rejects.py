@@ -36,26 +36,27 @@ class Rejects:
         on_error: str,
         max_skipped: float,
     ) -> None:
-        """Args:
-        path: the file; there is none without a row.
-        kept: where it goes if there are too many rows.
-        on_error: "raise" | "skip".
-        max_skipped: the share of all rows past which the error is raised after all.
+        """Begin with no row, and so without the file `path`; `kept`: its place after too many rows.
+
+        on_error: "raise" | "skip"; max_skipped: the share of rows past which it raises after all.
         """
         self.path, self.kept, self.source = path, kept, source
         self.on_error, self.max_skipped = on_error, max_skipped
-        self.counts = Counter()
+        self.counts = Counter[str]()
 
     def add(self, row: int, error: DataError) -> None:
         """Raises: DataError as the settings want it, and if the error is of no single row."""
-        if self.on_error == "raise" or error.where != self.source.where(row):
+        alone = error.where == self.source.where(row)
+        if self.on_error == "raise" or not alone or self.path is None or self.kept is None:
             raise error
         line = dict(row=row + 1, file=error.where, kind=error.kind, reason=error.reason)
         line["record"] = record(self.source, row)
         text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
-        with writing("the file", self.path):
-            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+        with (
+            writing("the file", self.path),
+            open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.write(text)
         self.counts[error.label] += 1
         rows, rejected = len(self.source), self.counts.total()
         if rejected > self.max_skipped * rows:

@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Source(Sequence):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: Any) -> Any:  # a record, or of a slice the list of them
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         reader, row = self._locate(i)
@@ -78,7 +79,7 @@ def open_source(spec: str, limit: int = 0) -> Source:
 
     Raises: DataError if a file is absent, empty, malformed or of an unknown kind.
     """
-    readers = []
+    readers: list[Reader] = []
     for part in str(spec or "").split(","):
         with readable(part.strip()):
             files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
@@ -148,8 +149,8 @@ def _hub_files(repo, split):
     pairs = zip(files, names, strict=True)
     wanted = [f for f, n in pairs if _split_of(n) in known or (split and split in n)]
     if not wanted:
-        names = ", ".join(names[:8])
-        problem = f"no file of split {split or 'train'!r}; it holds: {names}"
+        some = ", ".join(names[:8])
+        problem = f"no file of split {split or 'train'!r}; it holds: {some}"
         raise DataError(problem, where=repo, kind="no_file")
     return wanted
 

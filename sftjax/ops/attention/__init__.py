@@ -69,8 +69,11 @@ BACKENDS = {
 
 
 def check(backend: str, features: Iterable[str] = (), platform: str = "", length: int = 0) -> None:
-    """Raise ConfigError unless `backend` exists, supports `features`, runs on `platform` ("" = this
-    one) and takes rows of which a shard of mesh.context holds `length` tokens (0 = any)."""
+    """Raise ConfigError unless `backend` exists and can do what is asked of it.
+
+    features: what it must support; platform: where it runs, "" = here; length: the tokens of a row
+    that a shard of mesh.context holds, 0 = any.
+    """
     if backend not in BACKENDS:
         raise ConfigError(
             f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"
@@ -119,6 +122,7 @@ def attention(
     """
     o = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
     if kv_segments is not None:  # decoding: only the reference knows the cache
+        kv_positions = positions if kv_positions is None else kv_positions
         return xla(q, k, v, sinks, Where(segments, kv_segments, positions, kv_positions), o)
     run, seg, pos = functools.partial(BACKENDS[backend].fn, o=o), segments, positions
     if jax.sharding.get_abstract_mesh().empty:

@@ -26,8 +26,10 @@ FLOOR = NEG_INF / 2  # where a running maximum starts: exp(NEG_INF - FLOOR) is 0
 
 
 class Places(NamedTuple):
-    """Segments and positions of queries [g, i, r, size] and keys [g, j, r, size]; which key blocks
-    each query block meets come first in order [g, i, j], met [g, i] of them."""
+    """Segments and positions of queries [g, i, r, size] and keys [g, j, r, size].
+
+    The key blocks that a query block meets come first in order [g, i, j]; they are met [g, i].
+    """
 
     q_seg: jax.Array
     q_pos: jax.Array
@@ -40,8 +42,7 @@ class Places(NamedTuple):
 def blockwise(
     q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
 ) -> jax.Array:
-    """Softmax attention; see ops.attention.attention. Queries and keys in any order; a query of
-    segment 0 (padding) gives 0."""
+    """Softmax attention of tokens in any order; see ops.attention.attention. Padding gives 0."""
     B, S, N, _ = q.shape
     T, K = k.shape[1:3]
     sizes = (min(BLOCK, S), min(BLOCK, T))
@@ -72,7 +73,7 @@ def _heads(x, K):
 
 def _whole(x, N, B, S):
     """The inverse of _cut and _heads: [B, S, N, H]."""
-    g, i, r, K, _, H = x.shape
+    g, i, r, _, _, H = x.shape
     x = x.reshape(g, i, r, N, -1, H).transpose(0, 2, 1, 4, 3, 5)
     return x.reshape(B, -1, N, H)[:, :S]
 
@@ -81,9 +82,11 @@ def _whole(x, N, B, S):
 
 
 def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
-    """Each block as an interval of (segment, position) in lexical order; blocks meet where the
-    interval of what a block's queries see overlaps that of the keys. Never too few, and none too
-    many where documents lie one after the other."""
+    """Each block as an interval of (segment, position) in lexical order.
+
+    Blocks meet where the interval of what a block's queries see overlaps that of the keys: never
+    too few, and none too many where documents lie one after the other.
+    """
     last = jnp.iinfo(jnp.int32).max
     first_seen = jnp.maximum(q_pos - o.window + 1, 0) if o.window else jnp.zeros_like(q_pos)
     last_seen = q_pos if o.causal else jnp.full_like(q_pos, last)
@@ -111,7 +114,7 @@ def _greatest(seg, pos):
 
 
 def _before(a, b):
-    """a <= b of (segment, position)."""
+    """Is a <= b, of (segment, position)."""
     return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
 
 
@@ -154,7 +157,7 @@ def _attend(o, q, k, v, sinks, places):
 
 
 def _forward(o, q, k, v, sinks, places):
-    """q [g, i, r, k, q, h], k and v [g, j, r, k, t, h] -> like q."""
+    """Of q [g, i, r, k, q, h], k and v [g, j, r, k, t, h] what has the shape of q."""
 
     def block(at):
         g, i, mine = _block(places, at)

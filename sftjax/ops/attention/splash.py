@@ -85,7 +85,7 @@ def splash(
     """A backend of ops.attention, for one device's part of the mesh. S and T multiples of LANES."""
     T, shards = k.shape[1], k.shape[1] // q.shape[1]
     places, q_seg, kv_seg = parallel.places(T, shards), where.q_seg, where.kv_seg
-    run = _kernel(places, shards, T, *q.shape[2:], o.causal, o.window, o.softcap)
+    run = _kernel(places, shards, T, q.shape[2], q.shape[3], o.causal, o.window, o.softcap)
     if shards > 1:
         run = _own(run, jax.lax.axis_index(parallel.RULES["seq"]), shards)
         back = np.argsort(places)

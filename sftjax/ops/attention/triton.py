@@ -63,7 +63,7 @@ class How:
     window: int
     softcap: float
     scale: float
-    sizes: tuple[Blocks, Blocks, Blocks]
+    sizes: tuple[Blocks, ...]
 
 
 # ---- which blocks see which ----------------------------------------------------------------
@@ -237,7 +237,7 @@ def _queries_kernel(how, bounds, q_seg, kv_seg, q_pos, kv_pos, q, k, v, do, lse,
 def _call(kernel, name, blocks, grid, in_specs, args, out_specs, out_shape):
     """The kernel on a GPU; interpreted on a CPU."""
 
-    def run(interpret, *args):
+    def run(interpret, *args: jax.Array):
         return pl.pallas_call(
             kernel,
             name=name,
@@ -351,7 +351,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _pad(x, rows, width=0, value=0):
-    """x [B, S, ...] with S a multiple of `rows`, and its last axis `width` wide."""
+    """Pad x [B, S, ...] till S is a multiple of `rows`, and its last axis `width` wide."""
     pads = [(0, 0), (0, -x.shape[1] % rows)] + [(0, 0)] * (x.ndim - 2)
     if width:
         pads[-1] = (0, width - x.shape[-1])
@@ -365,10 +365,9 @@ def triton(
     sinks: jax.Array | None,
     where: Where,
     o: Options,
-    sizes: tuple[Blocks, Blocks, Blocks] | None = None,
+    sizes: tuple[Blocks, ...] | None = None,
 ) -> jax.Array:
-    """A backend of ops.attention, for one device's part of the mesh. sizes: of the blocks of the
-    three kernels; None = SIZES'."""
+    """A backend of ops.attention; sizes: of the blocks of its three kernels, None = SIZES'."""
     q_seg, kv_seg, q_pos, kv_pos = where
     if k.shape[1] > q.shape[1]:  # a shard of `context`: keys in the row's order, for the ranges
         back = np.argsort(parallel.places(k.shape[1], k.shape[1] // q.shape[1]))
@@ -381,7 +380,7 @@ def triton(
     sizes = tuple(blocks.fit(S, T) for blocks in sizes)
     q_rows, k_rows = (max(getattr(b, x) for b in sizes) for x in "qk")
     q_seg, kv_seg, q_pos, kv_pos = map(jnp.int32, (q_seg, kv_seg, q_pos, kv_pos))
-    where = (
+    padded = (
         _pad(jnp.where(q_seg == 0, NOBODY, q_seg), q_rows, value=NOBODY),
         _pad(jnp.where(kv_seg == 0, NOBODY + 1, kv_seg), k_rows, value=NOBODY + 1),
         _pad(q_pos, q_rows),
@@ -390,6 +389,6 @@ def triton(
     how = How(o.causal, o.window, float(o.softcap), float(o.scale), sizes)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     out = _attention(
-        how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, where
+        how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, padded
     )
     return out[:, :S, :, :H]

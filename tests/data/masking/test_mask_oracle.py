@@ -189,10 +189,11 @@ CHATML = {("-", "<|im_end|>", "\n"): LINE}
 KNOWN = {  # {template: {(trained by sftjax alone +, by the twin alone -; token before; text)}}
     **dict.fromkeys(("cohere", "cohere2", "llama3", "glm4moe"), {}),
     **dict.fromkeys(
-        ("lfm2", "lfm2_v2", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "qwen2_5_vl", "qwen3")
-        + ("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8", "qwen3_instruct_2507")
-        + ("qwen3_vl", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")
-        + ("nemotron_3_5_lightning",),
+        (
+            "lfm2 lfm2_v2 lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl qwen2_5_vl qwen3 qwen3_5_nothink "
+            "qwen3_5_think qwen3_6 qwen3_8 qwen3_instruct_2507 qwen3_vl nemotron_3_nano "
+            "nemotron_3_super nemotron_3_ultra nemotron_3_5_lightning"
+        ).split(),
         CHATML,
     ),
     "qwen2_5": CHATML | {("-", "", "\n"): OPENING},

@@ -1,4 +1,4 @@
-"""Eight forced CPU devices, a compile cache and the fixtures directory, for every test."""
+"""Eight forced CPU devices, quick compilation and a cache of it, and the fixtures directory."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,11 @@ REPO = Path(__file__).resolve().parents[1]
 # Before jax is imported anywhere: these are read once, at its start. Subprocesses inherit them.
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+    _flags += " --xla_force_host_platform_device_count=8"
+if "xla_backend_optimization_level" not in _flags:
+    # Most of what is compiled here runs once: LLVM's optimisations cost more than they bring.
+    _flags += " --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

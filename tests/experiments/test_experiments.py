@@ -23,7 +23,7 @@ from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.train import train
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SPECS = ["gsm8k/config.py", "sst2/config.py", "stories/config.py:babyllama105-hf"]
+SPECS = ["gsm8k", "sst2", "sst2_bert", "stories:babyllama105-hf"]
 
 
 def assert_frozen(before, after, prefix):
@@ -70,7 +70,9 @@ def test_decoder_loop(tmp_path):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_config_is_built(spec):
-    assert config_lib.load(str(EXPERIMENTS / spec)).data.train
+    name, _, argument = spec.partition(":")
+    file = EXPERIMENTS / name / "config.py"
+    assert config_lib.load(f"{file}:{argument}" if argument else str(file)).data.train
 
 
 # ---- on fixtures ---------------------------------------------------------------------------
@@ -116,6 +118,30 @@ def test_sst2(in_repository, tmp_path):
     assert result["before"]["exact_match"] == 0
     assert result["after"]["exact_match"] > 0.3  # it has learnt to name a label and to stop
     assert set(result["after"]["answers"]) <= {"positive", "negative"}
+
+
+@pytest.mark.fixtures
+@pytest.mark.slow
+@pytest.mark.parametrize("body", ["minilm-l6", "stories260K-hf"])
+def test_sst2_bert(in_repository, tmp_path, body):
+    """The same config trains a head of classes on an encoder and on a decoder."""
+    file = EXPERIMENTS / "sst2_bert" / "config.py"
+    assert len(file.read_text().splitlines()) <= 35
+    config = config_lib.load(f"{file}:{in_repository / body}")
+    config.data.limit, config.train.duration, config.train.log_every = 300, "8 steps", "1 step"
+    lines = Path(config.data.validation).read_text().splitlines(keepends=True)
+    (tmp_path / "dev.tsv").write_text("".join(lines[:60]))
+    config.data.validation = str(tmp_path / "dev.tsv")
+    result = train(config, tmp_path / "run")
+    assert set(result["after"]["losses"]) == {"dev/loss", "dev/accuracy", "dev/f1"}
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run" / "metrics.jsonl").open()
+        if '"lr"' in line
+    ]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    exported = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert exported["id2label"] == {"0": "negative", "1": "positive"}
 
 
 @pytest.mark.fixtures

@@ -49,7 +49,7 @@ class Feed:
         self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
         self.sources = mix.sources(config)
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
-        stream.check(config, self.sources)
+        stream.check(config, self.sources, task.layout.fixed)
         self.notes, self.sets = list[str](), dict[str, TokenStore]()
         self.stores: list[TokenStore] = []
         for source in self.sources:

@@ -198,6 +198,20 @@ def test_a_bad_record_is_refused_by_file_row_and_field(case, tmp_path):
     assert str(error.value).startswith(f"{path}:1: ")
 
 
+def test_a_stream_has_documents_or_is_refused(case, tmp_path):
+    config = config_lib.ConfigDict(case[1].to_dict())
+    config.data.streaming, config.train.duration = True, "2 steps"
+    mesh = parallel.make_mesh(dict(data=1), jax.devices()[:1])
+    task = make(config)
+    if task.layout.fixed:
+        with pytest.raises(config_lib.ConfigError, match="data.streaming packs documents"):
+            feed_lib.Feed(config, task, tmp_path, mesh)
+        return
+    batch = next(iter(feed_lib.Feed(config, task, tmp_path, mesh).batches(0)))
+    assert set(task.layout.spec(1, 8)) <= set(batch)
+    assert float(batch["weights"].sum()) > 0
+
+
 def test_fields_that_are_read_are_known(case):
     task, source = make(case[1]), open_source(case[1].data.train)
     read = task.fields_read(source[0])

@@ -77,8 +77,8 @@ def identity(spec: str) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-def check(config: ConfigDict, sources: Sequence[mix.Share]) -> None:
-    """Raises: ConfigError for what a stream can't do."""
+def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False) -> None:
+    """Raises: ConfigError for what a stream can't do. fixed: a task's examples are no documents."""
     d = config.data
     if d.shuffle_window < 1:
         raise ConfigError(f"data.shuffle_window={d.shuffle_window}; expected 1 or more rows")
@@ -89,6 +89,11 @@ def check(config: ConfigDict, sources: Sequence[mix.Share]) -> None:
         raise ConfigError(
             f"train.duration={text!r}: a stream has no end, so max_steps is required: write "
             "'1000 steps', or '5e6 tokens'"
+        )
+    if fixed:
+        raise ConfigError(
+            f"data.streaming packs documents, and task={config.task!r} has examples of one shape; "
+            "set data.streaming=False"
         )
     refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
     for source in sources:

@@ -121,7 +121,7 @@ def run_command(files, tmp_path, workdir):
     """The command line of the run that `make` describes."""
     config_file = tmp_path / "config.py"
     config_file.write_text(
-        f"import sys\nsys.path.insert(0, {str(REPO / 'tests')!r})\n"
+        f"import sys\nsys.path[:0] = {[str(REPO / 'tests'), str(REPO / 'tests' / 'helpers')]!r}\n"
         f"import pathlib, test_train\n"
         f"def get_config(arg=''):\n  return test_train.make(pathlib.Path({str(files)!r}))\n"
     )
@@ -369,6 +369,7 @@ def test_the_shipped_configs_train_a_users_model_on_a_users_data(files, tmp_path
     assert changed == (expected if "freeze" in name else set(before))
 
 
+@pytest.mark.slow
 def test_a_template_of_the_config_goes_into_the_export(files, tmp_path):
     template = tmp_path / "mine.jinja"
     text = (files / "model" / "chat_template.jinja").read_text()

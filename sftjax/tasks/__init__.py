@@ -31,7 +31,7 @@ def find(name: str) -> type[Task]:
 
     Raises: ConfigError for a name, a file or a class that does not exist.
     """
-    if ".py:" in name:
+    if ":" in name:
         return _users(name)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1, 0.4)

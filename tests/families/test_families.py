@@ -26,7 +26,6 @@ ROWS, LENGTH = 4, 96  # one shape, so that a model is compiled once; over one bl
 # experts, parallel halves, learned positions, loops, frequencies by length. The others are `slow`.
 SOME = ("phi3-longrope", "gpt_neox", "gpt_oss", "gpt2", "iquest-loop")
 FEW = ("iquest-loop",)
-EACH = tuple({c["model_type"]: name for name, c in reversed(CASES.items())}.values())  # a family's
 
 
 class Case:
@@ -108,7 +107,8 @@ def grads_error(ours, expected):
 # ---- the numbers of transformers -----------------------------------------------------------
 
 
-@cases([name for name in EACH if name not in ("gemma", "gemma2", "mistral")])
+# Llama's form; biases and learned positions; two kinds of layers and more norms; experts.
+@cases(("llama", "gpt2", "gemma3", "qwen3_moe"))
 def test_golden_numbers(case, tmp_path):
     logits, total, grads = case.plain
     places = np.array([logits[row, at] for row, at in GOLDEN["places"]])
@@ -195,6 +195,7 @@ def test_scan_and_remat_change_nothing(case, how):
 
 
 @cases(FEW)
+@pytest.mark.slow
 def test_eight_devices_are_as_one(case):
     if case.model.config.experts:
         sizes = {"fsdp": 2, "tensor": 2, "expert": 2}

@@ -184,10 +184,8 @@ def eight():
     return batch, np.concatenate([LABELS, LABELS[::-1]])
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("attention", "none")]
-
-
-@pytest.mark.parametrize("remat", ["full", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "attention", "none"])
 def test_activation_checkpoints_change_nothing(bert, plain, remat):
     loss, grads = loss_and_grads(bert[0].replace(remat=remat), bert[1], *eight(), jax.random.key(5))
     close(loss, plain[0])
@@ -197,7 +195,7 @@ def test_activation_checkpoints_change_nothing(bert, plain, remat):
 MESHES = [
     pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
     {"data": 2, "fsdp": 2, "tensor": 2},
-    {"context": 2, "fsdp": 4},
+    pytest.param({"context": 2, "fsdp": 4}, marks=pytest.mark.slow),
     pytest.param({"context": 2, "data": 4}, marks=pytest.mark.slow),
 ]
 

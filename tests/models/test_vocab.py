@@ -178,6 +178,7 @@ def objective(model):
         pytest.param("gemma2", 96, 96, marks=pytest.mark.slow, id="soft-capped"),
     ],
 )
+@pytest.mark.slow
 def test_padding_changes_nothing(name, multiple, rows, tmp_path):
     path, batch = write(name, tmp_path / "in"), tiny.batch()
     plain, params = load(path, 1)
@@ -200,6 +201,7 @@ def test_padding_changes_nothing(name, multiple, rows, tmp_path):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.slow
 def test_padding_is_never_generated(tmp_path):
     path, prompts = write("llama-odd", tmp_path), [[1, 5, 9], [7] * 20]
     model, params = load(path, 128)

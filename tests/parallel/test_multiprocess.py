@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 RUN = """
 import pathlib, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/helpers"]
 import test_train
 from sftjax import train, config
 def main(argv):

@@ -58,7 +58,7 @@ CASES = {
         mesh__fsdp=4, mesh__tensor=2,
     ),
 }  # fmt: skip
-RUN = ["fsdp", *(pytest.param(c, marks=pytest.mark.slow) for c in ("micro-batches", "frozen"))]
+RUN = [pytest.param(c, marks=pytest.mark.slow) for c in ("fsdp", "micro-batches", "frozen")]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,7 @@ def test_no_remat_keeps_gathered_weights(make, remat):
     assert bool(kept[0]) == (remat != "offload")  # that is the host's
 
 
+@pytest.mark.slow
 def test_the_rounds_of_the_loss_follow_from_what_is_trained(make):
     c = make(loss__chunk_tokens=128)
     program = plan.build(c, HERE, trained=0.5)
@@ -264,6 +265,7 @@ def file(make, tmp_path):
     return tmp_path / "c.py"
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_json(file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "plan.json"
     monkeypatch.setattr(search, "COMPILED", 1)

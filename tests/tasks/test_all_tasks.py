@@ -163,6 +163,7 @@ def test_a_run_cut_off_resumes_bit_equal(case, ran, tmp_path):
     assert again["after"] == ran[1]["after"]
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(case, tmp_path):
     config, found = case[1].copy_and_resolve_references(), []
     config.optim.name = "sgd"  # Adam would make a step of the noise of a gradient that is 0
@@ -222,6 +223,7 @@ def test_fields_that_are_read_are_known(case):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_plan_and_inspect_work(case, capsys):
     config = case[1]
     text = inspect(config, n=2, color=False)
@@ -231,6 +233,7 @@ def test_plan_and_inspect_work(case, capsys):
         assert found.total > 0 and found.hardware_flops > 0
 
 
+@pytest.mark.slow
 def test_the_export_is_loaded_again_or_said_to_be_missing(case, ran, capsys):
     config, export = case[1], ran[0] / "export"
     if not config.model.path:

@@ -92,8 +92,8 @@ def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False)
         )
     if fixed:
         raise ConfigError(
-            f"data.streaming packs documents, and task={config.task!r} has examples of one shape; "
-            "set data.streaming=False"
+            "data.streaming packs documents, and the examples of this task have one shape; set "
+            "data.streaming=False"
         )
     refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
     for source in sources:

@@ -335,7 +335,8 @@ def test_group_sums_equal_separate_losses_in_float64(chunk_tokens):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 4])
 def test_a_step_reports_each_source_and_trains_as_without(micro_batches):
     import optax
 

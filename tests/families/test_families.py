@@ -186,9 +186,8 @@ def same(ours, expected):
     assert grads_error(ours[2], expected[2]) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param({"scan": False}, marks=pytest.mark.slow), {"remat": "full"}], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"scan": False}, {"remat": "full"}], ids=str)
 @cases(FEW)
 def test_scan_and_remat_change_nothing(case, how):
     same(run(case.model.replace(**how), case.params, golden_batch()), case.plain)

@@ -24,7 +24,7 @@ def setup():
     "how",
     [
         pytest.param({"scan": False}, marks=pytest.mark.slow),
-        {"remat": "full"},
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
         {"remat": "dots"},
         pytest.param({"remat": "dots_saveable"}, marks=pytest.mark.slow),
     ],

@@ -247,6 +247,7 @@ def test_the_factors_are_parameters_of_their_own():
         _ = node_model(".*/qq/w").abstract
 
 
+@pytest.mark.slow
 def test_muon_takes_the_factors_for_matrices_and_leaves_the_tables():
     model = node_model(".*/(q|up)/w|embed/w")
     params = tiny.params(model)
@@ -314,7 +315,7 @@ ONLY_NODES = ((".*/w/[ab]", True), (".*", False))
     ("sizes", "changes"),
     [
         pytest.param({"fsdp": 8}, {}, marks=LONG),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, {}, marks=SLOW),
         pytest.param({"fsdp": 4, "context": 2}, {"tied": True}, marks=LONG),
         pytest.param({"data": 2, "fsdp": 2, "expert": 2}, MOE, marks=SLOW),
     ],
@@ -347,6 +348,7 @@ def test_only_the_factors_are_trained_and_the_rest_stays():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_factors_and_comes_back_on_another_mesh(tmp_path):
     model, tx = node_model(".*/q/w|embed/w"), optax.adam(1e-2)
     mesh = parallel.make_mesh({"fsdp": 8})

@@ -23,7 +23,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "families.json").rea
 ROWS, LENGTH = 4, 96  # one shape, so that a model is compiled once; over one block of blockwise
 
 # Between them the features of the decoder that its ways to run could break: alternation, sinks,
-# experts, parallel halves, learned positions, loops, frequencies by length. The others are `slow`.
+# experts, parallel halves, learned positions, loops, frequencies by length.
 SOME = ("phi3-longrope", "gpt_neox", "gpt_oss", "gpt2", "iquest-loop")
 FEW = ("iquest-loop",)
 
@@ -47,10 +47,13 @@ def case(request, tmp_path_factory):
     jax.clear_caches()
 
 
-def cases(names=CASES):
-    """Parametrize `case`: those of `names`, the others `slow`. Always in one order: see `case`."""
-    slow = [[] if name in names else pytest.mark.slow for name in CASES]
-    params = [pytest.param(name, marks=m) for name, m in zip(CASES, slow, strict=True)]
+def cases(fast, slow=CASES):
+    """Parametrize `case`: `fast`, then those of `slow`, the others `long`. Always in one order."""
+    marks = [
+        [] if name in fast else pytest.mark.slow if name in slow else pytest.mark.long
+        for name in CASES
+    ]
+    params = [pytest.param(name, marks=m) for name, m in zip(CASES, marks, strict=True)]
     return pytest.mark.parametrize("case", params, indirect=True)
 
 
@@ -121,7 +124,7 @@ def test_golden_numbers(case, tmp_path):
     assert norms == pytest.approx(case.golden["gradients"], rel=1e-4)
 
 
-@cases(SOME)
+@cases(("gpt2", "iquest-loop"))
 def test_golden_text(case):
     text = generate(case.model, case.params, [GOLDEN["prompt"]], max_new_tokens=16)[0]
     assert text == case.golden["continuation"]
@@ -172,7 +175,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@cases(FEW)
+@cases(FEW, SOME)
 def test_c10_with_every_other_attention_backend(case, documents, backend):
     check_documents(case.model.replace(attention=backend), case.params, documents)
 
@@ -186,15 +189,13 @@ def same(ours, expected):
     assert grads_error(ours[2], expected[2]) <= 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"scan": False}, {"remat": "full"}], ids=str)
-@cases(FEW)
+@cases((), SOME)
 def test_scan_and_remat_change_nothing(case, how):
     same(run(case.model.replace(**how), case.params, golden_batch()), case.plain)
 
 
-@cases(FEW)
-@pytest.mark.slow
+@cases((), SOME)
 def test_eight_devices_are_as_one(case):
     if case.model.config.experts:
         sizes = {"fsdp": 2, "tensor": 2, "expert": 2}

@@ -128,7 +128,8 @@ def test_sst2_bert(in_repository, tmp_path, body):
     file = EXPERIMENTS / "sst2_bert" / "config.py"
     assert len(file.read_text().splitlines()) <= 35
     config = config_lib.load(f"{file}:{in_repository / body}")
-    config.data.limit, config.train.duration, config.train.log_every = 300, "8 steps", "1 step"
+    config.data.limit, config.train.batch_size = 300, 8  # a row for each of the devices here
+    config.train.duration, config.train.log_every = "8 steps", "1 step"
     lines = Path(config.data.validation).read_text().splitlines(keepends=True)
     (tmp_path / "dev.tsv").write_text("".join(lines[:60]))
     config.data.validation = str(tmp_path / "dev.tsv")

@@ -1,8 +1,15 @@
-"""Text files that are written whole or not at all."""
+"""Files that are read with a limit, and text files that are written whole or not at all."""
 
+import json
 import os
+import stat
 import uuid
 from pathlib import Path
+from typing import Any
+
+from sftjax.errors import UserError
+
+JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 
 
 def write_atomic(path: Path | str, text: str) -> None:
@@ -18,3 +25,58 @@ def write_atomic(path: Path | str, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # of a write that failed
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(path: Path | str, error: type[UserError], most: float = float("inf")) -> int:
+    """The size of a file in bytes, once it is known that reading it comes to an end.
+
+    A named pipe would hang, a device such as /dev/zero has no end. Raises: `error` for what is no
+    regular file, can't be reached, or has more than `most` bytes.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as e:  # ValueError: a null character in the name
+        raise error(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
+        raise error(f"{path} is {kind}, expected a regular file")
+    if found.st_size > most:
+        raise error(f"{path} has {found.st_size:,} bytes, expected at most {most:,}")
+    return found.st_size
+
+
+def read_text(path: Path | str, error: type[UserError], most: float = float("inf")) -> str:
+    """A regular file's text in UTF-8. Raises: `error`, naming the file."""
+    check_regular(path, error, most)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise error(f"{path} is not UTF-8 at byte {e.start}: {e.reason}") from None
+    except OSError as e:
+        raise error(f"{path} cannot be read: {e.strerror or e}") from None
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """json.loads, to which nesting that is too deep is one more ValueError."""
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path | str, error: type[UserError]) -> Any:
+    """The value of a regular JSON file. Raises: `error`, naming the file."""
+    text = read_text(path, error, JSON_BYTES)
+    try:
+        return parse_json(text)
+    except ValueError as e:
+        raise error(f"{path} is not valid JSON: {e}") from None

@@ -7,8 +7,9 @@ from typing import Any
 from sftjax import hf
 from sftjax.data import stop_ids
 from sftjax.data.masking.template import load_template
-from sftjax.errors import DataError
+from sftjax.errors import DataError, NotFoundError
 from sftjax.evaluation import generation
+from sftjax.hf.tokenizer_files import open_tokenizer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,10 +22,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from transformers import AutoTokenizer  # slow to import, and not needed for --help
-
     path = hf.resolve(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not path.is_dir():
+        raise NotFoundError(f"--model={args.model} is no directory")
+    tokenizer = open_tokenizer(path, "--model")
     if not tokenizer.chat_template:
         problem = "its tokenizer has no chat template"
         raise DataError(problem, where=f"--model={path}", kind="no_template")

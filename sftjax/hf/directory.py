@@ -31,6 +31,7 @@ from sftjax.hf import heads
 from sftjax.hf.names import FAMILIES as FAMILIES
 from sftjax.hf.names import ends, family_of, in_files, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
+from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
 from sftjax.models import base, decoder, layer
 from sftjax.ops import rope
 from sftjax.parallel import processes
@@ -361,7 +362,7 @@ def save_pretrained(
     stop_ids: Iterable[int] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a Hugging Face directory that transformers and vLLM load.
+    """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
     Every tensor keeps the name and dtype it was read with (the parameter's dtype for a model that
     was not loaded). stop_ids: token ids that end a turn; generation_config.json lists them with the
@@ -396,18 +397,23 @@ def save_pretrained(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary, rows, max_shard_bytes)
-    _write_json(temporary / "config.json", _hf_config(model, rows, tokenizer))
+    source = Path(model.source.directory)
+    hf = with_code(_hf_config(model, rows, tokenizer), source, temporary)
+    _write_json(temporary / "config.json", hf)
     if model.config.causal and not model.config.classes:
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
     new = sorted(file.name for file in temporary.iterdir())
     for name in new:
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
         os.replace(temporary / name, directory / name)
     # Only now, so that a kill in between leaves weights that can be read.
-    for old in directory.glob("model*.safetensors*"):
-        if old.name not in new:
-            old.unlink()
+    old = list(directory.glob("model*.safetensors*"))
+    for file in [*old, *(files_of(directory) if tokenizer is not None else ())]:
+        if file.relative_to(directory).parts[0] not in new:
+            file.unlink()
     with contextlib.suppress(OSError):
         temporary.rmdir()
 

@@ -22,6 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from sftjax.errors import ConfigError, UserError
+from sftjax.terminal import printable
 
 
 def get_default() -> ConfigDict:
@@ -443,4 +444,4 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
     try:
         main_fn(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        raise SystemExit(f"{type(e).__name__}: {e}") from e
+        raise SystemExit(printable(f"{type(e).__name__}: {e}")) from e

@@ -10,6 +10,7 @@ from sftjax.data.masking.template import load_template
 from sftjax.errors import DataError, NotFoundError
 from sftjax.evaluation import generation
 from sftjax.hf.tokenizer_files import open_tokenizer
+from sftjax.terminal import show
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     out = generation.generate(model, params, [prompt], stop_ids=stop_ids(tokenizer), **options)
-    print(tokenizer.decode(out[0], skip_special_tokens=True))
+    show(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

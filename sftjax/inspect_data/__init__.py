@@ -32,6 +32,7 @@ from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
 from sftjax.inspect_data.views import VIEWS
+from sftjax.terminal import show
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.out:
         with writing("--out", flags.out):
             Path(flags.out).write_bytes(page)
-        print(f"written to {flags.out}")
+        show(f"written to {flags.out}")
         if report["problem"]:
             raise DataError(report["problem"])
     else:

@@ -384,7 +384,7 @@ def to_dict(config: ConfigDict) -> dict:
 
 # ---- durations -----------------------------------------------------------------------------
 
-_DURATION = re.compile(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*(%|[a-z]*)\s*")
+_DURATION = re.compile(r"\s*+([\d_.]++(?:e[+-]?\d++)?)\s*+(%|[a-z]*+)\s*+")
 UNITS = ("steps", "epochs", "examples", "tokens", "%")
 
 

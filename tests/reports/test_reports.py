@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jinja2
 import pytest

@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
     for length in (*config.data.buckets, config.data.max_length):
         parallel.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
     workdir = workdir_lib.prepare_workdir(config, workdir)
+    workdir_lib.warn(config)
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
     with build.advice(config), workdir_lib.compile_cache(workdir), jax.set_mesh(mesh):

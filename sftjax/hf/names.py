@@ -94,7 +94,7 @@ def tensors(
             one = in_files(name, known)
             if path == "embed/w" and c.tied and one not in known:
                 head = ends(model)[1]  # safetensors keep one name of a tensor that two share
-                one = head if head in known else one
+                one = head if head is not None and head in known else one
             yield path, {(): one}, layout
             continue
         experts = name.count("{}") > 1

@@ -66,9 +66,9 @@ class Reader:
                     f"{index} names files that are absent: {some}. Download them too."
                 )
             return [self.directory / f for f in files]
-        files = sorted(self.directory.glob("*.safetensors"))
-        if files:
-            return files
+        shards = sorted(self.directory.glob("*.safetensors"))
+        if shards:
+            return shards
         pickles = [f.name for f in self.directory.glob("*.bin")] + [
             f.name for ext in ("pt", "pth", "ckpt") for f in self.directory.glob(f"*.{ext}")
         ]

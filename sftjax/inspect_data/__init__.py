@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     wanted = {name: getattr(flags, name) for name in Wanted._fields}
     against = config_lib.load(flags.against) if flags.against else None
     if against is not None:
-        config_lib.check(against)
+        config_lib.check(against, flags.against)
     view, color = _view(flags.format), not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
     report = collect(config, Wanted(**wanted), flags.set, against)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError
 from sftjax.files import write_atomic
+from sftjax.terminal import printable
 from sftjax.training import checkpoint
 
 if TYPE_CHECKING:
@@ -55,6 +57,13 @@ def _same_config(old, new, workdir):
             f"--workdir={workdir} belongs to a run with another config:\n{lines}\nUse another"
             " workdir, or the same settings to resume that run."
         )
+
+
+def warn(config: ConfigDict) -> None:
+    """Say on standard error what of a config a run rarely has on purpose."""
+    if jax.process_index() == 0:
+        for line in config_lib.unusual(config):
+            logging.getLogger("sftjax").warning("%s", printable(line))
 
 
 def manifest(config: ConfigDict, feed: "Feed") -> dict:

@@ -21,7 +21,21 @@ from ml_collections import ConfigDict, config_dict
 
 from sftjax.config_file import line_of, load
 from sftjax.errors import ConfigError, UserError
+from sftjax.files import refuse_url, url_problem
 from sftjax.terminal import printable
+from sftjax.training.durations import amount, duration, epochs
+
+__all__ = [
+    "ConfigError",
+    "amount",
+    "check",
+    "duration",
+    "epochs",
+    "get_default",
+    "load",
+    "override",
+]
+__all__ += ["parse", "run", "to_dict", "unusual"]
 
 
 def get_default() -> ConfigDict:
@@ -230,6 +244,11 @@ CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split(
 DURATIONS: tuple[str, ...]
 DURATIONS = ("train.duration", "train.log_every", "train.checkpoint_every", "eval.every")
 DURATIONS += ("optim.warmup", "optim.decay_phase")
+# Keys that name files and folders, several with commas; relative ones are taken from where a run
+# began, also by its resumption elsewhere.
+PATHS: tuple[str, ...]
+PATHS = ("task", "model.path", "data.train", "data.validation", "data.test", "data.tokenizer")
+PATHS += ("data.template", "data.cache_dir")
 WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row
 RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.trainable": (bool, "True or False"),
@@ -264,6 +283,8 @@ def parse(
         required = default is None
         parser.add_argument(f"--{name}", type=kind, default=default, required=required)
     known, rest = parser.parse_known_args(argv)
+    for name in ("config", *flags):
+        refuse_url(f"--{name}", getattr(known, name), ConfigError)
     config, overridden = load(known.config), set()
     i = 0
     while i < len(rest):
@@ -376,9 +397,16 @@ def _wrong(name, value, default):
         near = difflib.get_close_matches(value, CHOICES[name], 1, 0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"{name}={value!r:.200}: expected {known}{hint}"
+    if name in PATHS:
+        parts = value.split(",")
+        yield from (f"{name}={part}: {said}" for part in parts if (said := url_problem(part)))
+    if name == "data.sources":
+        paths = (entry.get("path") for entry in value if hasattr(entry, "get"))
+        parts = (part for path in paths for part in str(path).split(","))
+        yield from (f"{name}: {part}: {said}" for part in parts if (said := url_problem(part)))
     if name in DURATIONS:
         try:
-            _amount(value, name)
+            amount(value, name)
         except ConfigError as e:
             yield str(e)
     if name in WHOLE and not all(type(n) is int and 0 < n < 2**31 for n in value):
@@ -414,64 +442,6 @@ def unusual(config: ConfigDict) -> list[str]:
 def to_dict(config: ConfigDict) -> dict:
     """Plain nested dict (tuples as lists), for config.json."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-# ---- durations -----------------------------------------------------------------------------
-
-_DURATION = re.compile(r"\s*+([\d_.]++(?:e[+-]?\d++)?)\s*+(%|[a-z]*+)\s*+")
-UNITS = ("steps", "epochs", "examples", "tokens", "%")
-
-
-def duration(
-    text: str | float,
-    what: str,
-    *,
-    total: int | None = None,
-    batch: int | None = None,
-    epoch_rows: int | None = None,
-    per_row: tuple[float, float] | None = None,
-) -> int:
-    """Whole steps of "300 steps", "2 epochs", "1000 examples", "5e6 tokens", "10%" or "300".
-
-    total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch;
-    per_row: (examples, tokens) in a row on average. Rounded up, so that "1 epoch" sees every row.
-    Raises ConfigError, naming the key `what`, for anything else.
-    """
-    n, unit = _amount(text, what)
-    if unit == "steps":
-        steps = n
-    elif unit == "%" and total is not None:
-        steps = n / 100 * total
-    elif unit == "epochs" and batch is not None and epoch_rows is not None:
-        steps = n * epoch_rows / batch
-    elif unit in ("examples", "tokens") and batch is not None and per_row is not None:
-        steps = n / (per_row[unit == "tokens"] * batch)
-    else:
-        raise ConfigError(f"{what}={text!r}: {unit} has no meaning here; write steps")
-    return math.ceil(round(steps, 9))
-
-
-def _amount(text, what):
-    """(number, unit) of a duration."""
-    match = _DURATION.fullmatch(str(text))
-    unit = match and ((match[2] or "steps").rstrip("s") + "s" if match[2] != "%" else "%")
-    if not match or unit not in UNITS:
-        raise ConfigError(
-            f"{what}={text!r:.200} is no duration; write a number and one of {', '.join(UNITS)}"
-        )
-    try:
-        n = float(match[1])
-    except ValueError:
-        raise ConfigError(f"{what}={text!r}: {match[1]!r} is not a number") from None
-    if n == math.inf:
-        raise ConfigError(f"{what}={text!r}: expected a finite number")
-    return n, unit
-
-
-def epochs(text: str | float) -> float | None:
-    """The number in a duration of epochs; None for another unit."""
-    match = _DURATION.fullmatch(str(text))
-    return float(match[1]) if match and match[2].rstrip("s") == "epoch" else None
 
 
 def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import uuid
 from pathlib import Path
@@ -25,6 +26,34 @@ def write_atomic(path: Path | str, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # of a write that failed
+
+
+_URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter is a drive; pathlib halves a "//"
+_INSTEAD = {
+    "hf": "write the hub id alone, org/name",
+    "file": "write the path alone",
+    "gs": "mount the bucket (gcsfuse), or copy it, and name the folder",
+    "s3": "mount the bucket, or copy it, and name the folder",
+}
+
+
+def url_problem(text: object) -> str:
+    """What is wrong with a URL where a path is expected; "" of what is none.
+
+    Without it, a URL becomes a folder of its name: gs://bucket/run is gs:/bucket/run to a system.
+    """
+    match = _URL.match(str(text))
+    if match is None:
+        return ""
+    scheme = match[1].lower()
+    instead = _INSTEAD.get(scheme, "fetch it first, and name the file or folder")
+    return f"{scheme}:// is not read or written, only local paths and hub ids are; {instead}"
+
+
+def refuse_url(what: str, path: object, error: type[UserError]) -> None:
+    """Raise `error` if a path is a URL. what: the option that names it."""
+    if problem := url_problem(path):
+        raise error(f"{what}={path}: {problem}")
 
 
 _KINDS = {

@@ -26,6 +26,7 @@ from sftjax.config import ConfigError
 from sftjax.data import make_batch, open_source
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.data.records.protocols import RecordSource
+from sftjax.files import refuse_url
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.terminal import show
@@ -51,6 +52,8 @@ def clean(
 
     Raises: DataError, ConfigError.
     """
+    for what, path in dict(out=out, report=report, rejects=rejects).items():
+        refuse_url(f"--{what}", path, ConfigError)
     d, out = config.data, Path(out)
     source = open_source(d.train, d.limit)
     rejects = Path(rejects or out.with_suffix(".rejects.jsonl"))

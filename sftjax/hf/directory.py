@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from sftjax import params as params_lib
-from sftjax.errors import ModelError, NotFoundError, WeightsError, writing
+from sftjax.errors import ModelError, NotFoundError, WeightsError, WriteError, writing
 from sftjax.families import common
-from sftjax.files import read_json
+from sftjax.files import read_json, refuse_url
 from sftjax.hf import heads
 from sftjax.hf.names import FAMILIES as FAMILIES
 from sftjax.hf.names import ends, family_of, in_files, tensors, visible
@@ -58,6 +58,7 @@ def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
 
     weights=False leaves the weights where they are.
     """
+    refuse_url("model path", path_or_id, NotFoundError)
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
@@ -369,6 +370,7 @@ def save_pretrained(
     model's own. Tensors are written one at a time. In a multi-process run all processes must call
     this; process 0 writes.
     """
+    refuse_url("directory", directory, WriteError)
     if model.source is None:
         raise ModelError("save_pretrained: this Model has no source, the config.json to write")
     directory = Path(directory)

@@ -17,6 +17,7 @@ import numpy as np
 from sftjax.data.records.protocols import Reader
 from sftjax.data.records.readers import COMPRESSED, READERS, Nested, excerpt, readable
 from sftjax.errors import DataError
+from sftjax.files import url_problem
 
 BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by its content
 
@@ -93,6 +94,8 @@ def open_source(spec: str, limit: int = 0) -> Source:
 
 def _find(part) -> list[Path]:
     part = part.strip()
+    if problem := url_problem(part):
+        raise DataError(problem, where=part, kind="no_file")
     path = Path(part).expanduser()
     if path.is_dir():
         return _folder_files(path)

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ _KINDS = {
 }
 
 
-def check_regular(path: Path | str, error: type[UserError], most: float = float("inf")) -> int:
+def check_regular(
+    path: Path | str, error: Callable[[str], UserError], most: float = float("inf")
+) -> int:
     """The size of a file in bytes, once it is known that reading it comes to an end.
 
     A named pipe would hang, a device such as /dev/zero has no end. Raises: `error` for what is no

@@ -1,4 +1,4 @@
-"""Paths: a URL is refused and makes no folder; relative ones mean the same wherever a run goes on."""
+"""Paths: a URL is refused and makes no folder; relative ones mean the same on resumption."""
 
 import json
 import os

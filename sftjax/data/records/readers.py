@@ -123,10 +123,11 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
         return
     import pyarrow as pa
 
+    limited: Any = _Limited  # typeshed has a reader of its own
     try:
         with (
             pa.input_stream(path, compression=compression) as stream,
-            io.BufferedReader(_Limited(path, stream), 1 << 20) as file,
+            io.BufferedReader(limited(path, stream), 1 << 20) as file,
         ):
             yield file
     except OSError as error:

@@ -5,6 +5,7 @@ import sys
 
 import sftjax
 from sftjax import config
+from sftjax.terminal import show
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("sftjax.train", "fine-tune a model, measure it, export it"),
@@ -30,14 +31,14 @@ def main() -> None:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", "help"):
-        print(usage())
+        show(usage())
     elif name in ("--version", "-V"):
-        print(f"sftjax {sftjax.__version__}")
+        show(f"sftjax {sftjax.__version__}")
     elif name in COMMANDS:
         config.run(importlib.import_module(COMMANDS[name][0]).main, sys.argv[2:])
     else:
         found = f"unknown command {name!r}\n" if name else ""
-        print(f"{found}{usage()}", file=sys.stderr)
+        show(f"{found}{usage()}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -8,20 +8,34 @@ import argparse
 import ast
 import contextlib
 import difflib
-import importlib.util
+import functools
 import json
 import math
 import os
 import re
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from sftjax.config_file import line_of, load
 from sftjax.errors import ConfigError, UserError
+from sftjax.files import refuse_url, url_problem
+from sftjax.terminal import printable
+from sftjax.training.durations import amount, duration, epochs
+
+__all__ = [
+    "ConfigError",
+    "amount",
+    "check",
+    "duration",
+    "epochs",
+    "get_default",
+    "load",
+    "override",
+]
+__all__ += ["parse", "run", "to_dict", "unusual"]
 
 
 def get_default() -> ConfigDict:
@@ -180,6 +194,67 @@ FREE = (
     "model.remat",
     "profile.",
 )
+# The least and the most that a number may be. What other files check with more knowledge (the mesh,
+# the shares of sources, the rules of cleaning) is not repeated here.
+_BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never moves
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "data.limit data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
+    "data.workers": (0, 1024),
+    "data.prefetch": (0, 10_000),
+    "train.keep eval.batch_size generate.batch_size": (1, 2**31),
+    "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
+    "data.shuffle_window data.augment_copies data.clean.ngram model.vocab_multiple": (1, 2**31),
+    "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
+    "data.temperature": (1e-3, math.inf),
+    "loss.label_smoothing optim.floor": (0, 1),
+    "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
+    "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
+    "loss.chunk_tokens": (1, 2**31),
+    "mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert": (-1, 2**20),
+    "mesh.processes": (1, 2**20),
+    "mesh.process_id": (0, 2**20),
+    "mesh.timeout": (1, 10**6),
+    "generate.temperature": (0, math.inf),
+    "generate.top_k": (0, 2**31),
+    "generate.top_p": (0, 1),
+}
+RANGES = {key: limits for keys, limits in _RANGES.items() for key in keys.split()}
+# Numbers that are allowed, and said: more than this, and why that is worth a line.
+UNUSUAL = {
+    "optim.lr": (1.0, "a step may be larger than the weights themselves, and losses may diverge"),
+    "optim.weight_decay": (10.0, "each step takes off lr times this of every weight"),
+}
+# Names of which there are so many; a test compares them with the code that reads them.
+_CHOICES = {
+    "model.init": ("pretrained", "random"),
+    "model.dtype model.param_dtype": ("float32", "bfloat16", "float16", "float64"),
+    "model.frozen_dtype": ("", "float32", "bfloat16", "float16", "float64"),
+    "data.stop_token": ("turn", "all", "last", "none"),
+    "data.reasoning.history data.reasoning.last": ("train", "keep", "drop"),
+    "data.reasoning.empty": ("train", "keep"),
+    "data.overlong": ("truncate_end", "truncate_prompt", "drop", "split", "error"),
+    "data.packing data.eval_packing": ("bfd", "bfd_split", "wrapped", "none"),
+    "data.on_error": ("raise", "skip"),
+    "loss.normalise": ("tokens", "documents"),
+    "optim.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
+    "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
+}
+CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split()}
+DURATIONS: tuple[str, ...]
+DURATIONS = ("train.duration", "train.log_every", "train.checkpoint_every", "eval.every")
+DURATIONS += ("optim.warmup", "optim.decay_phase")
+# Keys that name files and folders, several with commas; relative ones are taken from where a run
+# began, also by its resumption elsewhere.
+PATHS: tuple[str, ...]
+PATHS = ("task", "model.path", "data.train", "data.validation", "data.test", "data.tokenizer")
+PATHS += ("data.template", "data.cache_dir")
+WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row
+RULES = {  # ordered (regex, value) pairs: what a value is
+    "optim.trainable": (bool, "True or False"),
+    "optim.lr_multipliers": (float, "a number of 0 or more"),
+    "optim.decay": (float, "a number of 0 or more"),
+}
 # Keys of `data` that an entry of data.sources may set for its rows alone.
 OWN: tuple[str, ...]
 OWN = ("limit", "fields", "roles", "train_on", "stop_token", "reasoning", "system", "overlong")
@@ -188,61 +263,6 @@ OWN += ("max_skipped",)
 
 
 # ---- reading -------------------------------------------------------------------------------
-
-
-def load(spec: str) -> ConfigDict:
-    """The config of "path/to/file.py" or "file.py:argument", given to its get_config."""
-    path, _, argument = spec.partition(":")
-    if not os.path.isfile(path):
-        state = "is no regular file" if os.path.exists(path) else "does not exist"
-        raise ConfigError(f"--config={spec}: file {path} {state}")
-    if Path(path).suffix != ".py":
-        raise ConfigError(
-            f"--config={spec}: {path} is not a Python file; a config is a file NAME.py with a"
-            " function get_config(arg='')"
-        )
-    module_spec: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    with _blamed(path):
-        module_spec.loader.exec_module(module)
-    make = getattr(module, "get_config", None)
-    if not callable(make):
-        raise ConfigError(f"{path} has no function get_config(arg='')")
-    with _blamed(path):
-        config = make(argument) if argument else make()
-    if not isinstance(config, ConfigDict):
-        line = getattr(getattr(make, "__code__", None), "co_firstlineno", 1)
-        raise ConfigError(
-            f"{path}:{line}: get_config returned {config!r:.60} ({type(config).__name__}), expected"
-            " the ConfigDict of sftjax.config.get_default() with what differs"
-        )
-    return config
-
-
-@contextlib.contextmanager
-def _blamed(path):
-    """Whatever the user's config file raises is shown with the line of that file."""
-    try:
-        yield
-    except SyntaxError as e:
-        text = f": {e.text.strip()!r:.80}" if e.text else ""
-        raise ConfigError(f"{e.filename or path}:{e.lineno or 1}: {e.msg}{text}") from e
-    except Exception as e:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(e.__traceback__)
-            if os.path.abspath(frame.filename) == os.path.abspath(path)
-        ]
-        where = f"{path}:{lines[-1]}" if lines else path
-        raise ConfigError(f"{where}: {_said(e)}") from e
-
-
-def _said(error):
-    """An error's class and message in one line; str() of a KeyError would be a repr."""
-    if error.args and isinstance(error.args[0], Exception):  # as ml-collections wraps its own
-        return _said(error.args[0])
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{type(error).__name__}: {' '.join(str(text).split())}"
 
 
 def parse(
@@ -263,7 +283,9 @@ def parse(
         required = default is None
         parser.add_argument(f"--{name}", type=kind, default=default, required=required)
     known, rest = parser.parse_known_args(argv)
-    config = load(known.config)
+    for name in ("config", *flags):
+        refuse_url(f"--{name}", getattr(known, name), ConfigError)
+    config, overridden = load(known.config), set()
     i = 0
     while i < len(rest):
         match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", rest[i], re.DOTALL)
@@ -277,8 +299,9 @@ def parse(
                 raise ConfigError(f"--config.{match[1]} needs a value")
             value = rest[i]
         override(config, match[1], value)
+        overridden.add(match[1])
         i += 1
-    check(config)
+    check(config, known.config, overridden)
     return config, known
 
 
@@ -324,113 +347,101 @@ def _cast(text, old, key):
     return value
 
 
-# The least and the most that a number may be. What other files check with more knowledge (the mesh,
-# the shares of sources, the rules of cleaning) is not repeated here.
-_RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**63 - 1),
-    "data.limit data.workers data.prefetch data.clean.max_tokens": (0, math.inf),
-    "data.max_length train.batch_size train.micro_batches train.keep": (1, math.inf),
-    "loss.label_smoothing optim.floor optim.b1 optim.b2 optim.momentum": (0, 1),
-    "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
-    "loss.chunk_tokens mesh.processes mesh.timeout eval.batch_size": (1, math.inf),
-    "eval.patience eval.samples eval.test_limit": (0, math.inf),
-    "generate.max_new_tokens generate.batch_size": (1, math.inf),
-    "generate.temperature generate.top_k": (0, math.inf),
-    "generate.top_p": (0, 1),
-}
-RANGES = {key: limits for keys, limits in _RANGES.items() for key in keys.split()}
-
-
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, spec: str = "", overridden: Collection[str] = ()) -> None:
     """Raise ConfigError, with the key, its value and what is expected, for the first wrong value.
 
-    It looks at types and at RANGES; what depends on data, model and machine is checked there.
+    It looks at types and at the tables beside the defaults; what depends on data, model and machine
+    is checked there. spec: the file that the config came from, as `load` takes it; the message then
+    begins with its line, unless the key is one of those `overridden` since.
     """
-    _check_group(config, get_default(), "")
+    key, problem = next(_problems(config, get_default(), ""), ("", ""))
+    if problem and spec and key not in overridden:
+        path = spec.partition(":")[0]
+        problem = f"{path}:{line_of(path, key)}: {problem}"
+    if problem:
+        raise ConfigError(problem)
 
 
-def _check_group(group, default, prefix):
+def _problems(group, default, prefix):
+    """(key, what is wrong with it) of every wrong value."""
     for key, value in default.items():
         name = f"{prefix}{key}"
         if key not in group:
-            raise ConfigError(f"the config has no {name}: start from sftjax.config.get_default()")
-        if not isinstance(value, ConfigDict):
-            _check_value(name, group[key], value)
+            yield name, f"the config has no {name}: start from sftjax.config.get_default()"
+        elif not isinstance(value, ConfigDict):
+            yield from ((name, problem) for problem in _wrong(name, group[key], value))
         elif isinstance(group[key], ConfigDict):
-            _check_group(group[key], value, f"{name}.")
+            yield from _problems(group[key], value, f"{name}.")
         else:
-            raise ConfigError(f"{name}={group[key]!r}: expected a group with {', '.join(value)}")
+            yield name, f"{name}={group[key]!r}: expected a group with {', '.join(value)}"
 
 
-def _check_value(name, value, default):
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def _wrong(name, value, default):
+    """What is wrong with the value of a key: nothing, or a line."""
     kinds: Any = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
     kinds = (tuple, list, dict, ConfigDict) if name == "data.labels" else kinds
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise ConfigError(f"{name}={value!r}: expected {type(default).__name__}, like {default!r}")
-    least, most = RANGES.get(name, (-math.inf, math.inf))
-    if number and not (least <= value <= most and abs(value) < math.inf):
-        bounds = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
-        if most == math.inf and not abs(value) < math.inf:
-            bounds = "a finite number" + f", {least} or more" * (least > -math.inf)
-        raise ConfigError(f"{name}={value!r}: expected {bounds}")
+        yield f"{name}={value!r:.200}: expected {type(default).__name__}, like {default!r}"
+        return
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        least, most = RANGES.get(name, (-math.inf, math.inf))
+        if not (least <= value <= most and abs(value) < math.inf):
+            bounds = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
+            if most == math.inf and not abs(value) < math.inf:
+                bounds = "a finite number" + f", {least} or more" * (least > -math.inf)
+            # Python does not write a whole number of more than 4300 digits.
+            digits = isinstance(value, float) or abs(value) < 10**300
+            yield f"{name}={repr(value)[:200] if digits else 'a huge number'}: expected {bounds}"
+    if name in CHOICES and value not in CHOICES[name]:
+        known = " | ".join(choice or repr(choice) for choice in CHOICES[name])
+        near = difflib.get_close_matches(value, CHOICES[name], 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"{name}={value!r:.200}: expected {known}{hint}"
+    if name in PATHS:
+        parts = value.split(",")
+        yield from (f"{name}={part}: {said}" for part in parts if (said := url_problem(part)))
+    if name == "data.sources":
+        paths = (entry.get("path") for entry in value if hasattr(entry, "get"))
+        parts = (part for path in paths for part in str(path).split(","))
+        yield from (f"{name}: {part}: {said}" for part in parts if (said := url_problem(part)))
+    if name in DURATIONS:
+        try:
+            amount(value, name)
+        except ConfigError as e:
+            yield str(e)
+    if name in WHOLE and not all(type(n) is int and 0 < n < 2**31 for n in value):
+        yield f"{name}={value!r:.200}: expected positive whole numbers, like (4, 8)"
+    if name in RULES:
+        yield from (f"{name}: {problem}" for rule in value for problem in _wrong_rule(rule, name))
+
+
+def _wrong_rule(rule, name):
+    kind, what = RULES[name]
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+        yield f"{rule!r:.200} is no rule, expected (regex, {what})"
+        return
+    try:
+        re.compile(rule[0])
+    except (re.error, RecursionError, OverflowError) as e:
+        yield f"{rule[0]!r:.200} is no regex: {e}"
+    number = isinstance(rule[1], (int, float)) and not isinstance(rule[1], bool)
+    if not (isinstance(rule[1], bool) if kind is bool else number and 0 <= rule[1] < math.inf):
+        yield f"{rule!r:.200}: expected (regex, {what})"
+
+
+def unusual(config: ConfigDict) -> list[str]:
+    """A line for each value that is allowed, and that a run rarely has on purpose."""
+    lines = []
+    for key, (most, why) in UNUSUAL.items():
+        value = functools.reduce(getattr, key.split("."), config)
+        if value > most:
+            lines.append(f"{key}={value:g} is more than {most:g}: {why}")
+    return lines
 
 
 def to_dict(config: ConfigDict) -> dict:
     """Plain nested dict (tuples as lists), for config.json."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-# ---- durations -----------------------------------------------------------------------------
-
-_DURATION = re.compile(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*(%|[a-z]*)\s*")
-UNITS = ("steps", "epochs", "examples", "tokens", "%")
-
-
-def duration(
-    text: str | float,
-    what: str,
-    *,
-    total: int | None = None,
-    batch: int | None = None,
-    epoch_rows: int | None = None,
-    per_row: tuple[float, float] | None = None,
-) -> int:
-    """Whole steps of "300 steps", "2 epochs", "1000 examples", "5e6 tokens", "10%" or "300".
-
-    total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch;
-    per_row: (examples, tokens) in a row on average. Rounded up, so that "1 epoch" sees every row.
-    Raises ConfigError, naming the key `what`, for anything else.
-    """
-    match = _DURATION.fullmatch(str(text))
-    unit = match and ((match[2] or "steps").rstrip("s") + "s" if match[2] != "%" else "%")
-    if not match or unit not in UNITS:
-        raise ConfigError(
-            f"{what}={text!r} is no duration; write a number and one of {', '.join(UNITS)}"
-        )
-    try:
-        n = float(match[1])
-    except ValueError:
-        raise ConfigError(f"{what}={text!r}: {match[1]!r} is not a number") from None
-    if n == math.inf:
-        raise ConfigError(f"{what}={text!r}: expected a finite number")
-    if unit == "steps":
-        steps = n
-    elif unit == "%" and total is not None:
-        steps = n / 100 * total
-    elif unit == "epochs" and batch is not None and epoch_rows is not None:
-        steps = n * epoch_rows / batch
-    elif unit in ("examples", "tokens") and batch is not None and per_row is not None:
-        steps = n / (per_row[unit == "tokens"] * batch)
-    else:
-        raise ConfigError(f"{what}={text!r}: {unit} has no meaning here; write steps")
-    return math.ceil(round(steps, 9))
-
-
-def epochs(text: str | float) -> float | None:
-    """The number in a duration of epochs; None for another unit."""
-    match = _DURATION.fullmatch(str(text))
-    return float(match[1]) if match and match[2].rstrip("s") == "epoch" else None
 
 
 def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -> None:
@@ -443,4 +454,4 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
     try:
         main_fn(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        raise SystemExit(f"{type(e).__name__}: {e}") from e
+        raise SystemExit(printable(f"{type(e).__name__}: {e}")) from e

@@ -147,6 +147,7 @@ KINDS = {
     "mixed_splits": "several splits in one folder",
     "unknown_format": "unknown kind of file",
     "unreadable": "a file that can't be read",
+    "grown": "a compressed file that grows without bounds",
     "unwritable": "a place that can't be written",
     "bad_table": "malformed table",
     "no_rows": "no rows",

@@ -1,8 +1,17 @@
-"""Text files that are written whole or not at all."""
+"""Files that are read with a limit, and text files that are written whole or not at all."""
 
+import json
 import os
+import re
+import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from sftjax.errors import UserError
+
+JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 
 
 def write_atomic(path: Path | str, text: str) -> None:
@@ -18,3 +27,88 @@ def write_atomic(path: Path | str, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # of a write that failed
+
+
+_URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter is a drive; pathlib halves a "//"
+_INSTEAD = {
+    "hf": "write the hub id alone, org/name",
+    "file": "write the path alone",
+    "gs": "mount the bucket (gcsfuse), or copy it, and name the folder",
+    "s3": "mount the bucket, or copy it, and name the folder",
+}
+
+
+def url_problem(text: object) -> str:
+    """What is wrong with a URL where a path is expected; "" of what is none.
+
+    Without it, a URL becomes a folder of its name: gs://bucket/run is gs:/bucket/run to a system.
+    """
+    match = _URL.match(str(text))
+    if match is None:
+        return ""
+    scheme = match[1].lower()
+    instead = _INSTEAD.get(scheme, "fetch it first, and name the file or folder")
+    return f"{scheme}:// is not read or written, only local paths and hub ids are; {instead}"
+
+
+def refuse_url(what: str, path: object, error: type[UserError]) -> None:
+    """Raise `error` if a path is a URL. what: the option that names it."""
+    if problem := url_problem(path):
+        raise error(f"{what}={path}: {problem}")
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(
+    path: Path | str, error: Callable[[str], UserError], most: float = float("inf")
+) -> int:
+    """The size of a file in bytes, once it is known that reading it comes to an end.
+
+    A named pipe would hang, a device such as /dev/zero has no end. Raises: `error` for what is no
+    regular file, can't be reached, or has more than `most` bytes.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as e:  # ValueError: a null character in the name
+        raise error(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
+        raise error(f"{path} is {kind}, expected a regular file")
+    if found.st_size > most:
+        raise error(f"{path} has {found.st_size:,} bytes, expected at most {most:,}")
+    return found.st_size
+
+
+def read_text(path: Path | str, error: type[UserError], most: float = float("inf")) -> str:
+    """A regular file's text in UTF-8. Raises: `error`, naming the file."""
+    check_regular(path, error, most)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise error(f"{path} is not UTF-8 at byte {e.start}: {e.reason}") from None
+    except OSError as e:
+        raise error(f"{path} cannot be read: {e.strerror or e}") from None
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """json.loads, to which nesting that is too deep is one more ValueError."""
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path | str, error: type[UserError]) -> Any:
+    """The value of a regular JSON file. Raises: `error`, naming the file."""
+    text = read_text(path, error, JSON_BYTES)
+    try:
+        return parse_json(text)
+    except ValueError as e:
+        raise error(f"{path} is not valid JSON: {e}") from None

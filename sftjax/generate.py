@@ -7,8 +7,10 @@ from typing import Any
 from sftjax import hf
 from sftjax.data import stop_ids
 from sftjax.data.masking.template import load_template
-from sftjax.errors import DataError
+from sftjax.errors import DataError, NotFoundError
 from sftjax.evaluation import generation
+from sftjax.hf.tokenizer_files import open_tokenizer
+from sftjax.terminal import show
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,10 +23,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from transformers import AutoTokenizer  # slow to import, and not needed for --help
-
     path = hf.resolve(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not path.is_dir():
+        raise NotFoundError(f"--model={args.model} is no directory")
+    tokenizer = open_tokenizer(path, "--model")
     if not tokenizer.chat_template:
         problem = "its tokenizer has no chat template"
         raise DataError(problem, where=f"--model={path}", kind="no_template")
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     out = generation.generate(model, params, [prompt], stop_ids=stop_ids(tokenizer), **options)
-    print(tokenizer.decode(out[0], skip_special_tokens=True))
+    show(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

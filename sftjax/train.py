@@ -6,6 +6,7 @@ A workdir belongs to one config. Started again in the same workdir, a run goes o
 checkpoint left it, with the batches it would have seen.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,17 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
     for length in (*config.data.buckets, config.data.max_length):
         parallel.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
     workdir = workdir_lib.prepare_workdir(config, workdir)
+    workdir_lib.warn(config)
+    if (home := workdir_lib.began_in(workdir)) != Path.cwd():
+        say("paths", f"relative ones are taken from {home}, where this run began")
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
-    with build.advice(config), workdir_lib.compile_cache(workdir), jax.set_mesh(mesh):
+    with (
+        contextlib.chdir(home),  # relative paths mean what they did when the run began
+        build.advice(config),
+        workdir_lib.compile_cache(workdir),
+        jax.set_mesh(mesh),
+    ):
         # ==== Data ====
         task = tasks.make(config, load_tokenizer(config))
         feed = Feed(config, task, workdir, mesh)

@@ -20,7 +20,7 @@ QUICKSTART = "experiments/quickstart/base_model", "experiments/quickstart/data/t
 
 def main(path=QUICKSTART[0], records=QUICKSTART[1], out="runs/loop", steps=30):
     model, params = sftjax.load_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     source = sftjax.data.open_source(records, limit=1000)
     docs = [sftjax.data.encode(record, tokenizer) for record in source]
     rows = sftjax.data.pack([len(d.tokens) for d in docs], 256, "bfd")

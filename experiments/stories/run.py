@@ -61,7 +61,7 @@ def write_data(folder):
 def check_model(config, workdir):
     """(what, value) rows of one model."""
     source, export = Path(config.model.path), workdir / "export"
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     model, params = sftjax.load_pretrained(source)
     ids = [tokenizer.bos_token_id, *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]
     logits = all_logits(model, params, ids)[-1]
@@ -89,7 +89,7 @@ def check_model(config, workdir):
     assert abs(again - after) < 1e-4, (again, after)
     yield "validation loss, reloaded", f"{again:.4f}"
     yield "reloaded, difference from transformers", against_transformers(export, model, params, ids)
-    story = greedy(model, params, AutoTokenizer.from_pretrained(export))
+    story = greedy(model, params, AutoTokenizer.from_pretrained(export, trust_remote_code=False))
     yield "reloaded, greedy from <s>", story.splitlines()[0]
 
 
@@ -113,7 +113,9 @@ def against_transformers(directory, model, params, ids):
     import torch
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    )
     with torch.no_grad():
         theirs = reference(torch.tensor([ids])).logits[0].numpy()
     difference = float(np.abs(all_logits(model, params, ids) - theirs).max())

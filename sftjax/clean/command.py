@@ -26,8 +26,10 @@ from sftjax.config import ConfigError
 from sftjax.data import make_batch, open_source
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.data.records.protocols import RecordSource
+from sftjax.files import refuse_url
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.ops.cross_entropy import linear_cross_entropy
+from sftjax.terminal import show
 
 if TYPE_CHECKING:
     from sftjax.models.decoder import Model
@@ -50,6 +52,8 @@ def clean(
 
     Raises: DataError, ConfigError.
     """
+    for what, path in dict(out=out, report=report, rejects=rejects).items():
+        refuse_url(f"--{what}", path, ConfigError)
     d, out = config.data, Path(out)
     source = open_source(d.train, d.limit)
     rejects = Path(rejects or out.with_suffix(".rejects.jsonl"))
@@ -68,18 +72,18 @@ def clean(
     findings = find(read, rules, **options)
     write_records(out, source, findings.kept)
     write_rejects(rejects, source, findings)
-    print(f"{'cleaned':<10}{summary(findings)}")
+    show(f"{'cleaned':<10}{summary(findings)}")
     if listed := [r for r in findings.counts() if r not in findings.removes]:
-        print(f"{'listed':<10}{', '.join(f'{findings.counts()[r]} {r}' for r in listed)}")
-    print(f"{'rules':<10}{', '.join(findings.rules)}")
+        show(f"{'listed':<10}{', '.join(f'{findings.counts()[r]} {r}' for r in listed)}")
+    show(f"{'rules':<10}{', '.join(findings.rules)}")
     if idle := [r for r in RULES if r not in findings.rules]:
-        print(f"{'not asked':<10}{', '.join(idle)}")
+        show(f"{'not asked':<10}{', '.join(idle)}")
     files: dict[str, Path | str] = dict(kept=out, rejects=rejects)
     if report:
         write_report(report, read, findings, d.train, options["form"])
         files["report"] = report
     for what, file in files.items():
-        print(f"{what:<10}{file}")
+        show(f"{what:<10}{file}")
     return findings
 
 

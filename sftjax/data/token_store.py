@@ -22,6 +22,7 @@ from sftjax.data.packing.truncate import OVERLONG, describe
 from sftjax.data.records.protocols import RecordSource, RejectSink
 from sftjax.data.records.rejects import Rejects, check
 from sftjax.errors import DataError
+from sftjax.terminal import printable
 
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
@@ -117,7 +118,7 @@ def build_store(
         _write_atomically(folder, source, task, *settings)
     store = TokenStore(folder)
     for warning in task.warnings(store.report):
-        logger.warning(warning)
+        logger.warning("%s", printable(warning))
     return store
 
 

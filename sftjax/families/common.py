@@ -26,7 +26,8 @@ EXPECTED = [
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads?"
         " head_dim? intermediate_size max_position_embeddings original_max_position_embeddings?"
         " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size"
-        " type_vocab_size sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?",
+        " type_vocab_size sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
+        " num_labels?",
     ),
     (
         "a whole number",
@@ -70,6 +71,11 @@ EXPECTED = [
         "architectures? layer_types?",
     ),
     (
+        "a token's id, or a list of them",
+        lambda x: all(type(y) is int and abs(y) < 2**63 for y in _entries(x)),
+        "bos_token_id? eos_token_id? pad_token_id?",
+    ),
+    (
         "a list of numbers",
         lambda x: isinstance(x, list) and all(isinstance(y, bool) or _number(y) for y in x),
         "short_factor long_factor no_rope_layers?",
@@ -81,6 +87,15 @@ EXPECTED = [
         " id2label? label2id?",
     ),
 ]
+# The most that a size may be. No model comes near; what a config.json asks for beyond it would be
+# laid out, layer by layer and name by name, before the weights' files could contradict it.
+MOST = {"num_hidden_layers": 2**12, "n_layer": 2**12, "loop_num": 2**10, "num_labels": 2**20}
+MOST |= dict.fromkeys(("num_experts", "num_local_experts"), 2**12)
+MOST |= dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), 2**16)
+MOST |= dict.fromkeys("hidden_size intermediate_size moe_intermediate_size n_embd n_inner".split(),
+                      2**24)  # fmt: skip
+MOST |= dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 2**31)
+PARAMETERS = 10**13  # of a whole model
 _FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}
 
 
@@ -92,15 +107,22 @@ def check(hf: dict, where: str = "") -> None:
     for field, value in hf.items():
         expected, ok = _FIELDS.get(field) or _FIELDS.get(field + "?") or ("", lambda x: True)
         if not ok(value) and not (value is None and field + "?" in _FIELDS):
-            raise ModelError(f"{where}{field} is {value!r}, expected {expected}")
+            raise ModelError(f"{where}{field} is {_short(value)}, expected {expected}")
+        if not where and type(value) is int and value > MOST.get(field, value):
+            raise ModelError(f"{field} is {_short(value)}, expected at most {MOST[field]:,}")
         if field in ("rope_parameters", "rope_scaling", FULL, SLIDING) and value:
             check(value, f"{where}{field}.")
         elif where and any(isinstance(x, (list, dict)) for x in _entries(value)):
-            raise ModelError(f"{where}{field} is {value!r}, expected a plain value")
+            raise ModelError(f"{where}{field} is {_short(value)}, expected a plain value")
     depth = hf.get("num_hidden_layers")
     for field in ("layer_types", "no_rope_layers"):
         if depth and len(hf.get(field) or ()) not in (0, depth):
             raise ModelError(f"{field} has {len(hf[field])} entries, num_hidden_layers is {depth}")
+
+
+def _short(value):
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**70 else "a huge number"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def refuse(hf: dict, **plain: Any) -> None:

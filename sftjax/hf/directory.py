@@ -24,12 +24,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from sftjax import params as params_lib
-from sftjax.errors import ModelError, NotFoundError, WeightsError, writing
+from sftjax.errors import ModelError, NotFoundError, WeightsError, WriteError, writing
 from sftjax.families import common
+from sftjax.files import read_json, refuse_url
 from sftjax.hf import heads
 from sftjax.hf.names import FAMILIES as FAMILIES
 from sftjax.hf.names import ends, family_of, in_files, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
+from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
 from sftjax.models import base, decoder, layer
 from sftjax.ops import rope
 from sftjax.parallel import processes
@@ -56,6 +58,7 @@ def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
 
     weights=False leaves the weights where they are.
     """
+    refuse_url("model path", path_or_id, NotFoundError)
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
@@ -102,8 +105,20 @@ def load_model(
         raise ModelError(f"{file}: {e}") from None
     said = file.parent / "generation_config.json"
     generation = _json(said) if said.exists() else {}
+    try:
+        common.check(generation)
+    except ModelError as e:
+        raise ModelError(f"{said}: {e}") from None
     source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels)
-    return getattr(family, "Model", decoder.Model)(config, source)
+    model = getattr(family, "Model", decoder.Model)(config, source)
+    shapes = [p.shape for p in params_lib.flatten(model.abstract).values()]
+    if (n := sum(map(math.prod, shapes))) > common.PARAMETERS:
+        largest = max(shapes, key=math.prod)
+        raise ModelError(
+            f"{file}: its sizes make {n:.3g} parameters, {list(largest)} in one of them; no machine"
+            f" holds more than {common.PARAMETERS:.0e}"
+        )
+    return model
 
 
 def _check(c, hf):
@@ -118,6 +133,13 @@ def _check(c, hf):
         )
     if c.head_dim < 1:
         raise ModelError(f"{c.heads} heads share {c.width} dimensions: head_dim would be 0")
+    if c.head_dim > common.MOST["head_dim"]:
+        raise ModelError(
+            f"{c.heads} heads share {c.width} dimensions: head_dim would be {c.head_dim}, expected"
+            f" at most {common.MOST['head_dim']:,}"
+        )
+    if c.layers * c.experts > 2**19:  # each is a name in the files
+        raise ModelError(f"{c.layers} layers of {c.experts} experts are more than any model has")
     if c.experts_per_token > c.experts or bool(c.experts_per_token) < bool(c.experts):
         raise ModelError(f"num_experts_per_tok={c.experts_per_token} of {c.experts} experts")
     if c.mlp < 1:
@@ -133,12 +155,7 @@ def _check(c, hf):
 def _json(file) -> dict:
     if not Path(file).exists():
         raise NotFoundError(f"{file} does not exist; a model directory needs a config.json")
-    try:
-        out = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ModelError(f"{file} is not valid JSON: {e}") from None
-    except OSError as e:
-        raise ModelError(f"{file} cannot be read: {e.strerror or e}") from None
+    out = read_json(file, ModelError)
     if not isinstance(out, dict):
         raise ModelError(f"{file} holds no JSON object")
     return out
@@ -179,8 +196,10 @@ def load_params(
     The parameters of a head that the files do not have are initialised from the seed, and the
     tensors of a head that the model does not have are left out; a line of the log names both.
     """
-    model, reader = with_dtypes(model, path), Reader(path)
+    reader = Reader(path)
+    model = _stored(model, reader)
     left_out = _compare(model, reader, path)
+    _check_tied(model, reader, path)
     rows = list(tensors(model))
     fresh = [p for p, files, _ in rows if () in files and _fresh(model, p, files[()])]
     heads.report(path, left_out, fresh, seed)
@@ -210,8 +229,18 @@ def load_params(
 
 
 def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
-    """The model, its source knowing the dtypes of the files in `path`; reads headers only."""
+    """The model, its source knowing the dtypes of the files in `path`; reads headers only.
+
+    Raises WeightsError where these are not the weights of the model, before anything is made of
+    the sizes that its config.json claims.
+    """
     reader = Reader(path)
+    model = _stored(model, reader)
+    _compare(model, reader, path)
+    return model
+
+
+def _stored(model, reader):
     dtypes = {n: reader.dtype(n) for n in reader.entries}
     config, as_stored = model.config, getattr(family_of(model.source.config), "as_stored", None)
     if as_stored:
@@ -286,7 +315,7 @@ def _compare(model, reader, path) -> list[str]:
         shape = visible(model, name, abstract[name], len(next(iter(files))))
         if not _fresh(model, name, next(iter(files.values()))):
             expected |= dict.fromkeys(files.values(), layout.file_shape(shape))
-    embed, head = ends(model)
+    head = ends(model)[1]
     others = heads.others(model, family_of(model.source.config), head)
     wrong = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in reader.entries]
     left_out, tied = [], model.config.tied and head in reader.entries and not model.config.classes
@@ -304,13 +333,15 @@ def _compare(model, reader, path) -> list[str]:
         shown = wrong if len(wrong) < 10 else [*wrong[:8], f"... and {len(wrong) - 8} more"]
         lines = "\n  ".join(shown)
         raise WeightsError(f"{path}: the weights are not those of its config.json:\n  {lines}")
-    if tied:
-        _check_tied(reader, path, embed, head)
     return left_out
 
 
-def _check_tied(reader, path, embed, head, step=4096):
+def _check_tied(model, reader, path, step=4096):
     """A tied model's file may repeat the embedding as its head; it must be the same."""
+    embed, head = ends(model)
+    tied = model.config.tied and not model.config.classes
+    if not tied or embed not in reader.entries or head not in reader.entries:
+        return
     for i in range(0, reader.shape(embed)[0], step):
         a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, head))
         if not np.array_equal(a, b):
@@ -332,13 +363,14 @@ def save_pretrained(
     stop_ids: Iterable[int] = (),
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a Hugging Face directory that transformers and vLLM load.
+    """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
     Every tensor keeps the name and dtype it was read with (the parameter's dtype for a model that
     was not loaded). stop_ids: token ids that end a turn; generation_config.json lists them with the
     model's own. Tensors are written one at a time. In a multi-process run all processes must call
     this; process 0 writes.
     """
+    refuse_url("directory", directory, WriteError)
     if model.source is None:
         raise ModelError("save_pretrained: this Model has no source, the config.json to write")
     directory = Path(directory)
@@ -351,10 +383,12 @@ def save_pretrained(
         shape = visible(model, path, leaves[path], len(next(iter(files))))
         for at, name in files.items():
             parts.setdefault(name, []).append((leaves[path], at, layout, shape))
-    rows = []
+    rows, embed = [], ends(model)[0]
     for name, found in parts.items():
         leaf, _, layout, shape = found[0]
         read = model.source.dtypes.get(in_files(name, model.source.dtypes))
+        if name == embed:  # it may have been read as the head
+            read = stored_dtypes(model).get("embed/w")
         dtype, shape = read or np.dtype(leaf.dtype), layout.file_shape(shape)
         rows.append((name, shape, dtype, functools.partial(_tensor, found, shape)))
     if not main:  # the others only take part in the gathers, in the same order
@@ -365,18 +399,23 @@ def save_pretrained(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary, rows, max_shard_bytes)
-    _write_json(temporary / "config.json", _hf_config(model, rows, tokenizer))
+    source = Path(model.source.directory)
+    hf = with_code(_hf_config(model, rows, tokenizer), source, temporary)
+    _write_json(temporary / "config.json", hf)
     if model.config.causal and not model.config.classes:
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
     new = sorted(file.name for file in temporary.iterdir())
     for name in new:
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
         os.replace(temporary / name, directory / name)
     # Only now, so that a kill in between leaves weights that can be read.
-    for old in directory.glob("model*.safetensors*"):
-        if old.name not in new:
-            old.unlink()
+    old = list(directory.glob("model*.safetensors*"))
+    for file in [*old, *(files_of(directory) if tokenizer is not None else ())]:
+        if file.relative_to(directory).parts[0] not in new:
+            file.unlink()
     with contextlib.suppress(OSError):
         temporary.rmdir()
 
@@ -387,9 +426,15 @@ def _written(model) -> list[tuple]:
     ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
     new_head = any(path.startswith("score/") and _fresh(model, path, name) for path, name in ones)
     rows = list(tensors(model, as_read=not new_head))
-    head: Any = ends(model)[1]  # a name where the head is tied
-    if model.config.tied and not model.config.classes and head in model.source.dtypes:
-        rows += [("embed/w", {(): head}, layout) for p, _, layout in rows if p == "embed/w"]
+    embed, head = ends(model)
+    if not model.config.tied or head is None or head not in model.source.dtypes:
+        return rows
+    tables = [("embed/w", {(): embed}, layout) for p, _, layout in rows if p == "embed/w"]
+    if embed not in model.source.dtypes:
+        # vLLM, and older transformers, tie the head to the embedding and not the other way round.
+        return [row for row in rows if row[0] != "embed/w"] + tables
+    if not model.config.classes:
+        rows += [(path, {(): head}, layout) for path, _, layout in tables]
     return rows
 
 

@@ -10,6 +10,7 @@ import jax
 
 from sftjax.errors import ModelError
 from sftjax.models.base import Model
+from sftjax.terminal import printable
 
 CLASSIFIER = "ForSequenceClassification"
 # The first part of transformers' class names.
@@ -130,7 +131,7 @@ def report(path: str | Path, left_out: list[str], made: list[str], seed: int) ->
     if made:
         parts.append(f"{len(made)} are made anew from seed {seed} ({_some(made)})")
     if parts and jax.process_index() == 0:
-        logging.getLogger("sftjax").warning("%s: %s", path, "; ".join(parts))
+        logging.getLogger("sftjax").warning(printable(f"{path}: {'; '.join(parts)}"))
 
 
 def _some(names, most=4) -> str:

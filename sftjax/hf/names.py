@@ -91,7 +91,11 @@ def tensors(
     for name, path, text, *part in names(model):
         layout = Layout.of(text, *part)
         if not path.startswith("layers/"):
-            yield path, {(): in_files(name, known)}, layout
+            one = in_files(name, known)
+            if path == "embed/w" and c.tied and one not in known:
+                head = ends(model)[1]  # safetensors keep one name of a tensor that two share
+                one = head if head is not None and head in known else one
+            yield path, {(): one}, layout
             continue
         experts = name.count("{}") > 1
         for stack, n in decoder.stacks(c).items():

@@ -7,7 +7,7 @@ slice asked for, so host memory follows the slice and not the file.
 
 import json
 import math
-import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sftjax.errors import WeightsError, writing
+from sftjax.files import JSON_BYTES, check_regular, parse_json, read_text
 
 DTYPES = {
     "F64": np.float64,
@@ -32,6 +33,8 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+HEADER_BYTES = 100_000_000  # the most that the format allows
+_PLAIN = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")  # a name, and no path
 _CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 
 
@@ -55,20 +58,17 @@ class Reader:
         if single.exists():  # beside other safetensors files, as transformers chooses
             return [single]
         if index.exists():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = sorted(set(names.values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise WeightsError(f"{index}: damaged index: {e!r}. Download it again.") from None
+            files = _indexed(index)
             missing = [f for f in files if not (self.directory / f).exists()]
             if missing:
+                some = missing if len(missing) <= 8 else [*missing[:8], "..."]
                 raise WeightsError(
-                    f"{index} names files that are absent: {missing}. Download them too."
+                    f"{index} names files that are absent: {some}. Download them too."
                 )
             return [self.directory / f for f in files]
-        files = sorted(self.directory.glob("*.safetensors"))
-        if files:
-            return files
+        shards = sorted(self.directory.glob("*.safetensors"))
+        if shards:
+            return shards
         pickles = [f.name for f in self.directory.glob("*.bin")] + [
             f.name for ext in ("pt", "pth", "ckpt") for f in self.directory.glob(f"*.{ext}")
         ]
@@ -97,45 +97,114 @@ class Reader:
         return np.array(mapped.reshape(shape)[index])
 
 
-def _header(file) -> dict:
+def _indexed(index) -> list[str]:
+    """The files that an index names, all of which have to lie beside it."""
     try:
-        size = os.path.getsize(file)
+        value = parse_json(read_text(index, WeightsError, JSON_BYTES))
+    except ValueError as e:
+        raise WeightsError(f"{index}: damaged index: {e}. Download it again.") from None
+    names = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        problem = "expected an object with weight_map, {tensor: file}"
+        raise WeightsError(f"{index}: damaged index: {problem}. Download it again.")
+    files = sorted(set(names.values()))
+    for file in files:
+        if not _PLAIN.fullmatch(file):
+            raise WeightsError(
+                f"{index}: damaged index: it names {file!r:.200}, expected a file of its own folder"
+                " such as model-00001-of-00002.safetensors. Download it again."
+            )
+    return files
+
+
+def _header(file) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
+    """{name: (dtype, shape, byte offset)}, checked as the format's own library does.
+
+    Nothing is allocated for a tensor here, and afterwards only for one that the file holds.
+    """
+    size = check_regular(file, WeightsError)
+    try:
         with open(file, "rb") as f:
             n = int.from_bytes(f.read(8), "little")
-            text = f.read(n) if n <= size - 8 else b""
+            text = f.read(n) if n <= min(size - 8, HEADER_BYTES) else b""
     except OSError as e:
         raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from None
     if size < 8 or n > size - 8:
         raise WeightsError(f"{file} is not a safetensors file, or is cut short ({size} bytes)")
+    if n > HEADER_BYTES:
+        raise _damaged(file, f"it has {n:,} bytes, the format allows {HEADER_BYTES:,}")
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {
-            k: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for k, e in header.items()
-        }
-        sizes = {k: stop - start for k, (_, _, start, stop) in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise WeightsError(
-            f"{file}: damaged safetensors header: {e!r}. Download it again."
-        ) from None
-    out = {}
-    for name, (code, shape, start, stop) in entries.items():
-        if code not in DTYPES:
-            raise WeightsError(f"{file}: tensor {name} has unsupported dtype {code}")
-        dtype = np.dtype(DTYPES[code])
-        need = math.prod(shape) * dtype.itemsize
-        if start < 0 or sizes[name] != need:
-            raise WeightsError(
-                f"{file}: damaged safetensors header: tensor {name} has bytes {start} to {stop},"
-                f" {code} {list(shape)} needs {need}. Download it again."
-            )
+        header = parse_json(text, object_pairs_hook=_once)
+    except ValueError as e:
+        raise _damaged(file, e) from None
+    if not isinstance(header, dict):
+        raise _damaged(file, f"it is {header!r:.40}, expected an object")
+    header.pop("__metadata__", None)
+    out, spans = {}, []
+    for name, entry in header.items():
+        try:
+            dtype, shape, start, stop = _entry(entry)
+        except ValueError as e:
+            raise _damaged(file, f"tensor {name:.200} {e}") from None
         if 8 + n + stop > size:
             raise WeightsError(
                 f"{file} is cut short: tensor {name} ends at byte {8 + n + stop}, the file at"
                 f" {size}. Download it again."
             )
+        spans.append((start, stop, name))
         out[name] = (dtype, shape, 8 + n + start)
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            what = "overlaps the one before it" if start < end else "leaves a hole before it"
+            raise _damaged(file, f"tensor {name:.200} begins at byte {start}, and {what} ({end})")
+        end = stop
+    if 8 + n + end != size:
+        raise _damaged(file, f"its tensors end at byte {8 + n + end}, the file at {size}")
     return out
+
+
+def _once(pairs):
+    """A JSON object none of whose keys stands twice: readers differ in which of the two counts."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return out
+
+
+def _damaged(file, problem):
+    return WeightsError(f"{file}: damaged safetensors header: {problem}. Download it again.")
+
+
+def _entry(entry):
+    """(dtype, shape, start, stop) of a tensor. Raises: ValueError, without file and name."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {entry!r:.40}, expected an object")
+    for field in ("dtype", "shape", "data_offsets"):
+        if field not in entry:
+            raise ValueError(f"has no {field}")
+    code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ValueError(f"has unsupported dtype {code!r:.40}")
+    if not _sizes(shape) or len(shape) > 32:  # numpy's own limit is 64
+        raise ValueError(f"has shape {_short(shape)}, expected whole numbers")
+    if not _sizes(span) or len(span) != 2:
+        raise ValueError(f"has data_offsets {_short(span)}, expected two whole numbers")
+    dtype, (start, stop) = np.dtype(DTYPES[code]), span
+    need = math.prod(shape) * dtype.itemsize
+    if stop - start != need:
+        raise ValueError(f"has bytes {start} to {stop}, {code} {shape} needs {need}")
+    return dtype, tuple(shape), start, stop
+
+
+def _sizes(x):
+    # An array with no element may have another dimension of any size, but none past 64 bits.
+    return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**48 for n in x)
+
+
+def _short(x):
+    text = repr(x[:8] if isinstance(x, list) else x)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def write(

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from sftjax.errors import ConfigError
+from sftjax.files import read_text
 from sftjax.hf.directory import load_model, resolve
+from sftjax.hf.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_BYTES = 1 << 24
 
 
 def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
@@ -17,24 +21,17 @@ def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
 
     None where the config names neither: a task of images or of numbers needs none.
     """
-    from transformers import AutoTokenizer
-
     d = config.data
     if not (d.tokenizer or config.model.path):
         return None
     path = resolve(d.tokenizer or config.model.path, weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"no tokenizer could be loaded from {path} (data.tokenizer, else model.path): {e}"
-        ) from e
+    tokenizer = open_tokenizer(path if path.is_dir() else path.parent)
     if d.add_tokens:
         _add_tokens(tokenizer, d.add_tokens, config.model.path)
     if d.template:  # the export then carries it too
-        if not Path(d.template).is_file():
+        if not Path(d.template).exists():
             raise ConfigError(f"data.template={d.template!r} does not exist")
-        tokenizer.chat_template = Path(d.template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(d.template, ConfigError, TEMPLATE_BYTES)
     return tokenizer
 
 

@@ -32,6 +32,7 @@ from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
 from sftjax.inspect_data.views import VIEWS
+from sftjax.terminal import show
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     wanted = {name: getattr(flags, name) for name in Wanted._fields}
     against = config_lib.load(flags.against) if flags.against else None
     if against is not None:
-        config_lib.check(against)
+        config_lib.check(against, flags.against)
     view, color = _view(flags.format), not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
     report = collect(config, Wanted(**wanted), flags.set, against)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.out:
         with writing("--out", flags.out):
             Path(flags.out).write_bytes(page)
-        print(f"written to {flags.out}")
+        show(f"written to {flags.out}")
         if report["problem"]:
             raise DataError(report["problem"])
     else:

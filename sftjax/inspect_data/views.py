@@ -5,6 +5,7 @@ import unicodedata
 from typing import Any
 
 from sftjax.data.packing import truncate as lengths
+from sftjax.terminal import in_json, printable
 
 COLUMNS = ("token", "id", "weight", "segment", "position")
 CONTEXT = 3  # tokens shown around those that differ
@@ -132,7 +133,16 @@ COLORS = {"only-here": RED, "only-there": BLUE, "weight": YELLOW}
 def terminal(report: dict[str, Any], color: bool, width: int) -> str:
     """The report as text; color: with escapes, width: columns of the terminal, 0 for a file."""
     show = _terminal_diff if "comparison" in report else _terminal
-    return "\n".join(show(report, color, width)) + "\n"
+    return "\n".join(show(_safe(report), color, width)) + "\n"
+
+
+def _safe(value, key=""):
+    """The report with every text printable, but those that are so once they are taken apart."""
+    if isinstance(value, dict):
+        return {_safe(k): _safe(v, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_safe(v, key) for v in value]
+    return printable(value) if isinstance(value, str) and key not in ("text", "token") else value
 
 
 def _terminal(report, color, width):
@@ -195,10 +205,8 @@ def _wrapped(example, width, marks):
 
 
 def _plain(text):
-    """Text without what would drive the terminal."""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text
-    )
+    """Text without what would drive the terminal; a tab would leave its column."""
+    return printable(text).replace("\t", "\\t")
 
 
 def _shown(word):
@@ -244,7 +252,7 @@ def _weight(weight):
 
 def as_json(report: dict[str, Any], color: bool, width: int) -> str:
     """The report as indented JSON; color and width are of no use to it."""
-    return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    return printable(json.dumps(report, ensure_ascii=False, indent=1), in_json) + "\n"
 
 
 # --- HTML ---------------------------------------------------------------------------------------

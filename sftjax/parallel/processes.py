@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sftjax.errors import MeshError, ProcessError
+from sftjax.terminal import show
 
 
 def gather(value: Any) -> list:
@@ -49,7 +50,7 @@ def initialize(
         )
     jax.distributed.initialize(initialization_timeout=timeout, **known)
     found = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices", flush=True)
+    show(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices")
 
 
 def _meet(coordinator, processes, me, timeout):

@@ -9,6 +9,7 @@ from sftjax.errors import writing
 from sftjax.plan import compile as compile_lib
 from sftjax.plan import hardware, text
 from sftjax.plan import search as search_lib
+from sftjax.terminal import show
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,12 +25,12 @@ def main(argv: Sequence[str]) -> None:
         )
     target, work = hardware.resolve(flags.target), (flags.trained, flags.document)
     found = [compile_lib.plan(config, target, *work)]
-    print(text.report(found[0]), flush=True)
+    show(text.report(found[0]))
     if flags.search:
         found = search_lib.search(config, target, *work)
-        print(text.table(found[:12]))
+        show(text.table(found[:12]))
     elif not found[0].fits:
-        print(search_lib.suggestions(config, target, *work))
+        show(search_lib.suggestions(config, target, *work))
     if flags.json:
         content = json.dumps([p.as_json() for p in found], indent=1)
         with writing("--json", flags.json):

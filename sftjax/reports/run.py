@@ -8,6 +8,7 @@ import jax
 
 from sftjax.errors import writing
 from sftjax.files import write_atomic
+from sftjax.terminal import show
 
 if TYPE_CHECKING:
     from sftjax.tasks import Task
@@ -41,11 +42,11 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
         return
     before, after = result["before"], result["after"]
     if feed.questions or feed.sets or feed.tests:
-        print(f"\nAfter {result['steps']} steps:\n{table(before, after)}\n")
+        show(f"\nAfter {result['steps']} steps:\n{table(before, after)}\n")
     if feed.questions:
         task.write_answers(workdir / "samples" / "test.jsonl", feed.questions, before, after)
     if text := task.shown(result, feed.questions, samples):
-        print(text)
+        show(text)
     numbers = {
         when: {k: v for k, v in result[when].items() if k != "answers"}
         for when in ("before", "after")
@@ -57,10 +58,10 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
 
     curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
     for what, path in places(workdir):
-        print(f"  {what:<22}{path}")
+        show(f"  {what:<22}{path}")
     export = workdir / "export"
     if export.exists() and (text := task.try_it(feed.config.data, export)):
-        print(f"\n{text}")
+        show(f"\n{text}")
 
 
 def places(workdir: Path) -> list[tuple[str, Path]]:

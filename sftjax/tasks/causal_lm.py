@@ -298,10 +298,12 @@ def _roles(text):
 def _template_kwargs(text):
     try:
         kwargs = json.loads(text or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         kwargs = None
     if not isinstance(kwargs, dict):
-        raise ConfigError(f'data.template_kwargs={text!r} is no JSON object, such as {{"x": true}}')
+        raise ConfigError(
+            f'data.template_kwargs={text!r:.200} is no JSON object, such as {{"x": true}}'
+        )
     return kwargs
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ from sftjax.training.log import say
 if TYPE_CHECKING:
     from sftjax.tasks import Task
     from sftjax.training.data import Feed
+
+KEY = jax.dtypes.prng_key
 
 
 def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
@@ -234,6 +238,7 @@ def first_state(
 
     section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
     """
+    check_memory(target)
     kinds = dtypes(section, model, trainable)
     if new:
         say("tokens", _added_text(model, trainable, new))
@@ -249,6 +254,30 @@ def first_state(
         out_shardings=shardings_of(target),
     )
     return create(params, model_state)
+
+
+def check_memory(target: Any) -> None:
+    """Raise OutOfMemory where the state alone is more than the devices have.
+
+    To find that out by making it takes minutes of a machine that has no memory left. target: the
+    abstract state, with shardings.
+    """
+    devices = jax.local_devices()
+    most = (devices[0].memory_stats() or {}).get("bytes_limit") or host_memory() / len(devices)
+    leaves = [x for x in jax.tree.leaves(target) if not jax.dtypes.issubdtype(x.dtype, KEY)]
+    sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
+    if sum(sizes) > most:
+        largest = max(leaves, key=lambda x: math.prod(x.shape))
+        raise OutOfMemory(
+            f"parameters and optimizer take {sum(sizes) / 2**30:,.1f} GiB of each device, which has"
+            f" {most / 2**30:,.1f} GiB; the largest array is {list(largest.shape)}. Take a smaller"
+            " model, more devices on the axis fsdp, or freeze a part of it (optim.trainable)"
+        )
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory, which its CPU devices share."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_params(section, model, kinds, mesh, seed, new):

@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
+from sftjax.terminal import show
 from sftjax.training import metrics
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def say(what: str, text: str) -> None:
     """One labelled line (or several, aligned) on standard output, from process 0 only."""
     if jax.process_index() == 0:
-        print(f"{what:<10}" + text.replace("\n", "\n" + " " * 10), flush=True)
+        show(f"{what:<10}" + text.replace("\n", "\n" + " " * 10))
 
 
 class Log:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
 from sftjax.files import write_atomic
+from sftjax.terminal import printable, show
 
 # ---- writing -------------------------------------------------------------------------------
 
@@ -77,9 +78,9 @@ class Writer:
     def say(self, text: str) -> None:
         """A message on stderr that does not tear the progress bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=sys.stderr)
         elif self._progress:
-            print(text, file=sys.stderr, flush=True)
+            show(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the progress line and close the files; nothing is written after it."""
@@ -100,7 +101,7 @@ class Writer:
             self.say(f"step {step}/{self._total}  {text}")
             return
         self._bar.n = step
-        self._bar.set_postfix_str(text)  # also redraws
+        self._bar.set_postfix_str(printable(text))  # also redraws
 
     def _eta(self, step):
         done, left = step - self._start, self._total - step

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import os
 import platform
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError
-from sftjax.files import write_atomic
+from sftjax.files import refuse_url, write_atomic
+from sftjax.terminal import printable
 from sftjax.training import checkpoint
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
     """Make the workdir, or check that the one found is this config's; write config and env."""
+    refuse_url("--workdir", workdir, ConfigError)
     workdir = Path(workdir).expanduser().absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -33,21 +37,49 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
     except OSError as e:
         raise WriteError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
     new, file = config_lib.to_dict(config), workdir / "config.json"
-    if not any(p.name.isdecimal() for p in (workdir / "checkpoints").glob("*")):
+    began = began_in(workdir)
+    if not _trained(workdir):
         # Nothing trained yet: a first start that failed must not bind its workdir.
         if jax.process_index() == 0:
             (workdir / "checkpoints" / "manifest.json").unlink(missing_ok=True)
     elif file.exists():
-        _same_config(json.loads(file.read_text(encoding="utf-8")), new, workdir)
+        _same_config(json.loads(file.read_text(encoding="utf-8")), new, workdir, began)
     if jax.process_index() == 0:
-        for path, value in ((file, new), (workdir / "env.json", environment())):
+        for path, value in ((file, new), (workdir / "env.json", environment(began))):
             write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
 
 
-def _same_config(old, new, workdir):
+def began_in(workdir: Path) -> Path:
+    """The directory from which the relative paths of a run's config are taken: where it began.
+
+    Here, for a run that begins, or whose first directory is not there any more.
+    """
+    said, here = workdir / "env.json", Path.cwd()
+    if not _trained(workdir) or not said.exists():
+        return here
+    try:
+        first = Path(json.loads(said.read_text(encoding="utf-8"))["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return here
+    return first if first.is_absolute() and first.is_dir() else here
+
+
+def _trained(workdir):
+    return any(p.name.isdecimal() for p in (workdir / "checkpoints").glob("*"))
+
+
+def _same_config(old, new, workdir, began):
     old, new = _flat(old), _flat(new)
+
+    def meant(key, value):  # by a path, however it is written
+        if key not in config_lib.PATHS or not isinstance(value, str):
+            return value
+        parts = value.split(",")
+        return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
+
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    keys = [k for k in keys if meant(k, old.get(k)) != meant(k, new.get(k))]
     keys = [k for k in keys if not k.startswith(config_lib.FREE)]
     if keys:
         lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys[:10])
@@ -55,6 +87,13 @@ def _same_config(old, new, workdir):
             f"--workdir={workdir} belongs to a run with another config:\n{lines}\nUse another"
             " workdir, or the same settings to resume that run."
         )
+
+
+def warn(config: ConfigDict) -> None:
+    """Say on standard error what of a config a run rarely has on purpose."""
+    if jax.process_index() == 0:
+        for line in config_lib.unusual(config):
+            logging.getLogger("sftjax").warning("%s", printable(line))
 
 
 def manifest(config: ConfigDict, feed: "Feed") -> dict:
@@ -85,8 +124,8 @@ def compile_cache(workdir: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def environment() -> dict:
-    """Versions, devices and the command, for env.json."""
+def environment(directory: Path | str = "") -> dict:
+    """Versions, devices and the command, for env.json; directory: where the run began."""
     packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     commit = None
     with contextlib.suppress(OSError):  # no git here
@@ -96,6 +135,7 @@ def environment() -> dict:
         commit = done.stdout.strip() or None
     return {
         "command": sys.argv,
+        "directory": str(directory or Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {p: checkpoint.version(p) for p in (*packages, "transformers", "numpy")},

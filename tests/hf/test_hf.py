@@ -306,6 +306,24 @@ def test_a_tied_checkpoint_may_hold_its_head_and_rotary_tables(tmp_path):
     refused(other, "lm_head.weight differs from model.embed_tokens.weight in rows 0 to 31")
 
 
+def test_a_tied_checkpoint_may_hold_its_head_alone(tmp_path):
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    kinds = ("BF16",)
+    bare = checkpoint(tmp_path / "bare", kinds, tie_word_embeddings=True)
+    source = checkpoint(tmp_path / "in", kinds, change=rename, tie_word_embeddings=True)
+    model, params = sftjax.load_pretrained(source)
+    equal(params, sftjax.load_pretrained(bare)[1])
+    # Everybody reads the embedding under its own name, and not everybody under the head's.
+    sftjax.save_pretrained(tmp_path / "out", model, params)
+    assert stored(tmp_path / "out") == stored(bare)
+    labelled, _ = sftjax.load_pretrained(source, labels=("a", "b"))
+    assert labelled.config.classes == 2
+    untied = checkpoint(tmp_path / "untied", change=rename)
+    refused(untied, "missing model.embed_tokens.weight")
+
+
 def test_other_safetensors_beside_model_safetensors_are_not_read(tmp_path):
     source = checkpoint(tmp_path / "in")
     save_file({"lora": np.ones(3, np.float32)}, source / "adapter_model.safetensors")

@@ -1,6 +1,9 @@
 """Bad input: what is wrong with a directory, its config.json or its weights, in one message."""
 
 import json
+import os
+import shutil
+import tracemalloc
 
 import families
 import numpy as np
@@ -13,6 +16,7 @@ from sftjax import hf as hf_lib
 from sftjax import parallel
 from sftjax.families import common
 from sftjax.hf import names as names_lib
+from sftjax.hf.safetensors_io import WeightsError
 
 # ---- weights -------------------------------------------------------------------------------
 
@@ -142,9 +146,9 @@ def test_a_damaged_header(tmp_path):
     file.write_bytes(whole[:8] + b"\xff\xfe" + whole[10:])
     refused(file.parent, "model.safetensors: damaged safetensors header: .* Download it again")
     cases = {
-        "damaged safetensors header: KeyError": lambda e: e.pop("shape"),
+        f"damaged safetensors header: tensor {Q} has no shape": lambda e: e.pop("shape"),
         r"has bytes \d+ to \d+, F32 \[32, 17\] needs 2176": lambda e: e.update(shape=[32, 17]),
-        f"tensor {Q} has unsupported dtype F4": lambda e: e.update(dtype="F4"),
+        f"tensor {Q} has unsupported dtype 'F4'": lambda e: e.update(dtype="F4"),
     }
     for message, change in cases.items():
         file.write_bytes(whole)
@@ -167,6 +171,95 @@ def test_a_damaged_index(tmp_path):
     save_file({Q: np.zeros(3, np.float32)}, source / "a.safetensors")
     save_file({Q: np.zeros(3, np.float32)}, source / "b.safetensors")
     refused(source, f"b.safetensors: tensor {Q} is also in a.safetensors")
+
+
+# What is written into the header or the entry of Q, and what is said of it.
+ENTRIES = {
+    "shape-of-text": (dict(shape=["a", 10**9]), r"has shape \['a', 1000000000\], expected whole"),
+    "shape-below-0": (dict(shape=[-32, -16]), r"has shape \[-32, -16\], expected whole numbers"),
+    "shape-of-truth": (dict(shape=[True, 16]), r"has shape \[True, 16\], expected whole numbers"),
+    "shape-of-floats": (dict(shape=[32.0, 16]), r"has shape \[32.0, 16\], expected whole numbers"),
+    "shape-is-huge": (dict(shape=[2**40, 2**40]), r"has bytes \d+ to \d+, F32 \[\d+, \d+\] needs"),
+    "shape-is-long": (dict(shape=[1] * 10**6), r"has shape \[1, 1, 1.*, expected whole numbers"),
+    "shape-past-64-bits": (dict(shape=[0, 10**4000]), r"has shape \[0, 10+.*, expected whole"),
+    "shape-is-text": (dict(shape="32"), r"has shape '32', expected whole numbers"),
+    "offsets-of-text": (dict(data_offsets=["0", "9"]), r"has data_offsets \['0', '9'\], expected"),
+    "three-offsets": (dict(data_offsets=[0, 1, 2]), r"has data_offsets \[0, 1, 2\], expected two"),
+    "offsets-below-0": (dict(data_offsets=[-9, 0]), r"has data_offsets \[-9, 0\], expected two"),
+    "dtype-is-list": (dict(dtype=["F32"]), r"has unsupported dtype \['F32'\]"),
+    "overlap": (dict(data_offsets=[0, 2048]), "tensor .* begins at byte 0, and overlaps the one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_an_entry_of_a_header_that_lies(tmp_path, case):
+    file = checkpoint(tmp_path / "in") / "model.safetensors"
+    fields, message = ENTRIES[case]
+    rewrite_header(file, lambda header: header[Q].update(fields))
+    tracemalloc.start()
+    said = refused(file.parent, f"model.safetensors: damaged safetensors header: .*{message}")
+    assert tracemalloc.get_traced_memory()[1] < 100e6 and len(said) < 1000
+    tracemalloc.stop()
+
+
+def test_headers_that_are_no_table_of_all_bytes(tmp_path):
+    file = checkpoint(tmp_path / "in") / "model.safetensors"
+    whole = file.read_bytes()
+    rewrite_header(file, lambda header: header.pop(Q))
+    refused(file.parent, "begins at byte .*, and leaves a hole before it")
+    file.write_bytes(whole + b"more")
+    refused(file.parent, f"its tensors end at byte {len(whole)}, the file at {len(whole) + 4}")
+    deep = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    twice = b'{"a":1,"a":2}'
+    texts = {b"[]": r"it is \[\], expected an object", deep: "it is nested too deeply",
+             twice: "a name stands in it twice", b'{"a":5}': "tensor a is 5, expected an object",
+             b'{"a":' + b"9" * 5000 + b"}": "Exceeds the limit"}  # fmt: skip
+    for text, message in texts.items():
+        file.write_bytes(len(text).to_bytes(8, "little") + text)
+        refused(file.parent, f"damaged safetensors header: {message}")
+    with open(file, "wb") as f:  # sparse: it has no such bytes on the disk
+        f.write((2 * 10**8).to_bytes(8, "little"))
+        f.truncate(10**9)
+    refused(file.parent, "it has 200,000,000 bytes, the format allows 100,000,000")
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", "..", "", "a\0b",
+             "a.bin", ".safetensors", "..\\b.safetensors"], ids=repr
+)  # fmt: skip
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, name):
+    source = checkpoint(tmp_path / "in", shards=3)
+    shutil.copy(source / "model-00001-of-00003.safetensors", tmp_path / "outside.safetensors")
+    (source / "a").mkdir()
+    index = source / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"][Q] = name
+    index.write_text(json.dumps(value))
+    refused(source, "damaged index: it names .*, expected a file of its own folder")
+
+
+def test_an_index_that_is_no_table(tmp_path):
+    source = checkpoint(tmp_path / "in", shards=3)
+    index = source / "model.safetensors.index.json"
+    for text in ('{"weight_map": {"a": 5}}', '{"weight_map": ["a"]}', "[" * 100_000):
+        index.write_text(text)
+        refused(source, "index.json: damaged index: ")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json",
+                                  "model.safetensors.index.json"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, name, kind):
+    source = checkpoint(tmp_path / "in", shards=2 if "index" in name else 1)
+    (source / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(source / name)
+    elif kind == "device":
+        (source / name).symlink_to("/dev/zero")
+    else:
+        (source / name).mkdir()
+    word = {"pipe": "a named pipe", "device": "a device", "folder": "a folder"}[kind]
+    refused(source, f"{name} is {word}, expected a regular file", ValueError)
 
 
 # ---- config.json ---------------------------------------------------------------------------
@@ -288,6 +381,20 @@ CONFIGS = [
     ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar is 0, expected a positive"),
     ("gemma3", dict(rope_parameters=dict(full_attention=5)), "rope_parameters.full_attention is 5"),
     ("gpt2", dict(n_embd=None), "n_embd is None, expected a positive whole number"),
+    ("llama", dict(eos_token_id="</s>"), "eos_token_id is '</s>', expected a token's id, or a"),
+    # sizes that no machine has; none of them may be laid out to find that out
+    ("llama", dict(vocab_size=10**12), "vocab_size is 1000000000000, expected at most 2,147,483,"),
+    ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected at most"),
+    ("llama", dict(hidden_size=2**30), "hidden_size is 1073741824, expected at most 16,777,216"),
+    ("llama", dict(hidden_size=2**24, head_dim=8, intermediate_size=2**24), "parameters, ["),
+    ("llama", dict(head_dim=2**40), "head_dim is 1099511627776, expected at most 65,536"),
+    ("gpt2", dict(n_embd=2**24, n_head=2), "2 heads share 16777216 dimensions: head_dim would be"),
+    ("gpt2", dict(n_layer=10**8), "n_layer is 100000000, expected at most 4,096"),
+    ("gpt2", dict(n_positions=10**15), "n_positions is 1000000000000000, expected at most"),
+    ("mixtral", dict(num_local_experts=10**9), "num_local_experts is 1000000000, expected at"),
+    ("mixtral", dict(num_local_experts=4096, num_hidden_layers=4096), "4096 layers of 4096 expe"),
+    ("bert", dict(num_labels=10**12), "num_labels is 1000000000000, expected at most 1,048,576"),
+    ("bert", dict(type_vocab_size=10**15), "parameters, ["),
 ]
 
 
@@ -295,7 +402,7 @@ CONFIGS = [
     ("case", "fields", "message"), CONFIGS, ids=[f"{c}-{'-'.join(f)}" for c, f, _ in CONFIGS]
 )
 def test_configs_that_are_refused(tmp_path, case, fields, message):
-    refused_config(tmp_path, families.CASES[case] | fields, message)
+    refused_config(tmp_path, families.ALL[case] | fields, message)
 
 
 ALWAYS = {"head_dim", "layer_types", "rope_scaling", "sliding_window", "n_inner"}
@@ -321,7 +428,20 @@ def test_no_value_of_any_field_breaks_the_reading(tmp_path, kind):
     assert refusals > 100
 
 
+def test_sizes_are_bounded_by_what_the_files_hold(tmp_path):
+    """Also where only headers are read, before anything of these sizes is made."""
+    source = checkpoint(tmp_path / "in")
+    for field, value in dict(vocab_size=2**31, num_hidden_layers=4096, hidden_size=2**20).items():
+        (source / "config.json").write_text(json.dumps(HF | {field: value}))
+        message = "the weights are not those of its config.json"
+        refused(source, message)
+        with pytest.raises(WeightsError, match=message):
+            hf_lib.with_dtypes(hf_lib.load_model(source), source)
+
+
 def test_a_config_that_is_not_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    refused(tmp_path, "config.json is not valid JSON: it is nested too deeply", ValueError)
     (tmp_path / "config.json").write_text("{'model_type': ")
     refused(tmp_path, "config.json is not valid JSON: ", ValueError)
     (tmp_path / "config.json").write_text("[]")

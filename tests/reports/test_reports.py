@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -105,3 +106,15 @@ def test_a_value_that_is_missing_is_an_error():
 def test_other_code_than_the_page_s_has_another_hash():
     assert html.csp("a {}", "x()") != html.csp("a {}", "y()") != html.csp("b {}", "y()")
     assert "script-src 'none'" in html.csp("a {}", "")
+
+
+def test_every_page_has_the_frame_with_the_policy():
+    """No template but the frame begins a page, and no other code writes one."""
+    package = Path(html.__file__).parents[1]
+    pages = set((package / "reports" / "templates").glob("*.html.jinja"))
+    pages = {page for page in pages if page.name not in ("page.html.jinja", "parts.html.jinja")}
+    assert pages
+    for page in pages:
+        assert page.read_text().startswith('{% extends "page.html.jinja" %}'), page
+    files = [file for file in package.rglob("*.py") if "<html" in file.read_text()]
+    assert not files

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sftjax.data.masking.marks import THINK
+from sftjax.data.masking.marks import after_thinking
 from sftjax.data.masking.messages import (
     empty,
     known_roles,
@@ -100,9 +100,9 @@ def without_reasoning(
 def _answer_only(message):
     if message["role"] != "assistant":
         return message
-    thought = THINK.fullmatch(message["content"])
+    answer = after_thinking(message["content"])
     kept = {k: v for k, v in message.items() if k != "reasoning_content"}
-    return kept | ({"content": thought[1]} if thought else {})
+    return kept | ({} if answer is None else {"content": answer})
 
 
 def _options(record, template_kwargs, where):

@@ -9,9 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-# A content that begins with its reasoning; the group is the answer.
-THINK = re.compile(r"(?:\s*<think>)?(?:(?!<think>).)*?</think>\s*(.*)", re.DOTALL)
-THINK_TAG = re.compile(r"(\s*</?think>\s*)")
+THINK_TAG = re.compile(r"(</?think>)")
 
 
 class Mark(NamedTuple):
@@ -66,13 +64,37 @@ def _mark_content(message, i, mark):
     """A mark for the content; an answer keeps its think tags, as templates look for them."""
     content, reasoning = message["content"], message.get("reasoning_content")
     tagged = message["role"] == "assistant" and "think>" in content
-    if not tagged or not THINK_TAG.sub("", content).strip():
+    split = split_tags(content) if tagged else []
+    if not any(split[::2]):
         return mark(i, "content", content)
-    pieces, part = [], "content" if reasoning or not THINK.fullmatch(content) else "think"
-    for n, piece in enumerate(THINK_TAG.split(content)):
+    pieces, part = [], "content" if reasoning or after_thinking(content) is None else "think"
+    for n, piece in enumerate(split):
         pieces.append(piece if n % 2 else mark(i, part, piece))
         part = "content" if "</think>" in piece else part
     return "".join(pieces)
+
+
+# No regex with blanks on both sides of a tag: it would try every run of blanks from each of its
+# places, in time that grows with the square of a text that a data set may hold.
+
+
+def after_thinking(content: str) -> str | None:
+    """The answer of a content that begins with its reasoning; None of one that does not."""
+    inner = content.lstrip()
+    inner = inner.removeprefix("<think>")
+    thought, closing, answer = inner.partition("</think>")
+    return answer.lstrip() if closing and "<think>" not in thought else None
+
+
+def split_tags(content: str) -> list[str]:
+    """[text, tag, text, ..., text]; a think tag has the blanks on both of its sides."""
+    pieces = THINK_TAG.split(content)
+    for n in range(1, len(pieces), 2):
+        before, after = pieces[n - 1].rstrip(), pieces[n + 1].lstrip()
+        left = pieces[n - 1][len(before) :]
+        right = pieces[n + 1][: len(pieces[n + 1]) - len(after)]
+        pieces[n - 1 : n + 2] = before, left + pieces[n] + right, after
+    return pieces
 
 
 def _mark_call(call, i, mark):

@@ -30,8 +30,9 @@ LEFT_OUT = {  # what may not be missing of a trained message
 }
 CACHED = 1024  # skeletons kept for one template
 # Between the beginning of a turn and its answer, where nothing was thought.
-EMPTY_THINK = re.compile(r"\s*(?:<think>)?\s*</think>\s*|\s*<\|channel>thought\s*<channel\|>\s*")
-OPEN_THINK = re.compile(r"(?:</?think>\s*)+$")
+EMPTY_THINK = re.compile(r"\s*+(?:(?:<think>\s*+)?</think>|<\|channel>thought\s*+<channel\|>)\s*+")
+# Tags at the end of a text, in its reverse: a search from the front would begin at each of them.
+OPEN_THINK = re.compile(r"(?:\s*+>kniht/?<)++")
 CLOSE_THINK = re.compile(r".*?(?:</think>|<channel\|>)\s*", re.DOTALL)
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -283,9 +284,9 @@ class ChatTemplate:
         if header >= 0:
             return header + len(self.dialect.header)
         # No header where a turn goes on after tools' results, or where there is none to learn.
-        written = text[lower:start][::-1], self.dialect.openings.get(part, "")[::-1]
-        opening = OPEN_THINK.search(text, lower, start)
-        return opening.start() if opening else start - alike(*written)
+        written, learned = text[lower:start][::-1], self.dialect.openings.get(part, "")[::-1]
+        opening = OPEN_THINK.match(written)
+        return start - (opening.end() if opening else alike(written, learned))
 
     def _answer(self, case, marks, run, start, stop):
         """Where the answer begins in the turn [start, stop): after its reasoning."""

@@ -23,6 +23,10 @@ from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# A compressed file may grow to so many bytes, and by so many times its size. Text grows 3 to 20
+# times; a file made to fill memory and disks grows a thousand times and more.
+GROWTH_BYTES, GROWTH = 1 << 26, 100
+PARQUET_GROWTH = 1000  # its columns are of one kind each, and compress better
 
 
 @contextmanager
@@ -119,11 +123,43 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
         return
     import pyarrow as pa
 
+    limited: Any = _Limited  # typeshed has a reader of its own
     try:
-        with io.BufferedReader(pa.input_stream(path, compression=compression)) as file:
+        with (
+            pa.input_stream(path, compression=compression) as stream,
+            io.BufferedReader(limited(path, stream), 1 << 20) as file,
+        ):
             yield file
     except OSError as error:
         raise unreadable(path, compression, error) from None
+
+
+class _Limited(io.RawIOBase):
+    """The bytes of a compressed file, up to the limit of its growth."""
+
+    def __init__(self, path, stream) -> None:
+        self._path, self._stream, self._read = path, stream, 0
+        self._most = GROWTH_BYTES + GROWTH * path.stat().st_size
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._read += len(data)
+        if self._read > self._most:
+            raise _grown(self._path, f"more than {self._most:,} bytes", GROWTH)
+        return len(data)
+
+
+def _grown(path, found, growth):
+    problem = f"unpacked, the file has {found}, over {growth} times its size"
+    fix = "if it is meant to, unpack it first and name the unpacked file"
+    if path.suffix.lower() in COMPRESSED:
+        tool = "gunzip -k" if path.suffix.lower() == ".gz" else "zstd -d"
+        fix = f"if it is meant to, unpack it first ({tool} {path.name}) and name {path.stem}"
+    return DataError(problem, fix, where=path, kind="grown")
 
 
 def _line_starts(data, chunk=1 << 26):
@@ -243,6 +279,7 @@ class Parquet:
 
         self.path = path
         with _parquet(path):
+            _check_growth(path, pq.read_metadata(path))
             self._table = pq.read_table(path, memory_map=True)
 
     def __len__(self) -> int:
@@ -263,12 +300,20 @@ class Parquet:
 
         end = 0
         with _parquet(path), pq.ParquetFile(path) as file:
+            _check_growth(path, file.metadata)
             for group in range(file.num_row_groups):
                 first, end = end, end + file.metadata.row_group(group).num_rows
                 if end > start:
                     parts = (part.to_pylist() for part in file.iter_batches(1000, [group]))
                     rows = enumerate(chain.from_iterable(parts), first)
                     yield from ((row, record) for row, record in rows if row >= start)
+
+
+def _check_growth(path, metadata):
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    size = sum(group.total_byte_size for group in groups)
+    if size > GROWTH_BYTES + PARQUET_GROWTH * path.stat().st_size:
+        raise _grown(path, f"{size:,} bytes", PARQUET_GROWTH)
 
 
 @contextmanager

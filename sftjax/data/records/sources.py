@@ -17,6 +17,7 @@ import numpy as np
 from sftjax.data.records.protocols import Reader
 from sftjax.data.records.readers import COMPRESSED, READERS, Nested, excerpt, readable
 from sftjax.errors import DataError
+from sftjax.files import check_regular, url_problem
 
 BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by its content
 
@@ -93,6 +94,8 @@ def open_source(spec: str, limit: int = 0) -> Source:
 
 def _find(part) -> list[Path]:
     part = part.strip()
+    if problem := url_problem(part):
+        raise DataError(problem, where=part, kind="no_file")
     path = Path(part).expanduser()
     if path.is_dir():
         return _folder_files(path)
@@ -170,7 +173,7 @@ def _open(path):
     if kind(path) not in READERS:
         problem = f"unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}"
         raise DataError(problem, where=path, kind="unknown_format")
-    if path.stat().st_size == 0:
+    if check_regular(path, lambda problem: DataError(problem, kind="unreadable")) == 0:
         raise DataError("the file is empty", where=path, kind="no_rows")
     reader = READERS[kind(path)](path)
     if len(reader) == 0:

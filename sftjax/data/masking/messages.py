@@ -27,6 +27,8 @@ WEIGHTED = ("loss_weight", "loss_scale")  # and of `weight`
 FLAGS = ("train", "weight", *TRAINED, *WEIGHTED)
 # Their contents move to other keys.
 READ = ("from", "value", "function_call", *REASONING, *TRAINED, *WEIGHTED)
+PART = ("text", "value", "thinking", "tool_call")  # where a part of a content has it
+CALL = ("id", "type", "index", "function", "name")
 ARGUMENTS = ("arguments", "parameters", "args")  # names for them in data; templates read the first
 
 
@@ -71,7 +73,9 @@ def read_messages(
 
 def _same_turn(before, message):
     own = ("content", "reasoning_content", "tool_calls")  # all else has to be alike
-    rest = ({k: v for k, v in m.items() if k not in own} for m in (before, message))
+    rest = (
+        {k: v for k, v in m.items() if k.partition(".")[0] not in own} for m in (before, message)
+    )
     return next(rest) == next(rest)
 
 
@@ -122,6 +126,7 @@ def _message(raw, fields, roles, where, inside):
     if content is None and calls:
         content = ""
     if isinstance(content, list):
+        message |= _unread("content", content, ("type", *PART))
         content, reasoning, calls = _parts(content, reasoning, calls)
     if role == "tool" and content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
@@ -132,7 +137,8 @@ def _message(raw, fields, roles, where, inside):
     if role == "assistant" and reasoning:
         message["reasoning_content"] = reasoning
     if role == "assistant" and calls:
-        message["tool_calls"] = [_tool_call(call, where, inside) for call in calls]
+        called = [_tool_call(call, where, inside) for call in calls]
+        message |= _unread("tool_calls", calls, CALL) | {"tool_calls": called}
     if role == "assistant" and not (content.strip() or calls or reasoning):
         raise empty("response", f"content is {content!r}", where, inside)
     return message, is_call and "tool_calls" in message
@@ -161,13 +167,23 @@ def trained_by(raw: dict[str, Any], where: str, inside: str = "") -> dict[str, A
     return said
 
 
+def _unread(name, parts, known):
+    """What of a message's parts has no place in its form, as fields that no template knows."""
+    inner = (p.get("function") for p in parts if isinstance(p, dict))
+    functions = [f for f in inner if isinstance(f, dict)]
+    found: dict[str, Any] = {}
+    for part in (p for p in (*parts, *functions) if isinstance(p, dict)):
+        used = {*known, next((k for k in ARGUMENTS if part.get(k) is not None), "")}
+        found |= {f"{name}.{k}": v for k, v in part.items() if k not in used and v is not None}
+    return found
+
+
 def _parts(parts, reasoning, calls):
     """A content of typed parts to text, reasoning and tool calls; other lists stay as they are."""
     texts, thoughts, called = [], [reasoning], list(calls)
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        names = ("text", "value", "thinking", "tool_call")
-        value = next((part[k] for k in names if k in part), None) if kind else None
+        value = next((part[k] for k in PART if k in part), None) if kind else None
         if kind in ("text", "input_text", "output_text") and isinstance(value, str):
             texts.append(value)
         elif kind in ("reasoning", "thinking") and isinstance(value, str):

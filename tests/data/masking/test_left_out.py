@@ -176,6 +176,17 @@ def test_fields_of_messages_that_the_template_does_not_write():
     ]
 
 
+def test_fields_of_calls_and_parts_that_have_no_place():
+    made = call(lake="Orel") | {"index": 0, "note": "n"}
+    made["function"]["strict"] = True
+    record = chat(user([{"type": "text", "text": "u", "lang": "en"}]), calling(made))
+    assert left_out(record, make_tokenizer(CALLS)) == [
+        "field 'content.lang' of role 'user' is left out by the chat template",
+        "field 'tool_calls.note' of role 'assistant' is left out by the chat template",
+        "field 'tool_calls.strict' of role 'assistant' is left out by the chat template",
+    ]
+
+
 def test_tools_that_the_template_leaves_out():
     record = chat(user("what of the depth of it?"), assistant("depth"), tools=[TOOL])
     words = "the definition of a tool is left out by the chat template"
@@ -192,6 +203,16 @@ def test_tools_that_the_template_leaves_out():
         "chat_template_kwargs are left out: there is no template",
     ]
     assert "option 'x' is not read by the chat template" in left_out(pair)
+
+
+def test_a_question_is_cut_from_what_training_shows():
+    # The generation prompt of this template opens a block that training text does not have.
+    opens = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    tokenizer, record = make_tokenizer(opens), chat(system("s"), user("u"), assistant("a"))
+    tokens, answer = prompt_and_answer(record, tokenizer)
+    example = encode(record, tokenizer)
+    assert example.tokens[: len(tokens)].tolist() == tokens.tolist() and answer == "a"
+    assert len(tokens) == (example.weights > 0).argmax()
 
 
 # --- named templates (case 04) ---

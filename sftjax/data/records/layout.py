@@ -213,12 +213,14 @@ def chosen(repo: str, folder: Path, asked: str) -> list[Path]:
 
 
 def _split(folder, own: Files, split, plain=False) -> list[Path]:
-    """The files of a split; plain: those that tell none are of it too."""
+    """The files of a split; plain: where no file is of it, those that tell no split."""
     if split in own or "" not in own:
         return own.get(split, [])
     relative = {f: f.relative_to(folder) for f in own[""]}
     if plain:
-        return [f for f, path in relative.items() if split_of(path) in (split, "")]
+        told = {f: split_of(path) for f, path in relative.items()}
+        wanted = split if split in told.values() else ""
+        return [f for f in told if told[f] == wanted]
     return [f for f, path in relative.items() if is_of(path, split)]
 
 

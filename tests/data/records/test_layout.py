@@ -171,9 +171,9 @@ def test_a_split_is_matched_by_whole_parts(path, split, yes):
 
 
 def test_hub_metadata_and_other_names_are_no_train_split(hub):
-    fill(hub, [f"data/{TRAIN}", f"data/{TEST}", "training_notes.jsonl"])
+    fill(hub, [f"data/{TRAIN}", f"data/{TEST}", "training_notes.jsonl", "metadata.json"])
     (hub / "dataset_infos.json").write_text('{"default": {"splits": {"train": {}}}}')
-    assert found("org/name:train") == [f"data/{TRAIN}"]
+    assert found("org/name") == found("org/name:train") == [f"data/{TRAIN}"]
     assert found("org/name:test") == [f"data/{TEST}"]
     assert found("org/name:default/test") == [f"data/{TEST}"]
     assert "org/name: no file of split 'dev'; it holds: data/test" in refused("org/name:dev")
@@ -219,6 +219,12 @@ def test_several_configurations_ask_for_one(hub, card):
     assert found("org/name:socratic/train") == [f"socratic/{TRAIN}"]
     assert "no file of split 'test'" in refused("org/name:socratic/test")
     assert found("org/name:main, org/name:socratic") == [f"main/{TRAIN}", f"socratic/{TRAIN}"]
+
+
+def test_files_that_tell_no_split_are_for_training(hub):
+    fill(hub, ["rows.jsonl", "test.jsonl"])
+    assert found("org/name") == ["rows.jsonl"]
+    assert found("org/name:test") == ["test.jsonl"]
 
 
 def test_one_configuration_needs_no_name(hub):

@@ -93,7 +93,7 @@ def read_record(
     where: str = "",
 ) -> Reading:
     """As `to_conversation`, with what was read and what was not."""
-    record = _Record(record)
+    record = Asked(record)
     fields = {key: name for key, name in dict(fields or {}).items() if name}
     if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
         problem = f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}"
@@ -122,7 +122,7 @@ def read_record(
     return Reading(chat | dict(messages=messages, kind=kind), record.read, left_out)
 
 
-class _Record(dict):
+class Asked(dict):
     """A record that remembers which of its fields were asked for."""
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -130,6 +130,7 @@ class _Record(dict):
         self.read = set[str]()
 
     def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
         self.read.add(name)
         return super().get(name, default)
 

@@ -74,7 +74,7 @@ def get_default() -> ConfigDict:
     c.data.limit = 0  # use the first so many training records; 0 = all
     c.data.tokenizer = ""  # directory or hub id; "" = model.path
     c.data.add_tokens = ()  # special tokens that the tokenizer, and the model, get in addition
-    c.data.template = ""  # a jinja chat template that replaces the tokenizer's
+    c.data.template = ""  # a jinja chat template, or the name of one of the tokenizer's
     c.data.system = ""  # system prompt for conversations that have none
     c.data.template_kwargs = ""  # JSON for the template, such as {"enable_thinking": false}
     c.data.fields = ConfigDict(

@@ -144,6 +144,7 @@ KINDS = {
     "too_long": "more tokens than data.max_length",
     # --- of a file, or of all rows ---
     "no_file": "no such file",
+    "no_configuration": "a data set of several configurations",
     "mixed_splits": "several splits in one folder",
     "unknown_format": "unknown kind of file",
     "unreadable": "a file that can't be read",

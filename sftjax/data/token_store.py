@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sftjax.data.packing.truncate import OVERLONG, describe
+from sftjax.data.records.notes import Notes, said
 from sftjax.data.records.protocols import RecordSource, RejectSink
 from sftjax.data.records.rejects import Rejects, check
 from sftjax.errors import DataError
@@ -27,7 +28,7 @@ from sftjax.terminal import printable
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
 
-FORMAT = 4  # of the files below; part of the cache's key
+FORMAT = 5  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
@@ -117,7 +118,7 @@ def build_store(
     if not (folder / "report.json").exists():
         _write_atomically(folder, source, task, *settings)
     store = TokenStore(folder)
-    for warning in task.warnings(store.report):
+    for warning in [*said(store.report["left_out"]), *task.warnings(store.report)]:
         logger.warning("%s", printable(warning))
     return store
 
@@ -163,12 +164,12 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     kept = folder.with_name(folder.name + ".rejects.jsonl")
     rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = task.tally(max_length, overlong)
-    first = None
+    first, notes = None, Notes()
     with contextlib.ExitStack() as files:
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
         for rows in _chunks(len(source)):
-            encoded = encode_rows(source, rows, task, rejects)
+            encoded = encode_rows(source, rows, task, rejects, notes)
             first = first or next(iter(encoded), None)
             pieces = tally.fit(encoded)
             tally.count(pieces)
@@ -176,7 +177,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
                 out, task.columns.values(), zip(*pieces, strict=True), strict=False
             ):
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
-    report = tally.report(rejects.counts)
+    report = tally.report(rejects.counts) | dict(left_out=notes.counts)
     if not tally.lengths:
         problem = task.nothing_left(first, report, max_length)
         raise DataError(problem, kind="nothing_trained")
@@ -197,15 +198,25 @@ def _chunks(total):
 
 
 def encode_rows(
-    source: RecordSource, rows: Sequence[int], task: "Task", rejects: RejectSink
+    source: RecordSource,
+    rows: Sequence[int],
+    task: "Task",
+    rejects: RejectSink,
+    notes: Notes | None = None,
 ) -> list[tuple[str, "Encoded"]]:
     """(file and row, example) of the rows that can be encoded; the others go to `rejects`.
+
+    What a row holds and its example does not is counted in `notes`.
 
     Where it fails, halves of the rows are tried: the good ones are still encoded together.
     """
     wheres = [source.where(i) for i in rows]
     try:
-        examples = task.examples([source[i] for i in rows], wheres)
+        records = [source[i] for i in rows]
+        examples = task.examples(records, wheres)
+        if notes is not None:
+            for where, record, example in zip(wheres, records, examples, strict=True):
+                notes.add(where, task.left_out(record, example))
         return list(zip(wheres, examples, strict=True))
     except DataError as error:
         if len(rows) == 1 or rejects.on_error == "raise":
@@ -213,7 +224,7 @@ def encode_rows(
             return []
     middle = len(rows) // 2
     halves = rows[:middle], rows[middle:]
-    parts = (encode_rows(source, half, task, rejects) for half in halves)
+    parts = (encode_rows(source, half, task, rejects, notes) for half in halves)
     return [pair for part in parts for pair in part]
 
 

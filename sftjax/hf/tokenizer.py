@@ -29,9 +29,13 @@ def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
     if d.add_tokens:
         _add_tokens(tokenizer, d.add_tokens, config.model.path)
     if d.template:  # the export then carries it too
-        if not Path(d.template).exists():
-            raise ConfigError(f"data.template={d.template!r} does not exist")
-        tokenizer.chat_template = read_text(d.template, ConfigError, TEMPLATE_BYTES)
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        if d.template not in named and not Path(d.template).is_file():
+            names = f", nor a template of the tokenizer's ({', '.join(sorted(named))})"
+            problem = f"data.template={d.template!r} does not exist: it is no file"
+            raise ConfigError(problem + names * bool(named))
+        own = named.get(d.template)
+        tokenizer.chat_template = own or read_text(d.template, ConfigError, TEMPLATE_BYTES)
     return tokenizer
 
 

@@ -14,10 +14,12 @@ Nothing is trained.
   --format=html       one file for a browser, with filters, to be sent around; also: json
 """
 
+import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,9 +103,35 @@ def collect(
 ) -> dict[str, Any]:
     """What the views show, of plain values.
 
-    Returns: {"set", "problem": what training would raise, "sources": {name: totals}, "totals",
-      "examples"}; with `against` {"set", "problem": "", "comparison", "differences"}.
+    Returns: {"set", "problem": what training would raise, "warnings": what training would warn of,
+      "sources": {name: totals}, "totals", "examples"}; with `against` {"set", "problem": "",
+      "warnings", "comparison", "differences"}.
     """
+    with _warnings() as warnings:
+        report = _collect(config, wanted, set, against)
+    return report | dict(warnings=list(dict.fromkeys(warnings)))
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What is logged as a warning meanwhile: it goes to standard error as well."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger, shown = logging.getLogger("sftjax"), logging.lastResort
+    own = [handler]
+    if shown is not None and not logger.hasHandlers():  # with a handler the last resort is none
+        own.append(shown)
+    for one in own:
+        logger.addHandler(one)
+    try:
+        yield found
+    finally:
+        for one in own:
+            logger.removeHandler(one)
+
+
+def _collect(config, wanted, set, against):
     wanted.check()
     if set not in ("train", "validation", "test"):
         raise DataError(f"--set={set}: expected train | validation | test", kind="setting")

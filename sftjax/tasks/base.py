@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sftjax import hf
 from sftjax.data.packing.pack import CAUSAL, Layout
+from sftjax.data.records.notes import unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
@@ -114,6 +115,10 @@ class Task(Generic[E]):
     def fields_read(self, record: dict) -> set[str]:
         """The record's keys that `examples` reads; the others it leaves out."""
         raise NotImplementedError
+
+    def left_out(self, record: dict, example: E) -> Iterable[str]:
+        """What the record holds and the example does not, in words that are counted by source."""
+        return unread(record, self.fields_read(record))
 
     def key(self) -> list:
         """All settings, as JSON holds them, that change what `examples` gives of a record."""

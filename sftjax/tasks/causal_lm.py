@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -16,12 +17,13 @@ from ml_collections import ConfigDict
 from sftjax import losses
 from sftjax.data import open_source
 from sftjax.data.masking import encode as chat
-from sftjax.data.masking.conversation import to_conversation
-from sftjax.data.masking.template import template_text
+from sftjax.data.masking.conversation import read_record, to_conversation
+from sftjax.data.masking.template import template_sources
 from sftjax.data.packing.truncate import fit
+from sftjax.data.records.notes import Notes, said
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
-from sftjax.errors import ConfigError, DataError, writing
+from sftjax.errors import ConfigError, writing
 from sftjax.evaluation import generation as generate
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, counted, perplexity, read_model
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from sftjax.models import decoder
 
+logger = logging.getLogger(__name__)
 READING = ("fields", "roles")  # of a policy: what says how to read a record
 FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
 
@@ -68,17 +71,12 @@ class CausalLM(Task[chat.Encoded]):
         return chat.encode_batch(records, wheres, self.tokenizer, **self.policy)
 
     def fields_read(self, record: dict) -> set[str]:
-        """Found by leaving out one key at a time: a key is read where that changes the example."""
-        whole = _said(self.examples([record], [""])[0])
+        """All but those that `to_conversation` never asks for."""
+        return set(record) & read_record(record, **only(self.policy, FORM)).read
 
-        def matters(key):
-            rest = {k: v for k, v in record.items() if k != key}
-            try:
-                return _said(self.examples([rest], [""])[0]) != whole
-            except DataError:
-                return True
-
-        return {key for key in record if matters(key)}
+    def left_out(self, record: dict, example: chat.Encoded) -> Sequence[str]:
+        """What `encode` found that the text of the example does not hold."""
+        return example.left_out
 
     def key(self) -> list:
         """The policy, the chat template and the special tokens."""
@@ -86,7 +84,7 @@ class CausalLM(Task[chat.Encoded]):
             raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
-        settings["template"] = template_text(self.tokenizer, self.policy.get("template"))
+        settings["template"] = template_sources(self.tokenizer, self.policy.get("template"))
         return [settings, special]
 
     def cut(self, example: chat.Encoded, max_length: int, overlong: str) -> list[tuple]:
@@ -181,11 +179,17 @@ class CausalLM(Task[chat.Encoded]):
 
     def questions(self, source: Source) -> list[tuple[np.ndarray, str]]:
         """(prompt token ids, reference answer) of each record."""
-        own = {k: v for k, v in self.policy.items() if k not in ("train_on", "stop_token")}
-        return [
-            chat.prompt_and_answer(source[i], self.tokenizer, where=source.where(i), **own)
-            for i in range(len(source))
-        ]
+        found, notes = list[tuple[np.ndarray, str]](), Notes()
+        for i in range(len(source)):
+            where = source.where(i)
+            ids, answer, words = chat.question(
+                source[i], self.tokenizer, where=where, **self.policy
+            )
+            notes.add(where, words)
+            found.append((ids, answer))
+        for line in said(notes.counts):
+            logger.warning("of the questions, %s", line)
+        return found
 
     def answers(self, model: "decoder.Model", params: Any, questions: list, **options: Any) -> dict:
         """Exact match: the share of texts equal to the answer, blanks at their ends aside."""
@@ -321,10 +325,6 @@ def mark_spans(
         pieces += [text[at:start], before, text[start:stop], after]
         at = stop
     return "".join(pieces) + text[at:]
-
-
-def _said(example) -> tuple:
-    return example.text, example.spans, example.weights.tolist()
 
 
 def _line(text, most=100):

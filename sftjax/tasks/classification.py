@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import losses
-from sftjax.data.masking.conversation import read_field
+from sftjax.data.masking.conversation import Asked, read_field
 from sftjax.data.packing.pack import Layout, TokenRows
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.sources import Source
@@ -187,9 +187,12 @@ class Classification(Task[Labelled]):
         return next(there, None)
 
     def fields_read(self, record: dict) -> set[str]:
-        """The keys of the text and of the label."""
-        found = {self._name(record, "text", TEXTS), self._name(record, "label", LABELS)}
-        return set(record) & found
+        """The keys that the text and the label are made of."""
+        asked = Asked(record)
+        for kind, usual in (("text", TEXTS), ("label", LABELS)):
+            if self._name(record, kind, usual) is not None:
+                self._field(asked, kind, usual, "")
+        return set(record) & asked.read
 
     def key(self) -> list:
         """The fields' names, the labels, the token read and the special tokens."""

@@ -285,9 +285,12 @@ class Feed:
                 f" {len(parts)}: resume with as many processes, or use another workdir"
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
-        given = zip(self.sources, amounts, strict=True)
+        given = zip(self.sources, amounts, self.stores, strict=True)
         own = {s.name: tasks.make(s.config, self.task.tokenizer) for s in self.sources}
-        specs = [stream.Spec.of(s, own[s.name], weight) for s, weight in given]
+        specs = [
+            stream.Spec.of(s, own[s.name], weight, store.report["left_out"])
+            for s, weight, store in given
+        ]
         d = self.config.data
         host = stream.batches(
             specs,

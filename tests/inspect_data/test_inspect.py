@@ -405,3 +405,16 @@ def test_command(config, tmp_path, capsys):
 def test_configs_without_a_tokenizer_cannot_be_compared():
     with pytest.raises(DataError, match="--against compares tokens, and this task has no token"):
         compare([], get_default(), get_default(), Wanted())
+
+
+def test_what_is_not_read_is_counted_once_a_source(config, tmp_path, caplog):
+    row = {"instruction": "what?", "context": "two", "output": "four"}
+    rows = [row, row | {"category": "qa"}, row | {"category": "qa"}]
+    config.data.train = write(tmp_path / "more.jsonl", rows)
+    text = inspect(config, format="json")
+    words = f"field 'category' is not read: in 2 rows, first in {config.data.train}:2"
+    assert json.loads(text)["warnings"] == [words]  # of all rows, also those not shown
+    assert caplog.messages.count(words) == 1
+    assert json.loads(inspect(config, format="json"))["warnings"] == [words]  # out of the cache
+    other = config.copy_and_resolve_references()
+    assert json.loads(inspect(config, format="json", against=other))["warnings"] == []

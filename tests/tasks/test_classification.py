@@ -85,6 +85,10 @@ def test_fields_by_their_usual_names_or_the_first_that_a_record_has():
         for x, y in zip(a.arrays, other.arrays, strict=True):
             np.testing.assert_array_equal(x, y)
     assert given.fields_read(pair[1]) == {"sentence", "gold"}
+    filled, row = task(text="{title}: {body}"), {"title": "a", "body": "b", "label": 0, "url": "x"}
+    assert filled.fields_read(row) == {"title", "body", "label"}
+    [example] = filled.examples([row], ["f:3"])
+    assert filled.left_out(row, example) == ["field 'url' is not read"]
 
 
 @pytest.mark.parametrize(

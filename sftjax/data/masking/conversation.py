@@ -5,17 +5,20 @@ A new record form is one function and one line in `_read_form`.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sftjax.data.masking.marks import after_thinking
 from sftjax.data.masking.messages import (
+    FLAGS,
     empty,
     known_roles,
     parse_json,
     read_messages,
     read_tools,
+    trained_by,
     wrong_type,
 )
+from sftjax.data.records.notes import unread
 from sftjax.errors import DataError
 
 MAY_FOLLOW = {
@@ -26,12 +29,24 @@ MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+ANSWERS = ("output", "response", "answer", "completion")  # beside an instruction
+EXTRAS = ("context", "input")  # what an instruction is about
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
 FIELDS = ("prompt", "completion", "input", "system", "messages", "text", "tools")  # of a record
 MESSAGE_FIELDS = ("role", "content")  # of a message
 KNOWN_FORMS = (
     "messages (or conversations) | prompt + completion | instruction (+ input) + output | "
     "segments | text"
 )
+
+
+class Reading(NamedTuple):
+    """A record as it was read."""
+
+    chat: dict[str, Any]  # as `to_conversation` returns it
+    read: set[str]  # the fields asked for
+    left_out: list[str]  # what was not read, in words
 
 
 def to_conversation(
@@ -47,8 +62,8 @@ def to_conversation(
 
     Args:
       record: messages | conversations (from/value) | prompt + completion (text or message lists)
-        | instruction (+ input, history) + output | segments | text; and beside them tools,
-        system, chat_template_kwargs.
+        | instruction (+ context, input, history) + output | segments | text; and beside them
+        tools, system, chat_template_kwargs. Usual other names of these are read as well.
       fields: the record's own names for prompt, completion, input, system, messages, text, tools,
         and a message's for role and content; an empty one is found by the known forms. A dotted
         name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
@@ -64,25 +79,70 @@ def to_conversation(
       role "text".
     Raises: DataError.
     """
+    form: Any = dict(fields=fields, roles=roles, system=system, template_kwargs=template_kwargs)
+    return read_record(record, where=where, **form).chat
+
+
+def read_record(
+    record: dict[str, Any],
+    *,
+    fields: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    system: str = "",
+    template_kwargs: Mapping[str, Any] | None = None,
+    where: str = "",
+) -> Reading:
+    """As `to_conversation`, with what was read and what was not."""
+    record = Asked(record)
     fields = {key: name for key, name in dict(fields or {}).items() if name}
     if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
         problem = f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}"
         raise DataError(problem, kind="setting")
-    own = read_field(record, fields["tools"], where) if "tools" in fields else record.get("tools")
+    own = read_field(record, fields["tools"], where) if "tools" in fields else None
+    own = own if "tools" in fields else _first(record, TOOLS)[1]
     chat = dict(tools=read_tools(own, where), options=_options(record, template_kwargs, where))
     kind, messages = _read_form(record, fields, known_roles(roles), where)
     if kind in ("text", "segments") and (system or "system" in fields):
         problem = "a system message is set, but plain text is no conversation"
         raise DataError(problem, where=where, kind="system_unused")
+    left_out = []
     if kind in ("chat", "pair"):
-        own = read_field(record, fields["system"], where) if "system" in fields else None
-        system = own or record.get("system") or system
-        if not isinstance(system, str):
-            raise wrong_type("system", system, "text", where)
-        if system and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": system}, *messages]
+        name, own = _first(record, SYSTEM)
+        if "system" in fields:
+            name, own = fields["system"], read_field(record, fields["system"], where)
+        if not isinstance(own or system, str):
+            raise wrong_type(name, own or system, "text", where)
+        if messages[0]["role"] not in ("system", "developer"):
+            if own or system:
+                messages = [{"role": "system", "content": own or system}, *messages]
+        elif own and own.strip() != messages[0]["content"].strip():
+            left_out = [f"field {name!r} is not read: the messages have a system message"]
         _check_order(messages, where)
-    return chat | dict(messages=messages, kind=kind)
+    left_out += unread(record, record.read)
+    return Reading(chat | dict(messages=messages, kind=kind), record.read, left_out)
+
+
+class Asked(dict):
+    """A record that remembers which of its fields were asked for."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(record)
+        self.read = set[str]()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def _first(record, names):
+    """The first of `names` under which the record holds anything, and what; else the first name."""
+    found = ((name, record.get(name)) for name in names)
+    return next((pair for pair in found if pair[1]), (names[0], None))
 
 
 def last_turn(messages: Sequence[dict[str, Any]]) -> int:
@@ -162,8 +222,13 @@ def _read_pair(record, prompt_name, completion_name, fields, roles, where):
         raise wrong_type(prompt_name, prompt, "text or a list of messages", where)
     if not isinstance(completion, list):
         raise wrong_type(completion_name, completion, "text or a list of messages", where)
-    given = [{"train": False, **m} if isinstance(m, dict) else m for m in prompt]
+    given = [m if not isinstance(m, dict) or _says(m) else m | {"train": False} for m in prompt]
     return "chat", read_messages(given + completion, fields, roles, where)
+
+
+def _says(message):
+    """Does a message say itself whether it is trained?"""
+    return any(message.get(key) is not None for key in FLAGS)
 
 
 def _read_instruction(record, fields, where):
@@ -174,19 +239,19 @@ def _read_instruction(record, fields, where):
             raise wrong_type("history", turn, "pairs [instruction, output]", where)
         turns += [_user(turn[0]), _answer(turn[1], "history", where)]
     prompt = _text(record, "instruction", where)
-    extra = record.get("input")
     if "input" in fields:
-        extra = read_field(record, fields["input"], where)
-    name = "output" if record.get("output") is not None else "response"
-    name = name if record.get(name) is not None else "output"
+        prompt = _with_input(prompt, read_field(record, fields["input"], where), where)
+    for extra in EXTRAS if "input" not in fields else ():
+        prompt = _with_input(prompt, record.get(extra) or "", where, extra)
+    name = next((name for name in ANSWERS if record.get(name) is not None), ANSWERS[0])
     answer = _answer(_text(record, name, where), name, where)
-    return [*turns, _user(_with_input(prompt, extra or "", where)), answer]
+    return [*turns, _user(prompt), answer]
 
 
-def _with_input(prompt, extra, where):
+def _with_input(prompt, extra, where, name="input"):
     if not isinstance(extra, str):
-        raise wrong_type("input", extra, "text", where)
-    return f"{prompt}\n\n{extra}" if extra else prompt
+        raise wrong_type(name, extra, "text", where)
+    return "\n\n".join(part for part in (prompt, extra) if part.strip())
 
 
 def _read_segments(segments, where):
@@ -202,7 +267,8 @@ def _read_segments(segments, where):
         text = segment.get("text", segment.get("content"))
         if not isinstance(text, str):
             raise wrong_type("text", text, "text", where, inside)
-        said = {k: segment[k] for k in ("train", "weight") if k in segment}
+        said = {k: segment[k] for k in ("train", "weight") if segment.get(k) is not None}
+        said |= trained_by(segment, where, inside)
         said |= {"train": segment["label"]} if "label" in segment else {}
         if not said:
             problem = f'{inside}it says neither "train" (true, false) nor "weight"'
@@ -258,7 +324,7 @@ def _check_order(messages, where):
 def read_field(record: dict[str, Any], name: str, where: str) -> Any:
     """`record[name]`; inside for a dotted name; a text with names in braces is filled in."""
     if "{" in name:
-        return re.sub(r"\{([^{}]+)\}", lambda m: _text(record, m[1], where), name)
+        return _filled(record, re.split(r"\{([^{}]+)\}", name), where)
     value = record.get(name)
     if value is None and "." in name:
         value = _inside(record, name.split("."))
@@ -272,6 +338,18 @@ def read_field(record: dict[str, Any], name: str, where: str) -> Any:
             subject=repr(name),
         )
     return value
+
+
+def _filled(record, pieces, where):
+    """[literal, name, literal, ...] as a text, in which an empty part has no separator."""
+    filled = pieces[0]
+    for n in range(1, len(pieces), 2):
+        text, (before, after) = _text(record, pieces[n], where), pieces[n - 1 : n + 2 : 2]
+        if text.strip():
+            filled += text + after
+        elif not after.isspace():
+            filled = filled.removesuffix(before if before.isspace() else "") + after
+    return filled
 
 
 def _inside(value, parts):

@@ -13,10 +13,25 @@ U, A, B, C, T, N = "sftjaxu", "sftjaxa", "sftjaxb", "sftjaxc", "sftjaxt", "sftja
 USER, ANSWER = dict(role="user", content=U), dict(role="assistant", content=A)
 AGAIN = [dict(role="user", content=B), dict(role="assistant", content=C)]
 FUNCTION = {"name": N, "arguments": {"x": A}}
-CALLS = [{"id": "c", "type": "function", "function": FUNCTION}]
-CALLING = [USER, dict(role="assistant", content="", tool_calls=CALLS)]
-RESULT = dict(role="tool", content=B, tool_call_id="c", name="t")
 THINKING = [USER, ANSWER | {"reasoning_content": T}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": N,
+            "description": T,
+            "parameters": {"type": "object", "properties": {"x": {"type": "string"}}},
+        },
+    }
+]
+IDS = ("c", "sftjaxcid", "call_sftjax0123456789abcdef")  # some templates want nine characters
+Render = Callable[[list[dict[str, Any]], bool, Any], str]
+
+
+def calling(call_id: str = "c", content: str | None = "") -> list[dict[str, Any]]:
+    """A question and a tool call in place of an answer."""
+    calls = [{"id": call_id, "type": "function", "function": FUNCTION}]
+    return [USER, dict(role="assistant", content=content, tool_calls=calls)]
 
 
 class Dialect(NamedTuple):
@@ -25,9 +40,11 @@ class Dialect(NamedTuple):
     parts: bool  # contents are lists of parts, {"type": "text", "text": ...}
     text_arguments: bool  # a tool call's arguments are JSON text, not an object
     header: str  # what precedes an assistant's own words, as in the generation prompt
-    openings: dict[str, str]  # of the parts "think" and "call": what is written after the header
+    # Of the parts "think" and "call": what is written after the header; None could not be learnt.
+    openings: dict[str, str | None]
     ends: tuple[str, ...]  # the special tokens that end an assistant's turn
     stops: tuple[str, ...]  # those of them that end the whole answer
+    developer: bool = True  # a message of the role "developer" is written, and not only "system"
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A canonical message in the form that the template reads."""
@@ -36,6 +53,8 @@ class Dialect(NamedTuple):
             message = message | {"content": parts}
         if self.text_arguments and message.get("tool_calls"):
             message = message | {"tool_calls": [_in_text(c) for c in message["tool_calls"]]}
+        if message["role"] == "developer" and not self.developer:
+            message = message | {"role": "system"}
         return message
 
 
@@ -44,43 +63,44 @@ def _in_text(call):
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
-def learn(render: Callable[[list[dict[str, Any]], bool], str], special: Pattern[str]) -> Dialect:
+def learn(render: Render, special: Pattern[str]) -> Dialect:
     """The dialect of a template.
 
     Args:
-      render: (messages, with the generation prompt?) -> text, or "" where the template fails.
+      render: (messages, with the generation prompt?, tools) -> text, "" where the template fails.
       special: a pattern of the tokenizer's special tokens.
     """
 
-    def rendered(dialect, messages, prompt=False):
-        return render([dialect.message(m) for m in messages], prompt)
+    def rendered(dialect, messages, prompt=False, tools=None):
+        return render([dialect.message(m) for m in messages], prompt, tools)
 
     dialect, whole = Dialect(False, False, "", {}, (), ()), [USER, ANSWER, *AGAIN]
     in_parts = dialect._replace(parts=True)
     if _shows(rendered(in_parts, whole)) and not _shows(rendered(dialect, whole)):
         dialect = in_parts
+    call_id, tools, call = _accepted(rendered, dialect)
     in_text = dialect._replace(text_arguments=True)
-    if _encoded_once(rendered(in_text, CALLING)) and not _encoded_once(rendered(dialect, CALLING)):
+    encoded = (rendered(d, call, tools=tools) for d in (in_text, dialect))
+    if _encoded_once(next(encoded)) and not _encoded_once(next(encoded)):
         dialect = in_text
+    dialect = dialect._replace(developer=_knows_developer(rendered, dialect))
 
     whole = rendered(dialect, whole)
     prompt, alone = (_after(rendered(dialect, [USER], prompt=p), U) for p in (True, False))
     before_answer = _between(whole, U, A)
     header = _header(prompt, alone, before_answer, special)
-    called = rendered(dialect, CALLING)
+    called = rendered(dialect, call, tools=tools)
     openings = {
-        part: lead[alike(lead, before_answer.split("<think>")[0]) :]
-        for part, lead in {
-            "think": _between(rendered(dialect, THINKING), U, T),
-            "call": _between(called, U, N),
-        }.items()
+        "think": _opening(rendered(dialect, THINKING), T, before_answer),
+        "call": _opening(called, N, before_answer),
     }
 
     between, tail = (special.findall(text) for text in (_between(whole, A, B), _after(whole, C)))
     common = tail[: alike(between, tail)][-1:]
     calls = special.findall(_after(called, A))[-1:]
     if not calls:
-        answered = rendered(dialect, [*CALLING, RESULT, AGAIN[1]])
+        result = dict(role="tool", content=B, tool_call_id=call_id, name="t")
+        answered = rendered(dialect, [*call, result, AGAIN[1]], tools=tools)
         calls = special.findall(_between(answered, A, B))[:1]
     stops = dict.fromkeys([*(common or tail[:1] or between[:1]), *calls])
     ends = dict.fromkeys([*stops, *([] if common else between[:1])])
@@ -92,6 +112,41 @@ def alike(a: Sequence, b: Sequence) -> int:
     """How many items two texts or lists begin with in common."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _accepted(rendered, dialect):
+    """(id, tools, conversation) of a tool call that the template writes; the first where none is.
+
+    A template may refuse ids of another form, a call of no tool that is given, or an empty content.
+    """
+    tried = [
+        (call_id, tools, calling(call_id, content))
+        for content in ("", None)
+        for tools in (None, TOOLS)
+        for call_id in IDS
+    ]
+    for d in (dialect, dialect._replace(text_arguments=True)):
+        for call_id, tools, call in tried:
+            if d.parts and call[-1]["content"] is None:
+                continue
+            if N in _after(rendered(d, call, tools=tools), U):
+                return call_id, tools, call
+    return tried[0]
+
+
+def _knows_developer(rendered, dialect):
+    """Is a developer's message written as such? If not, it can only be written as the system's."""
+    messages = [dict(role="developer", content=B), USER, ANSWER]
+    as_system = [dict(role="system", content=B), USER, ANSWER]
+    return B in rendered(dialect, messages) or B not in rendered(dialect, as_system)
+
+
+def _opening(text, mark, before_answer):
+    """What is written between the header and the mark, where the template writes the mark."""
+    if mark not in text.partition(U)[2]:
+        return None
+    lead = _between(text, U, mark)
+    return lead[alike(lead, before_answer.split("<think>")[0]) :]
 
 
 def _shows(text):

@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sftjax.data.masking.conversation import last_turn, to_conversation, without_reasoning
+from sftjax.data.masking import left_out
+from sftjax.data.masking.conversation import last_turn, read_record, without_reasoning
 from sftjax.data.masking.messages import ROLES
-from sftjax.data.masking.template import Case, after_empty_think, load_template
+from sftjax.data.masking.template import (
+    Case,
+    ChatTemplate,
+    after_empty_think,
+    load_template,
+    load_templates,
+)
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,14 +37,21 @@ STOP_TOKEN = ("turn", "all", "last", "none")
 REASONING = {"history": "train", "last": "train", "empty": "keep"}
 
 
-class Encoded(NamedTuple):
-    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet."""
-
+class _Encoded(NamedTuple):
     tokens: np.ndarray  # int32 [n]
     weights: np.ndarray  # float32 [n]
     text: str  # what was tokenised
     spans: list[tuple[int, int]]  # trained characters of text: (start, stop)
     kind: str = "chat"  # chat: rendered with a template; pair, segments, text: as it stands
+
+
+class Encoded(_Encoded):
+    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet.
+
+    left_out: what the record holds and `text` does not, in words; no part of the tuple.
+    """
+
+    left_out: Sequence[str] = ()
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -98,16 +112,28 @@ def encode_batch(
         problem = f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}"
         raise DataError(problem, kind="setting")
     policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, _reasoning(reasoning))
-    chat_template = load_template(tokenizer, template)
-    pairs = zip(records, wheres, strict=True)
+    pairs = list(zip(records, wheres, strict=True))
     chats = [_conversation(record, where, policy.reasoning, forms) for record, where in pairs]
+    groups: dict[ChatTemplate, list[int]] = {}  # a tokenizer may have a template for tools
+    for i, chat in enumerate(chats):
+        chosen = load_template(tokenizer, template, chat, wheres[i])
+        groups.setdefault(chosen, []).append(i)
+    encoded: list[Any] = [None] * len(chats)
+    for chosen, rows in groups.items():
+        own = [chats[i] for i in rows], [wheres[i] for i in rows]
+        for i, example in zip(rows, _encode_chats(chosen, *own, policy), strict=True):
+            encoded[i] = example
+    return encoded
+
+
+def _encode_chats(template, chats, wheres, policy):
     parts = [slice(at, at + PART) for at in range(0, len(chats), PART)]
     # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of
     # the tokenizer; one at a time, as a tokenizer may fail if two callers set it up at once.
     with ThreadPoolExecutor(1) as pool:
-        found = pool.map(lambda part: _tokenise(chat_template, chats[part], wheres[part]), parts)
+        found = pool.map(lambda part: _tokenise(template, chats[part], wheres[part]), parts)
         encoded = [
-            _encode_part(chat_template, chats[part], texts, encodings, wheres[part], policy)
+            _encode_part(template, chats[part], texts, encodings, wheres[part], policy)
             for part, (texts, encodings) in zip(parts, found, strict=True)
         ]
     return [example for part in encoded for example in part]
@@ -128,10 +154,13 @@ def _tokenise(template, chats, wheres):
 
 
 def _encode_part(template, chats, texts, encodings, wheres, policy):
-    spans = _trained_spans(template, chats, texts, wheres, policy)
+    spans, left = _trained_spans(template, chats, texts, wheres, policy)
     kinds = [_kind(chat, template) for chat in chats]
     columns = texts, spans, kinds, encodings, wheres
-    return [_encoded(template, *row) for row in zip(*columns, strict=True)]
+    examples = [_encoded(template, *row) for row in zip(*columns, strict=True)]
+    for example, words in zip(examples, left, strict=True):
+        example.left_out = words
+    return examples
 
 
 def _check_unicode(texts, wheres):
@@ -161,22 +190,30 @@ def prompt_and_answer(
 
     Returns: prompt tokens int32 [n], answer text. Raises: DataError.
     """
+    return question(record, tokenizer, where=where, **policy)[:2]
+
+
+def question(
+    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
+) -> tuple[np.ndarray, str, list[str]]:
+    """As `prompt_and_answer`; and in words what the record holds and the whole does not."""
     policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
-    template = load_template(tokenizer, policy.pop("template", None))
-    chat = _conversation(record, where, _reasoning(policy.pop("reasoning", None)), policy)
+    own, reasoning = policy.pop("template", None), _reasoning(policy.pop("reasoning", None))
+    chat = _conversation(record, where, reasoning, policy)
+    template = load_template(tokenizer, own, chat, where)
     kind = _kind(chat, template)
     if kind in ("text", "segments"):
         problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
         raise DataError(problem, fix, joint=": ", where=where, kind="no_prompt")
     if kind == "pair":
         text, answer = _raw_text(chat["messages"], where), chat["messages"][-1]["content"]
-        ids = _ids_before(tokenizer, text, len(text) - len(answer))
+        ids, words = _ids_before(tokenizer, text, len(text) - len(answer)), left_out.of_text(chat)
         ids = [*_added_ids(tokenizer)[0], *ids]
     else:
         _check_template(template, where)
-        text, start, answer = template.prompt(chat, where)
+        text, start, answer, words = template.prompt(chat, where)
         ids = _ids_before(tokenizer, text, start)
-    return np.array(ids, np.int32), answer
+    return np.array(ids, np.int32), answer, chat["left_out"] + words
 
 
 def _ids_before(tokenizer, text, stop):
@@ -187,8 +224,8 @@ def _ids_before(tokenizer, text, stop):
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list[int]:
     """The ids at which generation stops: end of text, and the template's ends of a turn."""
-    chat_template = load_template(tokenizer, template)
-    stops = chat_template.dialect.stops if chat_template.source else ()
+    in_use = [t for t in load_templates(tokenizer, template) if t.source]
+    stops = [token for t in in_use for token in t.dialect.stops]
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ends: Any = tokenizer.convert_tokens_to_ids(list(stops))  # of a list, a list
     return sorted({*ids, *ends})
@@ -225,13 +262,13 @@ def _reasoning(given):
 
 
 def _conversation(record, where, reasoning, forms):
-    chat = to_conversation(record, where=where, **forms)
+    chat, _, unread = read_record(record, where=where, **forms)
     messages = chat["messages"]
     border = last_turn(messages)
     for span, part in ((0, border), "history"), ((border, len(messages)), "last"):
         if reasoning[part] == "drop":
             messages = without_reasoning(messages, *span)
-    return chat | {"messages": messages}
+    return chat | {"messages": messages, "left_out": unread}
 
 
 def _kind(chat, template):
@@ -276,19 +313,23 @@ def _texts(template, chats, wheres):
 
 
 def _trained_spans(template, chats, texts, wheres, policy):
-    """Of each text the spans (start, stop, weight), in order."""
+    """Of each text the spans (start, stop, weight), in order, and what it leaves out."""
     spans, cases = list[list](), dict[int, tuple]()
+    left = [list(chat["left_out"]) for chat in chats]
     for chat, text, where in zip(chats, texts, wheres, strict=True):
         weights = _message_weights(chat["messages"], policy, where)
         kind = _kind(chat, template)
         if kind == "chat":
             wanted = _wanted(chat["messages"], weights, policy)
             cases[len(spans)] = Case(chat, text, wanted, where), weights
+        else:
+            left[len(spans)] += left_out.of_text(chat)
         spans.append(_raw_spans(chat["messages"], kind, weights))
-    found = template.regions([case for case, _ in cases.values()])
-    for (n, (case, weights)), regions in zip(cases.items(), found, strict=True):
+    found = template.found([case for case, _ in cases.values()])
+    for (n, (case, weights)), (regions, words) in zip(cases.items(), found, strict=True):
         spans[n] = _spans(case, regions, weights, policy)
-    return spans
+        left[n] += words
+    return spans, left
 
 
 def _check_template(template, where):

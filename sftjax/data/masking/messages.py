@@ -2,7 +2,8 @@
 
 The form: {"role", "content": text}, and where there are any "reasoning_content": text and
 "tool_calls": [{"type": "function", "function": {"name", "arguments": dict}}]. The keys `train`
-and `weight` are for us; all others are kept, for templates that know them.
+and `weight` are for us; all others are kept, for templates that know them, and those that a
+template does not know are counted (`ChatTemplate.left_out`).
 """
 
 import json
@@ -16,20 +17,29 @@ ROLES = {  # the names that data sets use -> the names that templates use
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"},
     **{"bot": "assistant", "function": "tool", "observation": "tool", "ipython": "tool"},
-    "function_call": "assistant",  # sharegpt: the content is the call, in JSON
+    **{"tool_response": "tool", "function_response": "tool", "tool_result": "tool"},
+    **{"tool_call": "assistant", "function_call": "assistant", "tool_calls": "assistant"},
 }
+CALLS = ("tool_call", "function_call", "tool_calls")  # of these roles the content is the call
 REASONING = ("reasoning_content", "reasoning", "thinking")
-READ = ("from", "value", "function_call", *REASONING)  # their contents move to other keys
+TRAINED = ("loss", "trainable", "training")  # other names of `train`
+WEIGHTED = ("loss_weight", "loss_scale")  # and of `weight`
+FLAGS = ("train", "weight", *TRAINED, *WEIGHTED)
+# Their contents move to other keys.
+READ = ("from", "value", "function_call", *REASONING, *TRAINED, *WEIGHTED)
+PART = ("text", "value", "thinking", "tool_call")  # where a part of a content has it
+CALL = ("id", "type", "index", "function", "name")
+ARGUMENTS = ("arguments", "parameters", "args")  # names for them in data; templates read the first
 
 
 def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """ROLES and `more` ({your name: one of ours}), checked."""
+    """{name in the data: a name in ROLES}: ROLES' own and `more` ({your name: one of ours})."""
     for name, role in dict(more or {}).items():
         if role not in ROLES:
             expected = ", ".join(sorted(set(ROLES.values())))
             problem = f"data.roles: {name}={role!r}, expected one of {expected}"
             raise DataError(problem, kind="setting")
-    return ROLES | dict(more or {})
+    return {name: name for name in ROLES} | dict(more or {})
 
 
 def read_messages(
@@ -40,7 +50,7 @@ def read_messages(
     Args:
       raw: the value of the record's field.
       fields: may name the keys "role" and "content" of a message.
-      roles: the names of roles, as from `known_roles`.
+      roles: {name in the data: a name in ROLES}, as from `known_roles`.
       where: file and row, for errors.
     """
     if isinstance(raw, str):
@@ -49,7 +59,24 @@ def read_messages(
         raw = _best_thread(raw, fields, roles)
     if not isinstance(raw, list) or not raw:
         raise wrong_type("messages", raw, "a list of messages, not empty", where)
-    return [_message(m, fields, roles, where, f"message {n}: ") for n, m in enumerate(raw, 1)]
+    messages: list[dict[str, Any]] = []
+    for n, one in enumerate(raw, 1):
+        message, is_call = _message(one, fields, roles, where, f"message {n}: ")
+        # Several messages that are one call each are one turn of the assistant's with them all.
+        if is_call and messages and _same_turn(messages[-1], message):
+            calls = messages[-1].get("tool_calls", []) + message["tool_calls"]
+            messages[-1] = messages[-1] | {"tool_calls": calls}
+        else:
+            messages.append(message)
+    return messages
+
+
+def _same_turn(before, message):
+    own = ("content", "reasoning_content", "tool_calls")  # all else has to be alike
+    rest = (
+        {k: v for k, v in m.items() if k.partition(".")[0] not in own} for m in (before, message)
+    )
+    return next(rest) == next(rest)
 
 
 def _best_thread(node, fields, roles):
@@ -60,9 +87,13 @@ def _best_thread(node, fields, roles):
         ranks = [n if isinstance(n, (int, float)) else len(replies) for n in given]
         node = replies[ranks.index(min(ranks))]
         thread.append(node)
-    while len(thread) > 1 and roles.get(str(thread[-1].get(fields.get("role", "role")))) == "user":
+    while len(thread) > 1 and _role(thread[-1], fields, roles) == "user":
         thread.pop()
     return [{k: v for k, v in node.items() if k != "replies"} for node in thread]
+
+
+def _role(node, fields, roles):
+    return ROLES.get(roles.get(str(node.get(fields.get("role", "role"))), ""))
 
 
 def _replies(node):
@@ -81,19 +112,21 @@ def _message(raw, fields, roles, where, inside):
             where=where,
             kind="unknown_role",
         )
-    role = roles[name]
+    role = ROLES[roles[name]]
+    is_call = role == "assistant" and (name in CALLS or roles[name] in CALLS)
     content = raw.get(fields.get("content"), raw.get("content", raw.get("value")))
     used = (*READ, *fields.values())
     message = {k: v for k, v in raw.items() if v is not None and k not in used}
-    message |= dict(role=role, content="")
+    message |= dict(role=role, content="") | trained_by(raw, where, inside)
     reasoning = next((raw[k] for k in REASONING if isinstance(raw.get(k), str)), "")
     calls = raw.get("tool_calls") or raw.get("function_call") or []
-    if name == "function_call":
-        calls, content = content, None
+    if is_call:
+        calls, content = content or calls, None
     calls = _listed(calls, "tool_calls", where, inside)
     if content is None and calls:
         content = ""
     if isinstance(content, list):
+        message |= _unread("content", content, ("type", *PART))
         content, reasoning, calls = _parts(content, reasoning, calls)
     if role == "tool" and content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
@@ -104,10 +137,45 @@ def _message(raw, fields, roles, where, inside):
     if role == "assistant" and reasoning:
         message["reasoning_content"] = reasoning
     if role == "assistant" and calls:
-        message["tool_calls"] = [_tool_call(call, where, inside) for call in calls]
+        called = [_tool_call(call, where, inside) for call in calls]
+        message |= _unread("tool_calls", calls, CALL) | {"tool_calls": called}
     if role == "assistant" and not (content.strip() or calls or reasoning):
         raise empty("response", f"content is {content!r}", where, inside)
-    return message
+    return message, is_call and "tool_calls" in message
+
+
+def trained_by(raw: dict[str, Any], where: str, inside: str = "") -> dict[str, Any]:
+    """What the other names of `train` and `weight` say of a message; {} where they say nothing.
+
+    Raises: DataError, which names the key, for a value that says neither.
+    """
+    said: dict[str, Any] = {}
+    for key in (k for k in (*TRAINED, *WEIGHTED) if raw.get(k) is not None):
+        value = raw[key]
+        number = isinstance(value, (int, float)) and 0 <= value < float("inf")
+        if not number or (key in WEIGHTED and isinstance(value, bool)):
+            expected = "a number" if key in WEIGHTED else "true, false or a number"
+            problem = f"{inside}{key}={value!r}, expected {expected}"
+            raise DataError(problem, where=where, kind="wrong_value", subject=repr(key))
+        flag = key in TRAINED and value in (0, 1)
+        ours, value = ("train", bool(value)) if flag else ("weight", value)
+        given = said.get(ours, raw.get(ours))
+        if given is not None and given != value:
+            problem = f"{inside}{key}={value!r}, but another key says {ours}={given!r}"
+            raise DataError(problem, where=where, kind="wrong_value", subject=repr(key))
+        said[ours] = value
+    return said
+
+
+def _unread(name, parts, known):
+    """What of a message's parts has no place in its form, as fields that no template knows."""
+    inner = (p.get("function") for p in parts if isinstance(p, dict))
+    functions = [f for f in inner if isinstance(f, dict)]
+    found: dict[str, Any] = {}
+    for part in (p for p in (*parts, *functions) if isinstance(p, dict)):
+        used = {*known, next((k for k in ARGUMENTS if part.get(k) is not None), "")}
+        found |= {f"{name}.{k}": v for k, v in part.items() if k not in used and v is not None}
+    return found
 
 
 def _parts(parts, reasoning, calls):
@@ -115,8 +183,7 @@ def _parts(parts, reasoning, calls):
     texts, thoughts, called = [], [reasoning], list(calls)
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        names = ("text", "value", "thinking", "tool_call")
-        value = next((part[k] for k in names if k in part), None) if kind else None
+        value = next((part[k] for k in PART if k in part), None) if kind else None
         if kind in ("text", "input_text", "output_text") and isinstance(value, str):
             texts.append(value)
         elif kind in ("reasoning", "thinking") and isinstance(value, str):
@@ -135,7 +202,7 @@ def _tool_call(raw, where, inside):
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         expected = 'an object {"name": ..., "arguments": {...}}'
         raise wrong_type("tool call", raw, expected, where, inside)
-    arguments = function.get("arguments")
+    arguments = next((function[k] for k in ARGUMENTS if function.get(k) is not None), None)
     if isinstance(arguments, str) and arguments.strip():
         arguments = parse_json(arguments, "arguments", where, f"{inside}{function['name']}: ")
     if not isinstance(arguments or {}, dict):
@@ -149,6 +216,7 @@ def read_tools(raw: Any, where: str) -> list[dict[str, Any]] | None:
     """A list of tools, each with or without its {"type": "function"} wrapper; JSON text as well."""
     tools = _listed(raw or [], "tools", where)
     tools = [parse_json(t, "tools", where) if isinstance(t, str) else t for t in tools]
+    tools = [t for t in tools if t not in (None, {})]  # these describe no tool
     if wrong := [t for t in tools if not isinstance(t, dict)]:
         raise wrong_type("tools", wrong[0], "an object that describes a function", where)
     wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
@@ -156,7 +224,10 @@ def read_tools(raw: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _listed(value, name, where, inside=""):
-    value = parse_json(value, name, where, inside) if isinstance(value, str) else value
+    if isinstance(value, str):
+        value = parse_json(value, name, where, inside) if value.strip() else None
+    if value is None or value == {}:  # as json.dumps writes it where there is none
+        return []
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise wrong_type(name, value, "a list, or JSON text of one", where, inside)

@@ -13,8 +13,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sftjax.data.masking import sandbox
-from sftjax.data.masking.dialect import Dialect, alike, learn
+from sftjax.data.masking import left_out, sandbox
+from sftjax.data.masking.dialect import Dialect, learn
 from sftjax.data.masking.marks import put_back, put_marks, split
 from sftjax.errors import DataError
 
@@ -56,16 +56,42 @@ class Case(NamedTuple):
     where: str
 
 
+class Found(NamedTuple):
+    """What one strategy found of a case."""
+
+    regions: list[Region] | None  # None: it does not verify
+    absent: set[tuple[int, str]] | None = None  # (message, part) left out; None: not known
+    literals: str = ""  # what the template wrote itself, where `absent` is known
+
+
 def load_template(
-    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None = None,
+    chat: dict[str, Any] | None = None,
+    where: str = "",
 ) -> "ChatTemplate":
-    """The template in use for this tokenizer; one object, so that its skeletons are shared."""
+    """The template in use for this tokenizer; one object, so that its skeletons are shared.
+
+    chat: the conversation to be rendered, as of `to_conversation`: where the tokenizer has several
+      templates, its tools choose one, and a text needs none.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} gives no character offsets: a tokenizer.json is needed",
             kind="setting",
         )
-    return _load(tokenizer, template_text(tokenizer, template), len(tokenizer))
+    if chat and chat["kind"] in ("text", "segments"):
+        return _load(tokenizer, "", len(tokenizer))
+    tools = bool(chat and chat["tools"])
+    return _load(tokenizer, template_text(tokenizer, template, tools, where), len(tokenizer))
+
+
+def load_templates(
+    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
+) -> list["ChatTemplate"]:
+    """All templates that rows may be rendered with: of several named ones two at the most."""
+    sources = template_sources(tokenizer, template)
+    return [_load(tokenizer, source, len(tokenizer)) for source in sources]
 
 
 @lru_cache(maxsize=8)
@@ -73,10 +99,47 @@ def _load(tokenizer, source, vocabulary):
     return ChatTemplate(tokenizer, source)
 
 
-def template_text(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> str:
-    """The chat template in use: `template` (its text, or a file's name) or the tokenizer's."""
+def template_sources(
+    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
+) -> list[str]:
+    """The texts of all templates that rows may be rendered with."""
+    named = named_templates(tokenizer)
+    if template or not named:
+        return [template_text(tokenizer, template)]
+    return [named[name] for name in ("default", "tool_use") if name in named]
+
+
+def named_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """{name: template} of a tokenizer that has several; {} where it has one, or none."""
+    given: Any = tokenizer.chat_template
+    return given if isinstance(given, dict) else {}
+
+
+def template_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None = None,
+    tools: bool = False,
+    where: str = "",
+) -> str:
+    """The chat template in use: `template` (its text, a file's name) or the tokenizer's.
+
+    Of several templates of the tokenizer's it is the one called `template`, else "tool_use" for a
+    row with tools and "default" for all others, as transformers chooses.
+    """
+    named: Any = named_templates(tokenizer)
+    if template in named:
+        return named[template]
     if not template:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        name = "tool_use" if tools and "tool_use" in named else "default"
+        if named and name not in named:
+            raise DataError(
+                f"the tokenizer's chat templates are called {', '.join(sorted(named))}, and none "
+                "is the 'default' that a row without tools needs",
+                "set data.template to one of these names, or to a file",
+                where=where,
+                kind="no_template",
+            )
+        return named[name] if named else tokenizer.chat_template or ""
     if "{" in template:
         return template
     if not Path(template).is_file():
@@ -106,8 +169,8 @@ class ChatTemplate:
     def dialect(self) -> Dialect:
         """What this template expects of a message, and how it begins and ends a turn."""
 
-        def render(messages, prompt):
-            [result] = self._results([_request(messages, {}, generate=prompt)])
+        def render(messages, prompt, tools):
+            [result] = self._results([_request(messages, {"tools": tools}, generate=prompt)])
             return result.get("text", "")
 
         return learn(render, self.special)
@@ -133,20 +196,22 @@ class ChatTemplate:
             texts.append(result["text"])
         return texts
 
-    def prompt(self, chat: dict[str, Any], where: str) -> tuple[str, int, str]:
-        """A text, the character in it at which the model begins to write, and what it is to say."""
+    def prompt(self, chat: dict[str, Any], where: str) -> tuple[str, int, str, list[str]]:
+        """A text, where in it the model begins to write, what it is to say, and what is left out.
+
+        The text is that which training shows, never another rendering.
+        """
         last = len(chat["messages"]) - 1
         [text], [prompt] = (
             self.render([chat | {"messages": messages}], [where], generate)
             for messages, generate in ((chat["messages"], False), (chat["messages"][:-1], True))
         )
-        [regions] = self.regions([Case(chat, text, {last: False}, where)])
+        [(regions, words)] = self.found([Case(chat, text, {last: False}, where)])
         region = next(r for r in regions if r.message == last)
         start = after_empty_think(text, region)
         answer = chat["messages"][-1]["content"] or text[region.answer : region.stop]
-        if text.startswith(prompt) and start >= len(prompt):
-            return text, start, answer
-        return prompt, len(prompt), answer
+        start = max(start, len(prompt)) if text.startswith(prompt) else start
+        return text, start, answer, words
 
     def _request(self, messages, chat, **more: Any):
         """What the sandbox gets: of the messages only what this template can read."""
@@ -164,26 +229,39 @@ class ChatTemplate:
 
     # --- regions ---
 
-    def regions(self, cases: Sequence[Case]) -> list[list[Region]]:
-        """Of each case the regions of its messages, in the order of the text.
+    def found(self, cases: Sequence[Case]) -> list[tuple[list[Region], list[str]]]:
+        """Of each case the regions of its messages, in the order of the text, and what is left out.
 
         Raises: DataError, naming the row in which a trained message's region can't be found.
         """
-        found: list[Any] = [None] * len(cases)
+        regions: list[Any] = [None] * len(cases)
+        left: list[Any] = [None] * len(cases)
         for strategy in (self._by_marks, self._by_trained_marks, self._by_generation_tags):
-            left = [k for k, regions in enumerate(found) if regions is None]
-            for k, regions in zip(left, strategy([cases[k] for k in left]), strict=True):
-                if regions is not None and set(cases[k].trained) <= {r.message for r in regions}:
-                    found[k] = regions
-        if None in found:
-            raise self._not_found(cases[found.index(None)], "it changes or repeats their text")
-        return found
+            open_ = [k for k, one in enumerate(regions) if one is None]
+            for k, found in zip(open_, strategy([cases[k] for k in open_]), strict=True):
+                case, own = cases[k], found.regions
+                if own is not None and set(case.trained) <= {r.message for r in own}:
+                    regions[k] = own
+                if left[k] is None and found.absent is not None:
+                    left[k] = self._left_out(case, found.absent, found.literals)
+        if None in regions:
+            why = "it changes or repeats their text, or where the model begins can't be told"
+            raise self._not_found(cases[regions.index(None)], why)
+        return [
+            (own, self._left_out(case, None, case.text) if words is None else words)
+            for case, own, words in zip(cases, regions, left, strict=True)
+        ]
+
+    def _left_out(self, case, absent, literals):
+        return left_out.of_conversation(case.chat, case.text, absent, literals, self.source)
 
     def _not_found(self, case, why):
+        others = [n for n, s in named_templates(self.tokenizer).items() if s != self.source]
+        own = f" (the tokenizer has others, by name: {', '.join(sorted(others))})" * bool(others)
         return DataError(
             f"the trained turns can't be found in what the chat template made of them: {why}",
-            "Set data.template=FILE to a template that keeps the text, or put {% generation %} ... "
-            "{% endgeneration %} around the assistant's turn. The rendering: "
+            f"Set data.template=FILE to a template that keeps the text{own}, or put "
+            "{% generation %} ... {% endgeneration %} around the assistant's turn. The rendering: "
             f"{case.text!r}",
             joint=". ",
             where=case.where,
@@ -195,7 +273,7 @@ class ChatTemplate:
         # A template may look into the others' texts, and quote arguments in a way of its own.
         safe = [not self._ends_in_arguments(case) for case in cases]
         found = iter(self._by_marks([c for c, ok in zip(cases, safe, strict=True) if ok], True))
-        return [next(found) if ok else None for ok in safe]
+        return [next(found)._replace(absent=None) if ok else Found(None) for ok in safe]
 
     def _ends_in_arguments(self, case):
         """Could a token in the arguments of a trained tool call be taken for the turn's end?"""
@@ -225,18 +303,21 @@ class ChatTemplate:
         return [self._regions(case, skeletons[key], marks) for case, (key, marks) in pairs]
 
     def _regions(self, case, skeleton, marks):
-        """The regions of one case by its skeleton, or None if that does not give its text."""
+        """The regions of one case by its skeleton, None if that does not give its text."""
         places = skeleton and put_back(case.text, skeleton, marks)
         if places is None:
-            return None
+            return Found(None)
         times = Counter(place.number for place in places)
         for number, (i, part, _) in enumerate(marks):
             if i not in case.trained or part == "argument":
                 continue
             if times[number] == 0 and (part != "think" or case.trained[i]):
                 raise self._not_found(case, f"it leaves out {LEFT_OUT[part].format(i + 1)}")
-            if times[number] > 1 and part in ("think", "content"):
-                return None
+        absent = {(i, part) for number, (i, part, _) in enumerate(marks) if not times[number]}
+        said = Found(None, absent, "\n".join(skeleton[::2]))
+        twice = [marks[number] for number, n in times.items() if n > 1]
+        if any(m.message in case.trained and m.part in ("think", "content") for m in twice):
+            return said
         # A tool's name may come again, in its result: that is not the turn that called it.
         seen, own = set(), []
         for place in places:
@@ -246,8 +327,8 @@ class ChatTemplate:
         runs = self._runs(case.text, marks, own)
         lower = [0, *(run[-1].stop for run in runs[:-1])]
         upper = [*(run[0].start for run in runs[1:]), len(case.text)]
-        regions = (self._region(case, marks, *row) for row in zip(runs, lower, upper, strict=False))
-        return [region for region in regions if region]
+        rows = zip(runs, lower, upper, strict=False)
+        return said._replace(regions=[r for row in rows if (r := self._region(case, marks, *row))])
 
     def _runs(self, text, marks, places):
         """Places in runs, each of one message and without a stop token in it."""
@@ -274,19 +355,31 @@ class ChatTemplate:
                 return None
             stop = upper
         if case.chat["messages"][message]["role"] == "assistant":
-            start = self._begin(text, part, lower, start)
+            start = self._begin(case, message, part, lower, start)
+            if start is None:
+                return None
             answer = self._answer(case, marks, run, start, stop)
         return Region(message, start, answer, stop, end and end.span())
 
-    def _begin(self, text, part, lower, start):
-        """Where the model begins to write what has its first text, a `part`, at `start`."""
+    def _begin(self, case, message, part, lower, start):
+        """Where the model begins to write what has its first text, a `part`, at `start`, or None.
+
+        None: it can't be told, as it was not learnt what the template writes before such a part.
+        """
+        text = case.text
         header = text.rfind(self.dialect.header, lower, start) if self.dialect.header else -1
         if header >= 0:
             return header + len(self.dialect.header)
         # No header where a turn goes on after tools' results, or where there is none to learn.
-        written, learned = text[lower:start][::-1], self.dialect.openings.get(part, "")[::-1]
-        opening = OPEN_THINK.match(written)
-        return start - (opening.end() if opening else alike(written, learned))
+        if thinks := OPEN_THINK.match(text[lower:start][::-1]):
+            return start - thinks.end()
+        opening, written = self.dialect.openings.get(part, ""), text[lower:start]
+        if opening is not None and (written.endswith(opening) or opening.endswith(written)):
+            return start - min(len(opening), len(written))
+        request = self._request(case.chat["messages"][:message], case.chat, generate=True)
+        [prompt] = (result.get("text", "") for result in self._results([request]))
+        begins = prompt and text.startswith(prompt) and lower <= len(prompt) <= start
+        return len(prompt) if begins else None
 
     def _answer(self, case, marks, run, start, stop):
         """Where the answer begins in the turn [start, stop): after its reasoning."""
@@ -314,10 +407,11 @@ class ChatTemplate:
     def _by_generation_tags(self, cases):
         """The blocks that the template's author has tagged, one for each assistant's turn."""
         if not cases or not GENERATION_TAG.search(self.source):
-            return [None] * len(cases)
+            return [Found(None)] * len(cases)
         requests = [self._request(c.chat["messages"], c.chat, blocks=True) for c in cases]
         results = self._results(requests, [case.where for case in cases])
-        return [self._tagged(case, result) for case, result in zip(cases, results, strict=True)]
+        pairs = zip(cases, results, strict=True)
+        return [Found(self._tagged(case, result)) for case, result in pairs]
 
     def _tagged(self, case, result):
         turns = [i for i, m in enumerate(case.chat["messages"]) if m["role"] == "assistant"]

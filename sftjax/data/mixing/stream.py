@@ -6,8 +6,9 @@ records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,9 +22,11 @@ from sftjax.config import ConfigError
 from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing.mixture import name_seed
 from sftjax.data.packing.pack import Batch
+from sftjax.data.records.layout import kind
+from sftjax.data.records.notes import Notes, said
 from sftjax.data.records.readers import READERS, Table
 from sftjax.data.records.rejects import Rejects
-from sftjax.data.records.sources import Source, find_files, kind
+from sftjax.data.records.sources import Source, find_files
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 BINS = 256  # rows packed at a time
 EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
 SAMPLE = 2000  # records looked at before training
+logger = logging.getLogger(__name__)
 
 
 def _read(path, start):
@@ -122,12 +126,16 @@ class Spec(NamedTuple):
     on_error: str = "raise"
     max_skipped: float = 0.01  # of CHUNK rows
     weight: float = 1.0  # its share of the tokens, beside the other weights
+    known: Collection[str] = ()  # what is not read, and was said of the sample
 
     @classmethod
-    def of(cls, source: mix.Share, task: "Task", weight: float) -> "Spec":
+    def of(
+        cls, source: mix.Share, task: "Task", weight: float, known: Collection[str] = ()
+    ) -> "Spec":
         """Of a source of the config, see `mix.sources`."""
         d = source.config.data
-        return cls(source.name, d.train, task, d.overlong, d.on_error, d.max_skipped, weight)
+        own = (d.overlong, d.on_error, d.max_skipped)
+        return cls(source.name, d.train, task, *own, weight, known)
 
 
 def batches(
@@ -260,6 +268,7 @@ class _Documents(grain.DatasetIterator):
         super().__init__(parents)
         self.source, self.length, self.rejects = source, length, rejects
         self.before, self.documents, self.at = self._parent.get_state(), list[tuple](), 0
+        self.notes = Notes()
 
     def __next__(self) -> Batch:
         chunks = 0
@@ -283,7 +292,11 @@ class _Documents(grain.DatasetIterator):
         s = self.source
         chunk = Source([_table(s.paths, islice(self._parent, CHUNK))])
         rejects = Rejects(self.rejects, self.rejects, chunk, s.on_error, s.max_skipped)
-        encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects)
+        known = {*s.known, *self.notes.counts}
+        encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects, self.notes)
+        new = {what: n for what, n in self.notes.counts.items() if what not in known}
+        for line in said(new):  # of a stream each thing is said when it first comes
+            logger.warning("%s: %s, of %d read", s.name, line, len(chunk))
         self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
 
     def get_state(self):

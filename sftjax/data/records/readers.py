@@ -10,10 +10,11 @@ import codecs
 import csv
 import io
 import json
+import logging
 import mmap
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 
+logger = logging.getLogger(__name__)
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # A compressed file may grow to so many bytes, and by so many times its size. Text grows 3 to 20
 # times; a file made to fill memory and disks grows a thousand times and more.
@@ -271,27 +273,55 @@ def _no_list(found, subject, where):
     return DataError(problem, where=where, kind="wrong_type", subject=subject)
 
 
-class Parquet:
-    """A Parquet file, memory-mapped; a row becomes a dict when it is asked for."""
+class Columns:
+    """Rows of an Arrow table; a row becomes a dict when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
-        self.path = path
-        with _parquet(path):
-            _check_growth(path, pq.read_metadata(path))
-            self._table = pq.read_table(path, memory_map=True)
+    def __init__(self, path: Path, table: Any) -> None:
+        self.path, self._table = path, table
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         columns = zip(self._table.column_names, self._table.columns, strict=True)
-        return {name: column[i].as_py() for name, column in columns}
+        return {name: unfilled(column[i].as_py()) for name, column in columns}
 
     def where(self, i: int) -> str:
         """The file and row number of record `i`."""
         return f"{self.path}:{i + 1}"
+
+
+def unfilled(value: Any) -> Any:
+    """A value of a column without the nulls of structs.
+
+    Arrow gives all structs of a column the same fields, and fills those that a row has not with
+    nulls: a message would have tool calls, a call the arguments of all other calls. Nulls of lists
+    and columns are the file's own.
+    """
+    if isinstance(value, dict):
+        return {key: unfilled(inner) for key, inner in value.items() if inner is not None}
+    return [unfilled(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _rows(batches, first, start):
+    """(row number from 0, record) of the rows from `start` on, of batches that begin at `first`."""
+    for batch in batches:
+        if first + len(batch) > start:
+            for row, record in enumerate(batch.to_pylist(), first):
+                if row >= start:
+                    yield row, {name: unfilled(value) for name, value in record.items()}
+        first += len(batch)
+
+
+class Parquet(Columns):
+    """A Parquet file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        with _arrow(path, "Parquet"):
+            _check_growth(path, pq.read_metadata(path))
+            super().__init__(path, pq.read_table(path, memory_map=True))
 
     @staticmethod
     def stream(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -299,14 +329,42 @@ class Parquet:
         import pyarrow.parquet as pq
 
         end = 0
-        with _parquet(path), pq.ParquetFile(path) as file:
+        with _arrow(path, "Parquet"), pq.ParquetFile(path) as file:
             _check_growth(path, file.metadata)
             for group in range(file.num_row_groups):
                 first, end = end, end + file.metadata.row_group(group).num_rows
                 if end > start:
-                    parts = (part.to_pylist() for part in file.iter_batches(1000, [group]))
-                    rows = enumerate(chain.from_iterable(parts), first)
-                    yield from ((row, record) for row, record in rows if row >= start)
+                    yield from _rows(file.iter_batches(1000, [group]), first, start)
+
+
+class Arrow(Columns):
+    """A file of Arrow's own formats, memory-mapped: a stream, as `datasets` saves it, or a file."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        with _arrow(path, "Arrow"):
+            super().__init__(path, pa.Table.from_batches(*_batches(path)))
+
+    @staticmethod
+    def stream(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(row number from 0, record) of the rows from `start` on."""
+        with _arrow(path, "Arrow"):
+            yield from _rows(_batches(path)[0], 0, start)
+
+
+def _batches(path):
+    """The record batches of an Arrow file, which read nothing yet, and their schema."""
+    import pyarrow as pa
+
+    file = pa.memory_map(str(path))
+    if file.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(file)
+        found = (reader.get_batch(n) for n in range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        reader = found = pa.ipc.open_stream(file)
+    return found, reader.schema
 
 
 def _check_growth(path, metadata):
@@ -317,14 +375,14 @@ def _check_growth(path, metadata):
 
 
 @contextmanager
-def _parquet(path):
+def _arrow(path, what):
     """Arrow's errors of a file as errors of the data."""
     import pyarrow as pa
 
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
-        raise unreadable(path, "Parquet", error) from None
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(path, what, error) from None
 
 
 def _read_table(path, **dialect: Any):
@@ -354,9 +412,52 @@ def _read_table(path, **dialect: Any):
     return Table(path, rows, [line for line, _ in lines[1:]])
 
 
+FIELD = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)|[^"\t\r\n]*+(?=[\t\r\n]|\Z)')
+
+
 def _read_tsv(path):
-    # A tab-separated file has no quoting: in GLUE's files a field may begin with a lone quote.
-    return _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    """A file of one of two dialects, told by its fields.
+
+    Most tab-separated files have no quoting: in GLUE's a field may begin with a lone quote. Those
+    of pandas and of spreadsheets have it as CSV does, and then every quote is in a quoted field.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        quoted = _is_quoted(file.read())
+    if quoted:
+        return _read_table(path, delimiter="\t")
+    table = _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    wrapped = [i for i in range(len(table)) if any(map(_is_wrapped, table[i].values()))]
+    if wrapped:
+        logger.warning(
+            "fields that are wrapped in quotes are read with their quotes, as others have quotes "
+            "of their own: in %d row%s, first in %s",
+            len(wrapped),
+            "s" * (len(wrapped) > 1),
+            table.where(wrapped[0]),
+        )
+    return table
+
+
+def _is_quoted(text):
+    """Is each quote of the text in a field that CSV would quote, and some field in need of it?"""
+    at, row, rows, found = 0, 0, set[int](), list[str]()
+    while at < len(text) and (field := FIELD.match(text, at)):
+        at, row = field.end() + 1, row + 1
+        found += [field[0]] if field[0] else []
+        if text[at - 1 : at] != "\t":  # the end of a row, which counts if it is not blank
+            rows |= {row} if row > 1 or field[0] else set()
+            row = 0
+    quoted = [field[1:-1] for field in found if field[0] == '"']
+    if at < len(text) or not quoted or len(rows) > 1:
+        return False
+    if any(re.search(r"[\t\r\n]", inside) for inside in quoted):
+        # Where lone quotes begin and end fields, what is between them may look like one field.
+        return len({line.count("\t") for line in re.split(r"[\r\n]+", text) if line}) > 1
+    return len(quoted) == len(found) or any('"' in inside for inside in quoted)
+
+
+def _is_wrapped(field):
+    return isinstance(field, str) and len(field) > 1 and field[0] == field[-1] == '"'
 
 
 READERS: dict[str, Any] = {
@@ -364,10 +465,13 @@ READERS: dict[str, Any] = {
     ".ndjson": JsonLines,
     ".json": _read_json,
     ".parquet": Parquet,
+    ".arrow": Arrow,
     ".csv": _read_table,
     ".tsv": _read_tsv,
     ".jsonl.gz": JsonLines,
     ".jsonl.zst": JsonLines,
+    ".json.gz": JsonLines,  # as C4 and others name their JSON lines
+    ".json.zst": JsonLines,
 }
 
 

@@ -1,7 +1,7 @@
-"""Records by index: JSONL (.gz, .zst too), JSON, Parquet, CSV, TSV; folders, globs, hub data sets.
+"""Records by index: JSONL (.gz, .zst too), JSON, Parquet, Arrow, CSV, TSV; folders, hub data sets.
 
 Random access (index -> dict) is what makes shuffling and resuming a matter of arithmetic. The
-kinds of files, and how each is read, are in readers.py.
+kinds of files, and how each is read, are in readers.py; which files of a folder, in layout.py.
 """
 
 import glob
@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from sftjax.data.records import layout
+from sftjax.data.records.layout import kind
 from sftjax.data.records.protocols import Reader
-from sftjax.data.records.readers import COMPRESSED, READERS, Nested, excerpt, readable
+from sftjax.data.records.readers import READERS, Nested, excerpt, readable
 from sftjax.errors import DataError
 from sftjax.files import check_regular, url_problem
 
@@ -73,8 +75,9 @@ def open_source(spec: str, limit: int = 0) -> Source:
     """Open records for random access.
 
     Args:
-      spec: comma-separated files, globs, folders, or a hub data set id `org/name`, with `:split`
-        where it isn't `train`. Of a folder, all data files are read. `#paragraphs.qas` after any
+      spec: comma-separated files, globs, folders, or a hub data set id: `org/name`, with `:split`
+        where it isn't `train`; `org/name:config` or `org/name:config/split` where it has several
+        configurations. Of a folder, all data files are read. `#paragraphs.qas` after any
         of them: a record for each element of these nested lists, with the keys of what holds it.
       limit: use only the first so many records; 0 = all.
 
@@ -98,47 +101,24 @@ def _find(part) -> list[Path]:
         raise DataError(problem, where=part, kind="no_file")
     path = Path(part).expanduser()
     if path.is_dir():
-        return _folder_files(path)
+        return layout.of_folder(path)
     if path.exists():
         return [path]
     found = sorted(glob.glob(str(path), recursive=True))
     if found:
         return [Path(f) for f in found]
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", part)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.+-]+(/[\w.+-]+)?)?", part)
     if is_hub_id and kind(path) not in READERS:
         return _hub_files(*part.partition(":")[::2])
     fix = "check data.train and data.validation"
     raise DataError("no such file", fix, where=part, kind="no_file")
 
 
-def _data_files(folder):
-    files = sorted(folder.rglob("*"))
-    return [f for f in files if kind(f) in READERS and not f.name.startswith(".")]
-
-
-def _folder_files(folder):
-    files = _data_files(folder)
-    names = ", ".join(f.name for f in files[:8])
-    if not files:
-        problem = f"no data file in this folder (known: {', '.join(READERS)})"
-        raise DataError(problem, where=folder, kind="no_file")
-    if len({_split_of(f.name) for f in files}) > 1:
-        problem, fix = f"{folder} holds several splits ({names})", "name the files to use"
-        raise DataError(problem, fix, joint=": ", kind="mixed_splits")
-    return files
-
-
-def _split_of(name):
-    """Which split a file's name tells: mixing test rows into training must not happen unseen."""
-    splits = ("train", "test", "validation", "valid", "val", "dev", "eval")
-    return next((w for w in re.split(r"[^a-z]+", name.lower()) if w in splits), "")
-
-
-def _hub_files(repo, split):
+def _hub_files(repo, asked):
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*" + extension for extension in READERS]
+        patterns = ["*" + extension for extension in READERS] + ["README.md"]
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:
         raise DataError(
@@ -146,27 +126,12 @@ def _hub_files(repo, split):
             where=repo,
             kind="no_file",
         ) from error
-    files = _data_files(Path(folder))
-    names = [str(f.relative_to(folder)) for f in files]
-    known = ("train", "") if not split else ()
-    pairs = zip(files, names, strict=True)
-    wanted = [f for f, n in pairs if _split_of(n) in known or (split and split in n)]
-    if not wanted:
-        some = ", ".join(names[:8])
-        problem = f"no file of split {split or 'train'!r}; it holds: {some}"
-        raise DataError(problem, where=repo, kind="no_file")
-    return wanted
+    return layout.chosen(repo, Path(folder), asked)
 
 
 def find_files(spec: str) -> list[Path]:
     """The files of a spec, see `open_source`. Raises: DataError if one is absent."""
     return [path for part in str(spec or "").split(",") if part.strip() for path in _find(part)]
-
-
-def kind(path: Path) -> str:
-    """The suffix that says how a file is read: ".parquet", ".jsonl.gz"."""
-    compressed = path.suffix.lower() in COMPRESSED
-    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
 
 
 def _open(path):

@@ -198,6 +198,14 @@ def test_bad_rows_are_raised_or_skipped(tmp_path):
 # --- resumption, parts, mixtures ---
 
 
+def test_what_is_not_read_is_said_when_it_first_comes(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", [r | {"url": "x", "seen": 1} for r in pairs(60)])
+    made = Stream(spec([path], known=["field 'seen' is not read"]))
+    made.take(20)  # several passes
+    [said] = [m for m in caplog.messages if "not read" in m]
+    assert said.startswith("a: field 'url' is not read: in 30 rows, first in ")
+
+
 @pytest.mark.parametrize("packing", ["bfd", "none"])
 def test_resuming_is_bit_equal_at_every_step(shards, packing):
     several = Stream(

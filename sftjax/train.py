@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: Path | str, debug_nan: bool = False) -> d
     # ==== Machine and workdir ====
     config_lib.check(config)
     m = config.mesh
+    xla_flags.settle()
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
     mesh = parallel.make_mesh({axis: m[axis] for axis in parallel.AXES})
     for length in (*config.data.buckets, config.data.max_length):

@@ -18,6 +18,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from sftjax.training import xla_flags
+
+xla_flags.settle()
+
 from sftjax import config as config_lib
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets

@@ -140,11 +140,18 @@ class Health:
             raise DivergenceError(self.ill[1] if self.ill else self._message(step))
 
     def may_save(self, step: int, state: TrainState) -> bool:
-        """Is the last step, and every number of the state after it, finite; says if not."""
-        names = not_finite(state) if self.sound else []
-        if self.sound and not names:
-            return True
-        what = f"{', '.join(names[:3])} of its state" if names else "its loss or gradient"
+        """Is the last step, and every number of the state after it, finite; says if not.
+
+        And is nothing to be mended: what is rolled back to is from before the bad steps.
+        """
+        if self.ill:
+            return False
+        what = "its loss or gradient"
+        if self.sound:
+            names = not_finite(state)
+            if not names:
+                return True
+            what = f"{', '.join(names[:3])} of its state"
         logger.warning("no checkpoint of step %d: %s is not finite", step, printable(what))
         return False
 

@@ -282,9 +282,10 @@ def test_a_run_rolls_back_past_the_batch(config, tmp_path, monkeypatch, capsys):
     assert "rollback  to step" in capsys.readouterr().out
     assert set(lines(tmp_path / "run")) == set(range(2, 41, 2))
     config.train.on_nonfinite = "stop"
-    with pytest.raises(DivergenceError, match=f"^step {found['step']}|^step {found['step'] + 1}|"):
+    with pytest.raises(DivergenceError, match=f"^step {found['step']}: .* in 1 steps in a row"):
         train(config, tmp_path / "stopped")
-    newest = max(int(p.name) for p in (tmp_path / "stopped" / "checkpoints").glob("[0-9]*"))
+    saved = (tmp_path / "stopped" / "checkpoints").iterdir()
+    newest = max(int(p.name) for p in saved if p.name.isdigit())
     assert found["step"] - 4 <= newest < found["step"]
 
 

@@ -12,6 +12,9 @@ if "xla_force_host_platform_device_count" not in _flags:
 if "xla_backend_optimization_level" not in _flags:
     # Most of what is compiled here runs once: LLVM's optimisations cost more than they bring.
     _flags += " --xla_backend_optimization_level=1"
+if "xla_cpu_collective_call_terminate" not in _flags:
+    # A machine with other work may start one of the eight a minute after the first.
+    _flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 if "xla_cpu_enable_concurrency_optimized_scheduler" not in _flags:
     # As a run does itself: see RACES in sftjax/training/xla_flags.py.
     _flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"

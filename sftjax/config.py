@@ -125,6 +125,13 @@ def get_default() -> ConfigDict:
     c.train.keep = 2  # newest checkpoints kept, beside the best
     c.train.export = True  # write a Hugging Face directory at the end
     c.train.tensorboard = True
+    # A step whose loss or gradient is not finite changes nothing; so many of them in a row end the
+    # run with an error (stop), or go on from the last checkpoint with the data that follow
+    # (rollback). A spike is a loss so many standard deviations above those before it; 0 = none.
+    c.train.bad_steps = 10
+    c.train.on_nonfinite = "stop"  # stop | rollback
+    c.train.spike = 6.0
+    c.train.on_spike = "log"  # log | stop | rollback
 
     c.loss = ConfigDict()
     c.loss.normalise = "tokens"  # tokens | documents
@@ -190,6 +197,10 @@ FREE = (
     "train.keep",
     "train.export",
     "train.tensorboard",
+    "train.bad_steps",
+    "train.on_nonfinite",
+    "train.spike",
+    "train.on_spike",
     "eval.samples",
     "model.remat",
     "profile.",
@@ -204,11 +215,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.prefetch": (0, 10_000),
     "train.keep eval.batch_size generate.batch_size": (1, 2**31),
     "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
+    "train.bad_steps": (1, 2**31),
     "data.shuffle_window data.augment_copies data.clean.ngram model.vocab_multiple": (1, 2**31),
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
     "loss.label_smoothing optim.floor": (0, 1),
     "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
+    "train.spike": (0, math.inf),
     "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
     "loss.chunk_tokens": (1, 2**31),
     "mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert": (-1, 2**20),
@@ -238,6 +251,8 @@ _CHOICES = {
     "data.on_error": ("raise", "skip"),
     "loss.normalise": ("tokens", "documents"),
     "optim.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
+    "train.on_nonfinite": ("stop", "rollback"),
+    "train.on_spike": ("log", "stop", "rollback"),
     "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
 }
 CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split()}

@@ -62,6 +62,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that could not be written or read; the message names the place and the fix."""
 
 
+class DivergenceError(UserError, ArithmeticError):
+    """A run whose losses, gradients or parameters are not finite, or far above what they were."""
+
+
 class OutOfMemory(UserError, RuntimeError):
     """The devices' memory does not hold a step; the message says what may."""
 

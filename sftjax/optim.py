@@ -160,6 +160,8 @@ def make(
                 lambda u, p: jax.tree.map(lambda u, p, f: u + c.weight_decay * f * p, u, p, decay)
             )
         )
+    if not any(jax.tree.leaves(multipliers)):
+        raise ConfigError("optim.lr_multipliers: 0 for all that is trained; nothing would change")
     if any(m != 1 for m in jax.tree.leaves(multipliers)):
         parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers)))
     parts.append(optax.scale_by_learning_rate(lr))

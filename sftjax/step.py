@@ -103,8 +103,11 @@ def train_step(
     batch: a pytree of arrays with a leading batch dimension that micro_batches divides.
     loss_fn(params, batch, rng) -> Loss, or loss_fn(params, batch, rng, model_state) for a state
     with one. metrics: finished float32 scalars, still on the device: loss, grad_norm (before any
-    clipping in tx), update_ratio (norm of the update / norm of the trained parameters), and every
-    metric of loss_fn. Jit it with donate_argnums=0.
+    clipping in tx), update_ratio (norm of the update / norm of the trained parameters), skipped,
+    and every metric of loss_fn. Jit it with donate_argnums=0.
+
+    Where the loss, the gradient or what the update makes of the parameters is not finite, the
+    update is skipped: the new state is the old one at the next step, and metrics["skipped"] is 1.
     """
     rng = jax.random.fold_in(state.rng, state.step)
 
@@ -125,14 +128,22 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": _ratio(loss.sum, loss.weight),
-        "grad_norm": optax.tree.norm(grads),
-        "update_ratio": _ratio(optax.tree.norm(updates), optax.tree.norm(params)),
-    }
-    ratios = {k: s if w is None else _ratio(s, w) for k, (s, w) in loss.metrics.items()}
-    metrics |= ratios
+    value, norm = _ratio(loss.sum, loss.weight), optax.tree.norm(grads)
+    size, change = optax.tree.norm(params), optax.tree.norm(updates)
+    # A norm is finite only if every one of its elements is.
+    sound = jnp.isfinite(value + norm + size + change)
+    for x in jax.tree.leaves(model_state):
+        sound &= jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else True
     new = dict(params=params, opt_state=opt_state, model_state=model_state)
+    old = {name: getattr(state, name) for name in new}
+    new = jax.tree.map(functools.partial(jnp.where, sound), new, old)
+    metrics = {
+        "loss": value,
+        "grad_norm": norm,
+        "update_ratio": _ratio(change, size),
+        "skipped": 1 - sound.astype(jnp.float32),
+    }
+    metrics |= {k: s if w is None else _ratio(s, w) for k, (s, w) in loss.metrics.items()}
     return dataclasses.replace(state, step=state.step + 1, **new), metrics
 
 

@@ -23,25 +23,30 @@ from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
 from sftjax.reports import run as report
-from sftjax.training import build, xla_flags
+from sftjax.training import build, nan, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import Checkpointer
 from sftjax.training.data import Feed
+from sftjax.training.health import Health
 from sftjax.training.log import Log, say
 from sftjax.training.profiler import Profiler
 
 
 def main(argv: Sequence[str]) -> None:
     """Train by the command line: sftjax train --config=FILE.py --workdir=DIR."""
-    config, flags = config_lib.parse(argv, workdir=None)
-    train(config, flags.workdir)
+    config, flags = config_lib.parse(argv, workdir=None, **{"debug.nan": False})
+    train(config, flags.workdir, debug_nan=getattr(flags, "debug.nan"))
 
 
-def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
-    """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full."""
+def train(config: ConfigDict, workdir: Path | str, debug_nan: bool = False) -> dict[str, Any]:
+    """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full.
+
+    debug_nan: wait for each step, and end with the first operation whose result is not finite.
+    """
     # ==== Machine and workdir ====
     config_lib.check(config)
     m = config.mesh
+    xla_flags.settle()
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
     mesh = parallel.make_mesh({axis: m[axis] for axis in parallel.AXES})
     for length in (*config.data.buckets, config.data.max_length):
@@ -80,10 +85,12 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
         if checkpoints.latest_step() is None:
             how = dict(seed=config.seed, new=feed.new_tokens)
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
-            extra: dict[str, Any] = {"before": None, "early_stop": None, "data": None}
+            extra: dict[str, Any] = dict.fromkeys(("before", "early_stop", "data", "health"))
         else:
             state, extra = checkpoints.restore(target)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
+        health = Health(config.train, workdir, feed, extra["health"])
+        health.check(state, "the weights as they were read")
         flops = build.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
         say("state", build.state_text(state, flops))
@@ -105,7 +112,7 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        log = Log(config.train, workdir, feed, lr, flops, start=step)
+        log = Log(config.train, workdir, feed, lr, flops, start=step, see=health.see)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
         for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
@@ -116,7 +123,11 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
             step += 1
             profiler.end(step, metrics)
             checkpoints.check()  # a save that failed behind the loop ends it now
+            if debug_nan:
+                nan.check(step, metrics, state, batch, loss_fn, tx)
             log.step(step, metrics, feed.wait)
+            if health.ill:
+                state = health.mend(state, step, target, checkpoints)
             values = None
             if feed.sets and feed.due(step, config.eval.every, "eval.every"):
                 with log.pause():
@@ -128,11 +139,13 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
                 values and config.eval.best
             ):
                 with log.pause():
-                    extra["data"] = feed.state(step)
-                    checkpoints.save(step, state, extra, values)
+                    extra |= {"data": feed.state(step), "health": health.state}
+                    if health.may_save(step, state):
+                        checkpoints.save(step, state, extra, values)
         profiler.close()
         log.close()
         checkpoints.close()
+        health.finish(step)
 
         # ==== After ====
         after = evaluator.full(state.all_params, state.model_state)

@@ -12,9 +12,11 @@ if "xla_force_host_platform_device_count" not in _flags:
 if "xla_backend_optimization_level" not in _flags:
     # Most of what is compiled here runs once: LLVM's optimisations cost more than they bring.
     _flags += " --xla_backend_optimization_level=1"
+if "xla_cpu_collective_call_terminate" not in _flags:
+    # A machine with other work may start one of the eight a minute after the first.
+    _flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 if "xla_cpu_enable_concurrency_optimized_scheduler" not in _flags:
-    # With jax 0.10.2 it gives programs over eight forced devices other sums, or NaN, now and then.
-    # The train step turns it off itself; see sftjax/training/xla_flags.py.
+    # As a run does itself: see RACES in sftjax/training/xla_flags.py.
     _flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

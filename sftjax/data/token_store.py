@@ -28,7 +28,7 @@ from sftjax.terminal import printable
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
 
-FORMAT = 5  # of the files below; part of the cache's key
+FORMAT = 6  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
@@ -47,6 +47,7 @@ class TokenStore:
         not shifted; where there are columns of these names.
       offsets: int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]].
       lengths: int32 [documents]; 1 where no column has a value a token.
+      records: int64 [documents], the index in its source of the record that each came from.
       report: what was read, dropped and truncated, and what is trained.
     """
 
@@ -61,6 +62,7 @@ class TokenStore:
             for name, (dtype, shape) in self.columns.items()
         }
         self.offsets = np.load(self.folder / "offsets.npy")
+        self.records = np.load(self.folder / "records.npy", mmap_mode="r")
         self.lengths = np.diff(self.offsets).astype(np.int32)
         self.tokens, self.weights = self.arrays.get("tokens"), self.arrays.get("weights")
 
@@ -164,15 +166,18 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     kept = folder.with_name(folder.name + ".rejects.jsonl")
     rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = task.tally(max_length, overlong)
-    first, notes = None, Notes()
+    first, notes, records = None, Notes(), list[int]()
     with contextlib.ExitStack() as files:
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
         for rows in _chunks(len(source)):
             encoded = encode_rows(source, rows, task, rejects, notes)
             first = first or next(iter(encoded), None)
+            tally.wheres = []
             pieces = tally.fit(encoded)
             tally.count(pieces)
+            index = {source.where(i): i for i in rows}
+            records += [index[where] for where in tally.wheres]
             for file, (dtype, _), values in zip(
                 out, task.columns.values(), zip(*pieces, strict=True), strict=False
             ):
@@ -182,6 +187,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
         problem = task.nothing_left(first, report, max_length)
         raise DataError(problem, kind="nothing_trained")
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
+    np.save(temporary / "records.npy", np.array(records, np.int64))
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
@@ -233,6 +239,7 @@ class Tally:
 
     def __init__(self, task: "Task", max_length: int, overlong: str) -> None:
         self.task, self.max_length, self.overlong = task, max_length, overlong
+        self.wheres: list[str] = []  # of each document of `fit`, whence it came
         self.read: list[int] = []  # tokens of each example
         self.lengths: list[int] = []  # and of each document kept
         self.trained = self.cut = self.pieces_dropped = 0
@@ -261,6 +268,7 @@ class Tally:
             if not pieces:
                 self.dropped[self._reason(example, too_long)] += 1
             found += pieces
+            self.wheres += [where] * len(pieces)
         return found
 
     def _reason(self, example, too_long):

@@ -1,6 +1,7 @@
 """Evaluation: exact sums over whole sets, predictions and their scores, early stopping."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,7 @@ class EarlyStop:
             raise ConfigError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
         new, best = values[self.metric], self.state["best"]
         better = best is None or (new < best if self.lower else new > best)
+        better = better and math.isfinite(new)  # else nothing would ever be better
         self.state = {
             "best": new if better else best,
             "bad": 0 if better else self.state["bad"] + 1,

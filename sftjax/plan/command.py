@@ -10,6 +10,7 @@ from sftjax.plan import compile as compile_lib
 from sftjax.plan import hardware, text
 from sftjax.plan import search as search_lib
 from sftjax.terminal import show
+from sftjax.training import xla_flags
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> None:
             f"--document={flags.document}: expected a length up to data.max_length ="
             f" {config.data.max_length} tokens, or 0 for that"
         )
+    xla_flags.settle()  # as the run does
     target, work = hardware.resolve(flags.target), (flags.trained, flags.document)
     found = [compile_lib.plan(config, target, *work)]
     show(text.report(found[0]))

@@ -1,6 +1,7 @@
 """What a run shows at its end: the table before and after, samples, and where things lie."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,10 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
     if text := task.shown(result, feed.questions, samples):
         show(text)
     numbers = {
-        when: {k: v for k, v in result[when].items() if k != "answers"}
+        when: {k: finite(v) for k, v in result[when].items() if k != "answers"}
         for when in ("before", "after")
     }
-    text = json.dumps(numbers | {"steps": result["steps"]}, indent=2)
+    text = json.dumps(numbers | {"steps": result["steps"]}, indent=2, allow_nan=False)
     with writing("the file", workdir / "result.json"):
         write_atomic(workdir / "result.json", text + "\n")
     from sftjax.reports import curves  # a run that trains has no need of matplotlib before
@@ -62,6 +63,15 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
     export = workdir / "export"
     if export.exists() and (text := task.try_it(feed.config.data, export)):
         show(f"\n{text}")
+
+
+def finite(value: Any) -> Any:
+    """A tree of JSON values with None for numbers that are not finite: JSON has none of them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def places(workdir: Path) -> list[tuple[str, Path]]:

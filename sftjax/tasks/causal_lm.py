@@ -27,6 +27,7 @@ from sftjax.errors import ConfigError, writing
 from sftjax.evaluation import generation as generate
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, counted, perplexity, read_model
+from sftjax.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +189,7 @@ class CausalLM(Task[chat.Encoded]):
             notes.add(where, words)
             found.append((ids, answer))
         for line in said(notes.counts):
-            logger.warning("of the questions, %s", line)
+            logger.warning("of the questions, %s", printable(line))
         return found
 
     def answers(self, model: "decoder.Model", params: Any, questions: list, **options: Any) -> dict:

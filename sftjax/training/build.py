@@ -103,11 +103,25 @@ def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
 
 
 def make_schedule(section: ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step, from the config's section `optim`."""
+    """The learning rate as a function of the step, from the config's section `optim`.
+
+    It is 0 at the first step of a warm-up: of a run that has no other step the warm-up is cut, and
+    that is said. Raises: ConfigError where the learning rate is 0 at every step all the same.
+    """
     c = section
     warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
     decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
-    return optim.schedule(c.schedule, c.lr, steps, warmup, decay, c.floor)
+    make = functools.partial(optim.schedule, c.schedule, c.lr, steps, decay=decay, floor=c.floor)
+    if warmup and steps == 1:
+        say("warm-up", f"optim.warmup={c.warmup!r} would be the one step there is: it is cut")
+        warmup = 0
+    schedule = make(warmup=warmup)
+    if not any(float(schedule(step)) for step in range(min(steps, 2))):
+        raise ConfigError(
+            f"optim.lr={c.lr}, warmup={c.warmup!r}, schedule={c.schedule!r}: the learning rate is"
+            f" 0 at each of {steps} steps; nothing would be trained"
+        )
+    return schedule
 
 
 def abstract_state(

@@ -1,6 +1,7 @@
 """The run's data: training rows, validation sets and the test set, put on the mesh."""
 
 import itertools
+import json
 import math
 import time
 from collections import deque
@@ -22,8 +23,11 @@ from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing import stream
 from sftjax.data.packing import truncate as lengths_lib
 from sftjax.data.packing.pack import Field
+from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import TokenStore
 from sftjax.parallel import processes
+
+FEW = 10  # steps that are said to be few
 
 
 def sets(text: str) -> dict[str, str]:
@@ -52,6 +56,7 @@ class Feed:
         stream.check(config, self.sources, task.layout.fixed)
         self.notes, self.sets = list[str](), dict[str, TokenStore]()
         self.stores: list[TokenStore] = []
+        self.records = list[RecordSource]()  # what each store was made of
         for source in self.sources:
             self._prepare(source, workdir)
         self.batch_size = config.train.batch_size
@@ -76,6 +81,7 @@ class Feed:
         rows = prepare.training_rows(c, task, self.cache, where)
         self.notes += [tag + note for note in rows.notes]
         self.stores.append(self._store(rows.train, rows.task, c))
+        self.records.append(rows.train)
         if rows.validation:
             name = f"validation_{source.name}" if self.names else "validation"
             self.sets[name] = self._store(rows.validation, rows.held, c)
@@ -182,6 +188,23 @@ class Feed:
         for (name, documents), store in zip(given.items(), self.stores, strict=True):
             out |= {f"documents/{name}": documents, f"epochs/{name}": documents / len(store)}
         return out
+
+    def documents(self, step: int) -> list[str]:
+        """The file and row of each document in the batch of `step`, the first being 1.
+
+        Of a stream, which has no index, the shard and row up to which its parts were read.
+        """
+        if self.config.data.streaming:
+            return [f"a stream, read to {json.dumps(self.state(step))}"]
+        rows = range((step - 1) * self.batch_size, min(step * self.batch_size, self.rows.total))
+        found = dict.fromkeys(doc for r in rows for doc, _, _ in self.rows.pieces(r))
+        starts = np.cumsum([0, *map(len, self.stores)])
+        places = []
+        for doc in found:
+            s = int(np.searchsorted(starts, doc, side="right")) - 1
+            record = int(self.stores[s].records[doc - starts[s]])
+            places.append(self.records[s].where(record))
+        return list(dict.fromkeys(places))
 
     def state(self, step: int) -> dict:
         """Where the data stand after the batch of the last step, `step`; for the checkpoint."""
@@ -338,4 +361,10 @@ class Feed:
             f"{size} {'one example' if self.task.layout.fixed else packed}",
             f"{self.steps} steps of {self.batch_size} rows{epochs}",
         ]
+        if self.steps <= FEW and d.packing != "none" and not self.task.layout.fixed:
+            lines += [
+                f"only {self.steps} steps: packing puts {len(self.store):,} documents into"
+                f" {rows.per_epoch} rows; for more, lower train.batch_size or data.max_length, or"
+                " set data.packing=none"
+            ]
         return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class Log:
     A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
     <count>_per_s of the task's counts (of texts cells, tokens and trained_tokens: all positions,
     those that are not padding, those trained), step_time, data_wait (the share of time spent
-    waiting for a batch), mfu.
+    waiting for a batch), mfu. skipped: updates skipped among its steps.
     Of several sources each has, over all the line's steps, trained_tokens/<name> and the mean
     loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
     """
@@ -43,8 +43,9 @@ class Log:
         lr: optax.Schedule,
         flops: float,
         start: int,
+        see: Callable[[int, list[dict]], None] = lambda first, window: None,
     ) -> None:
-        """section: the config's `train`."""
+        """section: the config's `train`. see: gets the metrics of every step; see Health.see."""
         if not feed.every(section.log_every, "train.log_every"):
             raise ConfigError("train.log_every is 0; write at least 1 step")
         # Lines of steps after `start`, which a killed run left behind, are dropped.
@@ -55,7 +56,7 @@ class Log:
         self.sources, self.position = feed.names, feed.position
         self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
-        self.lr, self.flops, self._at = lr, flops, start
+        self.lr, self.flops, self._at, self.see = lr, flops, start, see
         # Not yet written: (step, [metrics on the device], seconds waited).
         self._lines, self._window, self._waited = list[tuple](), list[dict](), 0.0
         self._last = time.monotonic()
@@ -75,8 +76,9 @@ class Log:
         """Evaluation and saving inside this are not counted as training time."""
         while self._lines:
             self._write_line()
-        if self._window:  # wait for the steps still running, so that their time is theirs
-            jax.block_until_ready(self._window[-1])
+        # Wait for the steps still running, so that their time is theirs.
+        self._window = jax.device_get(self._window)
+        self.see(self._at - len(self._window) + 1, self._window)
         began = time.monotonic()
         yield
         self._last += time.monotonic() - began
@@ -100,11 +102,14 @@ class Log:
     def _write_line(self):
         step, window, waited = self._lines.pop(0)
         window = jax.device_get(window)  # waits until its last step is done
+        self.see(step - len(window) + 1, window)
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        lag = window[-1].pop("lag", 0)
         values = {k: float(v) for k, v in window[-1].items() if k not in self.counts}
         values |= self._by_source(window, values) | self.position(step)
-        values["lr"] = float(self.lr(step - 1))  # the rate that this step used
+        values["lr"] = float(self.lr(step - 1 - lag))  # the rate that this step used
+        values["skipped"] = sum(int(m["skipped"]) for m in window)
         values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in self.counts}
         values["step_time"] = seconds / len(window)
         values["data_wait"] = waited / seconds

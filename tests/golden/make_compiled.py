@@ -22,7 +22,9 @@ from sftjax import config as config_lib
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
 from sftjax.plan import hlo
-from sftjax.training import metrics
+from sftjax.training import metrics, xla_flags
+
+xla_flags.settle()
 
 FILE = Path(__file__).with_name("compiled.json")
 

@@ -18,6 +18,7 @@ from sftjax import config as config_lib
 from sftjax import optim, parallel, tasks
 from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
+from sftjax.errors import DivergenceError
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data import inspect
 from sftjax.plan import compile as plan
@@ -161,6 +162,20 @@ def test_a_run_cut_off_resumes_bit_equal(case, ran, tmp_path):
     again = train_lib.train(case[1], workdir)
     assert losses(workdir) == losses(ran[0])
     assert again["after"] == ran[1]["after"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"lr": 1e30}, {"name": "sgd", "lr": 1e25, "clip": 0.0}])
+def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, changes, tmp_path):
+    config = case[1].copy_and_resolve_references()
+    config.optim.update(changes)
+    with pytest.raises(DivergenceError, match="is not finite in"):
+        train_lib.train(config, tmp_path)
+    assert not (tmp_path / "export").exists() and not (tmp_path / "result.json").exists()
+    found = [json.loads(x) for x in (tmp_path / "suspects.jsonl").read_text().splitlines()]
+    read = {str(config.data.train)}
+    assert found and {p.rpartition(":")[0] for x in found for p in x["documents"]} == read
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from sftjax.data.records.rejects import Rejects
 from sftjax.data.records.sources import Source, find_files
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError
+from sftjax.terminal import printable
 
 if TYPE_CHECKING:
     from sftjax.tasks import Task
@@ -296,7 +297,7 @@ class _Documents(grain.DatasetIterator):
         encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects, self.notes)
         new = {what: n for what, n in self.notes.counts.items() if what not in known}
         for line in said(new):  # of a stream each thing is said when it first comes
-            logger.warning("%s: %s, of %d read", s.name, line, len(chunk))
+            logger.warning("%s: %s, of %d read", s.name, printable(line), len(chunk))
         self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
 
     def get_state(self):

@@ -1,0 +1,187 @@
+"""Steps that went wrong: not finite, or with a loss far above those before it.
+
+The step itself has skipped the update of one that is not finite; see step.train_step. What is done
+here is on the host, with metrics that were fetched for the log anyway, so it is known a log
+interval late: the step is counted, its documents are written to suspects.jsonl, and after
+`train.bad_steps` of them in a row the run stops or rolls back.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sftjax import params as params_lib
+from sftjax.errors import DivergenceError, writing
+from sftjax.step import TrainState
+from sftjax.terminal import printable
+from sftjax.training.log import say
+
+if TYPE_CHECKING:
+    from sftjax.training.checkpoint import Checkpointer
+    from sftjax.training.data import Feed
+
+WINDOW, FEWEST = 128, 32  # losses that a spike is held against, at most and at least
+ROLLBACKS = 3  # in one run
+SHOWN = 10  # bad steps that have a line each; the others are counted
+logger = logging.getLogger(__name__)
+
+
+class Health:
+    """Watches the metrics of every step. `state` is JSON-able, for the checkpoint.
+
+    Attributes:
+      state: skipped, the updates skipped so far; spikes; rollbacks; lag, by how many updates the
+        optimizer is behind the step, as skipped ones and those rolled back do not count in it.
+      ill: (what the config wants done, message), once there were so many bad steps in a row that
+        `mend` has something to do; else None.
+      sound: was the last step that was seen finite. No checkpoint is made where it was not: the
+        parameters may be what made it so.
+    """
+
+    def __init__(
+        self, section: ConfigDict, workdir: Path, feed: "Feed", state: Mapping | None = None
+    ) -> None:
+        """section: the config's `train`."""
+        self.section, self.feed, self.path = section, feed, workdir / "suspects.jsonl"
+        self.state = dict(state or dict(skipped=0, spikes=0, rollbacks=0, lag=0))
+        self.losses, self.sound = deque[float](maxlen=WINDOW), True
+        self.streak, self.trouble = 0, ""
+        self.ill: tuple[str, str] | None = None
+
+    def see(self, first: int, window: Sequence[dict[str, Any]]) -> None:
+        """Take the metrics of the steps from `first` on, fetched from the device.
+
+        Each gets `lag` beside them, of before the step; those that have one were seen before.
+        """
+        for step, metrics in enumerate(window, first):
+            if "lag" in metrics:
+                continue
+            metrics["lag"] = self.state["lag"]
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            self.sound = not metrics["skipped"] and math.isfinite(loss)
+            if not self.sound:
+                self.state["skipped"] += 1
+                self.state["lag"] += 1
+                self._bad(step, "nonfinite", loss, norm, "its update was skipped")
+            elif over := self._over(loss):
+                self.state["spikes"] += 1
+                self._bad(step, "spike", loss, norm, f"expected less than {over:.4g}")
+            else:
+                self.streak = 0
+                self.losses.append(loss)
+
+    def _over(self, loss) -> float:
+        """The limit that a loss is over; 0 where it is not."""
+        if not self.section.spike or len(self.losses) < FEWEST:
+            return 0.0
+        limit = fmean(self.losses) + self.section.spike * pstdev(self.losses)
+        return limit if loss > limit else 0.0
+
+    def _bad(self, step, reason, loss, norm, what):
+        same = self.streak and self.trouble == reason
+        self.streak, self.trouble = self.streak + 1 if same else 1, reason
+        how = self.section.on_nonfinite if reason == "nonfinite" else self.section.on_spike
+        if self.streak >= self.section.bad_steps and how != "log" and not self.ill:
+            self.ill = (how, self._message(step))
+        found = {"step": step, "reason": reason, "loss": loss, "grad_norm": norm}
+        line = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in found.items()
+        }
+        line["documents"] = self.feed.documents(step)
+        if jax.process_index() == 0:
+            with writing("the file", self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+            if self.state["skipped"] + self.state["spikes"] <= SHOWN:
+                name = "not finite" if reason == "nonfinite" else "a spike"
+                text = f"step {step} is {name}: loss {loss:.4g}, gradient norm {norm:.4g}; {what}"
+                logger.warning("%s; its documents are in %s", text, printable(self.path))
+
+    def mend(
+        self, state: TrainState, step: int, target: TrainState, checkpoints: "Checkpointer"
+    ) -> TrainState:
+        """Roll back: the newest checkpoint's state as that of `step`; the data after it come next.
+
+        state: the present one, whose buffers are given up. target: see Checkpointer.restore.
+        Raises: DivergenceError where the config says stop, where there is no checkpoint, or where
+        this has been done ROLLBACKS times.
+        """
+        assert self.ill, "only after too many bad steps"
+        newest, (how, message) = checkpoints.latest_step(), self.ill
+        if how == "stop":
+            raise DivergenceError(message)
+        if newest is None or self.state["rollbacks"] == ROLLBACKS:
+            why = "there is no checkpoint" if newest is None else f"it was, {ROLLBACKS} times"
+            raise DivergenceError(f"{message}\nIt can't be rolled back: {why}.")
+        at = state.step.copy()
+        jax.tree.map(lambda x: x.delete(), state)
+        restored, extra = checkpoints.restore(target)
+        self.state["rollbacks"] += 1
+        self.state["lag"] = step - newest + extra["health"]["lag"]
+        self.streak, self.ill, self.losses, self.sound = 0, None, deque(maxlen=WINDOW), True
+        say("rollback", f"to step {newest}; it goes on with the data after step {step}")
+        return dataclasses.replace(restored, step=at)
+
+    def finish(self, step: int) -> None:
+        """Raises: DivergenceError if the last step was not finite, or the run should have stopped.
+
+        The last step is not finite if none was, that is, where no update was applied at all.
+        """
+        if self.ill or not self.sound:
+            raise DivergenceError(self.ill[1] if self.ill else self._message(step))
+
+    def may_save(self, step: int, state: TrainState) -> bool:
+        """Is the last step, and every number of the state after it, finite; says if not.
+
+        And is nothing to be mended: what is rolled back to is from before the bad steps.
+        """
+        if self.ill:
+            return False
+        what = "its loss or gradient"
+        if self.sound:
+            names = not_finite(state)
+            if not names:
+                return True
+            what = f"{', '.join(names[:3])} of its state"
+        logger.warning("no checkpoint of step %d: %s is not finite", step, printable(what))
+        return False
+
+    def check(self, state: TrainState, what: str) -> None:
+        """Raises: DivergenceError if any number of the state is not finite; see `not_finite`."""
+        if names := not_finite(state):
+            raise DivergenceError(
+                f"{what}: not finite in {len(names)} arrays: {', '.join(names[:5])}"
+            )
+
+    def _message(self, step):
+        counts = f"{self.state['skipped']} of {step} updates were skipped"
+        if self.trouble == "spike":
+            what = f"the losses of {self.streak} steps in a row are far above those before"
+        else:
+            what = f"the loss or gradient is not finite in {self.streak} steps in a row"
+        return (
+            f"step {step}: {what}; {counts}. The documents are in {self.path}.\n"
+            "Nothing is exported, and the checkpoints are of finite states. Lower optim.lr, set"
+            " optim.clip, look at the documents, or set train.on_nonfinite (on_spike) to rollback;"
+            " --debug.nan names the first operation whose result is not finite."
+        )
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The names of a tree's arrays of floats that hold a number which is not finite."""
+    named = {
+        name: x
+        for name, x in params_lib.named_leaves(tree)
+        if x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
+    }
+    finite = jax.jit(lambda t: {k: jnp.isfinite(x).all() for k, x in t.items()})(named)
+    return [name for name, ok in jax.device_get(finite).items() if not ok]

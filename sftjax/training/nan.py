@@ -1,0 +1,168 @@
+"""The first operation of a step whose result is not finite, with the line that wrote it.
+
+The step is run operation by operation, as its jaxpr says: slow, so only for `--debug.nan`, and only
+for a step whose update was skipped. That step's state is still there, as it was before it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+
+from sftjax.errors import DivergenceError
+from sftjax.step import Loss, TrainState, train_step
+
+# Calls of a jaxpr that has their own inputs and outputs, under any name of the supported versions.
+CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+OWN = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+class Finding(NamedTuple):
+    """An operation with a result that is not finite, and in words what and where."""
+
+    what: str  # "nan" or "inf"
+    text: str
+
+
+def first_operations(fn: Callable[..., Any], *args: Any) -> list[Finding]:
+    """The first operation of fn(*args) that makes an inf, and the first that makes a nan.
+
+    An inf counts where no input has one: what is masked with -inf is no mistake. Loops and
+    branches are gone through; a shard_map or a kernel is one operation. Both where there are both,
+    in the order in which they come.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    found = dict[str, Finding]()
+    for eqn, inputs, outputs in _run(closed, jax.tree.leaves(args), []):
+        what = _made(inputs, outputs)
+        if what and what not in found:
+            found[what] = Finding(what, _text(eqn, what, inputs, outputs))
+        if what == "nan":
+            break
+    return list(found.values())
+
+
+def check(
+    step: int,
+    metrics: Mapping[str, Any],
+    state: TrainState,
+    batch: Any,
+    loss_fn: Callable[..., Loss],
+    tx: optax.GradientTransformation,
+) -> None:
+    """Raises: DivergenceError with what `first_operations` finds in a step that was skipped.
+
+    state: after that step, which is as before it. The other arguments are those of train_step; the
+    batch is taken as a whole, without micro-batches.
+    """
+    if not float(metrics["skipped"]):
+        return
+    before = dataclasses.replace(state, step=state.step - 1)
+    run = functools.partial(train_step, loss_fn=loss_fn, tx=tx)
+    lines = [finding.text for finding in first_operations(run, before, batch)]
+    if lines:
+        title = f"step {step}: the first operations whose results are not finite"
+    else:
+        title = f"step {step} is not finite as it is compiled, and finite by single operations"
+    raise DivergenceError("\n".join([title, *lines]))
+
+
+# ---- running a jaxpr -----------------------------------------------------------------------
+
+
+def _run(closed, args, outputs) -> Iterator[tuple[Any, list, list]]:
+    """(equation, its inputs, its outputs) of every operation; fills `outputs` with the results."""
+    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, [])
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(var):
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+        inputs, results = [read(v) for v in eqn.invars], list[Any]()
+        inner = next((eqn.params[k] for k in OWN if k in eqn.params), None)
+        if eqn.primitive.name in CALLS and inner is not None:
+            yield from _run(inner, inputs, results)
+        elif eqn.primitive.name == "scan":
+            yield from _scan(eqn, inputs, results)
+        elif eqn.primitive.name == "cond":
+            branches = eqn.params["branches"]
+            at = int(np.clip(int(inputs[0]), 0, len(branches) - 1))
+            yield from _run(branches[at], inputs[1:], results)
+        else:
+            results.extend(_bind(eqn, inputs))
+            yield eqn, inputs, results
+        values |= zip(eqn.outvars, results, strict=True)
+    outputs.extend(read(v) for v in jaxpr.outvars)
+
+
+def _bind(eqn, inputs) -> list:
+    made = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(made) if eqn.primitive.multiple_results else [made]
+
+
+def _scan(eqn, inputs, results) -> Iterator[tuple[Any, list, list]]:
+    p, stacked = eqn.params, list[list]()
+    # By their shapes: the parameters that count them have names that changed with JAX 0.12.
+    inner, outer = ([v.aval.shape for v in side] for side in (p["jaxpr"].jaxpr.invars, eqn.invars))
+    rest = sum(a == b for a, b in zip(inner, outer, strict=True))  # before what is scanned over
+    inner, outer = (
+        [v.aval.shape for v in side] for side in (p["jaxpr"].jaxpr.outvars, eqn.outvars)
+    )
+    carried = sum(a == b for a, b in zip(inner, outer, strict=True))
+    consts, carry, xs = inputs[: rest - carried], inputs[rest - carried : rest], inputs[rest:]
+    order = range(p["length"])
+    for i in reversed(order) if p["reverse"] else order:
+        out: list[Any] = []
+        yield from _run(p["jaxpr"], [*consts, *carry, *(x[i] for x in xs)], out)
+        carry = out[:carried]
+        stacked.append(out[carried:])
+    stacked = stacked[::-1] if p["reverse"] else stacked
+    results.extend([*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))])
+
+
+# ---- words ---------------------------------------------------------------------------------
+
+
+def _floats(values):
+    return [x for x in values if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+
+def _made(inputs, outputs) -> str:
+    """What of "nan" and "inf" the outputs have and the inputs have not; "" for neither."""
+    before, after = _floats(inputs), _floats(outputs)
+    if any(jnp.isnan(x).any() for x in after):
+        return "" if any(jnp.isnan(x).any() for x in before) else "nan"
+    made = any(jnp.isinf(x).any() for x in after)
+    return "inf" if made and not any(jnp.isinf(x).any() for x in before) else ""
+
+
+def _text(eqn, what, inputs, outputs) -> str:
+    test = jnp.isnan if what == "nan" else jnp.isinf
+    bad = next(x for x in _floats(outputs) if test(x).any())
+    shape = ",".join(map(str, bad.shape))
+    counted = f"{int(test(bad).sum())} of {bad.size} numbers of {bad.dtype}[{shape}] are {what}"
+    ranges = [
+        f"{float(jnp.min(x)):.4g} to {float(jnp.max(x)):.4g}" for x in _floats(inputs) if x.size
+    ]
+    scope = str(eqn.source_info.name_stack)
+    given = f"; its inputs are {', '.join(ranges)}" if ranges else ""
+    return (
+        f"  {eqn.primitive.name} at {_line(eqn)}{f' in {scope}' if scope else ''}: {counted}{given}"
+    )
+
+
+def _line(eqn) -> str:
+    """The file and line that wrote an operation: the innermost one that is not JAX's own."""
+    frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
+    for frame in frames:
+        if not any(part in frame.file_name for part in ("/jax/", "/jaxlib/", "/optax/", "/flax/")):
+            return f"{frame.file_name}:{frame.line_num}"
+    return "an unknown line"

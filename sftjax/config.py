@@ -6,6 +6,7 @@ number of steps; see `duration`.
 
 import argparse
 import ast
+import atexit
 import contextlib
 import difflib
 import functools
@@ -15,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -462,7 +464,21 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
     except Stopped as e:
         if str(e):  # of several processes, one says it
             show(f"Stopped: {e}", file=sys.stderr)
+        atexit.register(_end_soon)
         raise SystemExit(Stopped.status) from None
     except KeyboardInterrupt:
+        atexit.register(_end_soon)
         show("Stopped: by Ctrl-C", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _end_soon() -> None:
+    """As Python ends: one more signal ends it without a word, and so do ten seconds.
+
+    Libraries wait there for their threads, and for processes that may be gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    timer = threading.Timer(10, os._exit, [Stopped.status])
+    timer.daemon = True
+    timer.start()

@@ -41,11 +41,13 @@ def main(argv: Sequence[str]) -> None:
 def status(workdir: Path | str) -> dict[str, Any]:
     """What the files of a workdir say, as JSON holds it; None or {} where they don't.
 
-    state: running | stopped | finished | failed | never began; detail: that in words. step, steps:
-    done, and of the whole run. loss, tokens_per_s, eta (seconds): of the last line. evaluation,
-    best: {metric: value} and {metric: {value, step}}. checkpoints: steps, newest, best, bytes.
-    written: when the last line was, in seconds since 1970; export: is one there; notes: what could
-    not be read.
+    state: running | stopped | finished | failed | never began; detail: that in words.
+    step, steps: done, and of the whole run.
+    logged, loss, tokens_per_s, eta: the last line's step and numbers; eta in seconds.
+    evaluated, evaluation, best: a step, {metric: value} and {metric: {value, step}}.
+    checkpoints: steps, newest, best, bytes.
+    written: when the last line was, in seconds since 1970.
+    export: is one there. notes: what could not be read.
 
     Raises: NotFoundError if that is no workdir.
     """
@@ -62,8 +64,10 @@ def status(workdir: Path | str) -> dict[str, Any]:
     kept, size = _checkpoints(workdir / "checkpoints")
     lock, alive = lock_lib.holder(workdir)
     state, detail = _state(workdir, run, lock, alive, kept, bool(trained))
-    # The steps of lines after the last checkpoint are done again, so only a live run counts them.
-    step = max([*kept, *([line["step"] for line in lines] if alive else [])], default=0)
+    # The steps of lines after the last checkpoint are done again, so only a run in its loop counts
+    # them: it has dropped those of runs before it.
+    counted = lines if alive and run.get("state") == "running" else []
+    step = max([*kept, *(line["step"] for line in counted)], default=0)
     step = run.get("step") or step if state == "finished" else step
     steps, newest = run.get("steps"), max(kept, default=None)
     eta = None
@@ -77,6 +81,7 @@ def status(workdir: Path | str) -> dict[str, Any]:
         detail=detail,
         step=step,
         steps=steps,
+        logged=last.get("step"),
         loss=last.get("loss"),
         tokens_per_s=last.get("tokens_per_s"),
         eta=eta,
@@ -96,7 +101,8 @@ def _state(workdir, run, lock, alive, kept, trained) -> tuple[str, str]:
     """(state, the same in words)."""
     resumable = f"resumable from step {max(kept)}" if kept else "it begins anew when started again"
     if alive:
-        return "running", f"process {lock.get('pid')} on host {lock.get('host')}"
+        where = "" if run.get("state") == "running" else ", not yet in its loop"
+        return "running", f"process {lock.get('pid')} on host {lock.get('host')}{where}"
     said, why = run.get("state"), run.get("error") or ""
     if said == "finished" or (said is None and (workdir / "result.json").exists()):
         return "finished", ""
@@ -104,7 +110,7 @@ def _state(workdir, run, lock, alive, kept, trained) -> tuple[str, str]:
         return "failed", f"{why}; {resumable}"
     if not kept and not trained:
         return "never began", f"no step was taken; {why}" if why else "no step was taken"
-    if said == "running":
+    if said in ("starting", "running"):
         who = f"process {lock['pid']} on host {lock.get('host')}" if lock.get("pid") else "it"
         return "stopped", f"{who} was ended without a word; {resumable}"
     return "stopped", f"{why or 'the run is not at its end'}; {resumable}"
@@ -222,6 +228,8 @@ def text(found: dict[str, Any]) -> str:
         "eta": lambda v: f"eta {timedelta(seconds=round(v))}",
     }
     now = [write(found[k]) for k, write in parts.items() if _is_number(found[k])]
+    if found["logged"] not in (None, found["step"]):
+        now.append(f"(logged at step {found['logged']})")
     total = "?" if found["steps"] is None else found["steps"]
     state = found["state"]
     if state == "stopped":

@@ -21,9 +21,9 @@ NAME = "run.json"
 class Run:
     """One run, from its lock to its end; of several processes, process 0 does all of it.
 
-    run.json: state (running | stopped | finished | failed), steps (of the whole run), step (where
-    this start began, or ended), best (the metric of eval.best) and lower (is a lower one better),
-    error (why it failed or stopped), written (seconds since 1970).
+    run.json: state (starting | running | stopped | finished | failed), steps (of the whole run),
+    step (where this start began, or ended), best (the metric of eval.best) and lower (is a lower
+    one better), error (why it failed or stopped), written (seconds since 1970).
     """
 
     def __init__(self, workdir: Path | str, stop: stops.Stop) -> None:
@@ -57,7 +57,7 @@ class Run:
             raise
 
     def __enter__(self) -> Self:
-        self._say(state="running", error="")
+        self._say(state="starting", error="")
         return self
 
     def __exit__(
@@ -67,14 +67,14 @@ class Run:
             if e is None:
                 self._say(state="finished")
             elif isinstance(e, KeyboardInterrupt):  # Stopped is one
-                self._say(state="stopped", error=str(e))
+                self._say(state="stopped", error=str(e).partition(";")[0])
             else:
                 self._say(state="failed", error=f"{type(e).__name__}: {e}"[:2000])
         self._release()
 
     def begin(self, step: int, steps: int, best: str, lower: bool) -> None:
         """The loop begins after `step` of `steps`; best: eval.best, lower: is less of it better."""
-        self._say(step=step, steps=steps, best=best, lower=lower)
+        self._say(state="running", step=step, steps=steps, best=best, lower=lower)
 
     def end(self, step: int) -> None:
         """The loop has ended after `step`."""
@@ -82,7 +82,7 @@ class Run:
 
     def _left(self, reason: str) -> None:
         """The process ends at once."""
-        self._say(state="stopped", error=reason)
+        self._say(state="stopped", error=reason.partition(";")[0])
         self._release()
 
     def _say(self, **values: Any) -> None:

@@ -65,7 +65,7 @@ class Stop:
         self.asked, self.grace = "", grace
         self.leaving: Callable[[str], object] = lambda reason: None
         self._key = f"sftjax/stop/{next(_numbers)}"
-        self._holding, self._raised = False, False
+        self._several = self._holding = self._raised = False
         self._counter = -1  # the last step that the loop has asked about; -1 = it has not begun
         self._at: int | None = None  # several processes: the step that they have agreed on
         self._agreeing = threading.Lock()  # held while they agree: the counter must not move
@@ -105,7 +105,8 @@ class Stop:
             os.close(end)
 
     def listen(self) -> None:
-        """Take the signals (again: JAX's runtime has taken SIGTERM); nothing outside `with`."""
+        """Take the signals, inside `with`; again when JAX's runtime, which takes SIGTERM, is up."""
+        self._several = group()[1] > 1  # not before: what asks a client that connects is ended
         if self._thread is not None:
             for number in self._old:
                 signal.signal(number, self._handle)
@@ -113,7 +114,7 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread: end it here, where one process has nothing to save."""
         self.asked = self.asked or signal.Signals(number).name
-        if group()[1] == 1 and not self._holding and not self._raised:
+        if not (self._several or self._holding or self._raised):
             self._raised = True
             raise Stopped(self._nothing_saved())
 
@@ -148,19 +149,18 @@ class Stop:
         self.asked = self.asked or reason
         if not self._once.acquire(blocking=False):
             return
-        me, processes = group()
-        if self._holding and me == 0:
+        if self._holding and group()[0] == 0:
             line = f"stopping  by {self.asked}: a checkpoint follows the present step; a second"
             show("\n" * sys.stderr.isatty() + f"{line} signal ends it at once", file=sys.stderr)
-        wait = self.grace if self._holding or processes > 1 else min(ELSEWHERE, self.grace)
+        wait = self.grace if self._holding or self._several else min(ELSEWHERE, self.grace)
         self._deadline = time.monotonic() + wait
-        if processes > 1:
+        if self._several:
             threading.Thread(target=self._agree, name="sftjax agree", daemon=True).start()
 
     def _hear(self) -> None:
         """Ask too, where another process has been asked."""
         client = distributed.global_state.client
-        if client is None or self.asked:
+        if client is None or self.asked or not self._several:
             return
         with contextlib.suppress(Exception):  # there is no such key yet, or nobody to ask
             self.ask(client.key_value_try_get(f"{self._key}/by"))
@@ -191,7 +191,7 @@ class Stop:
     def hold(self, step: int) -> None:
         """From here on a stop waits for the end of a step. step: the last one that is done."""
         self._counter, self._holding = step, True
-        if self.asked and group()[1] == 1:  # a signal whose exception somebody has swallowed
+        if self.asked and not self._several:  # a signal whose exception somebody has swallowed
             self._raised = True
             raise Stopped(self._nothing_saved())
 
@@ -203,7 +203,7 @@ class Stop:
         """
         with self._agreeing:
             self._counter = step
-            if self._at == step or (self.asked and group()[1] == 1):
+            if self._at == step or (self.asked and not self._several):
                 return True
         # jax adds its options to its class as it is imported, so its types have none of them.
         enabled = getattr(jax.config, "jax_enable_preemption_service", True)
@@ -223,7 +223,7 @@ class Stop:
         self._raised = True
         done = f"by {self.asked} after step {step} of {steps}"
         again = f"start the same command again to go on from the checkpoint of step {saved}"
-        if group()[1] > 1 and step >= steps and self._at != step:
+        if self._several and step >= steps and self._at != step:
             self._leave(Stopped.status, f"{done}; {again}")  # others may not have come so far
         raise Stopped("" if group()[0] else f"{done}; {again}")
 
@@ -233,12 +233,12 @@ class Stop:
 
     def _leave(self, status: int, how: str) -> None:
         """End the process here and now; checkpoints that are not complete do not count."""
-        me, processes = group()
+        me = group()[0]
         if me == 0 or status != Stopped.status:
             show("\n" * sys.stderr.isatty() + f"Stopped: {how}", file=sys.stderr)
         last = threading.Thread(target=self.leaving, args=(how,), daemon=True)
         last.start()
         last.join(1.0)
-        if processes > 1 and me == 0 and status == Stopped.status:
+        if self._several and me == 0 and status == Stopped.status:
             time.sleep(1.0)  # the others' connection is to us; they end first
         os._exit(status)

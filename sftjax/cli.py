@@ -9,6 +9,7 @@ from sftjax.terminal import show
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("sftjax.train", "fine-tune a model, measure it, export it"),
+    "status": ("sftjax.reports.status", "where the run of a workdir stands, while it runs too"),
     "inspect": ("sftjax.inspect_data", "show what a config trains on, token by token"),
     "clean": ("sftjax.clean.command", "clean a data set, with a report of what was taken out"),
     "plan": ("sftjax.plan.command", "compile a config for hardware that is not here: does it fit?"),
@@ -19,9 +20,8 @@ COMMANDS = {  # name: (module, what it does)
 def usage() -> str:
     """Return the commands, a line each."""
     lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: sftjax COMMAND --config=FILE.py [--config.KEY=VALUE ...]", "", *lines, ""]
-    )
+    use = "usage: sftjax COMMAND --config=FILE.py [--config.KEY=VALUE ...]"
+    return "\n".join([use, "       sftjax status WORKDIR [--json]", "", *lines, ""])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ number of steps; see `duration`.
 
 import argparse
 import ast
+import atexit
 import contextlib
 import difflib
 import functools
@@ -13,16 +14,18 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from sftjax.config_file import line_of, load
-from sftjax.errors import ConfigError, UserError
+from sftjax.errors import ConfigError, Stopped, UserError
 from sftjax.files import refuse_url, url_problem
-from sftjax.terminal import printable
+from sftjax.terminal import printable, show
 from sftjax.training.durations import amount, duration, epochs
 
 __all__ = [
@@ -132,6 +135,7 @@ def get_default() -> ConfigDict:
     c.train.on_nonfinite = "stop"  # stop | rollback
     c.train.spike = 6.0
     c.train.on_spike = "log"  # log | stop | rollback
+    c.train.grace = 120.0  # seconds that a stop by a signal may take; then the run ends as it is
 
     c.loss = ConfigDict()
     c.loss.normalise = "tokens"  # tokens | documents
@@ -201,6 +205,7 @@ FREE = (
     "train.on_nonfinite",
     "train.spike",
     "train.on_spike",
+    "train.grace",
     "eval.samples",
     "model.remat",
     "profile.",
@@ -227,7 +232,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert": (-1, 2**20),
     "mesh.processes": (1, 2**20),
     "mesh.process_id": (0, 2**20),
-    "mesh.timeout": (1, 10**6),
+    "mesh.timeout train.grace": (1, 10**6),
     "generate.temperature": (0, math.inf),
     "generate.top_k": (0, 2**31),
     "generate.top_p": (0, 1),
@@ -462,7 +467,8 @@ def to_dict(config: ConfigDict) -> dict:
 def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -> None:
     """Run a command: a UserError is shown as one message, and the exit status is 1.
 
-    Any other error is a bug, and keeps its traceback.
+    A run that was asked to stop ends with status 75 (see training/stops.py), another command that
+    Ctrl-C ends with 130. Any other error is a bug, and keeps its traceback.
     """
     # transformers is here for tokenizers and templates; its advice to install torch is not wanted.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -470,3 +476,24 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
         main_fn(sys.argv[1:] if argv is None else argv)
     except UserError as e:
         raise SystemExit(printable(f"{type(e).__name__}: {e}")) from e
+    except Stopped as e:
+        if str(e):  # of several processes, one says it
+            show(f"Stopped: {e}", file=sys.stderr)
+        atexit.register(_end_soon)
+        raise SystemExit(Stopped.status) from None
+    except KeyboardInterrupt:
+        atexit.register(_end_soon)
+        show("Stopped: by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _end_soon() -> None:
+    """As Python ends: one more signal ends it without a word, and so do ten seconds.
+
+    Libraries wait there for their threads, and for processes that may be gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    timer = threading.Timer(10, os._exit, [Stopped.status])
+    timer.daemon = True
+    timer.start()

@@ -58,6 +58,22 @@ def writing(what: str, path: Path | str) -> Iterator[None]:
         raise WriteError(f"{what} {path} cannot be written: {e.strerror or e}") from None
 
 
+class LockedError(UserError, RuntimeError):
+    """A workdir in which another run goes on; the message says which, and where its lock lies."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop, and has; no mistake. The message says where it stands.
+
+    It is a KeyboardInterrupt, so that code which handles all errors does not take it for one.
+
+    Attributes:
+      status: the exit status, EX_TEMPFAIL of sysexits.h: the same command goes on later.
+    """
+
+    status = 75
+
+
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that could not be written or read; the message names the place and the fix."""
 

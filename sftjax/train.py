@@ -30,34 +30,50 @@ from sftjax.training.data import Feed
 from sftjax.training.health import Health
 from sftjax.training.log import Log, say
 from sftjax.training.profiler import Profiler
+from sftjax.training.running import Run
+from sftjax.training.stops import Stop
 
 
 def main(argv: Sequence[str]) -> None:
     """Train by the command line: sftjax train --config=FILE.py --workdir=DIR."""
-    config, flags = config_lib.parse(argv, workdir=None, **{"debug.nan": False})
-    train(config, flags.workdir, debug_nan=getattr(flags, "debug.nan"))
+    with Stop() as stop:
+        config, flags = config_lib.parse(argv, workdir=None, **{"debug.nan": False})
+        train(config, flags.workdir, stop, getattr(flags, "debug.nan"))
 
 
-def train(config: ConfigDict, workdir: Path | str, debug_nan: bool = False) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    workdir: Path | str,
+    stop: Stop | None = None,
+    debug_nan: bool = False,
+) -> dict[str, Any]:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full.
 
     debug_nan: wait for each step, and end with the first operation whose result is not finite.
+    Raises: Stopped, with a checkpoint saved, when `stop` or JAX's preemption notice asks for it;
+    DivergenceError, see Health.
     """
     # ==== Machine and workdir ====
     config_lib.check(config)
     m = config.mesh
     xla_flags.settle()
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
-    mesh = parallel.make_mesh({axis: m[axis] for axis in parallel.AXES})
-    for length in (*config.data.buckets, config.data.max_length):
-        parallel.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
-    workdir = workdir_lib.prepare_workdir(config, workdir)
-    workdir_lib.warn(config)
-    if (home := workdir_lib.began_in(workdir)) != Path.cwd():
-        say("paths", f"relative ones are taken from {home}, where this run began")
-    say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
+    stop = stop or Stop()
+    stop.listen()  # again: the runtime of several processes takes SIGTERM for itself
+    stop.grace = config.train.grace
+    run = Run(workdir, stop)  # takes the lock: one run a workdir
+    with run.starting():
+        mesh = parallel.make_mesh({axis: m[axis] for axis in parallel.AXES})
+        for length in (*config.data.buckets, config.data.max_length):
+            parallel.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
+        workdir = workdir_lib.prepare_workdir(config, workdir)
+        workdir_lib.warn(config)
+        if (home := workdir_lib.began_in(workdir)) != Path.cwd():
+            say("paths", f"relative ones are taken from {home}, where this run began")
+        say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
     with (
+        run,
         contextlib.chdir(home),  # relative paths mean what they did when the run began
         build.advice(config),
         workdir_lib.compile_cache(workdir),
@@ -112,8 +128,10 @@ def train(config: ConfigDict, workdir: Path | str, debug_nan: bool = False) -> d
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        log = Log(config.train, workdir, feed, lr, flops, start=step, see=health.see)
+        log = Log(config.train, workdir, feed, lr, flops, step, health.see, extra.get("log", ()))
         early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
+        run.begin(step, feed.steps, config.eval.best, lower)
+        stop.hold(step)  # from here on a signal waits for the end of a step
         for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
                 say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
@@ -135,16 +153,24 @@ def train(config: ConfigDict, workdir: Path | str, debug_nan: bool = False) -> d
                 log.write(step, values)
                 early_stop.update(values)
                 extra["early_stop"] = early_stop.state
-            if feed.due(step, config.train.checkpoint_every, "train.checkpoint_every") or (
-                values and config.eval.best
+            stopping = stop.due(step)
+            every = config.train.checkpoint_every
+            if (
+                stopping
+                or feed.due(step, every, "train.checkpoint_every")
+                or (values and config.eval.best)
             ):
                 with log.pause():
-                    extra |= {"data": feed.state(step), "health": health.state}
+                    extra |= {"data": feed.state(step), "log": log.state(), "health": health.state}
                     if health.may_save(step, state):
                         checkpoints.save(step, state, extra, values)
+            if stopping:
+                break
         profiler.close()
-        log.close()
+        log.close(rest=not stop.asked)
         checkpoints.close()
+        run.end(step)
+        stop.release(step, feed.steps, checkpoints.latest_step())
         health.finish(step)
 
         # ==== After ====

@@ -11,8 +11,10 @@ from families import ALL
 from sftjax import config as config_lib
 from sftjax import data, losses, optim
 from sftjax.cli import COMMANDS
+from sftjax.errors import Stopped
 from sftjax.hf import FAMILIES
 from sftjax.ops import rope
+from sftjax.training import lock, stops
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -21,6 +23,7 @@ PAGES = [
     REPO / "docs" / "models.md",
     REPO / "docs" / "data.md",
     REPO / "docs" / "plan.md",
+    REPO / "docs" / "runs.md",
     REPO / "experiments" / "README.md",
 ]
 TEXT = PAGES[0].read_text()
@@ -79,3 +82,15 @@ def test_the_table_of_features_is_the_tables_of_the_code():
     for strategy in ("bfd", "bfd_split", "wrapped", "none"):
         assert f"`{strategy}`" in rows["lengths"] and data.pack([1], 4, strategy)
     assert losses.causal_lm
+
+
+def test_the_table_of_commands_is_that_of_the_code():
+    assert re.findall(r"^\| `sftjax (\w+).*?` \|", TEXT, re.MULTILINE) == list(COMMANDS)
+
+
+def test_the_page_of_runs_says_what_the_code_does():
+    page = (REPO / "docs" / "runs.md").read_text()
+    assert f"| {Stopped.status} | it was asked to stop" in page
+    assert f"`train.grace` seconds ({config_lib.get_default().train.grace:g})" in page
+    assert f"more than {stops._SAME:g} s after the first" in page
+    assert f"renewed every {lock.RENEW:g} s" in page and f"up to {lock.STALE:g} s" in page

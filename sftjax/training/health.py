@@ -52,7 +52,9 @@ class Health:
         self, section: ConfigDict, workdir: Path, feed: "Feed", state: Mapping | None = None
     ) -> None:
         """section: the config's `train`."""
-        self.section, self.feed, self.path = section, feed, workdir / "suspects.jsonl"
+        self.feed, self.path = feed, workdir / "suspects.jsonl"
+        self.most, self.spike = section.bad_steps, section.spike
+        self.how = dict(nonfinite=section.on_nonfinite, spike=section.on_spike)
         self.state = dict(state or dict(skipped=0, spikes=0, rollbacks=0, lag=0))
         self.losses, self.sound = deque[float](maxlen=WINDOW), True
         self.streak, self.trouble = 0, ""
@@ -82,16 +84,16 @@ class Health:
 
     def _over(self, loss) -> float:
         """The limit that a loss is over; 0 where it is not."""
-        if not self.section.spike or len(self.losses) < FEWEST:
+        if not self.spike or len(self.losses) < FEWEST:
             return 0.0
-        limit = fmean(self.losses) + self.section.spike * pstdev(self.losses)
+        limit = fmean(self.losses) + self.spike * pstdev(self.losses)
         return limit if loss > limit else 0.0
 
     def _bad(self, step, reason, loss, norm, what):
         same = self.streak and self.trouble == reason
         self.streak, self.trouble = self.streak + 1 if same else 1, reason
-        how = self.section.on_nonfinite if reason == "nonfinite" else self.section.on_spike
-        if self.streak >= self.section.bad_steps and how != "log" and not self.ill:
+        how = self.how[reason]
+        if self.streak >= self.most and how != "log" and not self.ill:
             self.ill = (how, self._message(step))
         found = {"step": step, "reason": reason, "loss": loss, "grad_norm": norm}
         line = {

@@ -1,8 +1,9 @@
 """The loop's log: device metrics are fetched one log interval late, so the loop never waits."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,12 +45,19 @@ class Log:
         flops: float,
         start: int,
         see: Callable[[int, list[dict]], None] = lambda first, window: None,
+        window: Sequence[Mapping] = (),
     ) -> None:
-        """section: the config's `train`. see: gets the metrics of every step; see Health.see."""
+        """section: the config's `train`. see: gets the metrics of every step; see Health.see.
+
+        window: what `state` was when step `start` was saved.
+        """
         if not feed.every(section.log_every, "train.log_every"):
             raise ConfigError("train.log_every is 0; write at least 1 step")
         # Lines of steps after `start`, which a killed run left behind, are dropped.
-        board = section.tensorboard
+        board, lines = section.tensorboard, Path(workdir) / "metrics.jsonl"
+        if window and lines.exists():  # else the run ended there, and its last line is written
+            read = metrics.read_lines(lines)
+            window = () if any("lr" in m and m["step"] == start for _, m in read) else window
         self.writer = metrics.Writer(
             workdir, feed.steps, jax.process_index(), board, start_step=start
         )
@@ -58,7 +66,8 @@ class Log:
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
         self.lr, self.flops, self._at, self.see = lr, flops, start, see
         # Not yet written: (step, [metrics on the device], seconds waited).
-        self._lines, self._window, self._waited = list[tuple](), list[dict](), 0.0
+        known = [{k: math.nan if v is None else v for k, v in m.items()} for m in window]
+        self._lines, self._window, self._waited = list[tuple](), list[dict](known), 0.0
         self._last = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:
@@ -87,9 +96,20 @@ class Log:
         """Record {name: number} of one step beside the loop's own lines, at once."""
         self.writer.write(step, values)
 
-    def close(self) -> None:
-        """Write the lines that are left, the last one of fewer steps, and close the files."""
-        if self._window:
+    def state(self) -> list[dict[str, float | None]]:
+        """The metrics of the steps since the last line, for the checkpoint: a line is of all.
+
+        None is a number that is not finite.
+        """
+        found = [{k: float(v) for k, v in m.items()} for m in jax.device_get(self._window)]
+        return [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in found]
+
+    def close(self, rest: bool = True) -> None:
+        """Write the lines that are left and close the files.
+
+        rest: also one of the steps since the last line; a run that goes on later writes it then.
+        """
+        if self._window and rest:
             self._cut(self._at)
         while self._lines:
             self._write_line()

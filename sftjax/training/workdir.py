@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sftjax.training.data import Feed
 
 
-def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
-    """Make the workdir, or check that the one found is this config's; write config and env."""
+def make_workdir(workdir: Path | str) -> Path:
+    """The folder of a run, made if it is not there. Raises: ConfigError, WriteError."""
     refuse_url("--workdir", workdir, ConfigError)
     workdir = Path(workdir).expanduser().absolute()
     try:
@@ -36,6 +36,12 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
             pass
     except OSError as e:
         raise WriteError(f"--workdir={workdir} cannot be written: {e.strerror or e}") from None
+    return workdir
+
+
+def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
+    """Make the workdir, or check that the one found is this config's; write config and env."""
+    workdir = make_workdir(workdir)
     new, file = config_lib.to_dict(config), workdir / "config.json"
     began = began_in(workdir)
     if not _trained(workdir):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from typing import Any
@@ -21,6 +22,7 @@ def main(progress: int, seconds: int, memory: int, characters: int) -> None:
 
     progress: a file's descriptor; seconds: of processor time a chat; memory: bytes.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the run; we end when it closes our input
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # macOS refuses; the limits of time and characters remain.
     with contextlib.suppress(ValueError, OSError):

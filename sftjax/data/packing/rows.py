@@ -6,10 +6,13 @@ index.
 """
 
 import math
+import multiprocessing
 import operator
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -193,7 +196,7 @@ def loader(
     batches = batches.to_iter_dataset(options)
     if workers:
         _settle_flags()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch), _serve)
     return iter(batches)
 
 
@@ -203,6 +206,20 @@ def _settle_flags():
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _serve(worker: int, workers: int) -> None:
+    """In a worker process: a stop is for the run, which still needs batches; we end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    if run is not None:
+        Thread(target=_end_with, args=(run,), daemon=True).start()
+
+
+def _end_with(process):
+    process.join()
+    os._exit(0)
 
 
 class _Read:

@@ -22,6 +22,7 @@ import numpy as np
 
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
+from sftjax.terminal import printable
 
 logger = logging.getLogger(__name__)
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -433,7 +434,7 @@ def _read_tsv(path):
             "of their own: in %d row%s, first in %s",
             len(wrapped),
             "s" * (len(wrapped) > 1),
-            table.where(wrapped[0]),
+            printable(table.where(wrapped[0])),
         )
     return table
 

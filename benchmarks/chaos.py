@@ -4,8 +4,8 @@
 
 Each case is a small training run: packing, a mixture, a stream, micro-batches, a classification,
 a task of the user's own. It runs once to its end; then again and again in another workdir, ended
-by SIGKILL at a moment drawn at random, half of them uniform over the run's length and half just
-after a checkpoint begins to be written, until one gets to its end. What it leaves then (the loss
+by SIGKILL at a moment drawn at random over the run's length, every other one when the next
+checkpoint begins to be written after it, until one gets to its end. What it leaves then (the loss
 and gradient norm of every step, what was measured, the bytes of the export) must be what the
 undisturbed run has left. Exit status 1 where it is not.
 """
@@ -182,16 +182,15 @@ def main() -> None:
             phases, runs = Counter[str](), 0
             while share:
                 workdir, runs = folder / f"killed{runs}", runs + 1
-                for n in range(share + 1):
-                    process = start(config, workdir)
-                    moment = random.random() * length * (0.3 if n % 2 else 1)
-                    if n == share or not wait(process, workdir, moment, at_save=bool(n % 2)):
-                        break
+                process, at_save = start(config, workdir), False
+                while share and wait(process, workdir, random.random() * length, at_save):
                     kill(process)
-                    share -= 1
                     phases[phase(workdir)] += 1
-                if process.wait():
-                    sys.exit(f"{case}: {Path(f'{workdir}.out').read_text()[-2000:]}")
+                    share, at_save = share - 1, not at_save
+                    process = start(config, workdir)
+                if status := process.wait():
+                    said = Path(f"{workdir}.out").read_text()[-2000:]
+                    sys.exit(f"{case}: exit status {status}\n{said}")
                 differs = [k for k, v in left(workdir).items() if v != expected[k]]
                 lost += bool(differs)
                 if differs:

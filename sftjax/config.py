@@ -187,13 +187,15 @@ FREE = (
     "data.workers",
     "data.prefetch",
     "train.log_every",
+    "train.checkpoint_every",
     "train.keep",
     "train.export",
     "train.tensorboard",
-    "eval.samples",
     "model.remat",
     "profile.",
 )
+# So may these, which do not either, but metrics may then differ; and train.duration may grow.
+MEASURES = ("eval.", "generate.", "data.validation", "data.test", "data.eval_packing")
 # The least and the most that a number may be. What other files check with more knowledge (the mesh,
 # the shares of sources, the rules of cleaning) is not repeated here.
 _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never moves

@@ -23,7 +23,7 @@ from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
 from sftjax.reports import run as report
-from sftjax.training import build, xla_flags
+from sftjax.training import build, resume, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import Checkpointer
 from sftjax.training.data import Feed
@@ -70,19 +70,22 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         target = build.abstract_state(config.model, model, trainable, tx, mesh)
         lower = task.lower_is_better(config.eval.best)
+        manifest = workdir_lib.manifest(config, feed, model)
         checkpoints = Checkpointer(
             workdir / "checkpoints",
-            manifest=workdir_lib.manifest(config, feed),
+            manifest=manifest,
             keep=config.train.keep,
             best_metric=config.eval.best,
             best_mode="min" if lower else "max",
         )
+        checkpoints.check_space(target, config.train.export)
         if checkpoints.latest_step() is None:
             how = dict(seed=config.seed, new=feed.new_tokens)
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra: dict[str, Any] = {"before": None, "early_stop": None, "data": None}
         else:
             state, extra = checkpoints.restore(target)
+            extra = resume.comparable(extra, manifest, feed)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
         flops = build.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
@@ -115,7 +118,7 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
                 state, metrics = steps[feed.width(batch)](state, batch)
             step += 1
             profiler.end(step, metrics)
-            checkpoints.check()  # a save that failed behind the loop ends it now
+            checkpoints.check()  # a save that failed behind the loop is said now
             log.step(step, metrics, feed.wait)
             values = None
             if feed.sets and feed.due(step, config.eval.every, "eval.every"):
@@ -132,7 +135,6 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
                     checkpoints.save(step, state, extra, values)
         profiler.close()
         log.close()
-        checkpoints.close()
 
         # ==== After ====
         after = evaluator.full(state.all_params, state.model_state)
@@ -140,6 +142,7 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
             build.export(workdir / "export", task, model, state)
         result = {"before": extra["before"], "after": after, "steps": step}
         report.finish(workdir, task, feed, result, config.eval.samples)
+        checkpoints.close()  # last: a save that failed takes neither the export nor the report
     return result
 
 

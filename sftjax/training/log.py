@@ -75,6 +75,7 @@ class Log:
         """Evaluation and saving inside this are not counted as training time."""
         while self._lines:
             self._write_line()
+        self.writer.flush()
         if self._window:  # wait for the steps still running, so that their time is theirs
             jax.block_until_ready(self._window[-1])
         began = time.monotonic()

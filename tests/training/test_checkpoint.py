@@ -24,7 +24,6 @@ from sftjax.training.checkpoint import (
     CheckpointError,
     abstract_like,
     check_writable,
-    files_sha256,
     make_manifest,
 )
 
@@ -271,16 +270,6 @@ def test_directory_of_another_run(tmp_path):
         Checkpointer(tmp_path, manifest=make_manifest({}, {"model": "b", "tokenizer": "t"}))
     assert "model: 'a' there, 'b' now" in str(e.value) and "tokenizer" not in str(e.value)
     assert "another workdir" in str(e.value)
-
-
-def test_files_sha256_follows_names_and_contents(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("1")
-    b.write_text("2")
-    one = files_sha256([a, b])
-    assert one == files_sha256([b, a])
-    b.write_text("3")
-    assert one != files_sha256([a, b])
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

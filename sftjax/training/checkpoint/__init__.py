@@ -9,6 +9,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
-from sftjax.files import read_json
+from sftjax.files import read_json, write_atomic
 from sftjax.parallel import processes
 from sftjax.terminal import printable
 from sftjax.training.checkpoint import disk, seal
@@ -102,50 +104,51 @@ class Checkpointer:
         if step == self.latest_step():
             return False
         self._check_newer(step)
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardSave(to_table(state)),
-            "extra": ocp.args.JsonSave(self._extra(extra)),
-        }
-        if (found := self._metrics(metrics)) is not None:
-            items["metrics"] = ocp.args.JsonSave(found)
-        self._agreement, problem = Agreement(), self._probe(step)
+        table = to_table(state)
+        beside = {"extra/metadata": self._extra(extra), "metrics/metrics": self._metrics(metrics)}
+        self._agreement, problem = Agreement(), self._begin(step)
         if not problem:
             try:
-                self._orbax.save(self._saving(step), args=ocp.args.Composite(**items))
+                self._orbax.save(self._saving(step) / "state", args=ocp.args.StandardSave(table))
             except Exception as e:
                 problem = e
         # No daemon: a run that ends by an error of another kind still completes its checkpoint.
-        self._thread = threading.Thread(target=self._finish, args=(step, problem), name="save")
+        given = step, beside, problem
+        self._thread = threading.Thread(target=self._finish, args=given, name="save")
         self._thread.start()
         return True
 
     def _saving(self, step) -> Path:
         return self.directory / f".saving-{step}"
 
-    def _probe(self, step) -> Exception | None:
-        """Can the directory be written now? Orbax would leave the others waiting at a barrier."""
+    def _begin(self, step) -> Exception | None:
+        """Make the folder to write into. If Orbax failed to, others would wait at its barriers."""
         problem = None
         if jax.process_index() == 0:
             try:
                 if not self.directory.is_dir():
                     raise FileNotFoundError("the directory is gone: it was deleted, or unmounted")
-                probe = self._saving(step)
-                shutil.rmtree(probe, ignore_errors=True)
-                probe.mkdir()
-                probe.rmdir()
+                shutil.rmtree(self._saving(step), ignore_errors=True)
+                self._saving(step).mkdir()
             except OSError as e:
                 problem = e
         texts = [text for text in processes.gather(problem and _reason(problem)) if text]
         return problem or (OSError(texts[0]) if texts else None)
 
-    def _finish(self, step, problem):
-        """In a thread: wait until all is written, then let it count and delete what is too old."""
+    def _finish(self, step, beside, problem):
+        """In a thread: wait until all is written, then let it count and delete what is too old.
+
+        beside: {name of a file: its JSON value, or None for no file}.
+        """
         agreement = self._agreement
         try:
             if problem:
                 raise problem
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
+                for name, value in beside.items():
+                    if value is not None:
+                        write_atomic(self._saving(step) / name, json.dumps(value))
                 disk.commit(self._saving(step), self.directory / str(step))
                 with contextlib.suppress(OSError):  # the next save deletes what this one could not
                     disk.remove(self.directory, self._unwanted())
@@ -155,7 +158,7 @@ class Checkpointer:
             with contextlib.suppress(Exception):  # the others may be gone
                 agreement.fail(_reason(e))
             if jax.process_index() == 0:
-                shutil.rmtree(self._saving(step), ignore_errors=True)
+                disk.sweep(self.directory)  # what it has written may fill the disk
             problem = e
         self._outcome = step, problem
 
@@ -220,12 +223,15 @@ class Checkpointer:
         return bool(problem)
 
     def _as_error(self, step, problem) -> CheckpointError:
-        there = self.directory.is_dir()
-        free = f"; the disk has {shutil.disk_usage(self.directory).free / 1e9:.2f} GB free" * there
-        many = f" It was the {self._failures}th in a row." if self._failures >= FAILURES else ""
+        free, many, newest = "", "", self.latest_step()
+        there = "none" if newest is None else f"step {newest}"
+        with contextlib.suppress(OSError):  # the directory may be gone
+            free = f"; the disk has {shutil.disk_usage(self.directory).free / 1e9:.2f} GB free"
+        if self._failures >= FAILURES:
+            many = f" {self._failures} saves in a row have failed."
         return CheckpointError(
             f"checkpoint of step {step} in {self.directory} was not written: {_reason(problem)}\n"
-            f"The newest complete one there is of step {self.latest_step()}{free}.{many} Make room"
+            f"The newest complete one there: {there}{free}.{many} Make room"
             " or choose another workdir; the same command, started again, resumes."
         )
 
@@ -335,9 +341,9 @@ class Checkpointer:
         folder, wanted = self.directory / str(step), to_table(abstract_state)
         target = {name: placed(x) for name, x in wanted.items()}
         try:
-            check_table(folder, dict(self._orbax.metadata(folder).item_metadata["state"]), wanted)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            table = self._orbax.restore(folder, args=args)["state"]
+            check_table(folder, dict(self._orbax.metadata(folder / "state").item_metadata), wanted)
+            args = ocp.args.StandardRestore(target)
+            table = self._orbax.restore(folder / "state", args=args)
         except CheckpointError:
             raise
         except Exception as e:
@@ -424,20 +430,17 @@ class _Damaged(Exception):
 
 
 def _orbax(barrier) -> ocp.AsyncCheckpointer:
-    """Orbax's writer of one checkpoint, which gives nothing a number and deletes nothing."""
+    """Orbax's writer of one state, which gives nothing a number and deletes nothing."""
     # What fails is raised to us, and said by us; its threads log a traceback each.
     logging.getLogger("absl").addFilter(_not_of_orbax)
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(
-            state=ocp.StandardCheckpointHandler(),
-            extra=ocp.JsonCheckpointHandler(),
-            metrics=ocp.JsonCheckpointHandler(filename="metrics"),
-        ),
+        ocp.StandardCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(
             timeout_secs=int(TIMEOUT),
             barrier_sync_fn=barrier,
-            # A folder that can't be made would leave threads waiting 300 s for it, and the
-            # interpreter, at its end, for the threads.
+            # Else threads wait 300 s for a folder that can't be made, and the interpreter, at its
+            # end, for the threads. Of several items Orbax makes the folders so in any case, which
+            # is why it is given the state alone.
             create_directories_asynchronously=False,
         ),
     )
@@ -448,9 +451,11 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _reason(error) -> str:
-    """An error on one line; tensorstore's go on for pages."""
+    """An error on one line; of tensorstore's, which go on for pages, what the system said."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
     text = (str(error).strip().splitlines() or [""])[0]
     return (
         f"{text[:300]}"

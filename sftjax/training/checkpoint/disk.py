@@ -9,7 +9,7 @@ from pathlib import Path
 from sftjax.errors import CheckpointError
 from sftjax.training.checkpoint import seal
 
-PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "extra/metadata")
+PARTS = ("state/_METADATA", "extra/metadata")
 # Names under which nothing whole lies: of a save, of a deletion, and of Orbax's own saves.
 LEFT_BEHIND = (".saving-*", ".deleting-*", "*.orbax-checkpoint-tmp*")
 

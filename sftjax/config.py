@@ -14,13 +14,14 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from sftjax.config_file import line_of, load
-from sftjax.errors import ConfigError, UserError
+from sftjax.errors import CheckpointError, ConfigError, UserError
 from sftjax.files import refuse_url, url_problem
 from sftjax.terminal import printable
 from sftjax.training.durations import amount, duration, epochs
@@ -180,6 +181,7 @@ def get_default() -> ConfigDict:
     return c.lock()
 
 
+LEAVE = 10.0  # seconds in which a command ends after the message that a checkpoint failed
 # Keys that may change between a run and its resumption: they do not change what is learned.
 FREE = (
     "mesh.",
@@ -456,4 +458,13 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
     try:
         main_fn(sys.argv[1:] if argv is None else argv)
     except UserError as e:
+        if isinstance(e, CheckpointError):
+            _leave_within(LEAVE)
         raise SystemExit(printable(f"{type(e).__name__}: {e}")) from e
+
+
+def _leave_within(seconds: float) -> None:
+    """End the process, once its message is out, though a thread hangs in a write to a lost disk."""
+    timer = threading.Timer(seconds, lambda: (sys.stdout.flush(), os._exit(1)))
+    timer.daemon = True
+    timer.start()

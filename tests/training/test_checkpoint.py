@@ -580,34 +580,32 @@ print("same")
 
 
 ONE_FAILS = """
-import logging, sys, time
+import logging, resource, signal, sys, time
 import jax
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 sys.path.insert(0, {tests!r})
 from test_checkpoint import Checkpointer, CheckpointError, abstract_like, make_state, seal
-from test_checkpoint import assert_same_here, spoil_one
+from test_checkpoint import assert_same_here, make_noise, spoil_one
 logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
 me = jax.process_index()
 state = make_state(3, jax.devices(), (4,))
+noise = make_noise(state.params["mlp"]["w"].sharding)
 ckpt = Checkpointer({path!r}, keep=3)
 ckpt.save(1, state, {{"row": 1}})
 ckpt.wait()
-began, wait = time.monotonic(), ckpt._orbax.wait_until_finished
-
-def fail():
-    raise OSError(28, "No space left on device")
-
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 if me == 1:
-    ckpt._orbax.wait_until_finished = fail
-ckpt.save(2, state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+began = time.monotonic()
+ckpt.save(2, {{"x": noise}})
 try:
     ckpt.wait()
 except CheckpointError as e:
-    assert "No space left on device" in str(e), e
+    assert "File too large" in str(e), e
 else:
     raise AssertionError
 assert time.monotonic() - began < 30, time.monotonic() - began
-ckpt._orbax.wait_until_finished = wait
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 assert ckpt.all_steps() == [1]
 for step in (3, 4):
     ckpt.save(step, make_state(step, jax.devices(), (4,)), {{"row": step}})
@@ -622,6 +620,11 @@ assert_same_here(got, make_state(3, jax.devices(), (4,)))
 ckpt.close()
 print("same")
 """
+
+
+def make_noise(sharding):
+    draw = lambda: jax.random.normal(jax.random.key(0), (1024, 1024))  # noqa: E731
+    return jax.jit(draw, out_shardings=sharding)()
 
 
 def spoil_one(path):
@@ -655,7 +658,7 @@ def run_two(code):
         )
         for i in range(2)
     ]
-    ends = [process.communicate(timeout=120) for process in processes]
+    ends = [process.communicate(timeout=90) for process in processes]
     for process, (out, err) in zip(processes, ends, strict=True):
         assert process.returncode == 0 and out.endswith("same\n"), out + err
     return [out for out, _ in ends]

@@ -62,8 +62,8 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
     if "train.duration" in keys:
         rates = _rates_that_depend(now)
         warn(
-            f"the run goes on longer: {show('train.duration')}"
-            + (f". Its learning rates, by {rates}, are those of the longer run" if rates else "")
+            f"the duration is another from now on: {show('train.duration')}"
+            + (f". Its learning rates, by {rates}, are those of such a run" if rates else "")
             + (" from here on, not those of a run that began so" if rates else "")
         )
 

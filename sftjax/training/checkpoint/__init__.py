@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
-from sftjax.files import read_json, write_atomic
+from sftjax.files import read_json
 from sftjax.parallel import processes
 from sftjax.terminal import printable
 from sftjax.training.checkpoint import disk, seal
@@ -75,6 +76,9 @@ class Checkpointer:
         if manifest is not None:
             check_manifest(self.directory, manifest)
         self._set_aside_incomplete()
+        # Held open, so that the system gives its number to no other directory.
+        self._handle = os.open(self.directory, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
         self._agreement = Agreement()  # of the save under way
         self._orbax = _orbax(lambda **key: self._agreement.barrier(**key))
         # The save under way; what it came to is left in _outcome by its thread.
@@ -126,14 +130,22 @@ class Checkpointer:
         problem = None
         if jax.process_index() == 0:
             try:
-                if not self.directory.is_dir():
-                    raise FileNotFoundError("the directory is gone: it was deleted, or unmounted")
+                self._check_there()
                 shutil.rmtree(self._saving(step), ignore_errors=True)
                 self._saving(step).mkdir()
             except OSError as e:
                 problem = e
         texts = [text for text in processes.gather(problem and _reason(problem)) if text]
         return problem or (OSError(texts[0]) if texts else None)
+
+    def _check_there(self):
+        """Is this the directory that the run began with? Orbax makes a deleted one anew."""
+        try:
+            same = os.path.samestat(os.stat(self.directory), os.fstat(self._handle))
+        except OSError:
+            same = False
+        if not same:
+            raise FileNotFoundError("the directory is gone: it was deleted, moved or unmounted")
 
     def _finish(self, step, beside, problem):
         """In a thread: wait until all is written, then let it count and delete what is too old.
@@ -146,9 +158,12 @@ class Checkpointer:
                 raise problem
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
+                self._check_there()
                 for name, value in beside.items():
                     if value is not None:
-                        write_atomic(self._saving(step) / name, json.dumps(value))
+                        path = self._saving(step) / name
+                        path.parent.mkdir()
+                        path.write_text(json.dumps(value), encoding="utf-8")
                 disk.commit(self._saving(step), self.directory / str(step))
                 with contextlib.suppress(OSError):  # the next save deletes what this one could not
                     disk.remove(self.directory, self._unwanted())

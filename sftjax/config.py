@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -181,7 +182,7 @@ def get_default() -> ConfigDict:
     return c.lock()
 
 
-LEAVE = 10.0  # seconds in which a command ends after the message that a checkpoint failed
+LEAVE = 5.0  # seconds that threads have to end after the message that a checkpoint failed
 # Keys that may change between a run and its resumption: they do not change what is learned.
 FREE = (
     "mesh.",
@@ -459,12 +460,13 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
         main_fn(sys.argv[1:] if argv is None else argv)
     except UserError as e:
         if isinstance(e, CheckpointError):
-            _leave_within(LEAVE)
+            threading.Thread(target=_leave, daemon=True).start()
         raise SystemExit(printable(f"{type(e).__name__}: {e}")) from e
 
 
-def _leave_within(seconds: float) -> None:
-    """End the process, once its message is out, though a thread hangs in a write to a lost disk."""
-    timer = threading.Timer(seconds, lambda: (sys.stdout.flush(), os._exit(1)))
-    timer.daemon = True
-    timer.start()
+def _leave():
+    """End the process LEAVE seconds after its main thread, though another hangs in a lost disk."""
+    threading.main_thread().join()
+    time.sleep(LEAVE)
+    sys.stdout.flush()
+    os._exit(1)

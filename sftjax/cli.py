@@ -4,7 +4,7 @@ import importlib
 import sys
 
 import sftjax
-from sftjax import config
+from sftjax import exits
 from sftjax.terminal import show
 
 COMMANDS = {  # name: (module, what it does)
@@ -35,7 +35,7 @@ def main() -> None:
     elif name in ("--version", "-V"):
         show(f"sftjax {sftjax.__version__}")
     elif name in COMMANDS:
-        config.run(importlib.import_module(COMMANDS[name][0]).main, sys.argv[2:])
+        exits.run(importlib.import_module(COMMANDS[name][0]).main, sys.argv[2:])
     else:
         found = f"unknown command {name!r}\n" if name else ""
         show(f"{found}{usage()}", file=sys.stderr)

@@ -6,26 +6,20 @@ number of steps; see `duration`.
 
 import argparse
 import ast
-import atexit
 import contextlib
 import difflib
 import functools
 import json
 import math
-import os
 import re
-import signal
-import sys
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from sftjax.config_file import line_of, load
-from sftjax.errors import ConfigError, Stopped, UserError
+from sftjax.errors import ConfigError
 from sftjax.files import refuse_url, url_problem
-from sftjax.terminal import printable, show
 from sftjax.training.durations import amount, duration, epochs
 
 __all__ = [
@@ -38,7 +32,7 @@ __all__ = [
     "load",
     "override",
 ]
-__all__ += ["parse", "run", "to_dict", "unusual"]
+__all__ += ["parse", "to_dict", "unusual"]
 
 
 def get_default() -> ConfigDict:
@@ -198,6 +192,7 @@ FREE = (
     "data.workers",
     "data.prefetch",
     "train.log_every",
+    "train.checkpoint_every",
     "train.keep",
     "train.export",
     "train.tensorboard",
@@ -206,10 +201,11 @@ FREE = (
     "train.spike",
     "train.on_spike",
     "train.grace",
-    "eval.samples",
     "model.remat",
     "profile.",
 )
+# So may these, which do not either, but metrics may then differ; and train.duration may grow.
+MEASURES = ("eval.", "generate.", "data.validation", "data.test", "data.eval_packing")
 # The least and the most that a number may be. What other files check with more knowledge (the mesh,
 # the shares of sources, the rules of cleaning) is not repeated here.
 _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never moves
@@ -462,38 +458,3 @@ def unusual(config: ConfigDict) -> list[str]:
 def to_dict(config: ConfigDict) -> dict:
     """Plain nested dict (tuples as lists), for config.json."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -> None:
-    """Run a command: a UserError is shown as one message, and the exit status is 1.
-
-    A run that was asked to stop ends with status 75 (see training/stops.py), another command that
-    Ctrl-C ends with 130. Any other error is a bug, and keeps its traceback.
-    """
-    # transformers is here for tokenizers and templates; its advice to install torch is not wanted.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        main_fn(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        raise SystemExit(printable(f"{type(e).__name__}: {e}")) from e
-    except Stopped as e:
-        if str(e):  # of several processes, one says it
-            show(f"Stopped: {e}", file=sys.stderr)
-        atexit.register(_end_soon)
-        raise SystemExit(Stopped.status) from None
-    except KeyboardInterrupt:
-        atexit.register(_end_soon)
-        show("Stopped: by Ctrl-C", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-
-
-def _end_soon() -> None:
-    """As Python ends: one more signal ends it without a word, and so do ten seconds.
-
-    Libraries wait there for their threads, and for processes that may be gone.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    timer = threading.Timer(10, os._exit, [Stopped.status])
-    timer.daemon = True
-    timer.start()

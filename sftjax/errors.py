@@ -1,6 +1,6 @@
 """What a user has to mend: every mistake that we can name is an error class of this file.
 
-`config.run` prints a UserError as one message, without a traceback. Any other error is a bug, of
+`exits.run` prints a UserError as one message, without a traceback. Any other error is a bug, of
 ours or of a library, and keeps its traceback. Each class also derives from the built-in one that
 fits it, so that code which catches a ValueError or an OSError goes on working.
 """

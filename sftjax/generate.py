@@ -42,6 +42,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from sftjax import config
+    from sftjax import exits
 
-    config.run(main)
+    exits.run(main)

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax import optim, parallel, tasks
+from sftjax import exits, optim, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
 from sftjax.reports import run as report
-from sftjax.training import build, nan, xla_flags
+from sftjax.training import build, nan, resume, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import Checkpointer
 from sftjax.training.data import Feed
@@ -91,19 +91,22 @@ def train(
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         target = build.abstract_state(config.model, model, trainable, tx, mesh)
         lower = task.lower_is_better(config.eval.best)
+        manifest = workdir_lib.manifest(config, feed, model)
         checkpoints = Checkpointer(
             workdir / "checkpoints",
-            manifest=workdir_lib.manifest(config, feed),
+            manifest=manifest,
             keep=config.train.keep,
             best_metric=config.eval.best,
             best_mode="min" if lower else "max",
         )
+        checkpoints.check_space(target, config.train.export)
         if checkpoints.latest_step() is None:
             how = dict(seed=config.seed, new=feed.new_tokens)
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra: dict[str, Any] = dict.fromkeys(("before", "early_stop", "data", "health"))
         else:
             state, extra = checkpoints.restore(target)
+            extra = resume.comparable(extra, manifest, feed)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
         health = Health(config.train, workdir, feed, extra["health"])
         health.check(state, "the weights as they were read")
@@ -140,7 +143,7 @@ def train(
                 state, metrics = steps[feed.width(batch)](state, batch)
             step += 1
             profiler.end(step, metrics)
-            checkpoints.check()  # a save that failed behind the loop ends it now
+            checkpoints.check()  # a save that failed behind the loop is said now
             if debug_nan:
                 nan.check(step, metrics, state, batch, loss_fn, tx)
             log.step(step, metrics, feed.wait)
@@ -168,7 +171,8 @@ def train(
                 break
         profiler.close()
         log.close(rest=not stop.asked)
-        checkpoints.close()
+        if stop.asked:
+            checkpoints.wait()
         run.end(step)
         stop.release(step, feed.steps, checkpoints.latest_step())
         health.finish(step)
@@ -179,6 +183,7 @@ def train(
             build.export(workdir / "export", task, model, state)
         result = {"before": extra["before"], "after": after, "steps": step}
         report.finish(workdir, task, feed, result, config.eval.samples)
+        checkpoints.close()  # last: a save that failed takes neither the export nor the report
     return result
 
 
@@ -189,4 +194,4 @@ def mesh_text(mesh: Mesh) -> str:
 
 
 if __name__ == "__main__":
-    config_lib.run(main)
+    exits.run(main)

@@ -1,6 +1,8 @@
 """Config: typed overrides, near names, durations, and a reader for every key."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,25 @@ def test_durations():
         duration("10%", "train.duration", batch=8)
     assert config_lib.epochs("4epochs") == config_lib.epochs("4 epoch") == 4
     assert config_lib.epochs("1.5 epochs") == 1.5 and config_lib.epochs("15 steps") is None
+
+
+HANGS = """
+import threading, time
+from sftjax import exits
+from sftjax.errors import CheckpointError, ConfigError
+
+def main(argv):
+    threading.Thread(target=time.sleep, args=(float(argv[0]),)).start()
+    raise (CheckpointError if argv[1] == "c" else ConfigError)("the disk is gone")
+
+exits.LEAVE = 0.2
+exits.run(main)
+"""
+
+
+@pytest.mark.parametrize("seconds, kind", [("300", "c"), ("0", "c"), ("1", "other")])
+def test_a_thread_that_hangs_does_not_keep_a_failed_checkpoint_from_ending_the_run(seconds, kind):
+    code = [sys.executable, "-c", HANGS, seconds, kind]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("Error: the disk is gone") == 1
+    assert "Traceback" not in done.stderr

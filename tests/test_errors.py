@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_chat import TOKENIZER
 
-from sftjax import config, errors, parallel
+from sftjax import config, errors, exits, parallel
 from sftjax.data import DataError, build_store, encode, open_source
 from sftjax.hf import safetensors_io
 from sftjax.plan import hardware as targets
@@ -173,7 +173,7 @@ def test_run_prints_each_class_as_one_message(error):
         raise error(f"what is wrong with {argv[0]}")
 
     with pytest.raises(SystemExit) as caught:
-        config.run(main, ["x"])
+        exits.run(main, ["x"])
     assert (
         caught.value.code == f"{error.__name__}: what is wrong with x"
     )  # printed; the status is 1
@@ -198,14 +198,14 @@ def test_a_bug_keeps_its_traceback(bug):
         raise bug("a bug")
 
     with pytest.raises(bug):
-        config.run(main, [])
+        exits.run(main, [])
     code = compile("raise ValueError('a bug')", config.__file__, "exec")
     with pytest.raises(ValueError):
-        config.run(lambda argv: exec(code), [])
+        exits.run(lambda argv: exec(code), [])
 
 
 def command(*argv):
-    code = "import sys; from sftjax import config; config.run(config.parse, sys.argv[1:])"
+    code = "import sys; from sftjax import config, exits; exits.run(config.parse, sys.argv[1:])"
     return subprocess.run(
         [sys.executable, "-c", code, *argv], cwd=REPO, capture_output=True, text=True
     )

@@ -12,6 +12,7 @@ from test_chat import make_tokenizer
 
 import sftjax
 from sftjax import config as config_lib
+from sftjax import exits
 from sftjax.errors import DataError
 from sftjax.hf import heads
 from sftjax.inspect_data import inspect
@@ -74,7 +75,7 @@ def test_errors(capsys):
         raise DataError(f"the chat template failed: {EVIL}", where=f"{EVIL}.jsonl:1")
 
     with pytest.raises(SystemExit) as caught:
-        config_lib.run(main, [])
+        exits.run(main, [])
     assert not drives(caught.value.code) and r"\x1b]52;c;" in caught.value.code
 
 

@@ -1,6 +1,6 @@
 """Clean a data set: see command.py."""
 
-from sftjax import config
+from sftjax import exits
 from sftjax.clean.command import main
 
-config.run(main)
+exits.run(main)

@@ -4,6 +4,7 @@ What an example is, how it is cut and what is counted of it is the task's to say
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -11,6 +12,8 @@ import os
 import shutil
 import sys
 import tempfile
+import time
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 FORMAT = 6  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
+BUILDING = ".building-"  # prefix of a store being written
+STALE = 3600  # seconds
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
 logger = logging.getLogger(__name__)
 
@@ -147,22 +152,48 @@ def _write_atomically(folder, *inputs: Any):
     """Write beside `folder`, then rename: a killed or second process leaves no half of a store."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    except OSError as error:
-        problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
-        raise DataError(problem, kind="unwritable") from None
-    try:
-        _write(temporary, folder, *inputs)
-        os.rename(temporary, folder)
+        _sweep(folder.parent)
+        with _building(folder.parent) as temporary:
+            _write(temporary, folder, *inputs)
+            (temporary / "lock").unlink()
+            os.rename(temporary, folder)
     except OSError as error:
         if not (folder / "report.json").exists():  # else another process was first
             problem = f"data.cache_dir={folder.parent}: can't be written: {error}"
             raise DataError(problem, kind="unwritable") from None
+
+
+@contextlib.contextmanager
+def _building(parent):
+    """A new folder whose lock this process holds, and the system lets go when it ends."""
+    temporary = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
+    try:
+        with open(temporary / "lock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: see _sweep
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _sweep(parent):
+    """Delete what killed processes were building; not what a live one is, on this host or another.
+
+    Without a lock in it (one just begun, or of an older version) it has to be STALE seconds old.
+    """
+    for left in parent.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or held
+            if not (left / "lock").exists():
+                if time.time() - left.stat().st_mtime > STALE:
+                    shutil.rmtree(left, ignore_errors=True)
+                continue
+            with open(left / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def _write(temporary, folder, source, task, max_length, overlong, on_error, max_skipped):
+    source = _Hashing(source)
     kept = folder.with_name(folder.name + ".rejects.jsonl")
     rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = task.tally(max_length, overlong)
@@ -186,9 +217,37 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     if not tally.lengths:
         problem = task.nothing_left(first, report, max_length)
         raise DataError(problem, kind="nothing_trained")
+    np.save(temporary / "rows.npy", source.hashes)
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
     np.save(temporary / "records.npy", np.array(records, np.int64))
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+class _Hashing(RecordSource):
+    """A source that hashes its records as they are read, to say later which were edited.
+
+    hashes: uint32 [rows]; 0 of what could not be read.
+    """
+
+    def __init__(self, source: RecordSource) -> None:
+        self.source, self.hashes = source, np.zeros(len(source), np.uint32)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record = self.source[i]
+        # Fields in order: the same row in another order of fields may be trained otherwise.
+        self.hashes[i] = zlib.crc32(json.dumps(record, default=str).encode())
+        return record
+
+    def where(self, i: int) -> str:
+        """The place of row `i`."""
+        return self.source.where(i)
+
+    def fingerprint(self) -> str:
+        """The source's own."""
+        return self.source.fingerprint()
 
 
 def _chunks(total):

@@ -1,6 +1,6 @@
 """Show what is trained: see this package's docstring."""
 
-from sftjax import config
+from sftjax import exits
 from sftjax.inspect_data import main
 
-config.run(main)
+exits.run(main)

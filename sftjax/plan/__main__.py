@@ -1,6 +1,6 @@
 """python -m sftjax.plan: see command.py."""
 
-from sftjax import config
+from sftjax import exits
 from sftjax.plan.command import main
 
-config.run(main)
+exits.run(main)

@@ -26,6 +26,7 @@ from sftjax.data.packing.pack import Field
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import TokenStore
 from sftjax.parallel import processes
+from sftjax.training.identity import facts_of
 
 FEW = 10  # steps that are said to be few
 
@@ -55,6 +56,8 @@ class Feed:
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
         stream.check(config, self.sources, task.layout.fixed)
         self.notes, self.sets = list[str](), dict[str, TokenStore]()
+        # What is known of each source's rows, and each set's: see identity.facts_of.
+        self.facts: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
         self.stores: list[TokenStore] = []
         self.records = list[RecordSource]()  # what each store was made of
         for source in self.sources:
@@ -63,7 +66,7 @@ class Feed:
         self.wait = 0.0  # seconds the last step waited for its batch
         self._plan()
         for name, path in sets(d.validation).items():
-            self.sets[name] = self._store(data_lib.open_source(path), task, config)
+            self.sets[name] = self._measured(name, data_lib.open_source(path), task, config)
         self._check_best()
         # The test set is one or the other.
         self.questions, self.tests = list[Any](), dict[str, TokenStore]()
@@ -82,19 +85,26 @@ class Feed:
         self.notes += [tag + note for note in rows.notes]
         self.stores.append(self._store(rows.train, rows.task, c))
         self.records.append(rows.train)
+        self.facts["data"][source.name] = facts_of(rows.train, self.stores[-1])
         if rows.validation:
             name = f"validation_{source.name}" if self.names else "validation"
-            self.sets[name] = self._store(rows.validation, rows.held, c)
+            self.sets[name] = self._measured(name, rows.validation, rows.held, c)
 
     def _open_test(self, path, limit):
         source = data_lib.open_source(path, limit)
         if self.task.generates:
+            self.facts["evaluation"]["test"] = facts_of(source)
             self.questions = self.task.questions(source)
             return
         [name] = sets(path) if "," not in path else ["test"]
         if name in self.sets:
             name = f"test_{name}"
-        self.tests[name] = self._store(source, self.task, self.config)
+        self.tests[name] = self._measured(name, source, self.task, self.config)
+
+    def _measured(self, name, source, task, config):
+        store = self._store(source, task, config)
+        self.facts["evaluation"][name] = facts_of(source, store)
+        return store
 
     def _store(self, source, task, config):
         d = config.data

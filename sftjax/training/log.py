@@ -85,6 +85,7 @@ class Log:
         """Evaluation and saving inside this are not counted as training time."""
         while self._lines:
             self._write_line()
+        self.writer.flush()
         # Wait for the steps still running, so that their time is theirs.
         self._window = jax.device_get(self._window)
         self.see(self._at - len(self._window) + 1, self._window)

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line, speed and memory."""
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -13,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
-from sftjax.files import write_atomic
+from sftjax.files import parse_json, write_atomic
 from sftjax.terminal import printable, show
 
 # ---- writing -------------------------------------------------------------------------------
@@ -47,11 +48,9 @@ class Writer:
         _drop_after(path, start_step)
         self._file = path.open("a", 1, encoding="utf-8")  # by lines: a killed run keeps them
         if tensorboard:
-            from tensorboardX import SummaryWriter  # slow to import, not always wanted
+            from sftjax.training.tensorboard import Board  # slow to import, not always wanted
 
-            self._board = SummaryWriter(
-                str(Path(workdir) / "tensorboard"), purge_step=start_step + 1
-            )
+            self._board = Board(Path(workdir) / "tensorboard", start_step + 1)
         self._started = time.monotonic()
         if self._progress and sys.stderr.isatty():
             self._bar = tqdm(
@@ -71,9 +70,15 @@ class Writer:
             self._file.write(json.dumps({"step": int(step), **line}, allow_nan=False) + "\n")
         if self._board:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add(name, value, int(step))
         if self._progress:
             self._show(int(step), values)
+
+    def flush(self) -> None:
+        """Have everything in the files: what is killed after this has no gap before it."""
+        for written in (self._board, self._file):
+            if written is not None:
+                written.flush()
 
     def say(self, text: str) -> None:
         """A message on stderr that does not tear the progress bar."""
@@ -130,22 +135,28 @@ def _number(name, value):
 
 
 def _drop_after(path, step):
-    """Rewrite metrics.jsonl without later steps and without a line torn by a kill."""
+    """Rewrite metrics.jsonl without later steps, a line torn by a kill, and what is no line."""
     if not path.exists():
         return
     kept = [line for line, at in read_lines(path) if at["step"] <= step]
+    with path.open("rb") as f:
+        ends = sum(line.endswith(b"\n") for line in f)
+    if junk := ends - sum(1 for _ in read_lines(path)):
+        text = f"{path}: {junk} line{'s are' if junk > 1 else ' is'} damaged and left out"
+        logging.getLogger("sftjax").warning("%s", printable(text))
     write_atomic(path, "".join(kept))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(text, object) of every whole line of a metrics.jsonl."""
-    with open(path, encoding="utf-8") as f:
+    """(text, object) of every whole line of a metrics.jsonl; what is none of a step is left out."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
         for line in f:
             try:
-                parsed = json.loads(line)
-            except json.JSONDecodeError:
+                parsed = parse_json(line)
+            except ValueError:
                 continue
-            if line.endswith("\n"):
+            known = isinstance(parsed, dict) and type(parsed.get("step")) is int
+            if line.endswith("\n") and known:
                 yield line, parsed
 
 

@@ -2,7 +2,7 @@
 
 SIGTERM, SIGINT (Ctrl-C) and JAX's preemption notice ask a run to stop. In the loop it saves a
 checkpoint after the present step and raises `Stopped`; elsewhere there is nothing to save, and it
-ends at once. `config.run` makes exit status 75 of it. A second signal ends the process at once,
+ends at once. `exits.run` makes exit status 75 of it. A second signal ends the process at once,
 with 128 + its number; so does, with 75, the end of the grace time.
 
 Python runs a signal's handler between two of its own instructions, which a compilation or a

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -20,7 +19,8 @@ from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError
 from sftjax.files import refuse_url, write_atomic
 from sftjax.terminal import printable
-from sftjax.training import checkpoint
+from sftjax.training import resume
+from sftjax.training.identity import make_manifest, sha256, version
 
 if TYPE_CHECKING:
     from sftjax.training.data import Feed
@@ -49,9 +49,10 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
         if jax.process_index() == 0:
             (workdir / "checkpoints" / "manifest.json").unlink(missing_ok=True)
     elif file.exists():
-        _same_config(json.loads(file.read_text(encoding="utf-8")), new, workdir, began)
+        resume.check_config(file, new, began)
+    env = resume.joined(workdir / "env.json", environment(began), _trained(workdir))
     if jax.process_index() == 0:
-        for path, value in ((file, new), (workdir / "env.json", environment(began))):
+        for path, value in ((file, new), (workdir / "env.json", env)):
             write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
 
@@ -61,38 +62,15 @@ def began_in(workdir: Path) -> Path:
 
     Here, for a run that begins, or whose first directory is not there any more.
     """
-    said, here = workdir / "env.json", Path.cwd()
-    if not _trained(workdir) or not said.exists():
+    here, found = Path.cwd(), resume.read_environment(workdir / "env.json") or {}
+    if not _trained(workdir) or not isinstance(found.get("directory"), str):
         return here
-    try:
-        first = Path(json.loads(said.read_text(encoding="utf-8"))["directory"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return here
+    first = Path(found["directory"])
     return first if first.is_absolute() and first.is_dir() else here
 
 
 def _trained(workdir):
     return any(p.name.isdecimal() for p in (workdir / "checkpoints").glob("*"))
-
-
-def _same_config(old, new, workdir, began):
-    old, new = _flat(old), _flat(new)
-
-    def meant(key, value):  # by a path, however it is written
-        if key not in config_lib.PATHS or not isinstance(value, str):
-            return value
-        parts = value.split(",")
-        return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
-
-    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    keys = [k for k in keys if meant(k, old.get(k)) != meant(k, new.get(k))]
-    keys = [k for k in keys if not k.startswith(config_lib.FREE)]
-    if keys:
-        lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys[:10])
-        raise ConfigError(
-            f"--workdir={workdir} belongs to a run with another config:\n{lines}\nUse another"
-            " workdir, or the same settings to resume that run."
-        )
 
 
 def warn(config: ConfigDict) -> None:
@@ -102,16 +80,30 @@ def warn(config: ConfigDict) -> None:
             logging.getLogger("sftjax").warning("%s", printable(line))
 
 
-def manifest(config: ConfigDict, feed: "Feed") -> dict:
-    """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template)."""
-    return checkpoint.make_manifest(config_lib.to_dict(config), {"tokenised data": feed.identity})
+def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
+    """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template).
 
-
-def _flat(tree, prefix="") -> dict:
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return out
+    And the config.json of a model that has one; besides, by what a difference is explained.
+    """
+    identity, task = {"tokenised data": feed.identity}, feed.task
+    hashes = {
+        "how rows are read (the chat template, special tokens)": json.dumps(
+            task.key(), sort_keys=True, default=str
+        )
+    }
+    if task.tokenizer is not None:
+        hashes["the tokenizer"] = task.tokenizer.backend_tokenizer.to_str()
+    if getattr(model, "source", None) is not None:
+        hashes["the model's config.json"] = json.dumps(model.source.config, sort_keys=True)
+        identity["model"] = sha256(hashes["the model's config.json"])
+    return make_manifest(
+        config_lib.to_dict(config),
+        identity,
+        hashes={name: sha256(text) for name, text in hashes.items()},
+        steps=feed.steps,
+        best=config.eval.best,
+        **feed.facts,
+    )
 
 
 @contextlib.contextmanager
@@ -144,7 +136,7 @@ def environment(directory: Path | str = "") -> dict:
         "directory": str(directory or Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: checkpoint.version(p) for p in (*packages, "transformers", "numpy")},
+        "packages": {p: version(p) for p in (*packages, "transformers", "numpy")},
         "devices": [str(d.device_kind) for d in jax.devices()],
         "processes": jax.process_count(),
         "commit": commit,

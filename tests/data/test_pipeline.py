@@ -1,5 +1,8 @@
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -369,3 +372,42 @@ def test_conversations_are_stored_like_pairs(tmp_path):
     one, two = build(tmp_path / "a", chats), build(tmp_path / "b", pairs(3))
     np.testing.assert_array_equal(one.tokens, two.tokens)
     np.testing.assert_array_equal(one.weights, two.weights)
+
+
+# --- what a killed run leaves ---
+
+KILLED = """
+import os, signal, sys
+from sftjax.data import token_store
+with token_store._building(__import__("pathlib").Path(sys.argv[1])) as folder:
+    print(folder, flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_store_left_half_built_is_cleaned_up_but_not_one_being_built(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in (".building-old", ".building-new"):  # of an older version, without a lock
+        (cache / name).mkdir()
+    os.utime(cache / ".building-old", (0, 0))
+    code = [sys.executable, "-c", KILLED, str(cache)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(code, **pipes) as other:
+        live = other.stdout.readline().strip()
+        build(tmp_path, pairs(3))
+        left = {p.name for p in cache.glob(".building-*")}
+        assert left == {".building-new", os.path.basename(live)}
+        other.communicate("die\n")
+    build(tmp_path, pairs(4))
+    assert {p.name for p in cache.glob(".building-*")} == {".building-new"}
+    stores = [p for p in cache.iterdir() if not p.name.startswith(".")]
+    assert len(stores) == 2 and not any((p / "lock").exists() for p in stores)
+
+
+def test_a_store_has_a_hash_of_each_row(tmp_path):
+    first = np.load(build(tmp_path, pairs(5)).folder / "rows.npy")
+    second = np.load(build(tmp_path, pairs(4) + pairs(1)).folder / "rows.npy")
+    assert first.dtype == np.uint32 and len(set(first)) == 5
+    assert list(second) == [*first[:4], first[0]]

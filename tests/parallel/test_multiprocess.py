@@ -20,14 +20,14 @@ RUN = """
 import pathlib, sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/helpers"]
 import test_train
-from sftjax import train, config
+from sftjax import config, exits, train
 def main(argv):
     c = test_train.make(pathlib.Path({files!r}))
     for argument in argv[1:]:
         key, value = argument.split("=", 1)
         config.override(c, key, value)
     train.train(c, argv[0])
-config.run(main)
+exits.run(main)
 """
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +25,9 @@ from sftjax.training.checkpoint import (
     CheckpointError,
     abstract_like,
     check_writable,
-    files_sha256,
+    disk,
     make_manifest,
+    seal,
 )
 
 
@@ -178,14 +180,18 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_whole(tmp_path, monkeyp
     with Checkpointer(tmp_path, keep=1) as ckpt:
         ckpt.save(1, {"x": jnp.ones(3)})
         ckpt.wait()
-        seen, delete = [], ckpt._manager._checkpoint_deleter.delete_steps
-        monkeypatch.setattr(
-            ckpt._manager._checkpoint_deleter,
-            "delete_steps",
-            lambda steps: (seen.append((steps, ckpt.all_steps())), delete(steps)),
-        )
+        seen, delete = [], disk.remove
+
+        def remove(directory, steps):
+            sealed = seal.damage(tmp_path / "2") == ""
+            seen.append((steps, ckpt.all_steps(), sealed, synced[-1]))
+            delete(directory, steps)
+
+        synced, sync = [], seal.sync
+        monkeypatch.setattr(seal, "sync", lambda path: (synced.append(path), sync(path)))
+        monkeypatch.setattr(disk, "remove", remove)
         ckpt.save(2, {"x": jnp.ones(3)})
-    assert seen == [([1], [1, 2])]
+    assert seen == [([1], [1, 2], True, tmp_path)]  # the name 2 is on the disk too
     assert ckpt.all_steps() == [2]
 
 
@@ -245,18 +251,117 @@ def test_missing_step_bad_extra_and_bad_metric(tmp_path):
             ckpt.restore({"x": jax.ShapeDtypeStruct((3,), jnp.float32)}, 2)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    state = {"x": jnp.ones(3)}
+def spoiled(folder, how):
+    """Damage a checkpoint in one way; returns what has to be said of it."""
+    data = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    name = data.relative_to(folder)
+    if how == "a bit":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 4
+        data.write_bytes(content)
+        return f"{name} has another checksum"
+    if how == "truncated":
+        size = data.stat().st_size
+        os.truncate(data, 5)
+        return f"{name} has 5 bytes instead of {size:,}"
+    if how == "missing":
+        data.unlink()
+        return f"{name} is missing"
+    if how == "extra":
+        (folder / "state" / "d" / "more").write_text("")
+        return "state/d/more does not belong there"
+    if how == "torn list":
+        os.truncate(folder / "files.json", 20)
+        return "files.json is damaged"
+    if how == "no list":
+        (folder / "files.json").unlink()
+        return "files.json is missing"
+    (folder / "files.json").write_text('{"files": {"a": 3}}')
+    return "files.json is damaged"
+
+
+WAYS = ["a bit", "truncated", "missing", "extra", "torn list", "no list", "junk list"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_of_damaged_checkpoints_the_newest_intact_one_is_taken(tmp_path, caplog, how):
+    with Checkpointer(tmp_path, keep=3) as ckpt:
+        for step in (1, 5, 8):
+            ckpt.save(step, make_state(step), {"row": step})
+    words = {step: spoiled(tmp_path / str(step), how) for step in (5, 8)}
+    with Checkpointer(tmp_path, keep=3) as ckpt:
+        assert ckpt.latest_step() == 8
+        got, extra = ckpt.restore(abstract_like(make_state()))
+        assert_same(got, make_state(1))
+        assert extra == {"row": 1} and ckpt.latest_step() == 1
+        said = [m for m in caplog.messages if "damaged" in m]
+        assert [m.count("\n") for m in said] == [0, 0]
+        for step, line in zip((5, 8), said, strict=True):
+            assert words[step] in line and f"set aside as {step}.damaged" in line
+            assert f"of step 1, is taken: {step - 1} steps are repeated" in line
+        assert (tmp_path / "8.damaged").is_dir()  # never deleted
+        ckpt.save(5, make_state(5))
+        ckpt.save(8, make_state(8))
+    assert ckpt.all_steps() == [1, 5, 8]
+
+
+def test_where_none_is_intact_nothing_begins_anew(tmp_path):
     with Checkpointer(tmp_path) as ckpt:
-        ckpt.save(1, state)
-        ckpt.save(2, state)
+        for step in (1, 2):
+            ckpt.save(step, make_state(step))
+    words = [spoiled(tmp_path / "1", "a bit"), spoiled(tmp_path / "2", "missing")]
+    for _ in range(2):  # the second start says it too
+        with Checkpointer(tmp_path) as ckpt, pytest.raises(CheckpointError) as e:
+            ckpt.restore(abstract_like(make_state()))
+        for step, text in zip((1, 2), words, strict=True):
+            assert f"step {step}: {text}" in str(e.value)
+        assert "Put back intact copies" in str(e.value)
+    for step in (1, 2):
+        (tmp_path / str(step) / "state" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match="step 1: state/_METADATA is missing(.|\n)*step 2"):
+        Checkpointer(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_damaged_one_that_is_asked_for_is_named(tmp_path):
+    with Checkpointer(tmp_path) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, make_state(step))
         ckpt.wait()
-        for f in (tmp_path / "2" / "state").rglob("*"):
-            if f.is_file() and "ocdbt" in str(f):
-                f.write_bytes(b"")
-        with pytest.raises(CheckpointError, match=r"2 cannot be read(.|\n)*other.*\[1\]"):
-            ckpt.restore(abstract_like(state))
-        assert_same(ckpt.restore(abstract_like(state), 1)[0], state)
+        text = spoiled(tmp_path / "2", "truncated")
+        with pytest.raises(CheckpointError, match=rf"2 is damaged: {text}\n.*there: \[1\]"):
+            ckpt.restore(abstract_like(make_state()), 2)
+        assert_same(ckpt.restore(abstract_like(make_state()), 1)[0], make_state(1))
+
+
+def of_older_version(folder):
+    (folder / "files.json").unlink()
+    path = folder / "extra" / "metadata"
+    extra = json.loads(path.read_text())
+    del extra["sealed"]
+    path.write_text(json.dumps(extra))
+
+
+def test_checkpoints_of_older_versions_restore_unverified(tmp_path, caplog):
+    with Checkpointer(tmp_path, keep=3) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, make_state(step), {"row": step})
+    for step in (2, 3):
+        of_older_version(tmp_path / str(step))
+    with Checkpointer(tmp_path, keep=3) as ckpt:
+        got, extra = ckpt.restore(abstract_like(make_state()))
+    assert_same(got, make_state(3))
+    assert extra == {"row": 3} and "3 is of an older version, without files.json" in caplog.text
+    for f in (tmp_path / "3" / "state").rglob("*"):
+        if f.is_file() and "ocdbt" in str(f):
+            f.write_bytes(b"")
+    with Checkpointer(tmp_path, keep=3) as ckpt:
+        got, extra = ckpt.restore(abstract_like(make_state()))
+    assert extra == {"row": 2} and "3 is damaged: it cannot be read: " in caplog.text
+    # What does not fit is no damage: an older one would not fit either.
+    with Checkpointer(tmp_path, keep=3) as ckpt, pytest.raises(CheckpointError, match="not fit"):
+        ckpt.restore({"x": jax.ShapeDtypeStruct((1,), jnp.float32)})
+    assert ckpt.all_steps() == [1, 2]
 
 
 def test_directory_of_another_run(tmp_path):
@@ -273,16 +378,6 @@ def test_directory_of_another_run(tmp_path):
     assert "another workdir" in str(e.value)
 
 
-def test_files_sha256_follows_names_and_contents(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("1")
-    b.write_text("2")
-    one = files_sha256([a, b])
-    assert one == files_sha256([b, a])
-    b.write_text("3")
-    assert one != files_sha256([a, b])
-
-
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -291,14 +386,36 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     if os.path.isdir("/proc"):
         with pytest.raises(CheckpointError, match="cannot write to /proc"):
             check_writable("/proc")
-    with pytest.raises(CheckpointError, match=r"GB free, 1000000000.00 GB are needed"):
-        check_writable(tmp_path, need_bytes=10**18)
+
+
+def test_the_space_needed_is_compared_with_what_is_free(tmp_path, monkeypatch, caplog):
+    state = {"params": {"w": jnp.ones(1 << 20)}, "opt": jnp.ones(1 << 20)}  # 8 MiB; 4 of a model
+    free = [0]
+    usage = lambda path: shutil._ntuple_diskusage(0, 0, int(free[0] * 2**20))  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with Checkpointer(tmp_path, keep=2) as ckpt:
+        free[0] = 7.9
+        with pytest.raises(CheckpointError, match=r"has 0.01 GB free, and a checkpoint of this"):
+            ckpt.check_space(state, export=True)
+        free[0] = 27.9  # three checkpoints at a time, and the export
+        ckpt.check_space(state, export=True)
+        assert "3 checkpoints of up to 0.01 GB" in caplog.text and "train.keep" in caplog.text
+        caplog.clear()
+        ckpt.check_space(state, export=False)
+        free[0] = 28
+        ckpt.check_space(state, export=True)
+        ckpt.save(1, state)
+        ckpt.wait()
+        free[0] = 20  # one lies there already
+        ckpt.check_space(state, export=True)
+        assert not caplog.text
 
 
 # ---- ends of every kind --------------------------------------------------------------------
 
 FULL_DISK = """
-import resource, signal, sys, time
+import logging, resource, signal, sys, time
+logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
 import jax.numpy as jnp, numpy as np
 from sftjax.training.checkpoint import Checkpointer, CheckpointError
 noise = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32))
@@ -312,13 +429,16 @@ try:
     {then}
 except CheckpointError as e:
     print(e)
-ckpt.close()
+try:
+    ckpt.close()
+except CheckpointError as e:
+    print(e)
 """
 
 ENDS = {
     "close": "ckpt.close()",
     "next save": 'ckpt.save(3, {"x": noise})',
-    "check": "[(time.sleep(0.1), ckpt.check()) for _ in range(100)]",
+    "check": "[(time.sleep(0.1), ckpt.check()) for _ in range(30)]",
 }
 
 
@@ -326,8 +446,10 @@ ENDS = {
 def test_a_full_disk_is_reported_and_the_good_checkpoint_stays(tmp_path, end):
     # A limit on the size of files stands for a disk that fills while the save runs.
     done = run_python(FULL_DISK.format(path=str(tmp_path), then=ENDS[end]))
-    assert "checkpoint of step 2" in done.stdout and "was not written" in done.stdout
-    assert "newest complete one there is of step 1" in done.stdout
+    assert "checkpoint of step 2" in done.stdout and "was not written: " in done.stdout
+    assert "newest complete one there: step 1" in done.stdout
+    assert len(done.stdout.splitlines()) < 10 and "Traceback" not in done.stdout
+    assert "Traceback" not in done.stderr  # Orbax's threads have nothing to say beside
     with Checkpointer(tmp_path) as ckpt:
         assert ckpt.all_steps() == [1]
         got, _ = ckpt.restore({"x": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)})
@@ -364,6 +486,71 @@ def test_kill_9_leaves_complete_checkpoints(tmp_path):
                 assert extra == {"row": step * 10}
 
 
+FAULTS = """
+import logging, os, shutil, sys, threading, time
+import jax.numpy as jnp
+from sftjax.training.checkpoint import Checkpointer, CheckpointError, seal
+logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
+ckpt = Checkpointer({path!r}, keep=1)
+x = jnp.ones((300, 300))
+ckpt.save(1, {{"x": x}})
+ckpt.wait()
+mkdir, good = os.mkdir, seal.seal
+
+def refuse(path, *args, **kwargs):
+    if {part!r} in str(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    mkdir(path, *args, **kwargs)
+
+def full(folder):
+    raise OSError(28, "No space left on device")
+
+{fault}
+try:
+    for step in range(2, 9):
+        ckpt.save(step, {{"x": x}})
+        while ckpt._thread and ckpt._thread.is_alive():
+            time.sleep(0.01)
+        ckpt.check()
+        print("trained on after", step, "there:", ckpt.all_steps())
+        if step == 3 and {mended}:
+            os.mkdir, seal.seal = mkdir, good
+except CheckpointError as e:
+    print("ERROR", e)
+print("threads:", [t.name for t in threading.enumerate() if not t.daemon and "save" in t.name])
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, part, reason",
+    [
+        ("os.mkdir = refuse", ".saving", "Permission denied"),
+        ("os.mkdir = refuse", "orbax", "Permission denied"),  # Orbax's own folder
+        ("seal.seal = full", "", "No space left on device"),
+        ("shutil.rmtree({path!r})", "", "the directory is gone: it was deleted"),
+    ],
+)
+def test_failed_saves_are_tried_again_and_the_third_in_a_row_ends_the_run(
+    tmp_path, fault, part, reason
+):
+    path = str(tmp_path / "c")
+    options = dict(path=path, part=part, fault=fault.format(path=path))
+    code = FAULTS.format(**options, mended=False)
+    began = time.monotonic()
+    done = run_python(code, XLA_FLAGS="")
+    assert time.monotonic() - began < 60  # no thread waits the 300 s that Orbax gives a folder
+    said = done.stdout.splitlines()
+    failed = [line for line in said if "was not written" in line]
+    assert len(failed) == 3 and all(f"was not written: {reason}" in line for line in failed)
+    assert failed[-1].startswith("ERROR checkpoint of step 4")
+    assert "3 saves in a row have failed" in done.stdout and said[-1] == "threads: []"
+    assert "if it fails too, the run ends" in done.stdout and "Traceback" not in done.stderr
+    if "rmtree" not in fault:
+        assert os.listdir(path) == ["1"]  # the good one, and nothing of the failed ones
+        done = run_python(FAULTS.format(**options | dict(path=path + "2"), mended=True))
+        assert "trained on after 8 there: [8]" in done.stdout and "ERROR" not in done.stdout
+
+
 def wait_for_step(path, step, process, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
@@ -392,20 +579,70 @@ print("same")
 """
 
 
+ONE_FAILS = """
+import logging, resource, signal, sys, time
+import jax
+jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
+sys.path.insert(0, {tests!r})
+from test_checkpoint import Checkpointer, CheckpointError, abstract_like, make_state, seal
+from test_checkpoint import assert_same_here, make_noise, spoil_one
+logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
+me = jax.process_index()
+state = make_state(3, jax.devices(), (4,))
+noise = make_noise(state.params["mlp"]["w"].sharding)
+ckpt = Checkpointer({path!r}, keep=3)
+ckpt.save(1, state, {{"row": 1}})
+ckpt.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if me == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+began = time.monotonic()
+ckpt.save(2, {{"x": noise}})
+try:
+    ckpt.wait()
+except CheckpointError as e:
+    assert "File too large" in str(e), e
+else:
+    raise AssertionError
+assert time.monotonic() - began < 30, time.monotonic() - began
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert ckpt.all_steps() == [1]
+for step in (3, 4):
+    ckpt.save(step, make_state(step, jax.devices(), (4,)), {{"row": step}})
+ckpt.wait()
+assert ckpt.all_steps() == [1, 3, 4]
+if me == 0:
+    spoil_one({path!r})
+jax.experimental.multihost_utils.sync_global_devices("spoiled")
+got, extra = ckpt.restore(abstract_like(state))
+assert extra == {{"row": 3}} and ckpt.all_steps() == [1, 3]
+assert_same_here(got, make_state(3, jax.devices(), (4,)))
+ckpt.close()
+print("same")
+"""
+
+
+def make_noise(sharding):
+    draw = lambda: jax.random.normal(jax.random.key(0), (1024, 1024))  # noqa: E731
+    return jax.jit(draw, out_shardings=sharding)()
+
+
+def spoil_one(path):
+    spoiled(Path(path) / "4", "a bit")
+
+
 def assert_same_here(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         for s, t in zip(x.addressable_shards, y.addressable_shards, strict=True):
             assert s.index == t.index and raw(s.data).tobytes() == raw(t.data).tobytes()
 
 
-@pytest.mark.multiprocess
-def test_two_processes_save_one_checkpoint_that_one_process_restores(tmp_path):
+def run_two(code):
+    """Run the code in two processes; both must end with the line "same"."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    code = TWO_PROCESSES.format(
-        address=address, tests=str(Path(__file__).parent), path=str(tmp_path)
-    )
+    code = code.replace("ADDRESS", address)
     env = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -421,10 +658,24 @@ def test_two_processes_save_one_checkpoint_that_one_process_restores(tmp_path):
         )
         for i in range(2)
     ]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and out.endswith("same\n"), err
+    ends = [process.communicate(timeout=90) for process in processes]
+    for process, (out, err) in zip(processes, ends, strict=True):
+        assert process.returncode == 0 and out.endswith("same\n"), out + err
+    return [out for out, _ in ends]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_save_one_checkpoint_that_one_process_restores(tmp_path):
+    tests = str(Path(__file__).parent)
+    run_two(TWO_PROCESSES.format(address="ADDRESS", tests=tests, path=str(tmp_path)))
     with Checkpointer(tmp_path) as ckpt:
         got, extra = ckpt.restore(abstract_like(make_state()))
     assert_same(got, make_state(3))
     assert extra["row"] == 2 and extra["manifest"]["identity"] == {"model": "a"}
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_fails_fails_the_save_of_all_at_once_and_all_take_the_same_one(tmp_path):
+    tests = str(Path(__file__).parent)
+    outs = run_two(ONE_FAILS.format(address="ADDRESS", tests=tests, path=str(tmp_path)))
+    assert ["damaged" in out for out in outs] == [True, False]  # process 0 says it

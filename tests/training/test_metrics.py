@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +131,56 @@ def test_peak_bytes_counts_donated_memory_once():
     kept = jax.jit(lambda x: x + 1).lower(x).compile()
     donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
     assert metrics.peak_bytes(kept) == 2 * size and metrics.peak_bytes(donated) == size
+
+
+KILLED = """
+import os, signal, sys
+from sftjax.training.metrics import Writer
+writer = Writer(sys.argv[1], 99, progress=False, start_step=int(sys.argv[2]))
+for step in range(int(sys.argv[2]) + 1, int(sys.argv[3]) + 1):
+    writer.write(step, {"loss": step / 8})
+writer.flush()  # as at a checkpoint
+writer.write(98, {"loss": 7})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_tensorboard_has_all_points_before_a_checkpoint_when_the_run_is_killed(tmp_path):
+    for first, last in ((0, 30), (30, 41)):
+        code = [sys.executable, "-c", KILLED, str(tmp_path), str(first), str(last)]
+        assert subprocess.run(code).returncode == -9
+    points, starts = {}, []
+    for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime):
+        for event in events_of(file):
+            if event.HasField("session_log"):
+                starts.append(event.step)
+                points = {step: x for step, x in points.items() if step < event.step}
+            for value in event.summary.value:
+                points[event.step] = value.simple_value
+    assert starts == [1, 31]
+    assert points.items() >= {step: step / 8 for step in range(1, 42)}.items()
+
+
+def events_of(file):
+    """The whole events of a file: a length, its checksum, the event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at = file.read_bytes(), 0
+    while at + 12 <= len(data):
+        n = int.from_bytes(data[at : at + 8], "little")
+        yield Event.FromString(data[at + 12 : at + 12 + n])
+        at += 16 + n
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\xff\xfe\x00junk\n", b"[]\n", b"5\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\n"]
+)
+def test_junk_in_metrics_jsonl_is_left_out_and_said(tmp_path, caplog, junk):
+    with Writer(tmp_path, 10, tensorboard=False, progress=False) as writer:
+        writer.write(1, {"loss": 1})
+    with open(tmp_path / "metrics.jsonl", "ab") as f:
+        f.write(junk + junk + b'{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=2) as writer:
+        writer.write(3, {"loss": 3})
+    assert [x["step"] for x in read(tmp_path)] == [1, 2, 3]
+    assert "metrics.jsonl: 2 lines are damaged and left out" in caplog.text

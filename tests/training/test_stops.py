@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from test_multiprocess import free_port
 from test_train import files, make  # noqa: F401 (files is a fixture)
 
-from sftjax import config as config_lib
+from sftjax import exits
 from sftjax import train as train_lib
 from sftjax.errors import LockedError, Stopped
 from sftjax.reports.status import status
@@ -130,7 +130,7 @@ def test_the_command_ends_with_75_and_one_line(capsys):
         raise Stopped("by SIGTERM")
 
     with pytest.raises(SystemExit) as e:
-        config_lib.run(main, [])
+        exits.run(main, [])
     assert (e.value.code, capsys.readouterr().err) == (75, "Stopped: by SIGTERM\n")
 
 
@@ -139,13 +139,13 @@ def test_ctrl_c_in_another_command_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as e:
-        config_lib.run(main, [])
+        exits.run(main, [])
     assert (e.value.code, capsys.readouterr().err) == (130, "Stopped: by Ctrl-C\n")
 
 
 SLEEP = """
 import sys, time
-from sftjax import config
+from sftjax import exits
 from sftjax.training.stops import Stop
 def main(argv):
     with Stop(grace=float(argv[1])) as stop:
@@ -158,7 +158,7 @@ def main(argv):
                 time.sleep(60)
             except BaseException:
                 pass
-config.run(main)
+exits.run(main)
 """
 
 

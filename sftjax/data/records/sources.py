@@ -4,6 +4,7 @@ Random access (index -> dict) is what makes shuffling and resuming a matter of a
 kinds of files, and how each is read, are in readers.py; which files of a folder, in layout.py.
 """
 
+import functools
 import glob
 import hashlib
 import re
@@ -62,6 +63,20 @@ class Source(Sequence):
             digest.update(_file_hash(reader.path).encode())
             digest.update(getattr(reader, "lists", "").encode())
         return digest.hexdigest()
+
+    def files(self) -> list[dict[str, Any]]:
+        """Of each file its name, bytes, rows and hash (as in `fingerprint`), for messages."""
+        paths = [Path(reader.path) for reader in self.readers]
+        short = len({path.name for path in paths}) == len(paths)
+        return [
+            dict(
+                name=path.name if short else str(path),
+                bytes=path.stat().st_size,
+                rows=len(reader),
+                sha256=_file_hash(path),
+            )
+            for path, reader in zip(paths, self.readers, strict=True)
+        ]
 
     def _locate(self, i):
         i = i + len(self) if i < 0 else i
@@ -147,9 +162,13 @@ def _open(path):
 
 
 def _file_hash(path):
-    stat = path.stat()
-    if stat.st_size > BIG_FILE:
-        known = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        return hashlib.sha256(known.encode()).hexdigest()
+    stat = Path(path).stat()
+    return _hash(Path(path).resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(4096)  # a run asks several times; its files are read once
+def _hash(path, size, changed):
+    if size > BIG_FILE:
+        return hashlib.sha256(f"{path} {size} {changed}".encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,479 @@
+"""Checkpoints: a state and its host-side companions, written by Orbax behind the training loop.
+
+A step directory appears under its number only when every byte of it is on the disk and files.json
+in it says what they are; an old one is deleted only after that. So a killed run leaves complete
+checkpoints and no others, and a damaged one is found before anything is trained on it.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sftjax.errors import CheckpointError, ConfigError, NotFoundError
+from sftjax.files import read_json
+from sftjax.parallel import processes
+from sftjax.terminal import printable
+from sftjax.training.checkpoint import disk, seal
+from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
+from sftjax.training.checkpoint.disk import check_writable
+from sftjax.training.checkpoint.table import (
+    abstract_like,
+    check_table,
+    from_table,
+    placed,
+    to_table,
+)
+from sftjax.training.identity import check_manifest, make_manifest
+
+__all__ = ["CheckpointError", "Checkpointer", "abstract_like", "check_writable", "make_manifest"]
+
+FAILURES = 3  # saves in a row that may fail before the run ends
+logger = logging.getLogger("sftjax")
+
+
+class Checkpointer:
+    """The checkpoints of one run, in one directory on a disk that all processes share.
+
+    directory: created when absent; a CheckpointError says when it cannot be written.
+    manifest: see make_manifest; a directory made by another identity raises CheckpointError.
+    keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
+    besides ("" = none), best_mode: "min" or "max". Use it as a context manager, or call close().
+
+    A save that fails (a full disk, a missing permission) is said, and the next one tried; the
+    FAILURES-th in a row raises CheckpointError. Process 0 seals what all have written.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        manifest: Mapping | None = None,
+        keep: int = 2,
+        best_metric: str = "",
+        best_mode: str = "min",
+    ) -> None:
+        if keep < 1 or best_mode not in ("min", "max"):
+            raise ConfigError(
+                f"keep={keep}, best_mode={best_mode!r}; expected keep >= 1 and 'min' or 'max'"
+            )
+        self.directory = Path(directory).absolute()
+        self.manifest, self.keep = manifest, keep
+        self.best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        check_writable(self.directory)
+        if manifest is not None:
+            check_manifest(self.directory, manifest)
+        self._set_aside_incomplete()
+        # Held open, so that the system gives its number to no other directory.
+        self._handle = os.open(self.directory, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+        self._agreement = Agreement()  # of the save under way
+        self._orbax = _orbax(lambda **key: self._agreement.barrier(**key))
+        # The save under way; what it came to is left in _outcome by its thread.
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[int, Exception | None] = 0, None
+        self._failures = 0  # in a row
+        self._failed: CheckpointError | None = None  # the last save's
+
+    # ---- saving ----
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: Mapping | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Copy `state` off the devices and write it behind the loop; True when a save was begun.
+
+        The state may be donated to the next step at once. extra: anything JSON holds (data
+        position, counters, config); it comes back with lists for tuples. metrics: {name: number}
+        that best_metric is looked up in; None when the step was not evaluated. False when `step`
+        is the newest checkpoint already. Raises CheckpointError when FAILURES saves in a row,
+        the one before this the last of them, have failed.
+        """
+        self._settle()
+        if step == self.latest_step():
+            return False
+        self._check_newer(step)
+        table = to_table(state)
+        beside = {"extra/metadata": self._extra(extra), "metrics/metrics": self._metrics(metrics)}
+        self._agreement, problem = Agreement(), self._begin(step)
+        if not problem:
+            try:
+                self._orbax.save(self._saving(step) / "state", args=ocp.args.StandardSave(table))
+            except Exception as e:
+                problem = e
+        # No daemon: a run that ends by an error of another kind still completes its checkpoint.
+        given = step, beside, problem
+        self._thread = threading.Thread(target=self._finish, args=given, name="save")
+        self._thread.start()
+        return True
+
+    def _saving(self, step) -> Path:
+        return self.directory / f".saving-{step}"
+
+    def _begin(self, step) -> Exception | None:
+        """Make the folder to write into. If Orbax failed to, others would wait at its barriers."""
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                self._check_there()
+                shutil.rmtree(self._saving(step), ignore_errors=True)
+                self._saving(step).mkdir()
+            except OSError as e:
+                problem = e
+        texts = [text for text in processes.gather(problem and _reason(problem)) if text]
+        return problem or (OSError(texts[0]) if texts else None)
+
+    def _check_there(self):
+        """Is this the directory that the run began with? Orbax makes a deleted one anew."""
+        try:
+            same = os.path.samestat(os.stat(self.directory), os.fstat(self._handle))
+        except OSError:
+            same = False
+        if not same:
+            raise FileNotFoundError("the directory is gone: it was deleted, moved or unmounted")
+
+    def _finish(self, step, beside, problem):
+        """In a thread: wait until all is written, then let it count and delete what is too old.
+
+        beside: {name of a file: its JSON value, or None for no file}.
+        """
+        agreement = self._agreement
+        try:
+            if problem:
+                raise problem
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                self._check_there()
+                for name, value in beside.items():
+                    if value is not None:
+                        path = self._saving(step) / name
+                        path.parent.mkdir()
+                        path.write_text(json.dumps(value), encoding="utf-8")
+                disk.commit(self._saving(step), self.directory / str(step))
+                with contextlib.suppress(OSError):  # the next save deletes what this one could not
+                    disk.remove(self.directory, self._unwanted())
+                agreement.post("committed")
+            agreement.wait("committed", 1)
+        except Exception as e:
+            with contextlib.suppress(Exception):  # the others may be gone
+                agreement.fail(_reason(e))
+            if jax.process_index() == 0:
+                disk.sweep(self.directory)  # what it has written may fill the disk
+            problem = e
+        self._outcome = step, problem
+
+    def _unwanted(self) -> list[int]:
+        steps = list(disk.steps(self.directory))
+        best = self._best(self.all_steps())
+        return [s for s in steps[: -self.keep] if s != best]
+
+    def check(self) -> None:
+        """Say it if the save under way has already failed; does not block.
+
+        Raises CheckpointError if that was the FAILURES-th in a row. Several processes learn at the
+        next save, so that all do at the same step.
+        """
+        if self._thread and not self._thread.is_alive() and jax.process_count() == 1:
+            self._settle()
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk; CheckpointError when the last one failed."""
+        self._collect()
+        if self._failed:
+            error, self._failed = self._failed, None
+            raise error
+
+    def close(self) -> None:
+        """Wait for the save under way and release threads; CheckpointError when it failed."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it repeats what wait has raised
+                self._orbax.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _settle(self):
+        """As wait, but a failure is said, until there are too many in a row."""
+        if not self._collect():
+            return
+        if self._failures >= FAILURES:
+            self.wait()
+        if jax.process_index() == 0:
+            left = FAILURES - self._failures
+            logger.warning(
+                "%s\nTraining goes on, and the next checkpoint that is due is tried; if %s too, the"
+                " run ends.",
+                printable(self._failed),
+                "it fails" if left == 1 else f"{left} in a row fail",
+            )
+
+    def _collect(self) -> bool:
+        """Take the outcome of the save under way, if there is one. Has it failed?"""
+        if self._thread is None:
+            return False
+        self._thread.join()
+        self._thread, (step, problem) = None, self._outcome
+        self._failures = self._failures + 1 if problem else 0
+        self._failed = self._as_error(step, problem) if problem else None
+        return bool(problem)
+
+    def _as_error(self, step, problem) -> CheckpointError:
+        free, many, newest = "", "", self.latest_step()
+        there = "none" if newest is None else f"step {newest}"
+        with contextlib.suppress(OSError):  # the directory may be gone
+            free = f"; the disk has {shutil.disk_usage(self.directory).free / 1e9:.2f} GB free"
+        if self._failures >= FAILURES:
+            many = f" {self._failures} saves in a row have failed."
+        return CheckpointError(
+            f"checkpoint of step {step} in {self.directory} was not written: {_reason(problem)}\n"
+            f"The newest complete one there: {there}{free}.{many} Make room"
+            " or choose another workdir; the same command, started again, resumes."
+        )
+
+    def _check_newer(self, step):
+        latest = self.latest_step()
+        if latest is not None and step < latest:
+            raise CheckpointError(
+                f"step {step} would be saved into {self.directory}, which has the later step"
+                f" {latest}: move the later steps away, or use another workdir"
+            )
+
+    def _extra(self, extra) -> dict:
+        extra = dict(extra or {})
+        if self.manifest is not None:
+            extra["manifest"] = self.manifest
+        for key, value in extra.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as e:
+                raise TypeError(
+                    f"extra[{key!r}] of a checkpoint: {e}; make arrays lists, scalars int or float"
+                ) from e
+        # A copy: the caller may go on changing its own. That files.json belongs to it is said here
+        # too, so that its absence is no sign of an older version.
+        return json.loads(json.dumps(extra)) | {"sealed": True}
+
+    def _metrics(self, metrics) -> dict | None:
+        if not self.best_metric or metrics is None:
+            return None
+        if self.best_metric not in metrics:
+            raise CheckpointError(
+                f"best_metric {self.best_metric!r} is not among the metrics of this evaluation:"
+                f" {sorted(metrics)}"
+            )
+        return {name: float(value) for name, value in metrics.items()}
+
+    def check_space(self, state: Any, export: bool) -> None:
+        """Compare what this run will write with the free space of the disk, and say if it is short.
+
+        state: as of save, or its shapes. export: are its parameters written once more. Raises:
+        CheckpointError where not even one checkpoint finds room beside what is there.
+        """
+        sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in to_table(state).items()}
+        model = sum(n for name, n in sizes.items() if name.startswith(("params/", "frozen/")))
+        saves = self.keep + 1 + bool(self.best_metric)  # an old one goes after the new one is there
+        found = disk.space_problem(self.directory, sum(sizes.values()), saves, model * export)
+        errors, warnings = zip(*processes.gather(found), strict=True)
+        if any(errors):
+            raise CheckpointError(max(errors))
+        if jax.process_index() == 0 and any(warnings):
+            logger.warning("%s", printable(max(warnings)))
+
+    # ---- restoring ----
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """(state, extra) of `step`, or of the newest checkpoint whose files are intact.
+
+        Damaged ones that are newer are said, and renamed (`12.damaged`), never deleted.
+
+        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
+        mesh (see abstract_like). Raises NotFoundError when there is no such checkpoint, and
+        CheckpointError where none is intact, or naming every leaf whose name, shape or dtype is
+        another.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if not steps or (step is not None and step not in steps):
+            raise NotFoundError(
+                f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory};"
+                f" complete steps there: {steps or 'none'}"
+            )
+        wrong: dict[int, str] = {}
+        for at in reversed(steps) if step is None else [step]:
+            wrong[at] = self._damage(at)
+            if not wrong[at]:
+                try:
+                    found = self._read(at, abstract_state)
+                except _Damaged as e:
+                    wrong[at] = str(e)
+            if not wrong[at]:
+                del wrong[at]
+                self._go_back(wrong, at)
+                return found
+        if step is not None:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is damaged: {wrong[step]}\nMove it away;"
+                f" other complete steps there: {[s for s in steps if s != step]}"
+            )
+        raise disk.none_is_whole(self.directory, wrong)
+
+    def _damage(self, step) -> str:
+        """What is wrong with a checkpoint's files; each process reads a part of them."""
+        folder, problem = self.directory / str(step), ""
+        if seal.is_sealed(folder):
+            problem = seal.damage(folder, jax.process_index(), jax.process_count())
+        elif self._companions(step).get("sealed"):
+            problem = f"{seal.NAME} is missing"
+        elif jax.process_index() == 0:
+            logger.warning(
+                "checkpoint %s is of an older version, without %s: its files are not verified",
+                folder,
+                seal.NAME,
+            )
+        return next((text for text in processes.gather(problem) if text), "")
+
+    def _read(self, step, abstract_state) -> tuple[Any, dict]:
+        folder, wanted = self.directory / str(step), to_table(abstract_state)
+        target = {name: placed(x) for name, x in wanted.items()}
+        try:
+            check_table(folder, dict(self._orbax.metadata(folder / "state").item_metadata), wanted)
+            args = ocp.args.StandardRestore(target)
+            table = self._orbax.restore(folder / "state", args=args)
+        except CheckpointError:
+            raise
+        except Exception as e:
+            if not seal.is_sealed(folder) and jax.process_count() == 1:
+                raise _Damaged(f"it cannot be read: {_reason(e)}") from e
+            raise CheckpointError(
+                f"checkpoint {folder} cannot be read, though its files are as they were written:"
+                f" {_reason(e)}\nOther complete steps there:"
+                f" {[s for s in self.all_steps() if s != step]}"
+            ) from e
+        extra = self._companions(step)
+        extra.pop("sealed", None)
+        return from_table(table, abstract_state), extra
+
+    def _companions(self, step) -> dict:
+        """The `extra` of a checkpoint; {} where it is damaged, which is found elsewhere."""
+        with contextlib.suppress(CheckpointError):
+            found = read_json(self.directory / str(step) / "extra" / "metadata", CheckpointError)
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def _go_back(self, wrong: Mapping[int, str], step: int) -> None:
+        """Set the damaged ones aside, and say what that costs."""
+        multihost_utils.sync_global_devices("sftjax: all processes have read the checkpoint")
+        if jax.process_index() == 0:
+            for lost, text in sorted(wrong.items()):
+                name = disk.set_aside(self.directory, lost)
+                logger.warning(
+                    "%s",
+                    printable(
+                        f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set"
+                        f" aside as {name}. The newest intact one, of step {step}, is taken:"
+                        f" {lost - step} steps are repeated."
+                    ),
+                )
+        multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
+
+    def _set_aside_incomplete(self):
+        """Rename numbered directories that lack a part (a deletion cut short, a partial copy)."""
+        found = disk.steps(self.directory)
+        wrong = {step: text for step, text in found.items() if text}
+        if wrong and len(wrong) == len(found):
+            raise disk.none_is_whole(self.directory, wrong)
+        multihost_utils.sync_global_devices("sftjax: all have seen the checkpoint directory")
+        if jax.process_index() == 0:
+            disk.sweep(self.directory)
+            for step, text in wrong.items():
+                name = disk.set_aside(self.directory, step)
+                folder = printable(self.directory / str(step))
+                logger.warning("checkpoint %s: %s; it is set aside as %s", folder, text, name)
+        multihost_utils.sync_global_devices("sftjax: checkpoint directory is clean")
+
+    # ---- which there are ----
+
+    def all_steps(self) -> list[int]:
+        """Steps completely on disk, ascending; one still being written is not among them."""
+        return [step for step, lacks in disk.steps(self.directory).items() if not lacks]
+
+    def latest_step(self) -> int | None:
+        """The newest step completely on disk."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the best best_metric among those kept; None when none was evaluated."""
+        self.wait()
+        return self._best(self.all_steps())
+
+    def _best(self, steps) -> int | None:
+        scores = {step: self._score(step) for step in steps} if self.best_metric else {}
+        known = [step for step, score in scores.items() if not math.isnan(score)]
+        return max(known, key=lambda step: (scores[step], step), default=None)
+
+    def _score(self, step) -> float:
+        """The higher the better; NaN where the metric was not measured."""
+        with contextlib.suppress(CheckpointError, TypeError, ValueError):
+            found = read_json(self.directory / str(step) / "metrics" / "metrics", CheckpointError)
+            # Absent when an earlier run in this directory tracked another metric.
+            return self._sign * float(dict(found).get(self.best_metric, math.nan))
+        return math.nan
+
+
+class _Damaged(Exception):
+    """A checkpoint of an older version that can't be read."""
+
+
+def _orbax(barrier) -> ocp.AsyncCheckpointer:
+    """Orbax's writer of one state, which gives nothing a number and deletes nothing."""
+    # What fails is raised to us, and said by us; its threads log a traceback each.
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    return ocp.AsyncCheckpointer(
+        ocp.StandardCheckpointHandler(),
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=int(TIMEOUT),
+            barrier_sync_fn=barrier,
+            # Else threads wait 300 s for a folder that can't be made, and the interpreter, at its
+            # end, for the threads. Of several items Orbax makes the folders so in any case, which
+            # is why it is given the state alone.
+            create_directories_asynchronously=False,
+        ),
+    )
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+def _reason(error) -> str:
+    """An error on one line; of tensorstore's, which go on for pages, what the system said."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    text = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"{text[:300]}"
+        if isinstance(error, (OSError, CheckpointError))
+        else (f"{type(error).__name__}: {text[:300]}")
+    )

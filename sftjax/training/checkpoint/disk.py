@@ -1,0 +1,110 @@
+"""The directory of checkpoints: which steps are there, what is set aside, what is deleted."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sftjax.errors import CheckpointError
+from sftjax.training.checkpoint import seal
+
+PARTS = ("state/_METADATA", "extra/metadata")
+# Names under which nothing whole lies: of a save, of a deletion, and of Orbax's own saves.
+LEFT_BEHIND = (".saving-*", ".deleting-*", "*.orbax-checkpoint-tmp*")
+
+
+def lacking(folder: Path) -> str:
+    """What a numbered folder lacks to be a checkpoint, on one line; "" = nothing."""
+    absent = [part for part in PARTS if not (folder / part).exists()]
+    return f"{', '.join(absent)} is missing" if absent else ""
+
+
+def steps(directory: Path) -> dict[int, str]:
+    """{step: what it lacks} of all numbered folders, ascending; of no directory, none."""
+    names = [d.name for d in directory.iterdir()] if directory.is_dir() else []
+    found = sorted(int(name) for name in names if name.isdecimal())
+    return {step: lacking(directory / str(step)) for step in found}
+
+
+def sweep(directory: Path) -> None:
+    """Delete what a killed run has left of saves and deletions."""
+    for pattern in LEFT_BEHIND:
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def commit(written: Path, final: Path) -> None:
+    """Seal a checkpoint that is written, and give it its number. Raises: OSError."""
+    if absent := lacking(written):
+        raise OSError(f"{written.name}: {absent}")
+    seal.seal(written)
+    os.rename(written, final)
+    seal.sync(final.parent)
+
+
+def set_aside(directory: Path, step: int) -> str:
+    """Rename a damaged checkpoint, so that it counts no more; returns its new name."""
+    name, n = f"{step}.damaged", 1
+    while (directory / name).exists():
+        n += 1
+        name = f"{step}.damaged-{n}"
+    os.rename(directory / str(step), directory / name)
+    seal.sync(directory)
+    return name
+
+
+def remove(directory: Path, unwanted: Sequence[int]) -> None:
+    """Delete checkpoints: a number goes first, so that no part of one ever bears it.
+
+    What can't be deleted is left to the next start.
+    """
+    for step in unwanted:
+        hidden = directory / f".deleting-{step}"
+        os.rename(directory / str(step), hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def none_is_whole(directory: Path, wrong: Mapping[int, str]) -> CheckpointError:
+    """The error that says of every checkpoint why it can't be used."""
+    lines = "\n".join(f"  step {step}: {text}" for step, text in sorted(wrong.items()))
+    return CheckpointError(
+        f"no checkpoint in {directory} can be used:\n{lines}\nNothing was changed. Put back intact"
+        f" copies of their files, or move these folders away to begin again from step 0."
+    )
+
+
+def check_writable(directory: Path | str) -> None:
+    """Create `directory` and a file in it. Raises: CheckpointError if that fails."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"sftjax")
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is"
+            " writable and not full."
+        ) from e
+
+
+def space_problem(directory: Path, save: int, saves: int, export: int) -> tuple[str, str]:
+    """(error, warning) about the disk's free space; "" where there is none.
+
+    save: bytes of a checkpoint. saves: how many lie there at most at a time. export: bytes.
+    """
+    free = shutil.disk_usage(directory).free
+    more = max(saves - len(steps(directory)), 1)
+    gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
+    if free < save:
+        return (
+            f"{directory} has {gb(free)} free, and a checkpoint of this run takes up to {gb(save)}."
+            " Make room, or choose a workdir on another disk.",
+            "",
+        )
+    if free < more * save + export:
+        return "", (
+            f"the disk of {directory} has {gb(free)} free; {more} checkpoints of up to {gb(save)},"
+            f" which lie there at a time, and {gb(export)} of the export may not find room:"
+            " lower train.keep, or make room"
+        )
+    return "", ""

@@ -1,0 +1,98 @@
+"""A state as a flat table {name: array}, which is what a checkpoint holds.
+
+PRNG keys are stored as their key data, arrays of size 0 and None not at all: the restore target
+supplies the structure, the shardings and thereby the mesh, which may differ from the one that
+saved.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sftjax import params as params_lib
+from sftjax.errors import CheckpointError
+
+
+def abstract_like(state: Any) -> Any:
+    """The restore target of a concrete state: shapes, dtypes and shardings, no values."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def to_table(tree: Any) -> dict[str, Any]:
+    """{name: array or ShapeDtypeStruct}; Orbax takes no PRNG keys and no arrays of size 0."""
+    table = {}
+    for name, x in params_lib.named_leaves(tree):
+        if name in table:
+            raise CheckpointError(f"two leaves of the state are named {name!r}; rename one")
+        x = x if hasattr(x, "dtype") else np.asarray(x)
+        if math.prod(x.shape):
+            table[name] = _key_data(x) if _is_key(x) else x
+    return table
+
+
+def from_table(table: Mapping[str, Any], target: Any) -> Any:
+    """The arrays of `table` in the structure of `target`."""
+
+    def value(name, spec):
+        if not math.prod(spec.shape):
+            return jax.numpy.zeros(spec.shape, spec.dtype, device=spec.sharding)
+        if _is_key(spec):
+            return jax.random.wrap_key_data(table[name], impl=_key_impl(spec))
+        return table[name]
+
+    values = [value(name, spec) for name, spec in params_lib.named_leaves(target)]
+    return jax.tree.unflatten(jax.tree.structure(target), values)
+
+
+def _is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(x):
+    if isinstance(x, jax.Array):
+        return jax.random.key_data(x)
+    raw = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=x.sharding)
+
+
+def _key_impl(spec):
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), spec)
+    return found[0]
+
+
+def placed(x: Any) -> jax.ShapeDtypeStruct:
+    """A restore target always says where: without a sharding, the default device."""
+    sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def check_table(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """CheckpointError unless both tables have the same names, shapes and dtypes."""
+
+    def text(table, name):
+        if name not in table:
+            return "absent"
+        x = table[name]
+        return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
+
+    lines = [
+        f"  {name}: {text(found, name)} in the checkpoint, {text(wanted, name)} in this run"
+        for name in sorted(set(found) | set(wanted))
+        if text(found, name) != text(wanted, name)
+    ]
+    if lines:
+        more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this run's state:\n"
+            + "\n".join(lines[:10])
+            + more
+            + "\nResume with the model, optimizer, dtypes and trainable rules that wrote it, or"
+            " use another workdir."
+        )

@@ -1,0 +1,243 @@
+"""What a run is: its data, tokenizer, template and model; and what of it differs on resumption.
+
+manifest.json in the directory of checkpoints holds it. What would change the batches or the model
+is refused, with the rows that were added, removed or edited; what only measures may change, and is
+said.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from sftjax.data.records.protocols import RecordSource
+from sftjax.errors import CheckpointError
+from sftjax.files import read_json, write_atomic
+from sftjax.terminal import printable
+
+if TYPE_CHECKING:
+    from sftjax.data.token_store import TokenStore
+
+logger = logging.getLogger("sftjax")
+
+
+def make_manifest(config: Mapping, identity: Mapping, **facts: Any) -> dict:
+    """What a run is: its config's sha256, library versions, and `identity`.
+
+    identity: flat {name: JSON value} of what must not change inside one directory. facts: what else
+    is known, as JSON holds it, by which a difference is explained: "data" and "evaluation", each
+    {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
+    """
+    text = json.dumps(config, sort_keys=True, default=str)
+    versions = {name: version(name) for name in ("sftjax", "jax", "orbax-checkpoint")}
+    known = dict(identity=dict(identity), config_sha256=sha256(text), versions=versions)
+    return json.loads(json.dumps(known | facts))
+
+
+def sha256(text: str) -> str:
+    """The sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def version(name: str) -> str | None:
+    """The installed version of a package; None where there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return None
+
+
+def facts_of(source: RecordSource, store: "TokenStore | None" = None) -> dict[str, Any]:
+    """What is known of a source's rows: their number, their files, and where they lie tokenised."""
+    inner: Any = source
+    while not hasattr(inner, "files") and hasattr(inner, "source"):
+        inner = inner.source  # of some rows of another source, or variants of them
+    files = inner.files() if hasattr(inner, "files") else []
+    where = str(store.folder.absolute()) if store else ""
+    return {"rows": len(source), "files": files, "store": where}
+
+
+def check_manifest(directory: Path | str, manifest: Mapping) -> None:
+    """Claim `directory` for the manifest's identity, or raise CheckpointError if it has another.
+
+    What may differ is said.
+    """
+    path = Path(directory) / "manifest.json"
+    old = read_manifest(path) if path.exists() else {}
+    if old:
+        _check(directory, old, manifest)
+        manifest = dict(manifest) | {"versions": old.get("versions", manifest["versions"])}
+        # What an earlier version did not note is not known, and not refused either.
+        manifest["identity"] = manifest["identity"] | old["identity"]
+    if jax.process_index() == 0 and old != manifest:
+        write_atomic(path, json.dumps(manifest, indent=2))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest.json. Raises: CheckpointError for one that is torn, with what to do."""
+    fix = (
+        "Put back an intact copy. If you are sure that data and model are those of the run, delete"
+        " it: the next start writes it anew."
+    )
+    try:
+        found = read_json(path, CheckpointError)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}. {fix}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+        raise CheckpointError(f"{path} is damaged: it is no object with an 'identity'. {fix}")
+    return found
+
+
+def _check(directory, old, new):
+    was, now = old["identity"], new["identity"]
+    differing = [k for k in sorted(was.keys() & now.keys()) if was[k] != now[k]]
+    if differing:
+        lines = changes(old, new)
+        if not lines:
+            lines = [f"{k}: {was[k]!r} there, {now[k]!r} now" for k in differing]
+            if differing == ["tokenised data"]:
+                lines += ["the files, tokenizer and template are the same: this version of sftjax"]
+                lines[-1] += " makes something else of them"
+        text = "\n".join(f"  {line}" for line in lines)
+        raise CheckpointError(
+            f"{directory} holds checkpoints of another run:\n{text}\n"
+            "Use another workdir, or put back what differs to resume that run."
+        )
+    steps = _number(old.get("steps")), _number(new.get("steps"))
+    if all(steps) and steps[1] < steps[0]:
+        raise CheckpointError(
+            f"{directory} holds checkpoints of a run of {steps[0]} steps, and this one has"
+            f" {steps[1]}: train.duration may grow, not shrink. Set it back, or use another"
+            " workdir."
+        )
+    sets = _compared(old.get("evaluation"), new.get("evaluation"))
+    if sets and jax.process_index() == 0:
+        text = "evaluation is by other rows from now on, so its metrics may differ: "
+        logger.warning("%s", printable(text + "; ".join(sets)))
+
+
+def _number(value) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def changes(old: Mapping, new: Mapping) -> list[str]:
+    """A line for each source, and each of "hashes", that differs between two manifests."""
+    lines = _compared(old.get("data"), new.get("data"))
+    was, now = old.get("hashes"), new.get("hashes")
+    if isinstance(was, dict) and isinstance(now, dict):
+        both = sorted(was.keys() & now.keys())
+        lines += [f"{name} is another" for name in both if was[name] != now[name]]
+    return lines
+
+
+def _compared(old, new) -> list[str]:
+    """Lines about sources {name: facts}; none where an earlier version noted nothing."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return []
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new or name not in old:
+            lines.append(f"{name}: {'new' if name in new else 'not there any more'}")
+            continue
+        try:
+            text = compare(old[name], new[name])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            text = "what manifest.json says of it is damaged"
+        if text:
+            lines.append(f"{name}: {text}")
+    return lines
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two results of `facts_of`, by file and row; "" = nothing."""
+    was, now = ({f["name"]: f for f in facts["files"]} for facts in (old, new))
+    same = [[f["sha256"] for f in facts["files"]] for facts in (old, new)]
+    before, after = _rows(old), _rows(new)
+    if before is None or after is None:
+        return "" if same[0] == same[1] and old["rows"] == new["rows"] else _by_file(was, now)
+    if np.array_equal(before, after):
+        return ""
+    parts = []
+    if all(_whole(facts) for facts in (old, new)) and len(was) > 1:
+        apart = _parts(was, before), _parts(now, after)
+        for name in sorted(was.keys() & now.keys()):
+            if text := compare_rows(apart[0][name], apart[1][name]):
+                parts.append(f"{name}: {text}")
+        parts += [f"{name} is new" for name in sorted(now.keys() - was.keys())]
+        parts += [f"{name} is not there any more" for name in sorted(was.keys() - now.keys())]
+        return "; ".join(parts) or "the same files in another order"
+    names = ", ".join(now)
+    return (
+        f"{names}: {compare_rows(before, after)}"
+        if len(now) == 1
+        else (f"{compare_rows(before, after)} ({_by_file(was, now)})")
+    )
+
+
+def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
+    """What became of rows, told by their hashes: "12 rows added at the end"; "" = nothing.
+
+    old, new: uint32 [rows], a hash of each.
+    """
+    start = _common(old, new)
+    end = _common(old[start:][::-1], new[start:][::-1])
+    gone, come = len(old) - start - end, len(new) - start - end
+    rows = lambda n: f"{n:,} row{'' if n == 1 else 's'}"  # noqa: E731
+    if not gone and not come:
+        return ""
+    if not gone:
+        return f"{rows(come)} added " + (f"from row {start + 1} on" if end else "at the end")
+    if not come:
+        return f"{rows(gone)} removed " + (f"from row {start + 1} on" if end else "at the end")
+    if gone == come:
+        middle = slice(start, start + gone)
+        edited = int((old[middle] != new[middle]).sum())
+        if sorted(old[middle]) == sorted(new[middle]):
+            return f"{rows(edited)} in another order, the first difference at row {start + 1}"
+        return f"{rows(edited)} edited, the first difference at row {start + 1}"
+    return f"{rows(gone)} replaced by {come:,}, the first difference at row {start + 1}"
+
+
+def _common(a, b) -> int:
+    """How many elements two arrays have in common at their beginning."""
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
+
+
+def _rows(facts) -> np.ndarray | None:
+    """The hashes of a source's rows; None where the cache that had them is gone."""
+    try:
+        return np.load(Path(facts["store"]) / "rows.npy") if facts["store"] else None
+    except (OSError, ValueError):
+        return None
+
+
+def _whole(facts) -> bool:
+    """Are a source's rows all rows of its files, one file after the other?"""
+    return facts["rows"] == sum(f["rows"] for f in facts["files"])
+
+
+def _parts(files, rows) -> dict[str, np.ndarray]:
+    ends = np.cumsum([f["rows"] for f in files.values()])
+    return dict(zip(files, np.split(rows, ends[:-1]), strict=True))
+
+
+def _by_file(was, now) -> str:
+    """What differs by the sizes and hashes of whole files."""
+    parts = []
+    for name in sorted(was.keys() | now.keys()):
+        if name not in now or name not in was:
+            parts.append(f"{name} is {'new' if name in now else 'not there any more'}")
+        elif was[name]["rows"] != now[name]["rows"]:
+            parts.append(f"{name} has {now[name]['rows']:,} rows instead of {was[name]['rows']:,}")
+        elif was[name]["sha256"] != now[name]["sha256"]:
+            sizes = f"{was[name]['bytes']:,} bytes there, {now[name]['bytes']:,} now"
+            parts.append(f"{name} was edited ({sizes})")
+    return "; ".join(parts) or "other rows of the same files"

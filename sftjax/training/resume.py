@@ -1,0 +1,189 @@
+"""What may differ between a run and its resumption: keys, versions, evaluation sets."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from sftjax import config as config_lib
+from sftjax.errors import ConfigError
+from sftjax.files import parse_json, read_json
+from sftjax.terminal import printable
+
+if TYPE_CHECKING:
+    from sftjax.training.data import Feed
+
+logger = logging.getLogger("sftjax")
+MOST = 10  # lines of keys that differ
+
+
+def warn(text: str) -> None:
+    """A line on standard error, from process 0 only."""
+    if jax.process_index() == 0:
+        logger.warning("%s", printable(text))
+
+
+def check_config(file: Path, new: Mapping, began: Path) -> None:
+    """Compare config.json, of the run's last start, with the config now, and say what may differ.
+
+    began: the directory that relative paths are taken from. Raises: ConfigError naming each key
+    that may not differ, its two values and what to do; or for a config.json that is torn.
+    """
+    try:
+        old = read_json(file, ConfigError)
+        if not isinstance(old, dict):
+            raise ConfigError(f"{file} is damaged: it holds no config")
+    except ConfigError as e:
+        raise ConfigError(
+            f"{e}. Put back an intact copy; or, if this is the config that the run began with,"
+            " delete the file: the next start writes it anew."
+        ) from None
+    before, now = _flat(old), _flat(new)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    keys = [k for k in keys if _meant(k, before.get(k), began) != _meant(k, now.get(k), began)]
+    keys = [k for k in keys if not k.startswith(config_lib.FREE)]
+    measures = [k for k in keys if k.startswith(config_lib.MEASURES)]
+    show = lambda k: f"{k}: {before.get(k)!r:.100} there, {now.get(k)!r:.100} now"  # noqa: E731
+    refused = [show(k) + why for k in keys if (why := _refused(k, before, now)) is not None]
+    if refused:
+        lines = "\n".join(f"  {line}" for line in refused[:MOST])
+        more = f"\n  ... and {len(refused) - MOST} more" if len(refused) > MOST else ""
+        raise ConfigError(
+            f"--workdir={file.parent} belongs to a run with another config:\n{lines}{more}\nUse"
+            " another workdir, or the same settings to resume that run."
+        )
+    if measures:
+        text = "; ".join(show(k) for k in measures)
+        warn(f"evaluation differs from now on, so its metrics may too: {text}")
+    if "train.duration" in keys:
+        rates = _rates_that_depend(now)
+        warn(
+            f"the duration is another from now on: {show('train.duration')}"
+            + (f". Its learning rates, by {rates}, are those of such a run" if rates else "")
+            + (" from here on, not those of a run that began so" if rates else "")
+        )
+
+
+def _refused(key, before, now) -> str | None:
+    """Why a key may not differ, "" if that needs no words; None = it may."""
+    if key.startswith(config_lib.MEASURES):
+        return None
+    if key != "train.duration":
+        return ""
+    if "%" in json.dumps(now.get("data.phases", [])):
+        return " (data.phases end at shares of it, so their rows would be others)"
+    try:
+        (old, unit), (new, other) = (config_lib.amount(c[key], key) for c in (before, now))
+    except (ConfigError, KeyError):
+        return ""
+    # In two units, the numbers of steps are compared: see identity.check_manifest.
+    return " (it may grow, not shrink)" if unit == other and new < old else None
+
+
+def _rates_that_depend(config) -> str:
+    """The keys by which the learning rate of a step depends on the number of all steps."""
+    found = []
+    if config["optim.schedule"] in ("linear", "cosine", "wsd"):
+        found.append(f"optim.schedule={config['optim.schedule']}")
+    found += [
+        f"{key}={config[key]}"
+        for key in ("optim.warmup", "optim.decay_phase")
+        if "%" in config[key] and (key == "optim.warmup" or config["optim.schedule"] == "wsd")
+    ]
+    return " and ".join(found)
+
+
+def _meant(key, value, began):
+    """A value, and by a path what it names, however it is written."""
+    if key not in config_lib.PATHS or not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
+# ---- env.json ------------------------------------------------------------------------------
+
+
+def read_environment(file: Path) -> dict[str, Any] | None:
+    """env.json; None where there is none, or none that can be read."""
+    try:
+        found = parse_json(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
+    """What env.json is to hold: the first start's record, and under "resumed" those since.
+
+    It says which versions differ from the last start's, and sets a file aside that is torn.
+    """
+    old = read_environment(file)
+    if old is None and file.exists() and jax.process_index() == 0:
+        aside = file.with_name(f"{file.name}.damaged")
+        os.replace(file, aside)
+        warn(f"{file} is damaged; it is set aside as {aside.name}, and written anew")
+    if old is None or not trained:
+        return new
+    starts: Any = old.get("resumed")
+    starts = starts if isinstance(starts, list) else []
+    last = starts[-1] if starts and isinstance(starts[-1], dict) else old
+    was, now = _versions(last), _versions(new)
+    differ = [f"{k} {was[k]} there, {now[k]} now" for k in sorted(was) if was[k] != now.get(k)]
+    if differ:
+        text = "the run goes on with other versions, which may change its numbers' last bits: "
+        warn(text + "; ".join(differ))
+    return old | {"resumed": [*starts, new]}
+
+
+def _versions(record) -> dict[str, str]:
+    packages = record.get("packages")
+    found = dict(packages) if isinstance(packages, dict) else {}
+    found |= {"python": record.get("python"), "commit": record.get("commit")}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+# ---- what a checkpoint remembers of evaluation ---------------------------------------------
+
+
+def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[str, Any]:
+    """The `extra` of a checkpoint without numbers of sets whose rows are others now.
+
+    The metrics before training of such a set can't be had any more, and early stopping by it begins
+    anew.
+    """
+    written = extra.get("manifest", {})
+    if not isinstance(written.get("evaluation"), dict):  # of an older version
+        return extra
+    was, now = written["evaluation"], manifest["evaluation"]
+    same = lambda name: _rows_of(was.get(name)) == _rows_of(now.get(name))  # noqa: E731
+    before = extra.get("before")
+    if before is not None:
+        kept = {k: v for k, v in before.items() if k not in ("losses", "tables")}
+        for part in ("losses", "tables"):
+            if part in before:
+                known = before[part].items()
+                kept[part] = {k: v for k, v in known if same(k.rpartition("/")[0])}
+        if feed.questions and not same("test"):
+            kept = {k: v for k, v in kept.items() if k in ("losses", "tables")}
+            kept["answers"] = ["(the test set was another)"] * len(feed.questions)
+        extra = extra | {"before": kept}
+    best, metric = written.get("best"), manifest["best"]
+    if best != metric or not same(metric.rpartition("/")[0]):
+        extra = extra | {"early_stop": None}
+    return extra
+
+
+def _rows_of(facts) -> Any:
+    return facts and [[f["name"], f["rows"], f["sha256"]] for f in facts["files"]] + [facts["rows"]]

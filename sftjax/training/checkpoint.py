@@ -27,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
-from sftjax.files import write_atomic
+from sftjax.files import read_json, write_atomic
 
 
 class Checkpointer:
@@ -283,7 +283,13 @@ def check_manifest(directory: Path | str, manifest: Mapping) -> None:
         if jax.process_index() == 0:
             write_atomic(path, json.dumps(manifest, indent=2))
         return
-    old, new = json.loads(path.read_text(encoding="utf-8"))["identity"], manifest["identity"]
+    found, new = read_json(path, CheckpointError), manifest["identity"]
+    old = found.get("identity") if isinstance(found, dict) else None
+    if not isinstance(old, dict):
+        raise CheckpointError(
+            f"{path} is damaged: expected an object with identity, {{name: value}}. Use another"
+            " workdir, or move this file away if the checkpoints beside it are this run's."
+        )
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if differing:
         lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing)

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line, speed and memory."""
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -13,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
-from sftjax.files import write_atomic
+from sftjax.files import check_regular, parse_json, write_atomic
 from sftjax.terminal import printable, show
 
 # ---- writing -------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def _number(name, value):
 
 
 def _drop_after(path, step):
-    """Rewrite metrics.jsonl without later steps and without a line torn by a kill."""
+    """Rewrite metrics.jsonl without later steps, and without what is no line of ours."""
     if not path.exists():
         return
     kept = [line for line, at in read_lines(path) if at["step"] <= step]
@@ -138,15 +139,35 @@ def _drop_after(path, step):
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(text, object) of every whole line of a metrics.jsonl."""
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            try:
-                parsed = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if line.endswith("\n"):
+    """(text, object) of every whole line of a metrics.jsonl: a step, and numbers or nulls.
+
+    A line torn by a kill is left out; so is one that something else has written, which is said.
+    """
+    check_regular(path, MetricError)
+    torn, whole = list[int](), 0
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for whole, line in enumerate(f, 1):
+            parsed = _line(line)
+            if parsed is not None and line.endswith("\n"):
                 yield line, parsed
+            else:
+                torn.append(whole)
+    if torn and torn != [whole]:  # the last one alone is what a kill leaves
+        logging.getLogger("sftjax").warning(
+            "%s: %d lines are no metrics and are left out, the first is line %d",
+            printable(path), len(torn), torn[0],
+        )  # fmt: skip
+
+
+def _line(text) -> dict | None:
+    try:
+        parsed = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(parsed, dict) or type(parsed.get("step")) is not int:
+        return None
+    plain = (type(v) in (int, float) and abs(v) < 1e300 for v in parsed.values() if v is not None)
+    return parsed if all(plain) else None
 
 
 # ---- speed and memory ----------------------------------------------------------------------

@@ -17,8 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.errors import ConfigError, WriteError
-from sftjax.files import refuse_url, write_atomic
+from sftjax.errors import ConfigError, WriteError, writing
+from sftjax.files import parse_json, read_json, refuse_url, write_atomic
 from sftjax.terminal import printable
 from sftjax.training import checkpoint
 
@@ -43,10 +43,14 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
         if jax.process_index() == 0:
             (workdir / "checkpoints" / "manifest.json").unlink(missing_ok=True)
     elif file.exists():
-        _same_config(json.loads(file.read_text(encoding="utf-8")), new, workdir, began)
+        old = read_json(file, ConfigError)
+        if not isinstance(old, dict):
+            raise ConfigError(f"{file} is {old!r:.40}, expected the config of the run that began")
+        _same_config(old, new, workdir, began)
     if jax.process_index() == 0:
         for path, value in ((file, new), (workdir / "env.json", environment(began))):
-            write_atomic(path, json.dumps(value, indent=2) + "\n")
+            with writing("the file", path):
+                write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
 
 
@@ -59,10 +63,10 @@ def began_in(workdir: Path) -> Path:
     if not _trained(workdir) or not said.exists():
         return here
     try:
-        first = Path(json.loads(said.read_text(encoding="utf-8"))["directory"])
+        first = Path(parse_json(said.read_text(encoding="utf-8"))["directory"])
+        return first if first.is_absolute() and first.is_dir() else here
     except (OSError, ValueError, KeyError, TypeError):
         return here
-    return first if first.is_absolute() and first.is_dir() else here
 
 
 def _trained(workdir):

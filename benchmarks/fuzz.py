@@ -22,6 +22,7 @@ import collections
 import contextlib
 import faulthandler
 import json
+import logging
 import random
 import resource
 import shutil
@@ -106,6 +107,7 @@ def one(kind, seed, case):
 def run(kinds, numbers, seed):
     """({kind: {outcome: cases}}, [failures]) of these cases of each kind."""
     counts, failures = {kind: collections.Counter() for kind in kinds}, []
+    logging.getLogger("sftjax").setLevel(logging.ERROR)  # what is left out is said of each case
     if "spans" in kinds:
         fuzz_cases.tokenizers()
     with limited():

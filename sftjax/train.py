@@ -53,6 +53,7 @@ def train(config: ConfigDict, workdir: Path | str) -> dict[str, Any]:
     say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
 
     with (
+        processes.together(),
         contextlib.chdir(home),  # relative paths mean what they did when the run began
         build.advice(config),
         workdir_lib.compile_cache(workdir),

@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
+from sftjax.parallel import processes
 from sftjax.terminal import show
 from sftjax.training import metrics
 
@@ -56,12 +57,13 @@ class Log:
         self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
         self.lr, self.flops, self._at = lr, flops, start
-        # Not yet written: (step, [metrics on the device], seconds waited).
-        self._lines, self._window, self._waited = list[tuple](), list[dict](), 0.0
-        self._last = time.monotonic()
+        # Not yet written: (step, [metrics on the device], seconds waited, seconds outside of here).
+        self._lines, self._window, self._waited, self._own = list[tuple](), list[dict](), 0.0, 0.0
+        self._last = self._left = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:
         """Take the metrics of one step, and the seconds that it waited for its batch."""
+        self._own += time.monotonic() - self._left
         self._window.append(on_device)
         self._at = step
         self._waited += waited
@@ -69,6 +71,7 @@ class Log:
             self._cut(step)
             while len(self._lines) > 1:
                 self._write_line()
+        self._left = time.monotonic()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -79,7 +82,8 @@ class Log:
             jax.block_until_ready(self._window[-1])
         began = time.monotonic()
         yield
-        self._last += time.monotonic() - began
+        self._left = time.monotonic()
+        self._last += self._left - began
 
     def write(self, step: int, values: Mapping) -> None:
         """Record {name: number} of one step beside the loop's own lines, at once."""
@@ -94,11 +98,11 @@ class Log:
         self.writer.close()
 
     def _cut(self, step):
-        self._lines.append((step, self._window, self._waited))
-        self._window, self._waited = [], 0.0
+        self._lines.append((step, self._window, self._waited, self._own))
+        self._window, self._waited, self._own = [], 0.0, 0.0
 
     def _write_line(self):
-        step, window, waited = self._lines.pop(0)
+        step, window, waited, own = self._lines.pop(0)
         window = jax.device_get(window)  # waits until its last step is done
         now = time.monotonic()
         seconds, self._last = now - self._last, now
@@ -108,6 +112,8 @@ class Log:
         values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in self.counts}
         values["step_time"] = seconds / len(window)
         values["data_wait"] = waited / seconds
+        # Here alone the loop waits for the devices, and through them for other processes.
+        processes.told(values["step_time"], [waited / len(window), own / len(window)])
         mfu = metrics.mfu(
             self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count()
         )

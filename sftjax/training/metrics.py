@@ -154,9 +154,12 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
                 torn.append(whole)
     if torn and torn != [whole]:  # the last one alone is what a kill leaves
         logging.getLogger("sftjax").warning(
-            "%s: %d lines are no metrics and are left out, the first is line %d",
-            printable(path), len(torn), torn[0],
-        )  # fmt: skip
+            "%s: what is no metrics is left out: %d line%s, first line %d",
+            printable(path),
+            len(torn),
+            "s" * (len(torn) > 1),
+            torn[0],
+        )
 
 
 def _line(text) -> dict | None:

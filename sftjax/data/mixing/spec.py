@@ -133,6 +133,9 @@ def _phase(config, i, entry, sources, stores):
         counts = {s.name: s.count for s in plain if s.count}
         weights = {s.name: s.weight for s in plain if not s.count}
         what = "data.sources" if not config.data.phases else what
+    for key, given in (("weights", weights), ("counts", counts)):
+        if not isinstance(given or {}, Mapping):
+            raise ConfigError(f"{what}: {key}={given!r}; expected {{source: number}}")
     weights, counts = dict(weights or {}), dict(counts or {})
     _check_keys(what, weights | counts, [s.name for s in plain])
     if both := weights.keys() & counts.keys():

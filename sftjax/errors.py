@@ -6,12 +6,34 @@ fits it, so that code which catches a ValueError or an OSError goes on working.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+MESSAGE = 1800  # characters that are shown of a message, about
+_LONG = re.compile(r"\S{300,}")
+
+
+def shortened(message: str) -> str:
+    """A message that quotes a file's or a user's text of any length, without most of that text.
+
+    What has no blanks is cut first, so that the words around it stay; then the message's middle:
+    its beginning has the place, and its end what is expected.
+    """
+    if len(message) <= MESSAGE:
+        return message
+    message = _LONG.sub(lambda match: f"{match[0][:200]}…{match[0][-60:]}", message)
+    if len(message) <= MESSAGE:
+        return message
+    left, right = message[: MESSAGE * 2 // 3], message[-MESSAGE // 3 :]
+    return f"{left} … ({len(message) - len(left) - len(right):,} characters) … {right}"
 
 
 class UserError(Exception):
     """What the user has to mend. The message says where, what is wrong and what to write."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
@@ -133,7 +155,7 @@ class DataError(UserError, ValueError):
         return f"{words}: {self.subject}" if self.subject else words
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" if self.where else self.reason
+        return shortened(f"{self.where}: {self.reason}" if self.where else self.reason)
 
 
 # The kinds of DataError in words; {} is its subject. A kind that is not here is counted under its

@@ -74,6 +74,7 @@ def train(
 
     with (
         run,
+        processes.together(),
         contextlib.chdir(home),  # relative paths mean what they did when the run began
         build.advice(config),
         workdir_lib.compile_cache(workdir),

@@ -179,6 +179,19 @@ def test_run_prints_each_class_as_one_message(error):
     )  # printed; the status is 1
 
 
+@pytest.mark.parametrize("error", CLASSES, ids=lambda e: e.__name__)
+def test_a_message_is_bounded_whatever_it_quotes(error):
+    message = str(error("data.train=" + "x" * 10**6 + " is wrong: expected a file"))
+    assert message.startswith("data.train=xxx") and message.endswith(
+        "xxx is wrong: expected a file"
+    )
+    assert len(message) < 300
+    message = str(error("data.train=" + "x " * 10**6 + "is wrong: expected a file"))
+    assert message.startswith("data.train=x x") and message.endswith("x is wrong: expected a file")
+    assert 1800 < len(message) < 1900 and " characters) … " in message
+    assert str(error("y" * 1800)) == "y" * 1800
+
+
 def test_classes_are_those_of_their_places_and_of_python():
     assert config.ConfigError is errors.ConfigError and DataError is errors.DataError
     assert safetensors_io.WeightsError is errors.WeightsError

@@ -139,7 +139,9 @@ def _header(file) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
         raise _damaged(file, e) from None
     if not isinstance(header, dict):
         raise _damaged(file, f"it is {header!r:.40}, expected an object")
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise _damaged(file, f"__metadata__ is {about!r:.40}, expected an object of texts")
     out, spans = {}, []
     for name, entry in header.items():
         try:

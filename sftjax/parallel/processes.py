@@ -1,17 +1,28 @@
 """Several processes: how they start, and what they tell one another."""
 
 import contextlib
+import errno
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxlib import _jax
 
 from sftjax.errors import MeshError, ProcessError
+from sftjax.parallel import watch
 from sftjax.terminal import show
+
+SERVICE = Path(__file__).with_name("service_worker.py")
+_watch: watch.Watch | None = None  # of this process, where it is one of several
 
 
 def gather(value: Any) -> list:
@@ -40,56 +51,159 @@ def initialize(
     Slurm, ...); "" for one process. Raises ProcessError naming the processes that are missing after
     `timeout` seconds.
     """
+    global _watch
     if not coordinator:
         return
     known: dict[str, Any] = {}
     if coordinator != "auto":
-        _meet(coordinator, processes, process_id, timeout)
+        host, port = _split(coordinator, processes, process_id)
         known = dict(
             coordinator_address=coordinator, num_processes=processes, process_id=process_id
         )
-    jax.distributed.initialize(initialization_timeout=timeout, **known)
+        if process_id == 0:
+            family, address = _own_address(host, port)
+            known["coordinator_bind_address"] = _written(*address)
+            _wait_for_all(family, address, processes, timeout)
+        else:
+            _meet((host, port), processes, process_id, timeout)
+    try:
+        with _outliving():
+            jax.distributed.initialize(initialization_timeout=timeout, **known)
+    except RuntimeError as e:
+        raise ProcessError(f"mesh.coordinator={coordinator}: JAX could not start: {e}") from e
+    if jax.process_count() > 1:
+        _watch = _connected("" if coordinator == "auto" else host)
     found = f"process {jax.process_index()} of {jax.process_count()}"
     show(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices")
 
 
-def _meet(coordinator, processes, me, timeout):
-    """Gather all processes at the coordinator's port before JAX uses it.
+@contextlib.contextmanager
+def _outliving() -> Iterator[None]:
+    """JAX's coordination service, which process 0 starts, gets a process of its own.
 
-    JAX ends a process without a name when another does not come; here it can be said who.
+    In process 0 it would end with it, and JAX aborts each process that cannot reach it, within
+    milliseconds and with a stack of C++, where the user has to be told that process 0 is lost.
     """
+    real = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = _Service
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = real
+
+
+class _Service:
+    """In place of JAX's DistributedRuntimeService."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._worker = subprocess.Popen(
+            [sys.executable, "-P", str(SERVICE), json.dumps([arguments, options])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        if self._worker.stdout is None or self._worker.stdout.readline() != "up\n":
+            raise RuntimeError(f"{SERVICE.name} ended with code {self._worker.wait()}")
+
+    def shutdown(self) -> None:
+        """End it, once all processes are done."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self._worker.communicate("stop\n", timeout=10)
+
+
+def together() -> contextlib.AbstractContextManager[None]:
+    """Around what all processes do together; the loss of one then ends the others, by its name."""
+    return _watch.together() if _watch else contextlib.nullcontext()
+
+
+def told(seconds: float, own: list[float]) -> None:
+    """Compare this process's times with the others', see Watch.told; nothing where it is alone."""
+    if _watch:
+        _watch.told(seconds, own)
+
+
+def _connected(host: str) -> watch.Watch:
+    """host: of process 0; "" where JAX alone knows it, and then the name that it has for itself."""
+    me, n, name = jax.process_index(), jax.process_count(), socket.gethostname()
+    if me == 0:
+        family, address = _own_address(host, 0) if host else (socket.AF_INET, ("", 0))
+        server, port, word = watch.listen(family, address[0])
+        hosts = gather([name, port, word])
+        peers = watch.accept(server, word, n)
+    else:
+        hosts = gather([name, 0, ""])
+        _, port, word = hosts[0]
+        peers = {0: watch.connect(host or hosts[0][0], port, word, me)}
+    return watch.Watch(me, [name for name, _, _ in hosts], peers)
+
+
+def _split(coordinator, processes, me):
+    """(host, port) of mesh.coordinator."""
     host, _, port = coordinator.rpartition(":")
-    if not port.isdecimal() or not 0 <= me < processes:
+    if not host or not port.isdecimal() or int(port) >= 2**16 or not 0 <= me < processes:
         raise MeshError(
             f"mesh.coordinator={coordinator!r}, processes={processes}, process_id={me}: expected"
             " host:port, and an id from 0 to processes - 1"
         )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _own_address(host, port):
+    """(family, (address, port)) at which process 0 listens: where the coordinator's address says.
+
+    JAX's own variable JAX_COORDINATOR_BIND_ADDRESS names another, for a machine that the others
+    know by an address that it has not itself.
+    """
+    own = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0]
+    host = own.removeprefix("[").removesuffix("]") or host
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as e:
+        raise ProcessError(
+            f"mesh.coordinator: the host {host!r} is not known: {getattr(e, 'strerror', None) or e}"
+        ) from None
+    return family, address[:2]
+
+
+def _written(host, port):
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _meet(address, processes, me, timeout):
+    """Gather all processes at the coordinator's port before JAX uses it.
+
+    JAX ends a process without a name when another does not come; here it can be said who.
+    """
     deadline = time.monotonic() + timeout
-    if me == 0:
-        _wait_for_all(int(port), processes, deadline, timeout)
-        return
     while True:
         with contextlib.suppress(OSError):
             left = max(deadline - time.monotonic(), 0.1)
-            with socket.create_connection((host, int(port)), timeout=left) as peer:
+            with socket.create_connection(address, timeout=left) as peer:
                 peer.sendall(f"{me:08d}".encode())
                 if peer.recv(2) == b"go":
                     return
         if time.monotonic() > deadline:
             raise ProcessError(
-                f"process {me} of {processes} found no complete group at {coordinator} within"
-                f" {timeout} s: is process 0 running there, and are all others?"
+                f"process {me} of {processes} found no complete group at {_written(*address)}"
+                f" within {timeout} s: is process 0 running there, and are all others?"
             )
         time.sleep(0.2)
 
 
-def _wait_for_all(port, processes, deadline, timeout):
-    peers: dict[int, Any] = {}
+def _wait_for_all(family, address, processes, timeout):
+    peers, deadline = dict[int, Any](), time.monotonic() + timeout
     try:
-        server = socket.create_server(("", port))
+        server = socket.create_server(address, family=family)
     except OSError as e:
+        fix = {
+            errno.EADDRINUSE: "another program listens there: choose another port in"
+            " mesh.coordinator, the same for all processes",
+            errno.EADDRNOTAVAIL: "it is no address of this machine: name one of process 0's, or set"
+            " JAX_COORDINATOR_BIND_ADDRESS=ADDRESS:PORT for process 0",
+        }.get(e.errno or 0, "choose another host or port in mesh.coordinator")
         raise ProcessError(
-            f"mesh.coordinator: port {port} can't be opened: {e.strerror or e}; choose another port"
+            f"mesh.coordinator: {_written(*address)} can't be opened: {e.strerror or e}; {fix}"
         ) from None
     with server:
         while len(peers) < processes - 1:

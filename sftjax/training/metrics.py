@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
-from sftjax.files import parse_json, write_atomic
+from sftjax.files import check_regular, parse_json, write_atomic
 from sftjax.terminal import printable, show
 
 # ---- writing -------------------------------------------------------------------------------
@@ -135,29 +135,46 @@ def _number(name, value):
 
 
 def _drop_after(path, step):
-    """Rewrite metrics.jsonl without later steps, a line torn by a kill, and what is no line."""
+    """Rewrite metrics.jsonl without later steps, and without what is no line of ours."""
     if not path.exists():
         return
     kept = [line for line, at in read_lines(path) if at["step"] <= step]
-    with path.open("rb") as f:
-        ends = sum(line.endswith(b"\n") for line in f)
-    if junk := ends - sum(1 for _ in read_lines(path)):
-        text = f"{path}: {junk} line{'s are' if junk > 1 else ' is'} damaged and left out"
-        logging.getLogger("sftjax").warning("%s", printable(text))
     write_atomic(path, "".join(kept))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(text, object) of every whole line of a metrics.jsonl; what is none of a step is left out."""
+    """(text, object) of every whole line of a metrics.jsonl: a step, and numbers or nulls.
+
+    A line torn by a kill is left out; so is one that something else has written, which is said.
+    """
+    check_regular(path, MetricError)
+    torn, whole = list[int](), 0
     with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
-        for line in f:
-            try:
-                parsed = parse_json(line)
-            except ValueError:
-                continue
-            known = isinstance(parsed, dict) and type(parsed.get("step")) is int
-            if line.endswith("\n") and known:
+        for whole, line in enumerate(f, 1):
+            parsed = _line(line)
+            if parsed is not None and line.endswith("\n"):
                 yield line, parsed
+            else:
+                torn.append(whole)
+    if torn and torn != [whole]:  # the last one alone is what a kill leaves
+        logging.getLogger("sftjax").warning(
+            "%s: %d line%s damaged and left out, first line %d",
+            printable(path),
+            len(torn),
+            "s are" if len(torn) > 1 else " is",
+            torn[0],
+        )
+
+
+def _line(text) -> dict | None:
+    try:
+        parsed = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(parsed, dict) or type(parsed.get("step")) is not int:
+        return None
+    plain = (type(v) in (int, float) and abs(v) < 1e300 for v in parsed.values() if v is not None)
+    return parsed if all(plain) else None
 
 
 # ---- speed and memory ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.errors import ConfigError, WriteError
+from sftjax.errors import ConfigError, WriteError, writing
 from sftjax.files import refuse_url, write_atomic
 from sftjax.terminal import printable
 from sftjax.training import resume
@@ -53,7 +53,8 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
     env = resume.joined(workdir / "env.json", environment(began), _trained(workdir))
     if jax.process_index() == 0:
         for path, value in ((file, new), (workdir / "env.json", env)):
-            write_atomic(path, json.dumps(value, indent=2) + "\n")
+            with writing("the file", path):
+                write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
 
 

@@ -213,7 +213,9 @@ def test_headers_that_are_no_table_of_all_bytes(tmp_path):
     twice = b'{"a":1,"a":2}'
     texts = {b"[]": r"it is \[\], expected an object", deep: "it is nested too deeply",
              twice: "a name stands in it twice", b'{"a":5}': "tensor a is 5, expected an object",
-             b'{"a":' + b"9" * 5000 + b"}": "Exceeds the limit"}  # fmt: skip
+             b'{"a":' + b"9" * 5000 + b"}": "Exceeds the limit",
+             b'{"__metadata__":[]}': r"__metadata__ is \[\], expected an object of texts",
+             b'{"__metadata__":{"a":1}}': "__metadata__ is {'a': 1}, expected"}  # fmt: skip
     for text, message in texts.items():
         file.write_bytes(len(text).to_bytes(8, "little") + text)
         refused(file.parent, f"damaged safetensors header: {message}")

@@ -378,6 +378,16 @@ def test_directory_of_another_run(tmp_path):
     assert "another workdir" in str(e.value)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"identity": 5}', "[" * 100_000, "\udcff"])
+def test_a_manifest_that_is_damaged(tmp_path, text):
+    manifest = make_manifest({"lr": 1}, {"model": "a"})
+    Checkpointer(tmp_path, manifest=manifest).close()
+    (tmp_path / "manifest.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match="manifest.json") as e:
+        Checkpointer(tmp_path, manifest=manifest)
+    assert len(str(e.value)) < 1000
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

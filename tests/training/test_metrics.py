@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sftjax.errors import MetricError
 from sftjax.training import metrics
-from sftjax.training.metrics import Writer, mfu, peak_memory
+from sftjax.training.metrics import Writer, mfu, peak_memory, read_lines
 
 
 def read(workdir):
@@ -50,6 +51,27 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
     assert [(x["step"], x["loss"]) for x in read(tmp_path)] == [
         (1, 1), (2, 2), (3, 3), (4, -4), (5, -5), (6, -6)
     ]  # fmt: skip
+
+
+def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"step": 1, "loss": 2.0, "grad_norm": null}\n'
+    path.write_text(good + '{"step": 2, "lo')
+    assert [x for x, _ in read_lines(path)] == [good] and not caplog.records  # torn by a kill
+    junk = ["5", "[1]", "{}", '{"step": "2"}', '{"step": true}', '{"step": 3, "loss": "x"}',
+            '{"step": 3, "loss": [1]}', '{"step": 3, "loss": NaN}', "\udcff", "[" * 99_999,
+            ""]  # fmt: skip
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
+        f.write("\n".join([*junk, good]))
+    assert [x for x, _ in read_lines(path)] == [good]
+    assert "what is no metrics is left out: 11 lines, first line 1" in caplog.text
+    with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=1):
+        pass
+    assert path.read_text() == good
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(MetricError, match="metrics.jsonl is a folder, expected a regular file"):
+        list(read_lines(path))
 
 
 def test_only_process_0_writes(tmp_path, capsys):

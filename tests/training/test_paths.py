@@ -11,7 +11,7 @@ from sftjax import config as config_lib
 from sftjax import hf, tasks, train
 from sftjax.clean.command import clean
 from sftjax.data import open_source
-from sftjax.errors import ConfigError, UserError
+from sftjax.errors import ConfigError, UserError, WriteError
 from sftjax.files import url_problem
 from sftjax.training import workdir as workdir_lib
 
@@ -143,9 +143,30 @@ def test_a_run_that_has_no_checkpoint_begins_here(begun):
     assert workdir_lib.began_in(workdir) == second
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"directory": 5}', '{"directory": "gone"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"directory": 5}', '{"directory": "gone"}', "[" * 100_000]
+    + [f'{{"directory": "/{name}"}}' for name in ("a" * 5000, "a\\u0000b")],
+)
 def test_where_it_began_may_be_unknown_or_gone(begun, text):
     """So are runs of earlier versions, and those that were moved to another machine."""
     _, workdir, _, second = begun
     (workdir / "env.json").write_text(text)
     assert workdir_lib.began_in(workdir) == second
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", "[" * 100_000, "\udcff"])
+def test_a_config_that_was_torn_is_named(begun, text):
+    config, workdir, _, _ = begun
+    (workdir / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match="x/config.json ") as e:
+        workdir_lib.prepare_workdir(config, workdir)
+    assert len(str(e.value)) < 1000
+
+
+def test_a_place_of_a_file_that_is_a_folder(begun):
+    config, workdir, _, _ = begun
+    (workdir / "env.json").unlink()
+    (workdir / "env.json").mkdir()
+    with pytest.raises(WriteError, match="env.json cannot be written: Is a directory"):
+        workdir_lib.prepare_workdir(config, workdir)

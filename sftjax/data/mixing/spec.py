@@ -54,6 +54,9 @@ def _source(config, i, entry) -> Share:
     _check_keys(what, entry, keys)
     if not entry.get("path"):
         raise ConfigError(f"{what} has no 'path': a file, a glob or a hub data set id")
+    for key in ("path", "name"):
+        if not isinstance(entry.get(key, ""), str):
+            raise ConfigError(f"{what}: {key}={entry[key]!r}; expected text")
     name = entry.get("name") or Path(entry["path"].split(",")[0]).name.split(".")[0]
     if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(f"{what}: set a 'name' of letters, digits, _ and -; {name!r} is none")
@@ -84,14 +87,15 @@ def _check_keys(what, entry, known):
         raise ConfigError(f"{what} is {entry!r}; expected a dict with {', '.join(known)}")
     for key in entry:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.4)
+            near = difflib.get_close_matches(str(key), known, 1, 0.4)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
             raise ConfigError(f"{what} has an unknown key {key!r}; {hint}")
 
 
 def _check_amounts(what, amounts):
     for name, value in amounts.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < 2**63:
             raise ConfigError(f"{what}: {name}={value!r}; expected a number, 0 or more")
 
 
@@ -129,6 +133,9 @@ def _phase(config, i, entry, sources, stores):
         counts = {s.name: s.count for s in plain if s.count}
         weights = {s.name: s.weight for s in plain if not s.count}
         what = "data.sources" if not config.data.phases else what
+    for key, given in (("weights", weights), ("counts", counts)):
+        if not isinstance(given or {}, Mapping):
+            raise ConfigError(f"{what}: {key}={given!r}; expected {{source: number}}")
     weights, counts = dict(weights or {}), dict(counts or {})
     _check_keys(what, weights | counts, [s.name for s in plain])
     if both := weights.keys() & counts.keys():

@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -278,18 +279,46 @@ class Columns:
     """Rows of an Arrow table; a row becomes a dict when it is asked for."""
 
     def __init__(self, path: Path, table: Any) -> None:
-        self.path, self._table = path, table
+        self.path, self._parts = path, table.to_batches()
+        self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+        self._sound = dict[int, bool]()
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        columns = zip(self._table.column_names, self._table.columns, strict=True)
-        return {name: unfilled(column[i].as_py()) for name, column in columns}
+        n = bisect_right(self._ends, i)
+        at = i - (self._ends[n - 1] if n else 0)
+        row = self._parts[n].slice(at, 1)
+        if n not in self._sound:  # read through once, where its rows are read anyway
+            self._sound[n] = not _damage(self._parts[n])
+        if not self._sound[n] and (problem := _damage(row)):
+            raise DataError(problem, where=self.where(i), kind="unreadable")
+        return _records(row, self.where(i))[0]
 
     def where(self, i: int) -> str:
         """The file and row number of record `i`."""
         return f"{self.path}:{i + 1}"
+
+
+def _damage(rows):
+    """What is wrong with a part of an Arrow table, whose file may say that a text lies anywhere."""
+    import pyarrow as pa
+
+    try:
+        rows.validate(full=True)
+    except pa.ArrowException as error:
+        return f"damaged: {error}"
+    return ""
+
+
+def _records(rows, where):
+    """The rows as dicts; Python has no date of the year 300,000, and no half of a character."""
+    try:
+        records = rows.to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"not read: {error}", where=where, kind="unreadable") from None
+    return [{name: unfilled(value) for name, value in record.items()} for record in records]
 
 
 def unfilled(value: Any) -> Any:
@@ -304,13 +333,15 @@ def unfilled(value: Any) -> Any:
     return [unfilled(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _rows(batches, first, start):
+def _rows(path, batches, first, start):
     """(row number from 0, record) of the rows from `start` on, of batches that begin at `first`."""
     for batch in batches:
         if first + len(batch) > start:
-            for row, record in enumerate(batch.to_pylist(), first):
+            if problem := _damage(batch):
+                raise DataError(problem, where=path, kind="unreadable")
+            for row, record in enumerate(_records(batch, path), first):
                 if row >= start:
-                    yield row, {name: unfilled(value) for name, value in record.items()}
+                    yield row, record
         first += len(batch)
 
 
@@ -335,7 +366,7 @@ class Parquet(Columns):
             for group in range(file.num_row_groups):
                 first, end = end, end + file.metadata.row_group(group).num_rows
                 if end > start:
-                    yield from _rows(file.iter_batches(1000, [group]), first, start)
+                    yield from _rows(path, file.iter_batches(1000, [group]), first, start)
 
 
 class Arrow(Columns):
@@ -351,7 +382,7 @@ class Arrow(Columns):
     def stream(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row number from 0, record) of the rows from `start` on."""
         with _arrow(path, "Arrow"):
-            yield from _rows(_batches(path)[0], 0, start)
+            yield from _rows(path, _batches(path)[0], 0, start)
 
 
 def _batches(path):
@@ -382,7 +413,7 @@ def _arrow(path, what):
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a name may be no text
         raise unreadable(path, what, error) from None
 
 

@@ -249,6 +249,11 @@ def test_means_over_rows_are_those_of_the_rows():
     [
         ([dict(path="x", wieght=1)], {}, r"sources\[0\] has an unknown key 'wieght'; did you mean"),
         ([dict(name="x")], {}, r"data.sources\[0\] has no 'path'"),
+        ([dict(path=0.5)], {}, r"data.sources\[0\]: path=0.5; expected text"),
+        ([dict(path="x", name=3)], {}, r"data.sources\[0\]: name=3; expected text"),
+        ([{"path": "x", 3: 4}], {}, r"data.sources\[0\] has an unknown key 3; the keys are"),
+        ([dict(path="x", weight=float("nan"))], {}, "weight=nan; expected a number"),
+        ([dict(path="x", count=10**400)], {}, "count=1000.*; expected a number"),
         (["x.jsonl"], {}, r"data.sources\[0\] is 'x.jsonl'; expected a dict with path, name, weig"),
         ([dict(path="*.jsonl")], {}, r"set a 'name' of letters, digits, _ and -; '\*' is none"),
         ([dict(path="d/x.jsonl"), dict(path="x.json")], {}, "two are called 'x'; set their 'name'"),
@@ -284,6 +289,7 @@ def test_wrong_sources(entries, data, message):
             "'a' has a weight and a count; keep one of them",
         ),
         (names("a", "b"), dict(phases=(dict(weights=dict(a="x")),)), "a='x'; expected a number"),
+        (names("a", "b"), dict(phases=(dict(weights=["a"]),)), "weights=.'a'.; expected {source"),
     ],
 )  # fmt: skip
 def test_wrong_shares(entries, data, message):

@@ -3,13 +3,15 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_chat import make_tokenizer
 
-from sftjax.data import encode, open_source
+from sftjax.data import DataError, encode, open_source
 from sftjax.data.mixing.stream import sample
+from sftjax.data.records import readers
 
 QUOTED = [
     ('q\ta\n"She wrote ""stop""."\t"""stop"" it was"\nplain\tfine\n', 'She wrote "stop".'),
@@ -83,3 +85,40 @@ def test_json_gz_holds_lines(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"x": 1}\n{"x": 2}\n'))
     assert list(open_source(tmp_path / "a.json.gz")) == [{"x": 1}, {"x": 2}]
     assert len(sample(str(tmp_path / "a.json.gz"))) == 2
+
+
+def test_a_damaged_part_of_arrow_is_refused(tmp_path):
+    """Offsets that point outside of their texts, and bytes that are no UTF-8."""
+    offsets = pa.py_buffer(np.array([0, 1, 2, 10**6, 4], np.int32))
+    far = pa.StringArray.from_buffers(4, offsets, pa.py_buffer(b"abcd"))
+    offsets = pa.py_buffer(np.array([0, 1, 2, 3, 4], np.int32))
+    bytes_ = pa.StringArray.from_buffers(4, offsets, pa.py_buffer(b"ab\xffd"))
+    for name, column in {"far": far, "bytes": bytes_}.items():
+        table, path = pa.table({"text": column}), tmp_path / f"{name}.arrow"
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+        source = open_source(path)
+        assert [source[i]["text"] for i in (0, 1)] == ["a", "b"]
+        with pytest.raises(DataError, match=rf"{name}.arrow:3: damaged: .*") as error:
+            source[2]
+        assert error.value.where == source.where(2)
+        with pytest.raises(DataError, match=f"{name}.arrow: damaged: "):
+            list(readers.Arrow.stream(path, 0))
+
+
+def test_a_date_that_python_has_not(tmp_path):
+    pq.write_table(
+        pa.table({"at": pa.array([0, 2**60], pa.timestamp("us"))}), tmp_path / "a.parquet"
+    )
+    source = open_source(tmp_path / "a.parquet")
+    assert source[0]["at"].year == 1970
+    with pytest.raises(DataError, match=r"a.parquet:2: not read: "):
+        source[1]
+
+
+def test_a_column_whose_name_is_no_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["a"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"prompt", b"prom\xfft"))
+    with pytest.raises(DataError, match="a.parquet: not a readable Parquet file: 'utf-8' codec"):
+        open_source(path)

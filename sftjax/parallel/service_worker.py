@@ -1,0 +1,27 @@
+"""JAX's coordination service in a process of its own; processes.py starts it, by its path.
+
+Its arguments are those of JAX's function, in JSON. It says "up", and ends when it is told to stop,
+or some seconds after the process that started it is gone.
+"""
+
+import json
+import sys
+import time
+
+from jaxlib import _jax
+
+LINGER = 3.0  # seconds, in which the other processes learn whose loss it is
+
+
+def main() -> None:
+    """Serve until standard input says "stop", or ends."""
+    arguments, options = json.loads(sys.argv[1])
+    service = _jax.get_distributed_runtime_service(*arguments, **options)
+    print("up", flush=True)
+    if sys.stdin.readline() == "stop\n":
+        service.shutdown()
+    else:
+        time.sleep(LINGER)
+
+
+main()

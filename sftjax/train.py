@@ -132,7 +132,7 @@ def train(
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        log = Log(config.train, workdir, feed, lr, flops, step, health.see, extra.get("log", ()))
+        log = Log(config.train, workdir, feed, lr, flops, step, extra.get("log", ()), health.see)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
         run.begin(step, feed.steps, config.eval.best, lower)
         stop.hold(step)  # from here on a signal waits for the end of a step

@@ -20,7 +20,7 @@ from sftjax.training import checkpoint, workdir
 REPO = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}
 CLASSES = [
-    e for e in vars(errors).values() if isinstance(e, type) and e.__module__ == errors.__name__
+    e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.UserError)
 ]
 
 
@@ -197,7 +197,7 @@ def test_classes_are_those_of_their_places_and_of_python():
     assert safetensors_io.WeightsError is errors.WeightsError
     assert parallel.MeshError is errors.MeshError and targets.TargetError is errors.TargetError
     assert checkpoint.CheckpointError is errors.CheckpointError
-    builtin = (ValueError, OSError, RuntimeError, TypeError)
+    builtin = (ValueError, OSError, RuntimeError, TypeError, ArithmeticError)
     for error in CLASSES:
         assert issubclass(error, errors.UserError)
         assert error is errors.UserError or issubclass(error, builtin)

@@ -45,8 +45,8 @@ class Log:
         lr: optax.Schedule,
         flops: float,
         start: int,
-        see: Callable[[int, list[dict]], None] = lambda first, window: None,
         window: Sequence[Mapping] = (),
+        see: Callable[[int, list[dict]], None] = lambda first, window: None,
     ) -> None:
         """section: the config's `train`. see: gets the metrics of every step; see Health.see.
 

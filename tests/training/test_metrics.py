@@ -64,7 +64,7 @@ def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog):
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
         f.write("\n".join([*junk, good]))
     assert [x for x, _ in read_lines(path)] == [good]
-    assert "what is no metrics is left out: 11 lines, first line 1" in caplog.text
+    assert "11 lines are damaged and left out, first line 1" in caplog.text
     with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=1):
         pass
     assert path.read_text() == good

@@ -347,7 +347,7 @@ class Checkpointer:
         elif jax.process_index() == 0:
             logger.warning(
                 "checkpoint %s is of an older version, without %s: its files are not verified",
-                folder,
+                printable(folder),
                 seal.NAME,
             )
         return next((text for text in processes.gather(problem) if text), "")
@@ -407,8 +407,8 @@ class Checkpointer:
             disk.sweep(self.directory)
             for step, text in wrong.items():
                 name = disk.set_aside(self.directory, step)
-                folder = printable(self.directory / str(step))
-                logger.warning("checkpoint %s: %s; it is set aside as %s", folder, text, name)
+                text = f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}"
+                logger.warning("%s", printable(text))
         multihost_utils.sync_global_devices("sftjax: checkpoint directory is clean")
 
     # ---- which there are ----

@@ -289,7 +289,7 @@ def test_wrong_sources(entries, data, message):
             "'a' has a weight and a count; keep one of them",
         ),
         (names("a", "b"), dict(phases=(dict(weights=dict(a="x")),)), "a='x'; expected a number"),
-        (names("a", "b"), dict(phases=(dict(weights=["a"]),)), "weights=.'a'.; expected {source: n"),
+        (names("a", "b"), dict(phases=(dict(weights=["a"]),)), "weights=.'a'.; expected {source"),
     ],
 )  # fmt: skip
 def test_wrong_shares(entries, data, message):

@@ -107,7 +107,6 @@ def one(kind, seed, case):
 def run(kinds, numbers, seed):
     """({kind: {outcome: cases}}, [failures]) of these cases of each kind."""
     counts, failures = {kind: collections.Counter() for kind in kinds}, []
-    logging.getLogger("sftjax").setLevel(logging.ERROR)  # what is left out is said of each case
     if "spans" in kinds:
         fuzz_cases.tokenizers()
     with limited():
@@ -122,6 +121,7 @@ def run(kinds, numbers, seed):
 
 
 def main():
+    logging.getLogger("sftjax").setLevel(logging.ERROR)  # what is left out is said of each case
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=20_000, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)

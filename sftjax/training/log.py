@@ -135,7 +135,7 @@ class Log:
         values = {k: float(v) for k, v in window[-1].items() if k not in self.counts}
         values |= self._by_source(window, values) | self.position(step)
         values["lr"] = float(self.lr(step - 1 - lag))  # the rate that this step used
-        values["skipped"] = sum(int(m["skipped"]) for m in window)
+        values["skipped"] = sum(int(m.get("skipped", 0)) for m in window)
         values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in self.counts}
         values["step_time"] = seconds / len(window)
         values["data_wait"] = waited / seconds

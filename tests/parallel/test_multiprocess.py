@@ -49,7 +49,8 @@ def start(
     """before: code that runs in it first; output: a file for it; port 0: it is the only one."""
     env = os.environ | {
         "PYTHONPATH": str(REPO),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        " --xla_backend_optimization_level=1",
     }
     code = before + RUN.format(tests=str(REPO / "tests"), files=str(files))
     arguments = [
@@ -196,7 +197,12 @@ def wait_for(text, path, processes, seconds=300):
 )
 def test_a_killed_process_is_named(files, tmp_path, moment, processes, victim):  # noqa: F811
     port = free_port()
-    options = ["train.duration=5000 steps", "train.checkpoint_every=0", "eval.every=0"]
+    options = [
+        "train.duration=5000 steps",
+        "train.checkpoint_every=0",
+        "eval.every=0",
+        "data.test=",
+    ]
     options += OFTEN.get(moment, [])
     all_ = [
         start(files, tmp_path / "run", i, port, *options, processes=processes, devices=1,

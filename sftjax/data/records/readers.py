@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from sftjax.data.records.failures import excerpt, malformed, not_read, not_utf8, unreadable
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 from sftjax.terminal import printable
@@ -31,20 +32,6 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # times; a file made to fill memory and disks grows a thousand times and more.
 GROWTH_BYTES, GROWTH = 1 << 26, 100
 PARQUET_GROWTH = 1000  # its columns are of one kind each, and compress better
-
-
-@contextmanager
-def readable(name: Path | str) -> Iterator[None]:
-    """The system's own errors, such as a missing permission, as errors of the data."""
-    try:
-        yield
-    except OSError as error:
-        raise unreadable(name, "data", error) from None
-
-
-def unreadable(path: Path | str, what: str, error: Exception) -> DataError:
-    """The error of a file that can't be read as the kind of file, `what`, that it should be."""
-    return DataError(f"not a readable {what} file: {error}", where=path, kind="unreadable")
 
 
 class JsonLines:
@@ -108,11 +95,11 @@ def parse_line(line: bytes, where: str) -> Any:
     try:
         return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        raise _malformed(where, error) from None
+        raise malformed(where, error) from None
     except UnicodeDecodeError as error:
-        raise _not_utf8(where, error) from None
+        raise not_utf8(where, error) from None
     except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
-        raise _not_read(where, error) from None
+        raise not_read(where, error) from None
 
 
 @contextmanager
@@ -205,13 +192,13 @@ def _read_json(path):
         text = path.read_text(encoding="utf-8-sig")
         data = loads(text)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+        raise not_utf8(path, error) from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them
-        raise _malformed(f"{path}:{error.lineno}", error) from None
+        raise malformed(f"{path}:{error.lineno}", error) from None
     except (ValueError, RecursionError) as error:
-        raise _not_read(path, error) from None
+        raise not_read(path, error) from None
     lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
@@ -427,7 +414,7 @@ def _read_table(path, **dialect: Any):
         where = f"{path}:{reader.line_num}"
         raise DataError(f"malformed: {error}", where=where, kind="bad_table") from None
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+        raise not_utf8(path, error) from None
     names = lines[0][1] if lines else []
     if len(set(names)) < len(names):
         problem = f"the header names a column twice: {names}"
@@ -505,25 +492,3 @@ READERS: dict[str, Any] = {
     ".json.gz": JsonLines,  # as C4 and others name their JSON lines
     ".json.zst": JsonLines,
 }
-
-
-def _malformed(where, error):
-    near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip("\r\n")
-    problem = f"malformed JSON at column {error.colno}: {error.msg}, near {near!r}"
-    fix = "expected JSON, in .jsonl one object per line"
-    return DataError(problem, fix, where=where, kind="bad_json")
-
-
-def _not_read(where, error):
-    return DataError(f"JSON that can't be read: {error}", where=where, kind="bad_json")
-
-
-def _not_utf8(where, error):
-    problem, fix = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
-    return DataError(problem, fix, joint=": ", where=where, kind="not_utf8")
-
-
-def excerpt(value: Any, width: int = 60) -> str:
-    """The beginning of a value, for a message."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return repr(text if len(text) <= width else text[:width] + "…")

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from sftjax.data.records import layout
+from sftjax.data.records.failures import excerpt, readable
 from sftjax.data.records.layout import kind
 from sftjax.data.records.protocols import Reader
-from sftjax.data.records.readers import READERS, Nested, excerpt, readable
+from sftjax.data.records.readers import READERS, Nested
 from sftjax.errors import DataError
 from sftjax.files import check_regular, url_problem
 

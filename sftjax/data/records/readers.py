@@ -21,7 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.records.failures import excerpt, malformed, not_read, not_utf8, unreadable
+from sftjax.data.records.failures import (
+    excerpt,
+    malformed,
+    not_read,
+    not_utf8,
+    readable,
+    unreadable,
+)
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 from sftjax.terminal import printable

@@ -21,14 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.records.failures import (
-    excerpt,
-    malformed,
-    not_read,
-    not_utf8,
-    readable,
-    unreadable,
-)
+from sftjax.data.records import failures
+from sftjax.data.records.failures import excerpt, readable, unreadable
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 from sftjax.terminal import printable
@@ -102,11 +96,11 @@ def parse_line(line: bytes, where: str) -> Any:
     try:
         return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        raise malformed(where, error) from None
+        raise failures.malformed(where, error) from None
     except UnicodeDecodeError as error:
-        raise not_utf8(where, error) from None
+        raise failures.not_utf8(where, error) from None
     except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
-        raise not_read(where, error) from None
+        raise failures.not_read(where, error) from None
 
 
 @contextmanager
@@ -199,13 +193,13 @@ def _read_json(path):
         text = path.read_text(encoding="utf-8-sig")
         data = loads(text)
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
+        raise failures.not_utf8(path, error) from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them
-        raise malformed(f"{path}:{error.lineno}", error) from None
+        raise failures.malformed(f"{path}:{error.lineno}", error) from None
     except (ValueError, RecursionError) as error:
-        raise not_read(path, error) from None
+        raise failures.not_read(path, error) from None
     lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
@@ -421,7 +415,7 @@ def _read_table(path, **dialect: Any):
         where = f"{path}:{reader.line_num}"
         raise DataError(f"malformed: {error}", where=where, kind="bad_table") from None
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
+        raise failures.not_utf8(path, error) from None
     names = lines[0][1] if lines else []
     if len(set(names)) < len(names):
         problem = f"the header names a column twice: {names}"

@@ -117,6 +117,12 @@ def together() -> contextlib.AbstractContextManager[None]:
     return _watch.together() if _watch else contextlib.nullcontext()
 
 
+def done() -> None:
+    """Say that this process ends as it should, where it ends by another way than Python's."""
+    if _watch:
+        _watch.done()
+
+
 def told(seconds: float, own: list[float]) -> None:
     """Compare this process's times with the others', see Watch.told; nothing where it is alone."""
     if _watch:

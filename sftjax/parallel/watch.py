@@ -64,6 +64,12 @@ class Watch:
             raise
         self._state = "done"
 
+    def done(self) -> None:
+        """Say that this process has come to its end, and that it is not lost."""
+        self._state = "done"
+        for other in self.peers:
+            self._send(other, self._state)
+
     def told(self, seconds: float, own: list[float]) -> None:
         """Take this process's times of a line of the log, in seconds of a step.
 

@@ -148,21 +148,22 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     A line torn by a kill is left out; so is one that something else has written, which is said.
     """
     check_regular(path, MetricError)
-    torn, whole = list[int](), 0
+    damaged = list[int]()
     with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
-        for whole, line in enumerate(f, 1):
-            parsed = _line(line)
-            if parsed is not None and line.endswith("\n"):
-                yield line, parsed
+        for number, line in enumerate(f, 1):
+            if not line.endswith("\n"):  # the last one, as a kill leaves it
+                break
+            if (parsed := _line(line)) is None:
+                damaged.append(number)
             else:
-                torn.append(whole)
-    if torn and torn != [whole]:  # the last one alone is what a kill leaves
+                yield line, parsed
+    if damaged:
         logging.getLogger("sftjax").warning(
             "%s: %d line%s damaged and left out, first line %d",
             printable(path),
-            len(torn),
-            "s are" if len(torn) > 1 else " is",
-            torn[0],
+            len(damaged),
+            "s are" if len(damaged) > 1 else " is",
+            damaged[0],
         )
 
 

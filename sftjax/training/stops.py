@@ -33,6 +33,7 @@ from jax._src import distributed  # its client has no public name; Orbax takes i
 from jax.experimental import multihost_utils
 
 from sftjax.errors import Stopped
+from sftjax.parallel import processes
 from sftjax.terminal import show
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -239,6 +240,7 @@ class Stop:
         last = threading.Thread(target=self.leaving, args=(how,), daemon=True)
         last.start()
         last.join(1.0)
+        processes.done()
         if self._several and me == 0 and status == Stopped.status:
             time.sleep(1.0)  # the others' connection is to us; they end first
         os._exit(status)

@@ -136,6 +136,13 @@ def test_how_we_leave_is_said(group, error, said):
         assert ended.wait(5)
 
 
+def test_a_process_that_python_does_not_end_says_it_too(group, monkeypatch):
+    made, others, _ = group(0, 3)
+    monkeypatch.setattr(processes, "_watch", made)
+    processes.done()
+    assert [others[k].recv(100) for k in (1, 2)] == [b"done\n"] * 2
+
+
 def test_a_slow_host_is_named_once(group, caplog):
     made, others, _ = group(0, 3)
     for step in range(6):

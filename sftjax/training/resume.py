@@ -140,7 +140,7 @@ def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
     starts = starts if isinstance(starts, list) else []
     last = starts[-1] if starts and isinstance(starts[-1], dict) else old
     was, now = _versions(last), _versions(new)
-    differ = [f"{k} {was[k]} there, {now[k]} now" for k in sorted(was) if was[k] != now.get(k)]
+    differ = [f"{k} {was[k]} there, {now.get(k)} now" for k in sorted(was) if was[k] != now.get(k)]
     if differ:
         text = "the run goes on with other versions, which may change its numbers' last bits: "
         warn(text + "; ".join(differ))

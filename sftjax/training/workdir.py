@@ -67,7 +67,10 @@ def began_in(workdir: Path) -> Path:
     if not _trained(workdir) or not isinstance(found.get("directory"), str):
         return here
     first = Path(found["directory"])
-    return first if first.is_absolute() and first.is_dir() else here
+    try:
+        return first if first.is_absolute() and first.is_dir() else here
+    except OSError:  # a name that the system refuses
+        return here
 
 
 def _trained(workdir):

@@ -11,7 +11,7 @@ from sftjax import config as config_lib
 from sftjax import hf, tasks, train
 from sftjax.clean.command import clean
 from sftjax.data import open_source
-from sftjax.errors import ConfigError, UserError, WriteError
+from sftjax.errors import ConfigError, UserError
 from sftjax.files import url_problem
 from sftjax.training import workdir as workdir_lib
 
@@ -164,9 +164,10 @@ def test_a_config_that_was_torn_is_named(begun, text):
     assert len(str(e.value)) < 1000
 
 
-def test_a_place_of_a_file_that_is_a_folder(begun):
+def test_a_folder_in_the_place_of_a_file_is_set_aside(begun, caplog):
     config, workdir, _, _ = begun
     (workdir / "env.json").unlink()
     (workdir / "env.json").mkdir()
-    with pytest.raises(WriteError, match="env.json cannot be written: Is a directory"):
-        workdir_lib.prepare_workdir(config, workdir)
+    workdir_lib.prepare_workdir(config, workdir)
+    assert (workdir / "env.json").is_file() and (workdir / "env.json.damaged").is_dir()
+    assert "env.json is damaged; it is set aside as env.json.damaged" in caplog.text

@@ -182,3 +182,10 @@ def test_numbers_of_sets_that_are_others_now_are_not_compared():
     assert resume.comparable(extra, was | {"best": "w/loss"}, feed)["early_stop"] is None
     older = extra | {"manifest": {}}
     assert resume.comparable(older, now, feed) == older
+
+
+def test_a_package_that_is_there_no_more_is_said(tmp_path, caplog):
+    file = tmp_path / "env.json"
+    file.write_text(json.dumps({"packages": {"gone": "1.2"}, "python": "3.11.1"}))
+    resume.joined(file, {"packages": {"gone": None}, "python": "3.11.1"}, trained=True)
+    assert "gone 1.2 there, None now" in caplog.text

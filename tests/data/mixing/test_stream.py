@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_chat import TOKENIZER
 from test_mix import make_feed
-from test_multiprocess import run_both
+from test_multiprocess import run_all
 from test_pipeline import POLICY, pairs
 from test_train import files, losses, make  # noqa: F401 (files is a fixture)
 
@@ -300,11 +300,11 @@ def test_a_run_trains_on_a_stream_and_resumes(straight, files, tmp_path, capsys)
 def test_two_processes_read_a_part_each(files, tmp_path, monkeypatch):  # noqa: F811
     """And resume exactly; with another number of them it is refused."""
     overrides = ("data.streaming=True", "data.shuffle_window=30", "data.test=", "data.validation=")
-    run_both(files, tmp_path / "two", *overrides)
+    run_all(files, tmp_path / "two", *overrides)
     assert list(losses(tmp_path / "two")) == list(range(1, 13))
     shutil.copytree(tmp_path / "two", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
-    run_both(files, tmp_path / "again", *overrides)
+    run_all(files, tmp_path / "again", *overrides)
     assert losses(tmp_path / "again") == losses(tmp_path / "two")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
     monkeypatch.setattr(stream, "BINS", 256)  # as in the processes

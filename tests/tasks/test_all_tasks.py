@@ -165,10 +165,9 @@ def test_a_run_cut_off_resumes_bit_equal(case, ran, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"lr": 1e30}, {"name": "sgd", "lr": 1e25, "clip": 0.0}])
-def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, changes, tmp_path):
+def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, tmp_path):
     config = case[1].copy_and_resolve_references()
-    config.optim.update(changes)
+    config.optim.lr = 1e30
     with pytest.raises(DivergenceError, match="is not finite in"):
         train_lib.train(config, tmp_path)
     assert not (tmp_path / "export").exists() and not (tmp_path / "result.json").exists()

@@ -1,6 +1,7 @@
 """Files that are read with a limit, and text files that are written whole or not at all."""
 
 import json
+import math
 import os
 import re
 import stat
@@ -112,3 +113,12 @@ def read_json(path: Path | str, error: type[UserError]) -> Any:
         return parse_json(text)
     except ValueError as e:
         raise error(f"{path} is not valid JSON: {e}") from None
+
+
+def finite(value: Any) -> Any:
+    """A tree of JSON values with None for numbers that are not finite: JSON has none of them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

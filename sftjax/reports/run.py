@@ -1,14 +1,13 @@
 """What a run shows at its end: the table before and after, samples, and where things lie."""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sftjax.errors import writing
-from sftjax.files import write_atomic
+from sftjax.files import finite, write_atomic
 from sftjax.terminal import show
 
 if TYPE_CHECKING:
@@ -63,15 +62,6 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
     export = workdir / "export"
     if export.exists() and (text := task.try_it(feed.config.data, export)):
         show(f"\n{text}")
-
-
-def finite(value: Any) -> Any:
-    """A tree of JSON values with None for numbers that are not finite: JSON has none of them."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def places(workdir: Path) -> list[tuple[str, Path]]:

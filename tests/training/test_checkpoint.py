@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, on any mesh, after any kind of end."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -362,6 +363,23 @@ def test_checkpoints_of_older_versions_restore_unverified(tmp_path, caplog):
     with Checkpointer(tmp_path, keep=3) as ckpt, pytest.raises(CheckpointError, match="not fit"):
         ckpt.restore({"x": jax.ShapeDtypeStruct((1,), jnp.float32)})
     assert ckpt.all_steps() == [1, 2]
+
+
+def test_its_json_has_no_number_that_json_has_not(tmp_path):
+    checkpoints = Checkpointer(tmp_path, best_metric="loss")
+    extra = {"before": {"loss": math.nan, "all": [1.0, -math.inf]}}
+    for step, loss in ((1, math.nan), (2, 3.0), (3, -math.inf)):
+        checkpoints.save(step, {"x": jnp.ones(2)}, extra, {"loss": loss})
+    checkpoints.close()
+
+    def refused(word):
+        raise ValueError(word)
+
+    for path in tmp_path.glob("3/*/*"):
+        if path.name in ("metadata", "metrics"):
+            found = json.loads(path.read_text(), parse_constant=refused)
+            assert found == {"loss": None} or found["before"] == {"loss": None, "all": [1.0, None]}
+    assert checkpoints.best_step() == 2
 
 
 def test_directory_of_another_run(tmp_path):

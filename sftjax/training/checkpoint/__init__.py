@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
-from sftjax.files import read_json
+from sftjax.files import finite, read_json
 from sftjax.parallel import processes
 from sftjax.terminal import printable
 from sftjax.training.checkpoint import disk, seal
@@ -163,7 +163,9 @@ class Checkpointer:
                     if value is not None:
                         path = self._saving(step) / name
                         path.parent.mkdir()
-                        path.write_text(json.dumps(value), encoding="utf-8")
+                        path.write_text(
+                            json.dumps(finite(value), allow_nan=False), encoding="utf-8"
+                        )
                 disk.commit(self._saving(step), self.directory / str(step))
                 with contextlib.suppress(OSError):  # the next save deletes what this one could not
                     disk.remove(self.directory, self._unwanted())

@@ -18,8 +18,9 @@ from sftjax.files import parse_json
 from sftjax.terminal import in_json, printable, show
 from sftjax.training import lock as lock_lib
 
-# A step's folder is whole when it has all of these; the same is said in training/checkpoint.py.
-PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "extra/metadata")
+# A step's folder is whole when it has all of these. training/checkpoint/disk.py says the same, and
+# a test compares them: to import it would load JAX.
+PARTS = ("state/_METADATA", "extra/metadata")
 # Beginnings of the names of what training logs of its sources.
 OF_TRAINING = ("loss/", "trained_tokens/", "documents/", "epochs/")
 LOWER = ("loss", "perplexity")  # metrics of which less is better, where the run does not say

@@ -104,8 +104,14 @@ def _run(closed, args, outputs) -> Iterator[tuple[Any, list, list]]:
 
 
 def _bind(eqn, inputs) -> list:
-    made = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-    return list(made) if eqn.primitive.multiple_results else [made]
+    params = eqn.primitive.get_bind_params(eqn.params)
+
+    def bind(*inputs):
+        made = eqn.primitive.bind(*inputs, **params)
+        return list(made) if eqn.primitive.multiple_results else [made]
+
+    # Outside of jit a shard_map takes no axes that are left to the partitioner.
+    return (jax.jit(bind) if eqn.primitive.name == "shard_map" else bind)(*inputs)
 
 
 def _scan(eqn, inputs, results) -> Iterator[tuple[Any, list, list]]:

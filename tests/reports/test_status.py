@@ -11,6 +11,7 @@ import pytest
 from sftjax.errors import NotFoundError
 from sftjax.reports import status as status_lib
 from sftjax.reports.status import status, text
+from sftjax.training.checkpoint import disk
 from sftjax.training.lock import Lock
 
 LINE = dict(loss=2.0, lr=1e-3, tokens_per_s=1000.0, step_time=0.5)
@@ -61,7 +62,7 @@ def test_a_stopped_run(workdir):
         evaluated=12,
         evaluation={"a/loss": 2, "a/accuracy": 0.5},
         best={"a/loss": {"value": 1, "step": 8}},
-        checkpoints=dict(steps=[8, 12], newest=12, best=8, bytes=3000),
+        checkpoints=dict(steps=[8, 12], newest=12, best=8, bytes=2000),
         export=False,
         notes=[],
     )
@@ -69,7 +70,7 @@ def test_a_stopped_run(workdir):
     assert page[0].startswith("state     stopped at step 12 (by SIGTERM")
     assert page[1] == "step      12/20  loss 2.0000  tok/s 1,000"
     assert "best      a/loss 1 at step 8" in page
-    assert "saved     newest of step 12, best of step 8; 3 kB" in page
+    assert "saved     newest of step 12, best of step 8; 2 kB" in page
     assert page[-1] == "export    not there"
 
 
@@ -166,3 +167,7 @@ def test_what_is_no_workdir(tmp_path, there):
         status(path)
     done = command(path)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_is_whole_by_what_writes_it():
+    assert status_lib.PARTS == disk.PARTS

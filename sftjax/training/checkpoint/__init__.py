@@ -99,10 +99,11 @@ class Checkpointer:
         """Copy `state` off the devices and write it behind the loop; True when a save was begun.
 
         The state may be donated to the next step at once. extra: anything JSON holds (data
-        position, counters, config); it comes back with lists for tuples. metrics: {name: number}
-        that best_metric is looked up in; None when the step was not evaluated. False when `step`
-        is the newest checkpoint already. Raises CheckpointError when FAILURES saves in a row,
-        the one before this the last of them, have failed.
+        position, counters, config); it comes back with lists for tuples, and with None for numbers
+        that JSON has not. metrics: {name: number} that best_metric is looked up in; None when
+        the step was not evaluated. False when `step` is the newest checkpoint already. Raises
+        CheckpointError when FAILURES saves in a row, the one before this the last of them, have
+        failed.
         """
         self._settle()
         if step == self.latest_step():

@@ -87,6 +87,7 @@ class Stop:
         self._old = {s: signal.getsignal(s) for s in SIGNALS}
         self._old = {s: old for s, old in self._old.items() if old != signal.SIG_IGN}
         self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread = threading.Thread(target=self._watch, name="sftjax stop", daemon=True)
         self._thread.start()
         self.listen()
@@ -98,6 +99,7 @@ class Stop:
         for number, old in self._old.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)  # None: not Python's
         signal.set_wakeup_fd(self._old_fd)
+        sys.unraisablehook = self._old_hook
         self._closed.set()
         os.write(self._pipe[1], b"\0")  # wakes the thread
         self._thread.join()
@@ -118,6 +120,14 @@ class Stop:
         if not (self._several or self._holding or self._raised):
             self._raised = True
             raise Stopped(self._nothing_saved())
+
+    def _unraisable(self, what: Any) -> None:
+        """Say nothing of a Stopped that Python swallows, as in a callback of its collector.
+
+        `hold` raises it again, or the thread ends the process.
+        """
+        if what.exc_type is not Stopped:
+            self._old_hook(what)
 
     def _watch(self) -> None:
         """The thread: signals, the notice of other processes, and the end of the grace time."""

@@ -62,6 +62,28 @@ def test_the_handlers_are_put_back():
     assert "sftjax stop" not in {t.name for t in threading.enumerate()}
 
 
+def test_a_signal_whose_exception_python_swallows(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_type))
+
+    class Dying:
+        def __init__(self, error=None):
+            self.error = error
+
+        def __del__(self):
+            if self.error:
+                raise self.error
+            signal.raise_signal(signal.SIGTERM)
+
+    with Stop() as stop:
+        del [Dying()][0]
+        wait_for(lambda: stop.asked)
+        with pytest.raises(Stopped, match="by SIGTERM, outside the training loop"):
+            stop.hold(0)
+        del [Dying(ValueError)][0]
+    assert told == [ValueError]
+
+
 def test_a_users_program_keeps_its_handlers():
     """train() makes a Stop that is not entered; in a thread, entering takes nothing either."""
     before = [signal.getsignal(s) for s in SIGNALS]
@@ -232,7 +254,14 @@ def start(command, output, *flags):
     if flags and "coordinator" in flags[0]:
         env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     with open(output, "w") as out:
-        return subprocess.Popen([*command, *flags], env=env, stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [*command, *flags],
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            # Where the tests run in the background of a shell, SIGINT comes ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def wait_until(process, output, text):

@@ -106,7 +106,7 @@ def _run(closed, args, outputs) -> Iterator[tuple[Any, list, list]]:
 def _bind(eqn, inputs) -> list:
     params = eqn.primitive.get_bind_params(eqn.params)
 
-    def bind(*inputs):
+    def bind(*inputs: Any) -> list:
         made = eqn.primitive.bind(*inputs, **params)
         return list(made) if eqn.primitive.multiple_results else [made]
 

@@ -19,6 +19,7 @@ if "xla_cpu_enable_concurrency_optimized_scheduler" not in _flags:
     # As a run does itself: see RACES in sftjax/training/xla_flags.py.
     _flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ["XLA_FLAGS"] = _flags.strip()
+os.environ.setdefault("NPROC", "128")  # see THREADS there
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -60,10 +60,24 @@ NEWER = {
 RACES = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
+# A collective on a CPU device blocks one of the threads that all devices of the process share, and
+# XLA starts those that do not depend on each other at once. By default there are as many threads
+# as devices, so that of two collectives each may have some of its devices waiting and no thread for
+# the others: such a program waits for ever. XLA takes this variable for its number of threads.
+THREADS, THREADS_A_DEVICE = "NPROC", 16
+
+
 def settle() -> None:
-    """Set in XLA_FLAGS what can be set nowhere else. It has to come before JAX's first device."""
+    """Set in the environment what can be set nowhere else. It has to come before the first device.
+
+    Nothing that the user has set is changed.
+    """
     if jax.__version_info__ < (0, 12) and RACES not in yours():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{RACES}=false".strip()
+    forced = yours().get("xla_force_host_platform_device_count", "0")
+    devices = max(int(forced) if forced.isdecimal() else 0, jax.config.jax_num_cpu_devices)
+    if devices > 1:
+        os.environ.setdefault(THREADS, str(THREADS_A_DEVICE * devices))
 
 
 def yours() -> dict[str, str]:

@@ -75,7 +75,8 @@ def settle() -> None:
     if jax.__version_info__ < (0, 12) and RACES not in yours():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{RACES}=false".strip()
     forced = yours().get("xla_force_host_platform_device_count", "0")
-    devices = max(int(forced) if forced.isdecimal() else 0, jax.config.jax_num_cpu_devices)
+    own = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined] # as in workdir.py
+    devices = max(int(forced) if forced.isdecimal() else 0, own)
     if devices > 1:
         os.environ.setdefault(THREADS, str(THREADS_A_DEVICE * devices))
 

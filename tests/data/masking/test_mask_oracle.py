@@ -324,6 +324,11 @@ def compare(name, template, record, mask):
     return differences(example.text, each, ours, theirs)
 
 
+# Refused: a call after a result begins otherwise than the first one does, and than the template's
+# own generation prompt ends, so where the model would begin can't be told.
+UNTOLD = {("deepseekv3", "call after call")}
+
+
 @pytest.mark.parametrize("name", sorted(TWINS))
 def test_the_masks_of_the_twins(name):
     twin, seen = TWINS[name], set()
@@ -338,7 +343,8 @@ def test_the_masks_of_the_twins(name):
                 continue
             found = compare(name, template, record, mask)
             text = plain_text(name, template, record)
-            assert (found == "refused") == left_out(record, text), case
+            refused = left_out(record, text) or (name, case) in UNTOLD
+            assert (found == "refused") == refused, case
             if found != "refused":
                 assert found <= set(KNOWN[name]), case
                 seen |= found

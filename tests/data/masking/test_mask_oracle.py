@@ -182,7 +182,6 @@ SPACE = "the twin trains the blank before the answer, which stands at the end of
 OUTPUTS_END = "the twin trains the end of the tools' outputs, which the template writes"
 TOOL_STOP = "the twin does not train the token at which a model stops for its tools' answers"
 BYTES = "transformers marks one token of a block's last character, where that has several"
-NO_HEADER = "the template writes the header of calls once only; the twin trains a line break for it"
 AFTER_STOP = "the twin trains the end of text after the stop token, where generation has ended"
 
 CHATML = {("-", "<|im_end|>", "\n"): LINE}
@@ -208,7 +207,6 @@ KNOWN = {  # {template: {(trained by sftjax alone +, by the twin alone -; token 
     "deepseekv3": {
         ("-", "", "<｜Assistant｜>"): HEADER,
         ("-", "", "<｜tool▁outputs▁end｜>"): OUTPUTS_END,
-        ("-", "", "\n"): NO_HEADER,
     },
     "diffusion_gemma": {
         ("-", "<turn|>", "\n"): LINE,
@@ -324,9 +322,9 @@ def compare(name, template, record, mask):
     return differences(example.text, each, ours, theirs)
 
 
-# Refused: a call after a result begins otherwise than the first one does, and than the template's
-# own generation prompt ends, so where the model would begin can't be told.
-UNTOLD = {("deepseekv3", "call after call")}
+# Refused: a later call begins otherwise than the first one does, and where the template's own
+# generation prompt ends there is no such text; so where the model would begin can't be told.
+UNTOLD = {("deepseekv3", "call after call"), ("deepseekv3", "calls in two turns")}
 
 
 @pytest.mark.parametrize("name", sorted(TWINS))

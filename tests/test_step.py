@@ -50,11 +50,11 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 8}, marks=pytest.mark.long),
         {"fsdp": 8},
         pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.slow),
         {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 4, "tensor": 2}, marks=pytest.mark.long),
         pytest.param({"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -87,7 +87,7 @@ def test_micro_batches_on_a_mesh(setup, reference):
     "loss",
     [
         pytest.param({"label_smoothing": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"z_loss": 1e-2}, marks=pytest.mark.slow),
+        pytest.param({"z_loss": 1e-2}, marks=pytest.mark.long),
         {"normalise": "documents"},
     ],
     ids=str,

@@ -346,7 +346,7 @@ def test_a_wrong_setting_is_refused_before_training(files, tmp_path, overrides, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["chat.py", "freeze.py:1"])
+@pytest.mark.parametrize("name", ["chat.py", pytest.param("freeze.py:1", marks=pytest.mark.long)])
 def test_the_shipped_configs_train_a_users_model_on_a_users_data(files, tmp_path, name):
     exported = tmp_path / "model"
     config = make(files, train__duration="1 step", data__test="", data__validation="")

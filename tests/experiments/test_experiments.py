@@ -90,7 +90,9 @@ def in_repository(fixtures, monkeypatch):
 
 @pytest.mark.fixtures
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama105-hf"])
+@pytest.mark.parametrize(
+    "name", ["stories260K-hf", pytest.param("babyllama105-hf", marks=pytest.mark.long)]
+)
 def test_stories(in_repository, tmp_path, name):
     stories.write_data(tmp_path)
     for file in tmp_path.glob("*.jsonl"):

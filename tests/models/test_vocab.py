@@ -173,9 +173,9 @@ def objective(model):
 @pytest.mark.parametrize(
     ("name", "multiple", "rows"),
     [
-        pytest.param("llama-odd", 64, 128, marks=pytest.mark.slow, id="untied"),
+        pytest.param("llama-odd", 64, 128, marks=pytest.mark.long, id="untied"),
         pytest.param("qwen3-odd", 128, 128, id="tied"),
-        pytest.param("gemma2", 96, 96, marks=pytest.mark.slow, id="soft-capped"),
+        pytest.param("gemma2", 96, 96, marks=pytest.mark.long, id="soft-capped"),
     ],
 )
 @pytest.mark.slow

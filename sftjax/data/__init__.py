@@ -1,6 +1,7 @@
 """Data: records -> conversations -> tokens and weights -> packed rows -> batches."""
 
-from sftjax.data.masking.encode import Encoded, encode, prompt_and_answer, stop_ids
+from sftjax.data.masking.encode import Encoded, encode
+from sftjax.data.masking.question import prompt_and_answer, stop_ids
 from sftjax.data.mixing.mixture import Mixture
 from sftjax.data.packing.buckets import Buckets
 from sftjax.data.packing.pack import make_batch, pack, shift

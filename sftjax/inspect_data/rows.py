@@ -17,7 +17,7 @@ from sftjax.data.masking.encode import Encoded
 from sftjax.data.mixing import spec as mix
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import encode_rows
-from sftjax.training import data as feed
+from sftjax.evaluation import sets as sets_lib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +90,7 @@ def parts_of(
                 part = part._replace(source=rows.train, task=rows.task, removed=rows.removed)
             parts += [part] if part.source else []
     else:
-        sets = feed.sets(data.validation) if set == "validation" else {"test": data.test}
+        sets = sets_lib.named(data.validation) if set == "validation" else {"test": data.test}
         for name in _choose(list(sets), chosen, list(sets)) if data[set] else ():
             parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
     if not parts:

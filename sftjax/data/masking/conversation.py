@@ -321,8 +321,11 @@ def _check_order(messages, where):
 # --- the fields of a record ---
 
 
-def read_field(record: dict[str, Any], name: str, where: str) -> Any:
-    """`record[name]`; inside for a dotted name; a text with names in braces is filled in."""
+def read_field(record: dict[str, Any], name: str, where: str, key: str = "data.fields.*") -> Any:
+    """`record[name]`; inside for a dotted name; a text with names in braces is filled in.
+
+    key: of the config, that says this name; for errors.
+    """
     if "{" in name:
         return _filled(record, re.split(r"\{([^{}]+)\}", name), where)
     value = record.get(name)
@@ -332,7 +335,7 @@ def read_field(record: dict[str, Any], name: str, where: str) -> Any:
         kind, state = ("null_field", "null") if name in record else ("missing_field", "missing")
         raise DataError(
             f"field {name!r} is {state}; the row has {_names(record)}",
-            "set data.fields.* to the names that your data uses",
+            f"set {key} to the names that your data uses",
             where=where,
             kind=kind,
             subject=repr(name),

@@ -24,7 +24,6 @@ from sftjax.data.masking.template import (
     ChatTemplate,
     after_empty_think,
     load_template,
-    load_templates,
 )
 from sftjax.errors import DataError
 
@@ -111,9 +110,11 @@ def encode_batch(
     if stop_token not in STOP_TOKEN:
         problem = f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}"
         raise DataError(problem, kind="setting")
-    policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, _reasoning(reasoning))
+    policy = Policy(
+        _trained_roles(train_on), train_on == "last", stop_token, reasoning_of(reasoning)
+    )
     pairs = list(zip(records, wheres, strict=True))
-    chats = [_conversation(record, where, policy.reasoning, forms) for record, where in pairs]
+    chats = [conversation_of(record, where, policy.reasoning, forms) for record, where in pairs]
     groups: dict[ChatTemplate, list[int]] = {}  # a tokenizer may have a template for tools
     for i, chat in enumerate(chats):
         chosen = load_template(tokenizer, template, chat, wheres[i])
@@ -155,7 +156,7 @@ def _tokenise(template, chats, wheres):
 
 def _encode_part(template, chats, texts, encodings, wheres, policy):
     spans, left = _trained_spans(template, chats, texts, wheres, policy)
-    kinds = [_kind(chat, template) for chat in chats]
+    kinds = [kind_of(chat, template) for chat in chats]
     columns = texts, spans, kinds, encodings, wheres
     examples = [_encoded(template, *row) for row in zip(*columns, strict=True)]
     for example, words in zip(examples, left, strict=True):
@@ -178,59 +179,6 @@ def _check_unicode(texts, wheres):
             ) from None
 
 
-def prompt_and_answer(
-    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
-) -> tuple[np.ndarray, str]:
-    """The prompt for which a model generates, and the reference answer.
-
-    The prompt is the conversation up to the last assistant turn with the template's generation
-    prompt; and what the template itself writes between that and the answer, such as an empty
-    think block. Of a pair without a template it is the prompt as it stands. It is cut from the
-    tokens of the whole, so the model sees before the answer what it saw in training.
-
-    Returns: prompt tokens int32 [n], answer text. Raises: DataError.
-    """
-    return question(record, tokenizer, where=where, **policy)[:2]
-
-
-def question(
-    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
-) -> tuple[np.ndarray, str, list[str]]:
-    """As `prompt_and_answer`; and in words what the record holds and the whole does not."""
-    policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
-    own, reasoning = policy.pop("template", None), _reasoning(policy.pop("reasoning", None))
-    chat = _conversation(record, where, reasoning, policy)
-    template = load_template(tokenizer, own, chat, where)
-    kind = _kind(chat, template)
-    if kind in ("text", "segments"):
-        problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
-        raise DataError(problem, fix, joint=": ", where=where, kind="no_prompt")
-    if kind == "pair":
-        text, answer = _raw_text(chat["messages"], where), chat["messages"][-1]["content"]
-        ids, words = _ids_before(tokenizer, text, len(text) - len(answer)), left_out.of_text(chat)
-        ids = [*_added_ids(tokenizer)[0], *ids]
-    else:
-        _check_template(template, where)
-        text, start, answer, words = template.prompt(chat, where)
-        ids = _ids_before(tokenizer, text, start)
-    return np.array(ids, np.int32), answer, chat["left_out"] + words
-
-
-def _ids_before(tokenizer, text, stop):
-    """The tokens of `text` before character `stop`; a token across the border is left out."""
-    output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return output["input_ids"][: bisect_right(output["offset_mapping"], stop, key=itemgetter(1))]
-
-
-def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list[int]:
-    """The ids at which generation stops: end of text, and the template's ends of a turn."""
-    in_use = [t for t in load_templates(tokenizer, template) if t.source]
-    stops = [token for t in in_use for token in t.dialect.stops]
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ends: Any = tokenizer.convert_tokens_to_ids(list(stops))  # of a list, a list
-    return sorted({*ids, *ends})
-
-
 # --- what the policy says ---
 
 
@@ -250,7 +198,7 @@ def _trained_roles(train_on):
     return {ROLES[role] for role in roles}
 
 
-def _reasoning(given):
+def reasoning_of(given: Mapping[str, str] | None) -> dict[str, str]:
     """The default with what is given, checked."""
     reasoning = REASONING | dict(given or {})
     for key, value in reasoning.items():
@@ -261,7 +209,10 @@ def _reasoning(given):
     return reasoning
 
 
-def _conversation(record, where, reasoning, forms):
+def conversation_of(
+    record: dict[str, Any], where: str, reasoning: Mapping[str, str], forms: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As of to_conversation, with left_out, and without the reasoning that is dropped."""
     chat, _, unread = read_record(record, where=where, **forms)
     messages = chat["messages"]
     border = last_turn(messages)
@@ -271,7 +222,7 @@ def _conversation(record, where, reasoning, forms):
     return chat | {"messages": messages, "left_out": unread}
 
 
-def _kind(chat, template):
+def kind_of(chat: dict[str, Any], template: ChatTemplate) -> str:
     """chat: rendered with a template; pair, segments, text: as it stands."""
     return "chat" if chat["kind"] == "pair" and template.source else chat["kind"]
 
@@ -301,13 +252,13 @@ def _wrong_value(i, key, value, expected, where):
 
 def _texts(template, chats, wheres):
     """What is tokenised of each."""
-    chosen = [n for n, chat in enumerate(chats) if _kind(chat, template) == "chat"]
+    chosen = [n for n, chat in enumerate(chats) if kind_of(chat, template) == "chat"]
     if chosen:
-        _check_template(template, wheres[chosen[0]])
+        check_template(template, wheres[chosen[0]])
     rendered = template.render([chats[n] for n in chosen], [wheres[n] for n in chosen])
     texts = dict(zip(chosen, rendered, strict=True))
     return [
-        texts[n] if n in texts else _raw_text(chat["messages"], where)
+        texts[n] if n in texts else raw_text(chat["messages"], where)
         for n, (chat, where) in enumerate(zip(chats, wheres, strict=True))
     ]
 
@@ -318,7 +269,7 @@ def _trained_spans(template, chats, texts, wheres, policy):
     left = [list(chat["left_out"]) for chat in chats]
     for chat, text, where in zip(chats, texts, wheres, strict=True):
         weights = _message_weights(chat["messages"], policy, where)
-        kind = _kind(chat, template)
+        kind = kind_of(chat, template)
         if kind == "chat":
             wanted = _wanted(chat["messages"], weights, policy)
             cases[len(spans)] = Case(chat, text, wanted, where), weights
@@ -332,7 +283,8 @@ def _trained_spans(template, chats, texts, wheres, policy):
     return spans, left
 
 
-def _check_template(template, where):
+def check_template(template: ChatTemplate, where: str) -> None:
+    """Raise DataError where a chat has no template."""
     if not template.source:
         raise DataError(
             "a chat, but the tokenizer has no chat template",
@@ -378,7 +330,8 @@ def _spans(case, regions, weights, policy):
     return sorted(span for span in spans if span[0] < span[1])
 
 
-def _raw_text(messages, where):
+def raw_text(messages: Sequence[dict[str, Any]], where: str) -> str:
+    """The messages run together, as without a template. Raises: DataError for a system's."""
     if messages[0]["role"] in ("system", "developer"):
         problem, fix = "a system message needs a chat template", "set data.template=FILE"
         raise DataError(problem, fix, joint=": ", where=where, kind="system_unused")
@@ -413,7 +366,7 @@ def _encoded(template, text, spans, kind, encoding, where):
 
 def _with_ends(tokenizer, text, spans, kind, tokens, weights):
     """Text as it stands: the tokenizer's own first tokens, and the end-of-text token."""
-    first, last = _added_ids(tokenizer)
+    first, last = added_ids(tokenizer)
     first = [] if tokens[: len(first)].tolist() == first else first
     last = [] if tokens[-len(last) :].tolist() == last else last
     before, after = (tokenizer.decode(ids) if ids else "" for ids in (first, last))
@@ -425,10 +378,10 @@ def _with_ends(tokenizer, text, spans, kind, tokens, weights):
 
 
 @lru_cache(maxsize=8)
-def _added_ids(tokenizer):
+def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before a text, and those that end it."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    of: Any = tokenizer
+    plain, full = of("a", add_special_tokens=False)["input_ids"], of("a")["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     eos = tokenizer.eos_token_id
     return full[:start], full[start + len(plain) :] if eos is None else [eos]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.masking.conversation import read_record, to_conversation
 from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import DataError
 
@@ -78,6 +78,13 @@ class Augmented(RecordSource):
         for name in self.names:
             record = AUGMENTATIONS[name](record, rng)
         return record
+
+    def unread(self, i: int) -> list[str]:
+        """What the row holds that no variant of it does, in words; of its first variant alone."""
+        if i >= len(self.source):
+            return []
+        row = self.source[int(i)]
+        return read_record(row, where=self.source.where(i), **self.form).left_out
 
     def where(self, i: int) -> str:
         """The place of the row that variant `i` is made of."""

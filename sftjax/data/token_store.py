@@ -280,8 +280,9 @@ def encode_rows(
         records = [source[i] for i in rows]
         examples = task.examples(records, wheres)
         if notes is not None:
-            for where, record, example in zip(wheres, records, examples, strict=True):
-                notes.add(where, task.left_out(record, example))
+            unread = getattr(source, "unread", lambda i: ())  # of rows that variants are made of
+            for i, where, record, example in zip(rows, wheres, records, examples, strict=True):
+                notes.add(where, [*unread(i), *task.left_out(record, example)])
         return list(zip(wheres, examples, strict=True))
     except DataError as error:
         if len(rows) == 1 or rejects.on_error == "raise":
@@ -362,3 +363,13 @@ class Tally:
             longest=max(self.lengths, default=0),
             lengths=describe(self.read) if self.read else None,
         )
+
+
+def facts_of(source: RecordSource, store: TokenStore | None = None) -> dict[str, Any]:
+    """What is known of a source's rows: their number, their files, and where they lie tokenised."""
+    inner: Any = source
+    while not hasattr(inner, "files") and hasattr(inner, "source"):
+        inner = inner.source  # of some rows of another source, or variants of them
+    files = inner.files() if hasattr(inner, "files") else []
+    where = str(store.folder.absolute()) if store else ""
+    return {"rows": len(source), "files": files, "store": where}

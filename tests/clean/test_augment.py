@@ -154,3 +154,11 @@ def test_errors(tmp_path):
         Augmented(data, ("token_dropout", "flip"))
     with pytest.raises(DataError, match="augment_copies=0: expected 1 or more"):
         Augmented(data, ("token_dropout",), copies=0)
+
+
+def test_what_a_row_holds_beside_its_variants_is_counted_once(tmp_path):
+    rows = [r | {"topic": "cats"} for r in RECORDS[:2]]
+    data = Augmented(source(tmp_path, rows), ("token_dropout",), copies=3)
+    store = build_store(data, CausalLM(TOKENIZER), 0, "drop", tmp_path / "cache")
+    n, where = store.report["left_out"]["field 'topic' is not read"]
+    assert n == 2 and where.endswith(":1")

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Health:
-    """Watches the metrics of every step. `state` is JSON-able, for the checkpoint.
+    """Watches the metrics of every step. What `record` gives goes into the checkpoint.
 
     Attributes:
       state: skipped, the updates skipped so far; spikes; rollbacks; lag, by how many updates the
@@ -56,8 +56,9 @@ class Health:
         self.most, self.spike = section.bad_steps, section.spike
         self.how = dict(nonfinite=section.on_nonfinite, spike=section.on_spike)
         self.state = dict(state or dict(skipped=0, spikes=0, rollbacks=0, lag=0))
-        self.losses, self.sound = deque[float](maxlen=WINDOW), True
-        self.streak, self.trouble = 0, ""
+        self.losses = deque[float](self.state.pop("losses", ()), WINDOW)
+        self.streak, self.trouble = self.state.pop("streak", (0, ""))
+        self.sound = True
         self.ill: tuple[str, str] | None = None
 
     def see(self, first: int, window: Sequence[dict[str, Any]]) -> None:
@@ -81,6 +82,10 @@ class Health:
             else:
                 self.streak = 0
                 self.losses.append(loss)
+
+    def record(self) -> dict[str, Any]:
+        """All that a resumed run judges its steps by, as JSON holds it."""
+        return self.state | {"losses": list(self.losses), "streak": [self.streak, self.trouble]}
 
     def _over(self, loss) -> float:
         """The limit that a loss is over; 0 where it is not."""

@@ -139,6 +139,17 @@ def test_spikes_are_losses_far_above_those_before(tmp_path, caplog):
         watch.mend(None, 40, None, SimpleNamespace(latest_step=lambda: 3))
 
 
+def test_a_resumed_run_judges_as_it_would_have(tmp_path):
+    usual = [2 + 0.1 * (-1) ** n for n in range(health.FEWEST)]
+    rule = section(spike=6.0, bad_steps=2, on_spike="stop")
+    watch = health.Health(rule, tmp_path, FEED)
+    watch.see(1, list(map(metrics, [*usual, 9])))
+    resumed = health.Health(rule, tmp_path, FEED, json.loads(json.dumps(watch.record())))
+    assert resumed.state == watch.state and resumed.record() == watch.record()
+    resumed.see(34, [metrics(8)])
+    assert resumed.ill and "losses of 2 steps in a row" in resumed.ill[1]
+
+
 def test_spikes_are_only_written_down_unless_the_config_says_more(tmp_path):
     watch = health.Health(section(bad_steps=1), tmp_path, FEED)
     watch.see(1, [metrics(50 if n >= 40 else 2 + 0.1 * (n % 2)) for n in range(45)])
@@ -270,7 +281,7 @@ def test_the_documents_of_a_bad_step_are_found_and_the_run_goes_on(config, tmp_p
     schedule = build.make_schedule(config.optim, 40)
     assert logged[40]["lr"] == float(schedule(38))  # an update behind
     state = json.loads((workdir / "checkpoints" / "40" / "extra" / "metadata").read_text())
-    assert state["health"] == dict(skipped=1, spikes=0, rollbacks=0, lag=1)
+    assert state["health"].items() >= dict(skipped=1, spikes=0, rollbacks=0, lag=1).items()
 
 
 @pytest.mark.slow

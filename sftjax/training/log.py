@@ -15,6 +15,7 @@ from sftjax.config import ConfigError
 from sftjax.parallel import processes
 from sftjax.terminal import show
 from sftjax.training import metrics
+from sftjax.training.trackers import Tracker
 
 if TYPE_CHECKING:
     from sftjax.training.data import Feed
@@ -47,6 +48,7 @@ class Log:
         start: int,
         window: Sequence[Mapping] = (),
         see: Callable[[int, list[dict]], None] = lambda first, window: None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """section: the config's `train`. see: gets the metrics of every step; see Health.see.
 
@@ -60,7 +62,7 @@ class Log:
             read = metrics.read_lines(lines)
             window = () if any("lr" in m and m["step"] == start for _, m in read) else window
         self.writer = metrics.Writer(
-            workdir, feed.steps, jax.process_index(), board, start_step=start
+            workdir, feed.steps, jax.process_index(), board, start_step=start, trackers=trackers
         )
         self.sources, self.position = feed.names, feed.position
         self.counts = feed.task.counts

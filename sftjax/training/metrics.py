@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sftjax.errors import MetricError, writing
 from sftjax.files import check_regular, parse_json, write_atomic
 from sftjax.terminal import printable, show
+from sftjax.training.trackers import Tracker
 
 # ---- writing -------------------------------------------------------------------------------
 
@@ -37,10 +38,11 @@ class Writer:
         tensorboard: bool = True,
         progress: bool = True,
         start_step: int = 0,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._total, self._start = total_steps, start_step
         self._file = self._board = self._bar = None
-        self._progress = progress and process_index == 0
+        self._progress, self._trackers = progress and process_index == 0, trackers
         if process_index != 0:
             return
         path = Path(workdir) / "metrics.jsonl"
@@ -71,6 +73,8 @@ class Writer:
         if self._board:
             for name, value in values.items():
                 self._board.add(name, value, int(step))
+        for tracker in self._trackers:
+            tracker.write(int(step), {k: v for k, v in line.items() if v is not None})
         if self._progress:
             self._show(int(step), values)
 
@@ -89,10 +93,10 @@ class Writer:
 
     def close(self) -> None:
         """End the progress line and close the files; nothing is written after it."""
-        for open_one in (self._bar, self._board, self._file):
+        for open_one in (self._bar, self._board, self._file, *self._trackers):
             if open_one is not None:
                 open_one.close()
-        self._file = self._board = self._bar = None
+        self._file, self._board, self._bar, self._trackers = None, None, None, ()
 
     def __enter__(self) -> Self:
         return self

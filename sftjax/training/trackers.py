@@ -1,0 +1,110 @@
+"""Trackers of experiments that a run also writes to; `train.trackers` names them, each an extra.
+
+Where they write, and whether to a server at all, is said in the package's own way: WANDB_MODE,
+MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of the tracker.
+"""
+
+import hashlib
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from sftjax.errors import ConfigError
+from sftjax.terminal import printable
+
+logger = logging.getLogger(__name__)
+PROJECT = "sftjax"
+
+
+class Tracker(NamedTuple):
+    """What a run does with a tracker."""
+
+    write: Callable[[int, dict[str, float]], object]  # a step and its finite numbers
+    close: Callable[[], object]
+
+
+def wandb(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
+    """Weights & Biases, with its files in the workdir."""
+    run = package("wandb").init(
+        project=PROJECT, name=workdir.name, id=key, resume="allow", dir=workdir, config=dict(config)
+    )
+    return Tracker(lambda step, values: run.log(values, step=step), run.finish)
+
+
+def mlflow(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
+    """MLflow; the config is its parameters."""
+    client = package("mlflow").MlflowClient()
+    found = client.get_experiment_by_name(PROJECT)
+    where = found.experiment_id if found else client.create_experiment(PROJECT)
+    runs = client.search_runs([where], f"tags.workdir = '{key}'", max_results=1)
+    run = runs[0] if runs else client.create_run(where, None, {"workdir": key}, workdir.name)
+    own = run.info.run_id
+    if not runs:
+        for name, value in config.items():
+            client.log_param(own, name, str(value)[:500])  # the longest that it takes
+
+    def write(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            client.log_metric(own, name, value, step=step)
+
+    return Tracker(write, lambda: client.set_terminated(own))
+
+
+def trackio(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
+    """Trackio; a database on this machine, or the Space that TRACKIO_SPACE_ID names."""
+    run = package("trackio").init(
+        project=PROJECT, name=f"{workdir.name}-{key[:6]}", resume="allow", config=dict(config)
+    )
+    return Tracker(lambda step, values: run.log(values, step=step), run.finish)
+
+
+TRACKERS = {"wandb": wandb, "mlflow": mlflow, "trackio": trackio}
+
+
+def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of these names, told the run's config; of process 0. Raises: ConfigError."""
+    key = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"train.trackers={name!r} is none; there are {', '.join(TRACKERS)}")
+    mine = names if jax.process_index() == 0 else ()
+    return [guarded(name, TRACKERS[name](workdir, key, flat(config))) for name in mine]
+
+
+def guarded(name: str, tracker: Tracker) -> Tracker:
+    """A tracker whose failure is said, and never ends a run."""
+
+    def of(fn: Callable) -> Callable:
+        def call(*args: Any) -> None:
+            try:
+                fn(*args)
+            except Exception as e:  # whatever a package of others may raise
+                logger.warning("%s did not take a run's numbers: %s", name, printable(str(e)))
+
+        return call
+
+    return Tracker(of(tracker.write), of(tracker.close))
+
+
+def package(name: str) -> Any:
+    """A tracker's package. Raises: ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(
+            f"train.trackers={name!r} needs the package {name}, which is not installed: pip install"
+            f" 'sftjax[{name}]'"
+        ) from None
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4} of a nested config."""
+    out = dict[str, Any]()
+    for key, value in config.items():
+        inner = isinstance(value, Mapping)
+        out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return out

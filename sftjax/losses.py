@@ -30,7 +30,8 @@ def causal_lm(
     accuracy: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
     sources: Sequence[str] = (),
-) -> Callable[..., Loss]:
+    documents: bool = False,
+) -> Callable[..., Any]:
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
@@ -38,18 +39,22 @@ def causal_lm(
     load_balance: coefficient of a mixture of experts' load-balancing loss, which is a metric in any
     case and weighs as much as the batch's trained tokens do. accuracy adds the share of trained
     tokens that the model's first choice gets right. sources: names, to which the batch's `sources`
-    int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>.
+    int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>. documents:
+    return (Loss, {"losses", "weights", "tokens" float32 [B, S]}) in place of the Loss: what the
+    n-th document of a row adds up to stands at its n-th place; not beside sources.
     """
     if normalise not in ("tokens", "documents"):
         raise ConfigError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
 
-    def loss_fn(params, batch, rng) -> Loss:
+    def loss_fn(params, batch, rng) -> Any:
         del rng  # no dropout in this model
         weights = batch["weights"].astype(jnp.float32)
         if normalise == "documents":
             weights = _per_document(weights, batch["segments"])
         hidden, routing = model.outputs(params, batch)
-        groups = batch["sources"] if sources else None
+        groups, n_groups = (batch["sources"], len(sources)) if sources else (None, 0)
+        if documents:
+            groups, n_groups = _places(batch["segments"]), weights.size
         total, hits, *by_source = linear_cross_entropy(
             hidden,
             model.head(params),
@@ -61,7 +66,7 @@ def causal_lm(
             accuracy=accuracy,
             chunk_tokens=chunk_tokens,
             groups=groups,
-            n_groups=len(sources),
+            n_groups=n_groups,
             **model.logit_options,
         )
         weight, metrics = jnp.sum(weights), token_counts(batch)
@@ -73,9 +78,21 @@ def causal_lm(
             metrics["accuracy"] = (hits, jnp.sum(weights != 0, dtype=jnp.float32))
         if sources:
             metrics |= _by_source(sources, by_source[0], weights, groups)
-        return Loss(total, weight, metrics)
+        loss = Loss(total, weight, metrics)
+        if not documents:
+            return loss
+        held: Any = (by_source[0], weights, batch["segments"] > 0)
+        sums = (held[0], *(group_sums(jnp.float32(x), groups, n_groups) for x in held[1:]))
+        names = ("losses", "weights", "tokens")
+        return loss, {k: v.reshape(weights.shape) for k, v in zip(names, sums, strict=True)}
 
     return loss_fn
+
+
+def _places(segments):
+    """int32 [B, S]: for each position the place, in all rows, of the document that it is of."""
+    first = jnp.arange(segments.shape[0])[:, None] * segments.shape[1]
+    return first + jnp.maximum(segments - 1, 0)
 
 
 def classification(
@@ -90,8 +107,8 @@ def classification(
 
     A document's class is read where its weight is not 0. class_weights: a factor for each class, ()
     for none; the loss is divided by the sum of the weights that counted. predictions: return
-    (Loss, {"wanted", "given" int32 [B, S], "weights"}) in place of the Loss; "given" is -1 where a
-    logit is not finite. sources: as of causal_lm.
+    (Loss, {"wanted", "given" int32 [B, S], "weights", "scores" [B, S, C]}) in place of the Loss;
+    "given" is -1 where a logit is not finite, scores are probabilities. sources: as of causal_lm.
     """
 
     def loss_fn(params, batch, rng):
@@ -117,7 +134,8 @@ def classification(
         loss = Loss(jnp.sum(losses), weight, metrics)
         if not predictions:
             return loss
-        return loss, {"wanted": targets, "given": given, "weights": batch["weights"]}
+        out = {"wanted": targets, "given": given, "weights": batch["weights"]}
+        return loss, out | {"scores": jax.nn.softmax(logits)}
 
     return loss_fn
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from sklearn.metrics import r2_score, root_mean_squared_error
 
 from sftjax.data import DataError
 from sftjax.data.packing.pack import FixedRows
+from sftjax.evaluation import metrics
 from sftjax.params import Param
 from sftjax.step import Loss
 from sftjax.tasks import Example, Scores, Task
@@ -67,8 +67,7 @@ def described(tree):
 class Regression(Task):
     layout = FixedRows((("features", (FEATURES,), np.float32), ("target", (), np.float32)))
     columns = {"features": ("float32", (FEATURES,)), "target": ("float32", ())}
-    metrics = ("rmse", "r2")
-    lower = ("loss", "rmse")
+    metrics = ("mae", "rmse", "r2", "pearson", "spearman")
     counts = ("examples",)
 
     def examples(self, records, wheres):
@@ -98,8 +97,8 @@ class Regression(Task):
         y, new = model.apply(params, model_state, batch["features"], mask[:, None], training)
         errors = jnp.where(mask, (y - batch["target"]) ** 2, 0.0)
         weight = jnp.sum(batch["weights"])
-        metrics = {"examples": (weight, None)}
-        return Loss(jnp.sum(errors), weight, metrics, state=new if training else None), y
+        counts = {"examples": (weight, None)}
+        return Loss(jnp.sum(errors), weight, counts, state=new if training else None), y
 
     def loss_fn(self, model, options, sources=()):
         return lambda *args: self._errors(model, *args)[0]
@@ -112,7 +111,12 @@ class Regression(Task):
         return evaluate
 
     def score(self, loss, predictions):
+        return self._scores(predictions)
+
+    def final_scores(self, loss, predictions, groups=None):
+        return self._scores(predictions, groups=groups, errors=True)
+
+    def _scores(self, predictions, **how):
         real = predictions["weights"] > 0
         wanted, given = predictions["wanted"][real], predictions["given"][real]
-        rmse = root_mean_squared_error(wanted, given)
-        return Scores({"rmse": float(rmse), "r2": float(r2_score(wanted, given))})
+        return Scores.of(metrics.numbers(wanted, given, **how))

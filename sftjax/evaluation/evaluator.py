@@ -2,21 +2,27 @@
 
 import dataclasses
 import math
+import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax.errors import ConfigError, DataError
 from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
+from sftjax.terminal import show
 
 if TYPE_CHECKING:
+    from sftjax.evaluation.sets import Sets
     from sftjax.models.base import Model
     from sftjax.tasks import Task
-    from sftjax.training.data import Feed
 
+ANSWERS = "answers"  # stands for the name of a set before the metrics of generated answers
+BESIDE = ("tables", "errors", "baselines", "rows")  # what a result has beside values
 # (params, batch, *state) -> Loss, or (Loss, predictions), jitted
 EvalStep = Callable[..., Loss | tuple[Loss, dict[str, jax.Array]]]
 
@@ -54,43 +60,97 @@ def measure(
 def _joined(parts) -> np.ndarray:
     """All batches' rows, flat where widths differ: what belongs together stays at one place."""
     if len({x.shape[1:] for x in parts}) > 1:
-        parts = [np.ravel(x) for x in parts]
+        parts = [x.reshape(-1, *x.shape[2:]) for x in parts]
     return np.concatenate(parts)
 
 
 class Evaluator:
-    """Evaluates parameters on the validation sets and the test set of a Feed."""
+    """Evaluates parameters on the validation sets and the test set of a Feed, or of other Sets."""
 
-    def __init__(
-        self, task: "Task", model: "Model", feed: "Feed", loss_options: dict, **generation: Any
-    ) -> None:
-        """generation: the options of generate.generate."""
-        self.task, self.model, self.feed, self.generation = task, model, feed, generation
-        self.step = jax.jit(task.eval_fn(model, loss_options))
+    def __init__(self, task: "Task", model: "Model", sets: "Sets", config: ConfigDict) -> None:
+        self.task, self.model, self.sets = task, model, sets
+        self.step = jax.jit(task.eval_fn(model, config.loss.to_dict()))
+        self.generation = dict(mesh=sets.mesh, seed=config.seed, **config.generate.to_dict())
+        self.generation["said"] = progress()
+        # Answers cost more than losses: only where the best checkpoint is chosen by them.
+        self.asks = bool(sets.questions) and config.eval.best.startswith(f"{ANSWERS}/")
+        self.measures = bool(sets.sets) or self.asks  # is there anything for `losses`
 
     def losses(self, params: Any, model_state: Any = None) -> dict[str, float]:
-        """{"<set>/loss", "<set>/<metric>"} of every validation set."""
-        return self._measured(self.feed.sets, params, model_state)[0]
+        """{"<set>/loss", "<set>/<metric>"} of every validation set.
 
-    def full(self, params: Any, model_state: Any = None) -> dict:
-        """{"losses": of all sets, "tables": {"<set>/<table>"}, and the test set's answers}."""
-        values, tables = self._measured(self.feed.sets | self.feed.tests, params, model_state)
-        out = {"losses": values} | ({"tables": tables} if tables else {})
-        if self.feed.questions:
-            asked = self.feed.questions
-            out |= self.task.answers(self.model, params, asked, **self.generation)
+        And "answers/<metric>", where eval.best is one of them.
+        """
+        values = self._measured(self.sets.sets, params, model_state, final=False)["losses"]
+        if self.asks:
+            found = self._answers(params)
+            values |= {f"{ANSWERS}/{k}": v for k, v in found.items() if isinstance(v, float)}
+        return values
+
+    def full(self, params: Any, model_state: Any = None, rows: bool = False) -> dict:
+        """What the sets, the test sets and the answers to questions score.
+
+        {"losses": {"<set>/<metric>": value}, "n": {"<set>": documents}, "tables":
+        {"<set>/<table>"}, "errors": {"<set>/<metric>": standard error}, "baselines": {"<set>":
+        {name: {metric: value}}}}, with "answers" for the name of a set; and of the questions
+        {"<metric>": value, "answers": texts}. rows: also "rows": {"<set>": {"record": their
+        numbers in the file, "<metric>": values}}, one for each row of it.
+        """
+        sets = self.sets.sets | self.sets.tests
+        out = self._measured(sets, params, model_state)
+        if self.sets.questions:
+            found = self._answers(params)
+            n = len(self.sets.questions)
+            _add(out, ANSWERS, n, np.arange(n), *(found.pop(k, {}) for k in BESIDE))
+            out |= found
+        out = {k: v for k, v in out.items() if v != {} or k == "losses"}
+        return out if rows else {k: v for k, v in out.items() if k != "rows"}
+
+    def _answers(self, params):
+        own = dict(groups=self.sets.groups) if self.sets.groups else {}
+        return self.task.answers(self.model, params, self.sets.questions, **own, **self.generation)
+
+    def _measured(self, sets, params, model_state, final=True):
+        out: dict[str, Any] = {k: {} for k in ("losses", "n", *BESIDE)}
+        for name, store in sets.items():
+            batches = self.sets.eval_batches(store)
+            found, predictions = measure(self.step, params, batches, model_state)
+            if final:
+                own = {k: v for k, v in [("groups", self.sets.groups_of(name, store))] if v}
+                scores = self.task.final_scores(found["loss"], predictions, **own)
+            else:
+                scores = self.task.score(found["loss"], predictions)
+            found = {k: v for k, v in found.items() if k not in self.task.counts}
+            out["losses"] |= {f"{name}/{k}": v for k, v in (found | scores.values).items()}
+            records = self.sets.record_order(store) if scores.rows else None
+            beside = (scores.tables, scores.errors, scores.baselines, scores.rows)
+            _add(out, name, len(store), records, *beside)
         return out
 
-    def _measured(self, sets, params, model_state):
-        values, tables = dict[str, float](), dict[str, Any]()
-        for name, store in sets.items():
-            batches = self.feed.eval_batches(store)
-            found, predictions = measure(self.step, params, batches, model_state)
-            scores = self.task.score(found["loss"], predictions)
-            found = {k: v for k, v in found.items() if k not in self.task.counts}
-            values |= {f"{name}/{k}": v for k, v in (found | scores.values).items()}
-            tables |= {f"{name}/{k}": v for k, v in scores.tables.items()}
-        return values, tables
+
+def _add(out, name, n, records, tables, errors, baselines, rows) -> None:
+    """Put what stands beside the values of a set into a result, under its name."""
+    out["n"][name] = n
+    if rows and records is not None:
+        order = np.argsort(records, kind="stable")
+        out["rows"][name] = {"record": records[order].tolist()}
+        out["rows"][name] |= {k: np.asarray(v)[order].tolist() for k, v in rows.items()}
+    out["tables"] |= {f"{name}/{k}": v for k, v in tables.items()}
+    out["errors"] |= {f"{name}/{k}": v for k, v in errors.items()}
+    out["baselines"] |= {name: {k: dict(v) for k, v in baselines.items()}} if baselines else {}
+
+
+def progress() -> Callable[[int, int], None]:
+    """What says on standard error how many questions are answered, every few seconds."""
+    last = time.monotonic()
+
+    def said(done: int, of: int) -> None:
+        nonlocal last
+        if jax.process_index() == 0 and (time.monotonic() - last > 2 or done == of > 1):
+            last = time.monotonic()
+            show(f"testing {done}/{of}", file=sys.stderr)
+
+    return said
 
 
 class EarlyStop:

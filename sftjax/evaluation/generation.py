@@ -1,7 +1,7 @@
 """Batched sampling with a key/value cache: one prefill, then one token a step for all rows."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -101,11 +101,13 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     mesh: Mesh | None = None,
+    said: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[list[int]]:
     """A list of int lists: the tokens generated for each prompt, without the stop token.
 
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
-    after max_new_tokens. Every process must call this with the same prompts.
+    after max_new_tokens. said: called after each batch with the number of prompts that are
+    answered, and of all. Every process must call this with the same prompts.
     """
     if not hasattr(model, "decode") or getattr(model.config, "classes", 0) > 0:
         raise ModelError(
@@ -140,6 +142,7 @@ def generate(
         out, count = processes.to_host(out), processes.to_host(count)
         for j, i in enumerate(rows):
             answers[i] = out[j, : count[j]].tolist()
+        said(start + len(rows), len(order))
     return answers
 
 

@@ -135,10 +135,15 @@ def _collect(op, axes, x):
     return op(x, axes) if axes else x
 
 
+FEW = 64  # groups that are summed by comparing with each, which no scatter is as fast as
+
+
 def group_sums(values: jax.Array, groups: jax.Array | None, n: int) -> jax.Array | None:
     """float32 [n]: the sums of values over each group's positions (of one shape); None without."""
     if groups is None:
         return None
+    if n > FEW:
+        return jax.ops.segment_sum(values.ravel(), groups.ravel(), n)
     return jnp.sum(
         jnp.where(groups[..., None] == jnp.arange(n), values[..., None], 0), range(values.ndim)
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
+from sftjax.hf.heads import is_classifier
 from sftjax.tasks.base import Example, Scores, Task
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TASKS = {
     "classification": "sftjax.tasks.classification:Classification",
 }
 
-__all__ = ["TASKS", "Example", "Scores", "Task", "find", "make"]
+__all__ = ["TASKS", "Example", "Scores", "Task", "find", "make", "of_head"]
 
 
 def find(name: str) -> type[Task]:
@@ -42,6 +43,11 @@ def find(name: str) -> type[Task]:
         )
     module, _, cls = TASKS[name].partition(":")
     return getattr(importlib.import_module(module), cls)
+
+
+def of_head(hf: dict) -> str:
+    """The task that the head of a Hugging Face directory is made for, by its config.json."""
+    return "classification" if is_classifier(hf) else "causal_lm"
 
 
 def _users(name) -> type[Task]:
@@ -63,4 +69,6 @@ def _users(name) -> type[Task]:
 
 def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Task:
     """The task that a config names, with its settings. tokenizer: None where it needs none."""
-    return find(config.task).of(config, tokenizer)
+    task = find(config.task).of(config, tokenizer)
+    task.beside = tuple(filter(None, (config.eval.choices, config.eval.group)))
+    return task

@@ -19,6 +19,7 @@ from sftjax.data.records.notes import unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
+from sftjax.evaluation import metrics
 from sftjax.models.base import Model
 from sftjax.step import Loss
 
@@ -72,10 +73,24 @@ class Example(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What was measured of one evaluation set."""
+    """What was measured of one evaluation set.
 
-    values: dict[str, float]  # "accuracy" -> a number; they go into every log and table
-    tables: Mapping[str, Any] = {}  # "confusion" -> anything JSON holds; they go into the result
+    values: {"accuracy": a number}; they go into every log and table. tables: {"confusion": anything
+    that JSON holds}. errors: standard errors of values. baselines: {"always good": {"accuracy": a
+    number}}, what needs no model. rows: of metrics that are means, the value of each document, in
+    the order of the predictions. All but values are of the result alone.
+    """
+
+    values: dict[str, float]
+    tables: Mapping[str, Any] = {}
+    errors: Mapping[str, float] = {}
+    baselines: Mapping[str, Mapping[str, float]] = {}
+    rows: Mapping[str, np.ndarray] = {}
+
+    @classmethod
+    def of(cls, found: metrics.Measured) -> "Scores":
+        """Of what evaluation.metrics has measured."""
+        return cls(found.values, found.tables, found.errors, found.baselines, found.rows)
 
 
 class Task(Generic[E]):
@@ -95,6 +110,7 @@ class Task(Generic[E]):
     lower: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     counts: ClassVar[tuple[str, ...]] = ()
     tokenizer: Any = None
+    beside: tuple[str, ...] = ()  # fields that evaluation reads: eval.choices, eval.group
 
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "Task":
@@ -118,7 +134,7 @@ class Task(Generic[E]):
 
     def left_out(self, record: dict, example: E) -> Iterable[str]:
         """What the record holds and the example does not, in words that are counted by source."""
-        return unread(record, self.fields_read(record))
+        return unread(record, {*self.fields_read(record), *self.beside})
 
     def key(self) -> list:
         """All settings, as JSON holds them, that change what `examples` gives of a record."""
@@ -220,18 +236,43 @@ class Task(Generic[E]):
         """What a set scores, by its mean loss and the predictions of all its rows."""
         return Scores({})
 
+    def final_scores(
+        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
+    ) -> Scores:
+        """As `score`, with standard errors and baselines: at the beginning and the end of a run.
+
+        groups: what each document shares with others, which are not independent of it.
+        """
+        return self.score(loss, predictions)
+
     def lower_is_better(self, metric: str) -> bool:
         """metric: "<set>/<metric>", as eval.best names it."""
-        return metric.rpartition("/")[2] in self.lower
+        name = metric.rpartition("/")[2]
+        return name in self.lower or metrics.lower_is_better(name)
 
     generates: ClassVar[bool] = False  # data.test is questions, answered by generating text
 
-    def questions(self, source: Source) -> list:
-        """What is asked of each record of data.test; where `generates`."""
+    def questions(
+        self, source: Source, shots: Callable[[int], Sequence[dict]] | None = None
+    ) -> list:
+        """What is asked of each record of data.test; where `generates`.
+
+        shots: gives the training records that stand as examples before that of a number.
+        """
         raise NotImplementedError
 
-    def answers(self, model: TaskModel, params: Any, questions: list, **options: Any) -> dict:
-        """{"<score>": number, "answers": list of text}; options: as of generate.generate."""
+    def answers(
+        self,
+        model: TaskModel,
+        params: Any,
+        questions: list,
+        groups: Sequence | None = None,
+        **options: Any,
+    ) -> dict:
+        """{"<score>": number, "answers": list of text}; options: as of generate.generate.
+
+        Also, as of Scores, "errors", "baselines" and "tables" where it has them.
+        """
         raise NotImplementedError
 
     @property

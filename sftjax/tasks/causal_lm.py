@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,16 @@ from ml_collections import ConfigDict
 from sftjax import losses
 from sftjax.data import open_source
 from sftjax.data.masking import encode as chat
-from sftjax.data.masking.conversation import read_record, to_conversation
+from sftjax.data.masking.conversation import read_field, read_record, to_conversation
+from sftjax.data.masking.question import SEPARATOR, Question, question, stop_ids
 from sftjax.data.masking.template import template_sources
 from sftjax.data.packing.truncate import fit
-from sftjax.data.records.notes import Notes, said
+from sftjax.data.records.notes import Notes, said, unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
 from sftjax.errors import ConfigError, writing
-from sftjax.evaluation import generation as generate
+from sftjax.evaluation import metrics
+from sftjax.evaluation.answers import Asking, answered, with_choices
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, counted, perplexity, read_model
 from sftjax.terminal import printable
@@ -45,12 +47,16 @@ class CausalLM(Task[chat.Encoded]):
     columns = COLUMNS
     metrics = ("perplexity", "accuracy")
     counts = ("cells", "tokens", "trained_tokens")
+    cut_at = ""  # where an answer ends, in the text
     generates = True
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase | None", policy: dict | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        policy: dict | None = None,
+        asking: Asking = Asking(),  # noqa: B008, it is a constant
     ) -> None:
-        self.tokenizer, self.policy = tokenizer, dict(policy or {})
+        self.tokenizer, self.policy, self.asking = tokenizer, dict(policy or {}), asking
 
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
@@ -63,7 +69,7 @@ class CausalLM(Task[chat.Encoded]):
                     f"{key}={value!r} belongs to task='classification', and this is"
                     f" {config.task!r}; leave it empty"
                 )
-        return cls(tokenizer, policy(config.data))
+        return cls(tokenizer, policy(config.data), Asking.of(config))
 
     # ---- data ----
 
@@ -77,7 +83,11 @@ class CausalLM(Task[chat.Encoded]):
 
     def left_out(self, record: dict, example: chat.Encoded) -> Sequence[str]:
         """What `encode` found that the text of the example does not hold."""
-        return example.left_out
+        return self._unknown(example.left_out)
+
+    def _unknown(self, words: Sequence[str]) -> list[str]:
+        read = unread(dict.fromkeys(self.beside, 1), ())
+        return [what for what in words if what not in read]
 
     def key(self) -> list:
         """The policy, the chat template and the special tokens."""
@@ -167,10 +177,13 @@ class CausalLM(Task[chat.Encoded]):
         return losses.causal_lm(model, **own, sources=sources)
 
     def eval_fn(self, model: "decoder.Model", options: dict) -> EvalFn:
-        """The token-weighted loss, whatever the weighting of training, and the accuracy."""
+        """The token-weighted loss, whatever the weighting of training, and the accuracy.
+
+        The predictions are the sums of each document's losses and weights.
+        """
         chunk = options.get("chunk_tokens", losses.CHUNK_TOKENS)
-        loss_fn = losses.causal_lm(model, accuracy=True, chunk_tokens=chunk)
-        return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
+        loss_fn = losses.causal_lm(model, accuracy=True, chunk_tokens=chunk, documents=True)
+        return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
     # ---- evaluation ----
 
@@ -178,59 +191,87 @@ class CausalLM(Task[chat.Encoded]):
         """The perplexity; the accuracy is a metric of the loss."""
         return Scores({"perplexity": perplexity(loss)})
 
-    def questions(self, source: Source) -> list[tuple[np.ndarray, str]]:
-        """(prompt token ids, reference answer) of each record."""
-        found, notes = list[tuple[np.ndarray, str]](), Notes()
+    def final_scores(
+        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
+    ) -> Scores:
+        """The same, with the mean loss of each document and the standard error of the whole."""
+        held = predictions["tokens"] > 0
+        total, weight = (predictions[k][held].astype(np.float64) for k in ("losses", "weights"))
+        rows = {"loss": total / np.where(weight > 0, weight, 1)}
+        # Of a ratio of sums over documents, which are drawn; not of tokens, which are not.
+        off = (total - loss * weight) * len(total) / max(weight.sum(), 1e-38)
+        errors = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
+        return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
+
+    def questions(
+        self, source: Source, shots: Callable[[int], Sequence[dict]] | None = None
+    ) -> list[Question]:
+        """What is asked of each record."""
+        # A text without turns goes on with a next example: the answer ends before that.
+        self.cut_at = SEPARATOR if shots and not self.tokenizer.chat_template else ""
+        found, notes, given = list[Question](), Notes(), list[Any]()
         for i in range(len(source)):
-            where = source.where(i)
-            ids, answer, words = chat.question(
-                source[i], self.tokenizer, where=where, **self.policy
+            where, record = source.where(i), source[i]
+            before = shots(i) if shots else ()
+            asked, words = question(
+                record, self.tokenizer, where=where, shots=before, **self.policy
             )
-            notes.add(where, words)
-            found.append((ids, answer))
+            notes.add(where, self._unknown(words))
+            found.append(asked)
+            if self.asking.choices:
+                given.append(read_field(record, self.asking.choices, where, "eval.choices"))
         for line in said(notes.counts):
             logger.warning("of the questions, %s", printable(line))
+        if "choice" in self.asking.metrics:
+            found = with_choices(found, self.asking, given, [*map(source.where, range(len(found)))])
         return found
 
-    def answers(self, model: "decoder.Model", params: Any, questions: list, **options: Any) -> dict:
-        """Exact match: the share of texts equal to the answer, blanks at their ends aside."""
-        prompts = [prompt for prompt, _ in questions]
-        out = generate.generate(model, params, prompts, stop_ids=self.stop_ids, **options)
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
-        hits = [t.strip() == a.strip() for t, (_, a) in zip(texts, questions, strict=True)]
-        return {"exact_match": sum(hits) / max(len(hits), 1), "answers": texts}
+    def answers(
+        self,
+        model: "decoder.Model",
+        params: Any,
+        questions: list,
+        groups: Sequence | None = None,
+        **options: Any,
+    ) -> dict:
+        """What the texts score by eval.metrics, see evaluation.answers.answered."""
+        options |= dict(stop_ids=self.stop_ids, cut_at=self.cut_at, groups=groups)
+        return answered(model, params, questions, self.asking, self.tokenizer, **options)
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
         """Token ids that end a turn of the template, or a text."""
-        return chat.stop_ids(self.tokenizer, self.policy.get("template"))
+        return stop_ids(self.tokenizer, self.policy.get("template"))
 
     # ---- for people ----
 
     def shown(self, result: dict, questions: list, n: int) -> str:
         """The first n questions with the answers before and after, and the one that is wanted."""
         lines, before, after = [], result["before"], result["after"]
-        for i, (prompt, reference) in enumerate(questions[:n]):
-            prompt = self.tokenizer.decode(prompt, skip_special_tokens=True)
+        for i, asked in enumerate(questions[:n]):
+            prompt = self.tokenizer.decode(asked.prompt, skip_special_tokens=True)
             lines += [
                 f"  prompt  {_line(prompt)}",
                 f"  before  {_line(before['answers'][i])}",
                 f"  after   {_line(after['answers'][i])}",
-                f"  wanted  {_line(reference)}",
+                f"  wanted  {_line(asked.answer)}",
                 "",
             ]
         return "\n".join(lines)
 
     def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
-        """A JSON line for each question: prompt, reference, and the answers before and after."""
+        """A JSON line for each question: prompt, reference, and the answers before and after.
+
+        Of several draws an answer is a list.
+        """
         with writing("the directory", path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         with writing("the file", path), open(path, "w", encoding="utf-8") as f:
             rows = zip(questions, before["answers"], after["answers"], strict=True)
-            for (prompt, reference), old, new in rows:
+            for asked, old, new in rows:
                 row = {
-                    "prompt": self.tokenizer.decode(prompt),
-                    "reference": reference,
+                    "prompt": self.tokenizer.decode(asked.prompt),
+                    "reference": asked.answer,
                     "before": old,
                     "after": new,
                 }
@@ -328,6 +369,8 @@ def mark_spans(
     return "".join(pieces) + text[at:]
 
 
-def _line(text, most=100):
+def _line(answer, most=100):
+    """On one line; of several draws the first."""
+    text = answer if isinstance(answer, str) else answer[0]
     text = text.strip().replace("\n", "\\n")
     return text if len(text) <= most else text[: most - 3] + "..."

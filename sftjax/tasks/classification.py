@@ -20,6 +20,7 @@ from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
+from sftjax.evaluation import metrics
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, read_model
 
@@ -316,23 +317,25 @@ class Classification(Task[Labelled]):
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
     def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """Accuracy, macro-averaged F1 and the confusion matrix (rows: wanted, columns: given).
+        """What METRICS has for labels, and the confusion matrix (rows: wanted, columns: given).
 
         An answer that is not finite is wrong, and counted as "not_finite".
         """
-        from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+        return self._scores(predictions, errors=False)
 
+    def final_scores(
+        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
+    ) -> Scores:
+        """The same, with standard errors, and what the most frequent label scores."""
+        return self._scores(predictions, errors=True, groups=groups)
+
+    def _scores(self, predictions, errors, groups=None) -> Scores:
         real = predictions["weights"] > 0
-        wanted, given = predictions["wanted"][real], predictions["given"][real]
-        every = range(len(self.labels.names))
-        values = {
-            "accuracy": float(accuracy_score(wanted, given)),
-            "f1": float(f1_score(wanted, given, labels=every, average="macro", zero_division=0.0)),
-        }
-        if lost := int((given < 0).sum()):
-            values["not_finite"] = float(lost)
-        rows = confusion_matrix(wanted, given, labels=every).tolist()
-        return Scores(values, {"confusion": {"labels": list(self.labels.names), "rows": rows}})
+        wanted, given, scores = (predictions[k][real] for k in ("wanted", "given", "scores"))
+        found = metrics.labels(wanted, given, self.labels.names, scores, groups, errors)
+        right = np.take_along_axis(scores, wanted[:, None], 1)[:, 0]
+        rows = {**found.rows, "loss": -np.log(np.maximum(right, 1e-38))}
+        return Scores(found.values, found.tables, found.errors, found.baselines, rows)
 
     # ---- for people ----
 
@@ -342,6 +345,7 @@ class Classification(Task[Labelled]):
         return "\n\n".join(
             f"  {name}, after: wanted in rows, given in columns\n{confusion_text(table)}"
             for name, table in tables.items()
+            if name.endswith("/confusion")
         )
 
 

@@ -12,19 +12,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
+from test_reports import check_self_contained
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax import optim, parallel, tasks
+from sftjax import evaluate, optim, parallel, tasks
 from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
-from sftjax.errors import DivergenceError
+from sftjax.errors import DivergenceError, Stopped
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data import inspect
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
+from sftjax.reports.run import number
+from sftjax.reports.status import status
 from sftjax.training import build
 from sftjax.training import data as feed_lib
+from sftjax.training.stops import Stop
 
 REPO = Path(__file__).resolve().parents[2]
 QUICKSTART = REPO / "experiments" / "quickstart"
@@ -164,6 +169,60 @@ def test_a_run_cut_off_resumes_bit_equal(case, ran, tmp_path):
     assert again["after"] == ran[1]["after"]
 
 
+def test_evaluate_measures_a_checkpoint_as_the_run_did(case, ran, capsys):
+    config, (workdir, result) = case[1], ran
+    evaluate.main([f"--model={workdir}", f"--data={config.data.validation}", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    rows = Path(config.data.validation).read_text().count("\n")
+    assert (found["n"], found["step"]) == (rows, 6)
+    for name, value in result["after"]["losses"].items():
+        assert found["metrics"][name.removeprefix("validation/")] == pytest.approx(value, abs=1e-12)
+
+
+def test_the_report_and_the_card_hold_what_was_measured(case, ran):
+    workdir, result = ran
+    page = check_self_contained((workdir / "report.html").read_text(), pictures=True)
+    text = " ".join(page.texts)
+    for name, value in result["after"]["losses"].items():
+        assert name in text and number(name, value) in text
+    assert f"--workdir={workdir}" in text and "jax" in text and "img" in page.tags
+    rows = result["after"].get("rows", {})
+    assert all((len(v) == result["after"]["n"][k] for v in one.values()) for k, one in rows.items())
+    if rows:
+        assert json.loads((workdir / "rows.json").read_text()) == rows
+    if not (workdir / "export").exists():
+        return
+    card = ModelCard.load(workdir / "export" / "README.md")
+    found = {f"{x.dataset_name}/{x.metric_type}": x.metric_value for x in card.data.eval_results}
+    assert found.items() >= result["after"]["losses"].items()
+
+
+class Asked(Stop):
+    """A run that is asked to stop while it does its fourth step."""
+
+    def due(self, step):
+        if step == 4:
+            self.ask("SIGTERM")
+        return super().due(step)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_with_a_damaged_checkpoint_resumes_bit_equal(case, ran, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    with pytest.raises(Stopped, match="by SIGTERM after step 4 of 6"):
+        train_lib.train(case[1], workdir, Asked())
+    found = status(workdir)
+    assert (found["state"], found["checkpoints"]["steps"]) == ("stopped", [3, 4])
+    largest = max((workdir / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    again = train_lib.train(case[1], workdir)
+    assert "checkpoints/4 is damaged" in caplog.text.replace(str(workdir) + "/", "")
+    assert losses(workdir) == losses(ran[0])
+    assert again["after"] == ran[1]["after"]
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, tmp_path):
     config = case[1].copy_and_resolve_references()
@@ -248,18 +307,17 @@ def test_plan_and_inspect_work(case, capsys):
 
 
 @pytest.mark.slow
-def test_the_export_is_loaded_again_or_said_to_be_missing(case, ran, capsys):
+def test_the_export_is_measured_as_the_run_was_or_said_to_be_missing(case, ran, capsys):
     config, export = case[1], ran[0] / "export"
     if not config.model.path:
         assert not export.exists()
         return
-    config = config.copy_and_resolve_references()
-    config.model.path, config.model.init = str(export), "pretrained"
-    config.data.tokenizer = ""
-    config.train.duration, config.train.export = "1 step", False
-    after = train_lib.train(config, ran[0].parent / "again")["before"]["losses"]
-    for key, value in ran[1]["after"]["losses"].items():
-        assert after[key] == pytest.approx(value, rel=1e-5), key
+    data = f"--data={config.data.validation}"
+    same = ["--config.data.max_length=64", "--config.generate.max_new_tokens=2"]
+    evaluate.main([f"--model={export}", data, "--json", *same])
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    for name, value in ran[1]["after"]["losses"].items():
+        assert found[name.removeprefix("validation/")] == pytest.approx(value, rel=1e-5), name
 
 
 def test_nobody_asks_for_a_task_by_name():

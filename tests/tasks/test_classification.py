@@ -220,7 +220,9 @@ def test_the_score_is_scikit_learns_and_what_is_not_finite_is_wrong():
     wanted = np.array([0, 0, 0, 1, 1, 0])
     given = np.array([0, 0, 1, 1, -1, 0])
     weights = np.array([1, 1, 1, 1, 1, 0])
-    scores = task().score(0.0, dict(wanted=wanted, given=given, weights=weights))
+    chances = np.array([[0.9, 0.1]] * 6)
+    found = dict(wanted=wanted, given=given, weights=weights, scores=chances)
+    scores = task().score(0.0, found)
     assert scores.values["accuracy"] == pytest.approx(3 / 5)
     # negative: precision 2/2, recall 2/3; positive: precision 1/2, recall 1/2
     assert scores.values["f1"] == pytest.approx((0.8 + 0.5) / 2)

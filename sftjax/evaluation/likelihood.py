@@ -1,0 +1,67 @@
+"""How likely a model finds given texts: for choices between answers, and for lm-eval."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sftjax import parallel
+from sftjax.evaluation.generation import BUCKET
+from sftjax.parallel import processes
+
+if TYPE_CHECKING:
+    from sftjax.models import decoder
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scored(model, params, tokens, weights):
+    """Of int32 [B, S] and float32 [B, S], the weight of a token: (float32 [B], bool [B])."""
+    hidden = model.hidden(params, {"tokens": tokens})
+
+    def row(of):  # one at a time: [B, S, V] would not fit
+        hidden, tokens, weights = of
+        logits = model.logits(params, hidden[:-1])
+        right = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], -1)[:, 0]
+        first = jnp.argmax(logits, -1) == tokens[1:]
+        return jnp.sum(right * weights[1:]), jnp.all(first | (weights[1:] == 0))
+
+    return jax.lax.map(row, (hidden, tokens, weights))
+
+
+def log_likelihoods(
+    model: "decoder.Model",
+    params: Any,
+    pairs: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+    said: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [N], bool [N]) of pairs of token ids, a context of one or more and what follows it.
+
+    The first is the natural logarithm of the probability of all that follows; the second is
+    whether each of its tokens is the model's first choice. said: as of generation.generate. Every
+    process must call this with the same pairs.
+    """
+    sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
+    size = -(-min(batch_size, max(len(pairs), 1)) // shards) * shards
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        width = -(-max(sum(map(len, pairs[i])) for i in rows) // BUCKET) * BUCKET
+        tokens, weights = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
+        for j, i in enumerate(rows):
+            context, rest = pairs[i]
+            at, end = len(context), len(context) + len(rest)
+            tokens[j, :at], tokens[j, at:end], weights[j, at:end] = context, rest, 1
+        put = (lambda x: jax.device_put(x, parallel.named(mesh))) if mesh else np.asarray
+        found = _scored(model, params, put(tokens), put(weights))
+        out = [processes.to_host(x) for x in found]
+        sums[rows], greedy[rows] = (x[: len(rows)] for x in out)
+        said(start + len(rows), len(order))
+    return sums, greedy

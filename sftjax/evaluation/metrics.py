@@ -1,0 +1,413 @@
+"""What answers score: one table of metrics, computed by the packages that the field compares with.
+
+scikit-learn measures labels and numbers, sacrebleu, rouge-score and seqeval texts and tags; the
+extra `metrics` brings the last three. A metric of your own is a function of (wanted, given), two
+lists, that returns a number, or a list of one for each row: "path/to/file.py:function".
+"""
+
+import importlib
+import importlib.util
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sftjax.errors import ConfigError
+
+BINS = 10  # of the confidence, for calibration
+RESAMPLES = 100  # of the bootstrap
+
+
+class Metric(NamedTuple):
+    """A row of METRICS."""
+
+    kind: str  # of what: labels | numbers | texts | tags
+    what: str
+    lower: bool = False  # is a lower value the better one
+    share: bool = True  # is it a share, shown in percent
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("labels", "share of rows with the right label"),
+    "f1": Metric("labels", "mean over the labels of each one's F1 (macro)"),
+    "f1_micro": Metric("labels", "F1 of all decisions together"),
+    "f1_weighted": Metric("labels", "mean of the labels' F1, weighted by their rows"),
+    "precision": Metric("labels", "mean over the labels of each one's precision (macro)"),
+    "recall": Metric("labels", "mean over the labels of each one's recall (macro)"),
+    "mcc": Metric("labels", "Matthews' correlation of labels wanted and given", share=False),
+    "auroc": Metric("labels", "area under the ROC curve, of several labels one against the rest"),
+    "ece": Metric("labels", "gap of confidence and accuracy, over ten bins", lower=True),
+    "mae": Metric("numbers", "mean absolute error", lower=True, share=False),
+    "rmse": Metric("numbers", "root of the mean squared error", lower=True, share=False),
+    "r2": Metric("numbers", "share of the variance that is explained", share=False),
+    "pearson": Metric("numbers", "linear correlation", share=False),
+    "spearman": Metric("numbers", "correlation of ranks", share=False),
+    "exact_match": Metric("texts", "share of equal texts, blanks at their ends aside"),
+    "squad_em": Metric("texts", "the same without case, punctuation and articles"),
+    "token_f1": Metric("texts", "F1 of words in common, normalised as of SQuAD"),
+    "number": Metric("texts", "share of equal numbers after the pattern eval.answer"),
+    "choice": Metric("texts", "share of questions whose reference is likeliest of the choices"),
+    "bleu": Metric("texts", "sacrebleu's BLEU, 0 to 100", share=False),
+    "chrf": Metric("texts", "sacrebleu's chrF2, 0 to 100", share=False),
+    "rouge1": Metric("texts", "F-measure of single words in common, stemmed"),
+    "rouge2": Metric("texts", "F-measure of pairs of words in common, stemmed"),
+    "rougeL": Metric("texts", "F-measure of the longest common subsequence, stemmed"),
+    "seqeval_f1": Metric("tags", "F1 of whole entities"),
+}
+
+
+class Measured(NamedTuple):
+    """What a set scores. errors: standard errors. baselines: {"majority": {metric: value}}."""
+
+    n: int
+    values: dict[str, float]
+    errors: Mapping[str, float] = {}
+    baselines: Mapping[str, dict[str, float]] = {}
+    tables: Mapping[str, Any] = {}
+    rows: Mapping[str, np.ndarray] = {}  # of metrics that are means: the value of each row
+
+
+def lower_is_better(name: str) -> bool:
+    """Of a row of METRICS; of a function of the user's a higher value is better."""
+    return name in METRICS and METRICS[name].lower
+
+
+def check(names: Sequence[str], kind: str) -> None:
+    """Raise ConfigError for a metric that is none of this kind, and no file's function."""
+    known = [name for name, metric in METRICS.items() if metric.kind == kind]
+    for name in names:
+        if ":" in name:
+            users(name)
+        elif name not in known:
+            raise ConfigError(
+                f"eval.metrics: {name!r} is no metric of {kind}; there are {', '.join(known)}, and"
+                " your own as 'path/to/file.py:function'"
+            )
+
+
+# ---- standard errors -----------------------------------------------------------------------
+
+
+def standard_error(rows: Sequence[float] | np.ndarray, groups: Sequence | None = None) -> float:
+    """Of the mean of rows; NaN for fewer than two rows or groups.
+
+    groups: a value for each row. Rows that share one are not independent: see Miller, "Adding Error
+    Bars to Evals" (arXiv 2411.00640), equation 4.
+    """
+    x = np.asarray(rows, np.float64)
+    if groups is None:
+        return float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+    _, which = np.unique(np.asarray(list(map(str, groups))), return_inverse=True)
+    sums = np.bincount(which, x - x.mean()) if len(x) else np.zeros(0)
+    return float(np.sqrt((sums**2).sum()) / len(x)) if len(sums) > 1 else float("nan")
+
+
+def bootstrap(
+    fn: Callable[[np.ndarray], dict[str, float]], n: int, groups: Sequence | None = None
+) -> dict[str, float]:
+    """Standard errors of fn(indices of rows) by drawing rows, or whole groups, with replacement."""
+    rng, found = np.random.default_rng(0), list[dict[str, float]]()
+    names = np.asarray(range(n) if groups is None else list(map(str, groups)))
+    _, which = np.unique(names, return_inverse=True)
+    members = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+    for _ in range(RESAMPLES if len(members) > 1 else 0):
+        drawn = rng.integers(len(members), size=len(members))
+        found.append(fn(np.concatenate([members[i] for i in drawn])))
+    # A metric that a draw leaves undefined, as AUROC of one class, says nothing there.
+    every = {name: [one[name] for one in found if name in one] for one in found for name in one}
+    return {k: float(np.std(v, ddof=1)) for k, v in every.items() if len(v) > 1}
+
+
+# ---- labels --------------------------------------------------------------------------------
+
+
+def labels(
+    wanted: np.ndarray,
+    given: np.ndarray,
+    names: Sequence[str],
+    scores: np.ndarray | None = None,
+    groups: Sequence | None = None,
+    errors: bool = False,
+) -> Measured:
+    """Of indices into names [N]; given is -1 where the answer is no label, which is wrong.
+
+    scores: probabilities [N, C], for AUROC and calibration. errors: standard errors too.
+    """
+    n = len(wanted)
+    if not n:
+        return Measured(0, {})
+    values = _label_values(wanted, given, len(names), scores)
+    hits = (wanted == given).astype(np.float64)
+    rows = {"accuracy": hits}
+    spread = {}
+    if errors:
+        some = lambda at: _label_values(  # noqa: E731
+            wanted[at], given[at], len(names), None if scores is None else scores[at]
+        )
+        spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
+    counts = np.bincount(wanted, minlength=len(names))
+    usual = int(counts.argmax())
+    baseline = _label_values(wanted, np.full(n, usual), len(names), None)
+    shown = {k: baseline[k] for k in ("accuracy", "f1")}
+    tables = _label_tables(wanted, given, names, scores)
+    if lost := int((given < 0).sum()):
+        values["not_finite"] = float(lost)
+    return Measured(n, values, spread, {f"always {names[usual]}": shown}, tables, rows)
+
+
+def _label_values(wanted, given, classes, scores) -> dict[str, float]:
+    with warnings.catch_warnings():  # of labels that are not there; each value has its rule
+        warnings.simplefilter("ignore")
+        return _of_labels(wanted, given, classes, scores)
+
+
+def _of_labels(wanted, given, classes, scores) -> dict[str, float]:
+    from sklearn import metrics as sk
+
+    every, averages = range(classes), {"": "macro", "_micro": "micro", "_weighted": "weighted"}
+    options: Any = dict(labels=every, zero_division=0.0)
+    values = {"accuracy": sk.accuracy_score(wanted, given)}
+    for ending, average in averages.items():
+        values[f"f1{ending}"] = sk.f1_score(wanted, given, average=average, **options)
+    values["precision"] = sk.precision_score(wanted, given, average="macro", **options)
+    values["recall"] = sk.recall_score(wanted, given, average="macro", **options)
+    values["mcc"] = sk.matthews_corrcoef(wanted, given)
+    if scores is not None and np.isfinite(scores).all():
+        if len(np.unique(wanted)) == classes:  # else it is not defined
+            chosen: Any = scores[:, 1] if classes == 2 else scores
+            values["auroc"] = sk.roc_auc_score(
+                wanted, chosen, multi_class="ovr", average="macro", labels=list(every)
+            )
+        values["ece"] = sum(
+            share * abs(confidence - right) for share, confidence, right in _bins(wanted, scores)
+        )
+    return {k: float(v) for k, v in values.items()}
+
+
+def _bins(wanted, scores) -> list[tuple[float, float, float]]:
+    """(share of rows, mean confidence, share right) of each bin of confidence that has rows."""
+    confidence, right = scores.max(axis=1), scores.argmax(axis=1) == wanted
+    which = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    picked = (which == i for i in range(BINS))
+    return [
+        (float(x.mean()), float(confidence[x].mean()), float(right[x].mean()))
+        for x in picked
+        if x.any()
+    ]
+
+
+def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    every: Any = range(len(names))
+    found = precision_recall_fscore_support(wanted, given, labels=every, zero_division=0.0)
+    each = {
+        name: dict(precision=float(p), recall=float(r), f1=float(f), n=int(n))
+        for name, p, r, f, n in zip(names, *found, strict=True)
+    }
+    rows = confusion_matrix(wanted, given, labels=every).tolist()
+    tables: dict[str, Any] = {"confusion": {"labels": list(names), "rows": rows}, "per_label": each}
+    if scores is not None and np.isfinite(scores).all():
+        keys = ("share", "confidence", "accuracy")
+        bins = [dict(zip(keys, one, strict=True)) for one in _bins(wanted, scores)]
+        tables["calibration"] = bins
+    return tables
+
+
+# ---- numbers -------------------------------------------------------------------------------
+
+
+def numbers(
+    wanted: np.ndarray, given: np.ndarray, groups: Sequence | None = None, errors: bool = False
+) -> Measured:
+    """Of numbers [N]; the baseline answers the mean of those wanted.
+
+    Answers that are not finite are counted as "not_finite", and no error is a number then.
+    """
+    wanted, given = np.asarray(wanted, np.float64), np.asarray(given, np.float64)
+    if not len(wanted):
+        return Measured(0, {})
+    if lost := int((~np.isfinite(given)).sum()):
+        return Measured(len(wanted), {"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
+    off = np.abs(wanted - given)
+    spread = {}
+    if errors:
+        spread = bootstrap(lambda at: _number_values(wanted[at], given[at]), len(wanted), groups)
+        spread["mae"] = standard_error(off, groups)
+    mean = _number_values(wanted, np.full(len(wanted), wanted.mean()))
+    shown = {k: mean[k] for k in ("mae", "rmse")}
+    values = _number_values(wanted, given)
+    return Measured(len(wanted), values, spread, {"the mean": shown}, {}, {"mae": off})
+
+
+def _number_values(wanted, given) -> dict[str, float]:
+    from scipy import stats
+    from sklearn import metrics as sk
+
+    values = {
+        "mae": sk.mean_absolute_error(wanted, given),
+        "rmse": sk.root_mean_squared_error(wanted, given),
+    }
+    if len(wanted) > 1:
+        values["r2"] = sk.r2_score(wanted, given)
+        if np.ptp(wanted) and np.ptp(given):  # a correlation with a constant is not defined
+            values["pearson"] = stats.pearsonr(wanted, given)[0]
+            values["spearman"] = stats.spearmanr(wanted, given)[0]
+    return {k: float(v) for k, v in values.items()}
+
+
+# ---- texts and tags ------------------------------------------------------------------------
+
+
+def texts(
+    names: Sequence[str],
+    wanted: Sequence[str],
+    given: Sequence[str],
+    *,
+    answer: str = "",
+    baselines: Mapping[str, Sequence[str]] | None = None,
+    groups: Sequence | None = None,
+    errors: bool = False,
+) -> Measured:
+    """Of answers, by the metrics of these names.
+
+    answer: the pattern before a number, or around its group (`number`); "" = the last number.
+    baselines: other answers to the same questions, such as the first sentences. Raises: ConfigError
+    for a package that is not there, or a pattern that is none.
+    """
+    n = len(wanted)
+    if not n:
+        return Measured(0, {})
+    rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
+    for name in names:
+        found = _text_metric(name, list(wanted), list(given), answer)
+        if isinstance(found, float):
+            values[name] = found
+            if errors:
+                spread |= bootstrap(_over(name, wanted, given, answer), n, groups)
+            continue
+        rows[name], values[name] = found, float(found.mean())
+        if errors:
+            spread[name] = standard_error(found, groups)
+    others = {
+        what: texts(names, wanted, answers, answer=answer).values
+        for what, answers in (baselines or {}).items()
+    }
+    return Measured(n, values, spread, others, {}, rows)
+
+
+def _over(name, wanted, given, answer) -> Callable[[np.ndarray], dict[str, float]]:
+    """The metric of some of the rows, for the bootstrap."""
+
+    def some(at: np.ndarray) -> dict[str, float]:
+        w, g = ([x[i] for i in at] for x in (wanted, given))
+        return {name: float(np.mean(_text_metric(name, w, g, answer)))}
+
+    return some
+
+
+def _text_metric(name, wanted, given, answer) -> float | np.ndarray:
+    """A number for the set, or one for each row."""
+    if name in _ROWS:
+        return np.array([_ROWS[name](w, g) for w, g in zip(wanted, given, strict=True)], np.float64)
+    if name == "number":
+        pairs = ([_number(t, answer) for t in some] for some in (wanted, given))
+        return np.array([w is not None and w == g for w, g in zip(*pairs, strict=True)], np.float64)
+    if name.startswith("rouge"):
+        scorer = package("rouge_score.rouge_scorer").RougeScorer([name], use_stemmer=True)
+        both = zip(wanted, given, strict=True)
+        return np.array([scorer.score(w, g)[name].fmeasure for w, g in both], np.float64)
+    if name in ("bleu", "chrf"):
+        of = getattr(package("sacrebleu"), f"corpus_{name}")
+        return float(of(given, [wanted]).score)
+    out = users(name)(wanted, given)
+    if np.ndim(out) == 0:
+        return float(out)
+    if len(out) != len(wanted):
+        raise ConfigError(f"eval.metrics: {name} gave {len(out)} values for {len(wanted)} rows")
+    return np.asarray(out, np.float64)
+
+
+def _squad(text: str) -> list[str]:
+    """The words of a text as SQuAD's evaluation compares them."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _token_f1(wanted: str, given: str) -> float:
+    w, g = _squad(wanted), _squad(given)
+    common = sum((Counter(w) & Counter(g)).values())
+    if not w or not g:
+        return float(w == g)
+    return 2 * common / (len(w) + len(g))
+
+
+_ROWS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": lambda w, g: w.strip() == g.strip(),
+    "squad_em": lambda w, g: _squad(w) == _squad(g),
+    "token_f1": _token_f1,
+}
+_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+
+
+def _number(text: str, pattern: str) -> float | None:
+    """The number after the last place of a pattern, or in its group; None where there is none."""
+    try:
+        found = list(re.finditer(pattern, text)) if pattern else []
+    except re.error as e:
+        raise ConfigError(f"eval.answer={pattern!r} is no regular expression: {e}") from None
+    if pattern and not found:
+        return None
+    if pattern and found[-1].groups():
+        text = found[-1][1] or ""
+    elif pattern:
+        text = text[found[-1].end() :]
+    numbers = re.findall(_NUMBER, text)
+    if not numbers:
+        return None
+    return float(numbers[0 if pattern else -1].replace(",", ""))
+
+
+def lead(text: str, n: int) -> str:
+    """The first n sentences of a text; a sentence ends at ., ! or ? before a blank."""
+    return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:n])
+
+
+def tags(wanted: Sequence[Sequence[str]], given: Sequence[Sequence[str]]) -> Measured:
+    """Of tags of words, such as B-PER, a list for each row: F1 of whole entities."""
+    if not wanted:
+        return Measured(0, {})
+    with warnings.catch_warnings():  # of entities that nobody has found
+        warnings.simplefilter("ignore")
+        value = package("seqeval.metrics").f1_score(wanted, given)
+    return Measured(len(wanted), {"seqeval_f1": float(value)})
+
+
+def package(name: str) -> Any:
+    """A module of the extra `metrics`. Raises: ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(
+            f"this metric needs {name.partition('.')[0].replace('_', '-')}, which is not installed:"
+            " pip install 'sftjax[metrics]'"
+        ) from None
+
+
+def users(name: str) -> Callable[[list, list], Any]:
+    """The function that "path/to/file.py:function" names. Raises: ConfigError."""
+    path, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"eval.metrics: {path} is no Python file, NAME.py, that is there")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"eval.metrics: {path} has no function {function}")
+    return found

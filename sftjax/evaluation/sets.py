@@ -1,0 +1,176 @@
+"""The sets that a model is measured on, and their batches on the mesh."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sftjax import data as data_lib
+from sftjax import parallel
+from sftjax.config import ConfigError
+from sftjax.data.masking.conversation import read_field
+from sftjax.data.packing.pack import Field
+from sftjax.data.token_store import TokenStore, facts_of
+
+if TYPE_CHECKING:
+    from sftjax.tasks import Task
+
+
+def named(text: str) -> dict[str, str]:
+    """{"name": path} of a comma-separated list of evaluation sets; the name is the file's stem."""
+    paths = [p.strip() for p in text.split(",") if p.strip()]
+    names = {Path(p).stem: p for p in paths}
+    if len(names) < len(paths):
+        raise ConfigError(f"data.validation={text!r}: two sets have the same file name")
+    return names
+
+
+class Sets:
+    """What is measured: sets with a loss, test sets, and questions that are answered.
+
+    sets, tests: {name: its tokenised rows}; questions: what the task asks of data.test.
+    facts: what is known of each set's rows, see token_store.facts_of.
+    """
+
+    names: tuple[str, ...] = ()  # of several training sources: then a batch says which is whose
+
+    def __init__(self, config: ConfigDict, task: "Task", cache: Path, mesh: Mesh) -> None:
+        """cache: the folder of tokenised rows."""
+        self.config, self.task, self.cache, self.mesh = config, task, cache, mesh
+        self.sets, self.tests = dict[str, TokenStore](), dict[str, TokenStore]()
+        self.questions, self.groups = list[Any](), list[Any]()  # groups: of the questions
+        self.opened = dict[str, Any]()  # the source of each set
+        self.records = list[Any]()  # the training rows, a source each, where there are any
+        self.facts: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+
+    def open(self, validation: str, test: str) -> None:
+        """Read data.validation's sets and data.test: questions where the task generates."""
+        for name, path in named(validation).items():
+            self.sets[name] = self.measured(name, data_lib.open_source(path), self.task)
+        if not test:
+            return
+        source = data_lib.open_source(test, self.config.eval.test_limit)
+        if self.task.generates:
+            self.facts["evaluation"]["test"] = facts_of(source)
+            shots = self.shots()
+            self.questions = self.task.questions(source, *([shots] if shots else []))
+            self.groups = self._groups(source, range(len(source)))
+            return
+        [name] = named(test) if "," not in test else ["test"]
+        if name in self.sets:
+            name = f"test_{name}"
+        self.tests[name] = self.measured(name, source, self.task)
+
+    def shots(self) -> Callable[[int], list[dict]] | None:
+        """What draws the examples before each question from the training rows; None for none.
+
+        Raises: ConfigError where there are no such rows.
+        """
+        k, seed = self.config.eval.shots, self.config.seed
+        if not k:
+            return None
+        if not self.records and not self.config.data.train:
+            raise ConfigError(f"eval.shots={k} takes its examples from data.train, which is empty")
+        rows = self.records or [data_lib.open_source(self.config.data.train)]
+        ends = np.cumsum([len(source) for source in rows])
+        if ends[-1] < k:
+            raise ConfigError(f"eval.shots={k}: data.train has {ends[-1]} rows")
+
+        def draw(question: int) -> list[dict]:
+            chosen = np.random.default_rng([seed, question]).choice(ends[-1], k, replace=False)
+            at = np.searchsorted(ends, chosen, side="right")
+            starts = np.concatenate([[0], ends])[at]
+            return [rows[i][int(n)] for i, n in zip(at, chosen - starts, strict=True)]
+
+        return draw
+
+    def measured(
+        self, name: str, source: Any, task: "Task", config: ConfigDict | None = None
+    ) -> TokenStore:
+        """The tokenised rows of a set. config: of the source that it was held out of."""
+        store = self.tokenised(source, task, config or self.config)
+        self.opened[name] = source
+        self.facts["evaluation"][name] = facts_of(source, store)
+        return store
+
+    def tokenised(self, source: Any, task: "Task", config: ConfigDict) -> TokenStore:
+        """A source's rows, tokenised."""
+        d = config.data
+        return data_lib.build_store(
+            source,
+            task,
+            max_length=d.max_length,
+            overlong=d.overlong,
+            cache_dir=self.cache,
+            on_error=d.on_error,
+            max_skipped=d.max_skipped,
+        )
+
+    def rows_of(self, store: TokenStore, packing: str, batch_size: int, **options: Any) -> Any:
+        """A store's rows in batches' widths: data.Rows, or data.Buckets."""
+        d, options["layout"] = self.config.data, self.task.layout
+        packing = "none" if self.task.layout.fixed else packing
+        if d.buckets and packing == "none":
+            options |= dict(widths=d.buckets, batch_size=batch_size)
+            return data_lib.Buckets(store, d.max_length, **options)
+        return data_lib.Rows(store, d.max_length, packing, **options)
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch; those of several sources say which is whose."""
+        spec = self.task.layout.spec(rows, width)
+        if self.names:
+            spec["sources"] = spec["weights"]._replace(dtype=np.int32)
+        return spec
+
+    def put(self, batch: Any, size: int) -> dict[str, jax.Array]:
+        """This process's part of a batch of `size` rows, on the mesh."""
+        axes = {name: field.axes for name, field in self.spec(1, 1).items()}
+        return parallel.put_batch(self.mesh, batch, size, axes)
+
+    def record_order(self, store: TokenStore) -> np.ndarray | None:
+        """The record of each document, in the order in which `eval_batches` gives them.
+
+        None where a document is given in parts.
+        """
+        rows = self._eval_rows(store)[0]
+        documents = [doc for r in range(rows.total) for doc, _, _ in rows.pieces(r)]
+        if len(set(documents)) < len(documents):
+            return None
+        return store.records[np.array(documents, np.int64)]
+
+    def groups_of(self, name: str, store: TokenStore) -> list[Any]:
+        """What each document of a set has under eval.group; [] where that is "".
+
+        Raises: ConfigError where documents are cut over rows; DataError for a row without it.
+        """
+        if not self.config.eval.group:
+            return []
+        records = self.record_order(store)
+        if records is None:
+            raise ConfigError("eval.group needs whole documents: set data.eval_packing='bfd'")
+        return self._groups(self.opened[name], records)
+
+    def _groups(self, source, records):
+        key = self.config.eval.group
+        if not key:
+            return []
+        rows = ((source[int(i)], source.where(int(i))) for i in records)
+        return [read_field(record, key, where, "eval.group") for record, where in rows]
+
+    def _eval_rows(self, store):
+        """(rows, how many of them are a batch)."""
+        size = self.config.eval.batch_size
+        shards = parallel.axis_size(self.mesh, parallel.RULES["batch"])
+        size = -(-size // shards) * shards
+        return self.rows_of(store, self.config.data.eval_packing, size, shuffle=False), size
+
+    def eval_batches(self, store: TokenStore) -> Iterator[dict[str, jax.Array]]:
+        """Every row of a validation or test set once, in order; blank rows fill the last batch."""
+        rows, size = self._eval_rows(store)
+        local = parallel.local_rows(self.mesh, size)
+        for batch in data_lib.loader(rows, size, local=local):
+            yield self.put(batch, size)

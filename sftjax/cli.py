@@ -9,6 +9,8 @@ from sftjax.terminal import show
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("sftjax.train", "fine-tune a model, measure it, export it"),
+    "evaluate": ("sftjax.evaluate", "what models score on data, side by side; trains nothing"),
+    "compare": ("sftjax.reports.compare", "which of two or more results is better than by chance"),
     "status": ("sftjax.reports.status", "where the run of a workdir stands, while it runs too"),
     "inspect": ("sftjax.inspect_data", "show what a config trains on, token by token"),
     "clean": ("sftjax.clean.command", "clean a data set, with a report of what was taken out"),

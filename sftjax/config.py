@@ -17,9 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from sftjax.config_file import line_of, load
 from sftjax.errors import ConfigError
 from sftjax.files import refuse_url, url_problem
+from sftjax.training.config_file import line_of, load
 from sftjax.training.durations import amount, duration, epochs
 
 __all__ = [
@@ -67,7 +67,7 @@ def get_default() -> ConfigDict:
     c.data.streaming = False  # read shards as a stream, tokenise nothing first; needs steps
     c.data.shuffle_window = 10_000  # rows of a source shuffled together when streaming
     c.data.validation = ""  # sets whose loss is measured during the run, named by file stem
-    c.data.test = ""  # set answered by generation before and after the run (exact match)
+    c.data.test = ""  # set answered by generation before and after the run
     c.data.limit = 0  # use the first so many training records; 0 = all
     c.data.tokenizer = ""  # directory or hub id; "" = model.path
     c.data.add_tokens = ()  # special tokens that the tokenizer, and the model, get in addition
@@ -122,6 +122,7 @@ def get_default() -> ConfigDict:
     c.train.keep = 2  # newest checkpoints kept, beside the best
     c.train.export = True  # write a Hugging Face directory at the end
     c.train.tensorboard = True
+    c.train.trackers = ()  # also write to "wandb", "mlflow", "trackio": extras of these names
     # A step whose loss or gradient is not finite changes nothing; so many of them in a row end the
     # run with an error (stop), or go on from the last checkpoint with the data that follow
     # (rollback). A spike is a loss so many standard deviations above those before it; 0 = none.
@@ -168,9 +169,18 @@ def get_default() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = "20%"  # validation loss; also at the end
     c.eval.batch_size = 32
-    c.eval.best = ""  # metric that chooses the best checkpoint: "<set>/loss"; "" = none
+    # The metric that chooses the best checkpoint: "<set>/loss", or "answers/exact_match", for which
+    # data.test is answered at every evaluation; "" = none
+    c.eval.best = ""
     c.eval.patience = 0  # stop after so many evaluations without a better eval.best; 0 = never
     c.eval.samples = 3  # answers of the test set shown before and after
+    # Of the answers to data.test: names in evaluation/metrics.py, or path/to/file.py:function
+    c.eval.metrics = ("exact_match",)
+    c.eval.shots = 0  # so many training rows stand before each question, with their answers
+    c.eval.answer = ""  # of `number`: the pattern before it, such as "####"
+    c.eval.choices = ""  # of `choice`: the field with a row's candidates; "" = all references
+    c.eval.draws = 1  # so many answers to each question, with generate.temperature
+    c.eval.group = ""  # the field that rows share which are not independent: of standard errors
     c.eval.test_limit = 0  # use the first so many test records; 0 = all
 
     c.profile = ConfigDict()
@@ -196,6 +206,7 @@ FREE = (
     "train.keep",
     "train.export",
     "train.tensorboard",
+    "train.trackers",
     "train.bad_steps",
     "train.on_nonfinite",
     "train.spike",
@@ -212,6 +223,8 @@ _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never 
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "data.limit data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
+    "eval.shots": (0, 1000),
+    "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),
     "data.prefetch": (0, 10_000),
     "train.keep eval.batch_size generate.batch_size": (1, 2**31),
@@ -265,6 +278,8 @@ DURATIONS += ("optim.warmup", "optim.decay_phase")
 PATHS: tuple[str, ...]
 PATHS = ("task", "model.path", "data.train", "data.validation", "data.test", "data.tokenizer")
 PATHS += ("data.template", "data.cache_dir")
+# Tuples of names, which may also be written with commas.
+NAMES = (*"data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split(),)
 WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row
 RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.trainable": (bool, "True or False"),
@@ -301,24 +316,32 @@ def parse(
     known, rest = parser.parse_known_args(argv)
     for name in ("config", *flags):
         refuse_url(f"--{name}", getattr(known, name), ConfigError)
-    config, overridden = load(known.config), set()
-    i = 0
-    while i < len(rest):
-        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", rest[i], re.DOTALL)
+    config = load(known.config)
+    overridden = override_all(config, rest, ["--config", *(f"--{name}" for name in flags)])
+    check(config, known.config, overridden)
+    return config, known
+
+
+def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]) -> set[str]:
+    """Apply every --config.a.b=VALUE of a command line; returns the keys.
+
+    options: the others that there are, for the message of a ConfigError.
+    """
+    overridden, i = set[str](), 0
+    while i < len(argv):
+        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", argv[i], re.DOTALL)
         if not match:
-            options = ["--config", *(f"--{n}" for n in flags)]
-            raise ConfigError(f"unknown option {rest[i]}; the options are {', '.join(options)}")
+            raise ConfigError(f"unknown option {argv[i]}; the options are {', '.join(options)}")
         value = match[2]
         if value is None:
             i += 1
-            if i == len(rest):
+            if i == len(argv):
                 raise ConfigError(f"--config.{match[1]} needs a value")
-            value = rest[i]
+            value = argv[i]
         override(config, match[1], value)
         overridden.add(match[1])
         i += 1
-    check(config, known.config, overridden)
-    return config, known
+    return overridden
 
 
 def override(config: ConfigDict, key: str, text: str, what: str = "--config.") -> None:
@@ -355,6 +378,8 @@ def _cast(text, old, key):
             value = float(value)
     if key.endswith("data.labels") and isinstance(value, (tuple, list, dict)):
         return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, str) and key.removeprefix("--config.") in NAMES:
+        return tuple(name.strip() for name in value.split(",") if name.strip())
     if isinstance(old, tuple) and isinstance(value, (list, int)):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not type(old):

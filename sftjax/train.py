@@ -23,7 +23,7 @@ from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
 from sftjax.reports import run as report
-from sftjax.training import build, nan, resume, xla_flags
+from sftjax.training import build, nan, resume, trackers, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import Checkpointer
 from sftjax.training.data import Feed
@@ -68,6 +68,7 @@ def train(
             parallel.check_batch(mesh, config.train.batch_size, config.train.micro_batches, length)
         workdir = workdir_lib.prepare_workdir(config, workdir)
         workdir_lib.warn(config)
+        told = trackers.start(config.train.trackers, workdir, config_lib.to_dict(config))
         if (home := workdir_lib.began_in(workdir)) != Path.cwd():
             say("paths", f"relative ones are taken from {home}, where this run began")
         say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
@@ -125,14 +126,14 @@ def train(
         say("compiled", build.compiled_text(steps[feed.widths[-1]], time.monotonic() - began))
 
         # ==== Before ====
-        generation = dict(mesh=mesh, seed=config.seed, **config.generate.to_dict())
-        evaluator = Evaluator(task, model, feed, config.loss.to_dict(), **generation)
+        evaluator = Evaluator(task, model, feed, config)
         if extra["before"] is None:
             extra["before"] = evaluator.full(state.all_params, state.model_state)
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        log = Log(config.train, workdir, feed, lr, flops, step, extra.get("log", ()), health.see)
+        at = (step, extra.get("log", ()))
+        log = Log(config.train, workdir, feed, lr, flops, *at, health.see, told)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
         run.begin(step, feed.steps, config.eval.best, lower)
         stop.hold(step)  # from here on a signal waits for the end of a step
@@ -151,7 +152,7 @@ def train(
             if health.ill:
                 state = health.mend(state, step, target, checkpoints)
             values = None
-            if feed.sets and feed.due(step, config.eval.every, "eval.every"):
+            if evaluator.measures and feed.due(step, config.eval.every, "eval.every"):
                 with log.pause():
                     values = evaluator.losses(state.all_params, state.model_state)
                 log.write(step, values)
@@ -165,7 +166,8 @@ def train(
                 or (values and config.eval.best)
             ):
                 with log.pause():
-                    extra |= {"data": feed.state(step), "log": log.state(), "health": health.state}
+                    extra |= {"data": feed.state(step), "log": log.state()}
+                    extra["health"] = health.record()
                     if health.may_save(step, state):
                         checkpoints.save(step, state, extra, values)
             if stopping:
@@ -179,7 +181,7 @@ def train(
         health.finish(step)
 
         # ==== After ====
-        after = evaluator.full(state.all_params, state.model_state)
+        after = evaluator.full(state.all_params, state.model_state, rows=True)
         if config.train.export:
             build.export(workdir / "export", task, model, state)
         result = {"before": extra["before"], "after": after, "steps": step}

@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ.setdefault("NPROC", "128")  # see THREADS there
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
+os.environ.setdefault("SFTJAX_CACHE", str(REPO / ".cache" / "sftjax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -68,7 +68,8 @@ def test_a_run_leaves_what_it_promises(straight):
     workdir, config, result = straight
     assert sorted(p.name for p in workdir.iterdir()) == [
         "cache", "checkpoints", "config.json", "curve.svg", "env.json", "export",
-        "metrics.jsonl", "result.json", "run.json", "samples", "tensorboard",
+        "metrics.jsonl", "report.html", "result.json", "rows.json", "run.json", "samples",
+        "tensorboard",
     ]  # fmt: skip
     assert json.loads((workdir / "config.json").read_text()) == config_lib.to_dict(config)
     env = json.loads((workdir / "env.json").read_text())

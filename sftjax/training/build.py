@@ -253,14 +253,9 @@ def first_state(
     section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
     """
     check_memory(target)
-    kinds = dtypes(section, model, trainable)
     if new:
         say("tokens", _added_text(model, trainable, new))
-    if from_files(model) and section.init == "pretrained":
-        params = _read_params(section, model, kinds, mesh, seed, new)
-    else:
-        params = _drawn(model.abstract, mesh, seed)
-        params = jax.tree.map(lambda x, d: x.astype(d), params, kinds)
+    params = make_params(section, model, trainable, mesh, seed=seed, new=new)
     model_state = None if model.state is None else _drawn(model.state, mesh, seed)
     create = jax.jit(
         lambda p, s: _create(p, trainable, tx, seed, s),
@@ -268,6 +263,23 @@ def first_state(
         out_shardings=shardings_of(target),
     )
     return create(params, model_state)
+
+
+def make_params(
+    section: ConfigDict,
+    model: Model,
+    trainable: Any,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    new: Sequence[int] = (),
+) -> dict[str, Any]:
+    """The parameters at step 0, as of first_state."""
+    kinds = dtypes(section, model, trainable)
+    if from_files(model) and section.init == "pretrained":
+        return _read_params(section, model, kinds, mesh, seed, new)
+    params = _drawn(model.abstract, mesh, seed)
+    return jax.tree.map(lambda x, d: x.astype(d), params, kinds)
 
 
 def check_memory(target: Any) -> None:

@@ -22,22 +22,13 @@ from sftjax.config import ConfigError
 from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing import stream
 from sftjax.data.packing import truncate as lengths_lib
-from sftjax.data.packing.pack import Field
 from sftjax.data.records.protocols import RecordSource
-from sftjax.data.token_store import TokenStore
+from sftjax.data.token_store import TokenStore, facts_of
+from sftjax.evaluation.evaluator import ANSWERS
+from sftjax.evaluation.sets import Sets
 from sftjax.parallel import processes
-from sftjax.training.identity import facts_of
 
 FEW = 10  # steps that are said to be few
-
-
-def sets(text: str) -> dict[str, str]:
-    """{"name": path} of a comma-separated list of evaluation sets; the name is the file's stem."""
-    paths = [p.strip() for p in text.split(",") if p.strip()]
-    names = {Path(p).stem: p for p in paths}
-    if len(names) < len(paths):
-        raise ConfigError(f"data.validation={text!r}: two sets have the same file name")
-    return names
 
 
 def _pairs(lengths, window):
@@ -46,18 +37,17 @@ def _pairs(lengths, window):
     return lengths * (lengths + 1) // 2 - out * (out + 1) // 2
 
 
-class Feed:
+class Feed(Sets):
     """Everything read from the config's data, and the batches made from it."""
 
     def __init__(self, config: ConfigDict, task: tasks.Task, workdir: Path, mesh: Mesh) -> None:
-        d, self.config, self.mesh, self.task = config.data, config, mesh, task
-        self.cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
+        d = config.data
+        cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
+        super().__init__(config, task, cache, mesh)
         self.sources = mix.sources(config)
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
         stream.check(config, self.sources, task.layout.fixed)
-        self.notes, self.sets = list[str](), dict[str, TokenStore]()
-        # What is known of each source's rows, and each set's: see identity.facts_of.
-        self.facts: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
+        self.notes = list[str]()
         self.stores: list[TokenStore] = []
         self.records = list[RecordSource]()  # what each store was made of
         for source in self.sources:
@@ -65,13 +55,8 @@ class Feed:
         self.batch_size = config.train.batch_size
         self.wait = 0.0  # seconds the last step waited for its batch
         self._plan()
-        for name, path in sets(d.validation).items():
-            self.sets[name] = self._measured(name, data_lib.open_source(path), task, config)
+        self.open(d.validation, d.test)
         self._check_best()
-        # The test set is one or the other.
-        self.questions, self.tests = list[Any](), dict[str, TokenStore]()
-        if d.test:
-            self._open_test(d.test, config.eval.test_limit)
         task.saw([store.report for store in self.stores])
 
     def _prepare(self, source, workdir):
@@ -83,40 +68,12 @@ class Feed:
         where = workdir if jax.process_index() == 0 else None
         rows = prepare.training_rows(c, task, self.cache, where)
         self.notes += [tag + note for note in rows.notes]
-        self.stores.append(self._store(rows.train, rows.task, c))
+        self.stores.append(self.tokenised(rows.train, rows.task, c))
         self.records.append(rows.train)
         self.facts["data"][source.name] = facts_of(rows.train, self.stores[-1])
         if rows.validation:
             name = f"validation_{source.name}" if self.names else "validation"
-            self.sets[name] = self._measured(name, rows.validation, rows.held, c)
-
-    def _open_test(self, path, limit):
-        source = data_lib.open_source(path, limit)
-        if self.task.generates:
-            self.facts["evaluation"]["test"] = facts_of(source)
-            self.questions = self.task.questions(source)
-            return
-        [name] = sets(path) if "," not in path else ["test"]
-        if name in self.sets:
-            name = f"test_{name}"
-        self.tests[name] = self._measured(name, source, self.task, self.config)
-
-    def _measured(self, name, source, task, config):
-        store = self._store(source, task, config)
-        self.facts["evaluation"][name] = facts_of(source, store)
-        return store
-
-    def _store(self, source, task, config):
-        d = config.data
-        return data_lib.build_store(
-            source,
-            task,
-            max_length=d.max_length,
-            overlong=d.overlong,
-            cache_dir=self.cache,
-            on_error=d.on_error,
-            max_skipped=d.max_skipped,
-        )
+            self.sets[name] = self.measured(name, rows.validation, rows.held, c)
 
     def _plan(self):
         """Know the number of steps before the first one."""
@@ -133,7 +90,7 @@ class Feed:
             stores = dict(zip(self.names, self.stores, strict=True))
             rows = data_lib.Mixture(stores, *options, phases=phases, layout=self.task.layout)
         else:
-            phases, rows = [], self._rows(self.stores[0], d.packing, size, seed=self.config.seed)
+            phases, rows = [], self.rows_of(self.stores[0], d.packing, size, seed=self.config.seed)
         self.widths = getattr(rows, "widths", [d.max_length])
         self.rows, self.store = rows, rows.store
         lengths = rows.store.lengths.astype(np.int64)
@@ -160,14 +117,6 @@ class Feed:
             "trained": rows.mean(trained),
             "pairs": lambda window: rows.mean(_pairs(lengths, window)),
         }
-
-    def _rows(self, store, packing, batch_size, **options: Any):
-        d, options["layout"] = self.config.data, self.task.layout
-        packing = "none" if self.task.layout.fixed else packing
-        if d.buckets and packing == "none":
-            options |= dict(widths=d.buckets, batch_size=batch_size)
-            return data_lib.Buckets(store, d.max_length, **options)
-        return data_lib.Rows(store, d.max_length, packing, **options)
 
     def _phase_ends(self, phases):
         """The rows at which the phases end, all but the last's."""
@@ -227,6 +176,7 @@ class Feed:
         """eval.best must be measured, or it would be ignored without a word."""
         e = self.config.eval
         names = [f"{name}/{kind}" for name in self.sets for kind in ("loss", *self.task.metrics)]
+        names += [f"{ANSWERS}/{kind}" for kind in e.metrics if self.questions]
         if e.best and e.best not in names:
             raise ConfigError(
                 f"eval.best={e.best!r} is not measured; there is {', '.join(names) or 'nothing'}"
@@ -249,13 +199,6 @@ class Feed:
         """The ids of the tokens of data.add_tokens."""
         added = list(self.config.data.add_tokens)
         return self.task.tokenizer.convert_tokens_to_ids(added) if added else []
-
-    def spec(self, rows: int, width: int) -> dict[str, Field]:
-        """The arrays of a batch; those of several sources say which is whose."""
-        spec = self.task.layout.spec(rows, width)
-        if self.names:
-            spec["sources"] = spec["weights"]._replace(dtype=np.int32)
-        return spec
 
     def width(self, batch: Mapping[str, jax.Array]) -> int:
         """Which of `widths` a batch has."""
@@ -283,7 +226,7 @@ class Feed:
                     f" {self.position(start)}: use another workdir"
                 )
             host = ((batch, None) for batch in self._indexed(start, prefetch))
-        on_device = ((self._put(batch, self.batch_size), state) for batch, state in host)
+        on_device = ((self.put(batch, self.batch_size), state) for batch, state in host)
         ready = deque(itertools.islice(on_device, prefetch))
         while ready:
             began = time.monotonic()
@@ -291,10 +234,6 @@ class Feed:
             ready.extend(itertools.islice(on_device, 1))
             self.wait = time.monotonic() - began
             yield batch
-
-    def _put(self, batch, size):
-        axes = {name: field.axes for name, field in self.spec(1, 1).items()}
-        return parallel.put_batch(self.mesh, batch, size, axes)
 
     def _indexed(self, start, prefetch):
         return data_lib.loader(
@@ -344,16 +283,6 @@ class Feed:
                 yield next(host), (part, host.get_state())
         finally:
             host.close()
-
-    def eval_batches(self, store: data_lib.TokenStore) -> Iterator[dict[str, jax.Array]]:
-        """Every row of a validation or test set once, in order; blank rows fill the last batch."""
-        d, size = self.config.data, self.config.eval.batch_size
-        shards = parallel.axis_size(self.mesh, parallel.RULES["batch"])
-        size = -(-size // shards) * shards
-        rows = self._rows(store, d.eval_packing, size, shuffle=False)
-        local = parallel.local_rows(self.mesh, size)
-        for batch in data_lib.loader(rows, size, local=local):
-            yield self._put(batch, size)
 
     def summary(self) -> str:
         """What is trained, in a few lines."""

@@ -11,18 +11,14 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from sftjax.data.records.protocols import RecordSource
 from sftjax.errors import CheckpointError
 from sftjax.files import read_json, write_atomic
 from sftjax.terminal import printable
-
-if TYPE_CHECKING:
-    from sftjax.data.token_store import TokenStore
 
 logger = logging.getLogger("sftjax")
 
@@ -51,16 +47,6 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
         return None
-
-
-def facts_of(source: RecordSource, store: "TokenStore | None" = None) -> dict[str, Any]:
-    """What is known of a source's rows: their number, their files, and where they lie tokenised."""
-    inner: Any = source
-    while not hasattr(inner, "files") and hasattr(inner, "source"):
-        inner = inner.source  # of some rows of another source, or variants of them
-    files = inner.files() if hasattr(inner, "files") else []
-    where = str(store.folder.absolute()) if store else ""
-    return {"rows": len(source), "files": files, "store": where}
 
 
 def check_manifest(directory: Path | str, manifest: Mapping) -> None:

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError, writing
-from sftjax.files import refuse_url, write_atomic
+from sftjax.files import read_json, refuse_url, write_atomic
 from sftjax.terminal import printable
 from sftjax.training import resume
 from sftjax.training.identity import make_manifest, sha256, version
@@ -56,6 +56,35 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
             with writing("the file", path):
                 write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run, from its config.json; what that lacks is as by default.
+
+    Raises: ConfigError for a file that is torn, an unknown key or a wrong value.
+    """
+    file = workdir / "config.json"
+    config, values = config_lib.get_default(), read_json(file, ConfigError)
+
+    def fill(group, given, prefix):
+        for key, value in given.items():
+            if key not in group:
+                raise ConfigError(f"{file}: {prefix}{key} is no key of this version's configs")
+            if isinstance(group[key], ConfigDict) and isinstance(value, Mapping):
+                fill(group[key], value, f"{prefix}{key}.")
+            else:
+                group[key] = _tuples(value)
+
+    try:
+        fill(config, values, "")
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ConfigError(f"{file}: {' '.join(str(e).split())}") from e
+    config_lib.check(config)
+    return config
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def began_in(workdir: Path) -> Path:

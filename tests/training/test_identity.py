@@ -8,10 +8,11 @@ import pytest
 from test_chat import make_tokenizer
 
 from sftjax.data import build_store, open_source
+from sftjax.data.token_store import facts_of
 from sftjax.errors import CheckpointError
 from sftjax.tasks.causal_lm import CausalLM
 from sftjax.training.checkpoint import Checkpointer, make_manifest
-from sftjax.training.identity import check_manifest, compare, compare_rows, facts_of
+from sftjax.training.identity import check_manifest, compare, compare_rows
 
 TASK = CausalLM(make_tokenizer())
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(30)]

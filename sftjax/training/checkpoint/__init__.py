@@ -71,7 +71,7 @@ class Checkpointer:
             )
         self.directory = Path(directory).absolute()
         self.manifest, self.keep = manifest, keep
-        self.best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self.best_metric, self._lower = best_metric, best_mode == "min"
         check_writable(self.directory)
         if manifest is not None:
             check_manifest(self.directory, manifest)
@@ -430,17 +430,9 @@ class Checkpointer:
         return self._best(self.all_steps())
 
     def _best(self, steps) -> int | None:
-        scores = {step: self._score(step) for step in steps} if self.best_metric else {}
-        known = [step for step, score in scores.items() if not math.isnan(score)]
-        return max(known, key=lambda step: (scores[step], step), default=None)
-
-    def _score(self, step) -> float:
-        """The higher the better; NaN where the metric was not measured."""
-        with contextlib.suppress(CheckpointError, TypeError, ValueError):
-            found = read_json(self.directory / str(step) / "metrics" / "metrics", CheckpointError)
-            # Absent when an earlier run in this directory tracked another metric.
-            return self._sign * float(dict(found).get(self.best_metric, math.nan))
-        return math.nan
+        if not self.best_metric:
+            return None
+        return disk.best(self.directory, steps, self.best_metric, self._lower)
 
 
 class _Damaged(Exception):

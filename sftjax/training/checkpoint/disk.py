@@ -1,5 +1,7 @@
 """The directory of checkpoints: which steps are there, what is set aside, what is deleted."""
 
+import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -7,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sftjax.errors import CheckpointError
+from sftjax.files import read_json
 from sftjax.training.checkpoint import seal
 
 PARTS = ("state/_METADATA", "extra/metadata")
@@ -25,6 +28,22 @@ def steps(directory: Path) -> dict[int, str]:
     names = [d.name for d in directory.iterdir()] if directory.is_dir() else []
     found = sorted(int(name) for name in names if name.isdecimal())
     return {step: lacking(directory / str(step)) for step in found}
+
+
+def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int | None:
+    """The step that scores best, of equals the latest; None where none was measured."""
+    scores = {step: _measured(directory / str(step), metric) for step in among}
+    known = [step for step, score in scores.items() if not math.isnan(score)]
+    sign = -1 if lower else 1
+    return max(known, key=lambda step: (sign * scores[step], step), default=None)
+
+
+def _measured(folder: Path, metric: str) -> float:
+    """NaN where the metric was not measured, as of a run that tracked another one."""
+    with contextlib.suppress(CheckpointError, TypeError, ValueError):
+        found = read_json(folder / "metrics" / "metrics", CheckpointError)
+        return float(dict(found).get(metric, math.nan))
+    return math.nan
 
 
 def sweep(directory: Path) -> None:

@@ -1,0 +1,210 @@
+"""`sftjax evaluate`: what a model, an export or a checkpoint scores on any data.
+
+It trains nothing, needs no training data, and writes to no run's folder but its cache.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sftjax import config as config_lib
+from sftjax import hf, parallel, tasks
+from sftjax import params as params_lib
+from sftjax.errors import ConfigError, DataError, NotFoundError
+from sftjax.evaluation.evaluator import Evaluator
+from sftjax.evaluation.sets import Sets
+from sftjax.files import finite, read_json, write_atomic
+from sftjax.hf.tokenizer import load_tokenizer
+from sftjax.terminal import in_json, printable, show
+from sftjax.training import build, xla_flags
+from sftjax.training import workdir as workdir_lib
+from sftjax.training.checkpoint import weights
+
+OPTIONS = ("--model", "--data", "--config", "--step", "--shots", "--json", "--out")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure models: sftjax evaluate --model=DIR [--model=...] --data=FILE [--json]."""
+    parser = argparse.ArgumentParser(
+        prog="sftjax evaluate",
+        allow_abbrev=False,
+        description="What models score on data. Without --config the defaults hold, in float32;"
+        " a workdir brings its own config. --config.KEY=VALUE overrides one key of either.",
+    )
+    add = parser.add_argument
+    add("--model", action="append", required=True, help="a Hugging Face directory, an export, or"
+        " the workdir of a run; given again, models are measured side by side")  # fmt: skip
+    add("--data", action="append", default=[], help="a file, glob or hub data set; without it, the"
+        " data.validation and data.test of the config")  # fmt: skip
+    add("--config", default="", help="FILE.py or FILE.py:ARG")
+    add("--step", default="latest", help="of a workdir: latest, best or a number")
+    add("--shots", default="", help="numbers with commas: each in turn as eval.shots")
+    add("--json", action="store_true", help="print one JSON object, and nothing else")
+    add(
+        "--out",
+        default="",
+        help="a file for the same JSON and each row's values, for sftjax compare",
+    )
+    options, rest = parser.parse_known_args(argv)
+    xla_flags.settle()
+    found = []
+    for path in options.model:
+        for shots in options.shots.split(","):
+            more = [f"--config.eval.shots={shots.strip()}"] if shots else []
+            config, run = configured(path, options.config, [*rest, *more])
+            for data in options.data or _own_data(config):
+                found.append(evaluate(config, data, run, options.step))
+                found[-1] |= {"model": path} | ({"shots": config.eval.shots} if shots else {})
+    if options.out:
+        write_atomic(options.out, json.dumps(finite(_one(found)), allow_nan=False) + "\n")
+    shown = _one([{k: v for k, v in one.items() if k != "rows"} for one in found])
+    written = json.dumps(finite(shown), indent=1, allow_nan=False)
+    show(printable(written, in_json) if options.json else table(found))
+
+
+def _one(found):
+    return found[0] if len(found) == 1 else {"results": found}
+
+
+def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, Path | None]:
+    """(config, workdir): how a model is measured; workdir None where it is no run's.
+
+    spec: a config file, or "". argv: the --config.KEY=VALUE of the command line.
+    """
+    run = Path(path).expanduser()
+    is_run = (run / "checkpoints").is_dir() and (run / "config.json").is_file()
+    if spec:
+        config = config_lib.load(spec)
+    elif is_run:
+        config = workdir_lib.read_config(run)
+    else:
+        config = config_lib.get_default()
+        config.model.dtype = "float32"
+    if not is_run:
+        config.model.path, config.model.init = path, "pretrained"
+        if not spec:
+            folder = hf.resolve(path, weights=False)
+            file = folder / "config.json"
+            if not file.is_file():
+                raise NotFoundError(
+                    f"--model={path} is no model: it has no config.json; give a Hugging Face"
+                    " directory, an export, or the workdir of a run"
+                )
+            config.update(task=tasks.of_head(read_json(file, ConfigError)))
+            c = hf.load_model(folder).config
+            if c.learned_positions:  # a longer row can't be measured
+                config.data.max_length = min(config.data.max_length, c.max_positions)
+    overridden = config_lib.override_all(config, argv, OPTIONS)
+    config_lib.check(config, spec, overridden)
+    return config, run if is_run else None
+
+
+def _own_data(config):
+    d = config.data
+    own = [path for text in (d.validation, d.test) for path in text.split(",") if path.strip()]
+    if not own:
+        raise ConfigError("--data is missing, and the config has no data.validation or data.test")
+    return list(dict.fromkeys(own))
+
+
+def evaluate(
+    config: ConfigDict,
+    data: str,
+    run: Path | None = None,
+    step: str = "latest",
+) -> dict[str, Any]:
+    """{"data", "n" rows, "metrics": {name: value}, "tables"} of the config's model on `data`.
+
+    run: the workdir of which a checkpoint is measured, else model.path itself is; step: which, see
+    weights.find. Raises: NotFoundError, CheckpointError, DataError, ConfigError.
+    """
+    home = workdir_lib.began_in(run.absolute()) if run else Path.cwd()
+    if Path(data).exists():
+        data = str(Path(data).absolute())
+    mesh = parallel.make_mesh({axis: config.mesh[axis] for axis in parallel.AXES})
+    folder = run.absolute() if run else cache_folder()
+    with contextlib.chdir(home), workdir_lib.compile_cache(folder), jax.set_mesh(mesh):
+        task = tasks.make(config, load_tokenizer(config))
+        model, trainable = build.make_model(config, task)
+        params, state, at = _weights(config, task, model, trainable, mesh, run, step)
+        sets = Sets(config, task, Path(config.data.cache_dir or folder / "cache/tokens"), mesh)
+        sets.open(data, "")
+        asked = ""
+        if task.generates and config.generate.max_new_tokens:
+            try:
+                sets.open("", data)
+            except DataError as e:
+                if e.kind != "no_prompt":
+                    raise
+                asked = "these rows ask nothing: only their loss is measured"
+        found = Evaluator(task, model, sets, config).full(params, state, rows=True)
+    if asked:
+        show(asked, file=sys.stderr)
+    [name] = sets.sets
+    # One set of rows: the answers to them stand under the same names as their loss.
+    bare = lambda tree: {k.partition("/")[2]: v for k, v in tree.items()}  # noqa: E731
+    out: dict[str, Any] = {"data": data, "n": sets.facts["evaluation"][name]["rows"]}
+    out["metrics"] = bare(found["losses"]) | {k: v for k, v in found.items() if type(v) is float}
+    out |= {k: bare(found[k]) for k in ("errors", "tables") if k in found}
+    if baselines := [x for some in found.get("baselines", {}).values() for x in some.items()]:
+        out["baselines"] = dict(baselines)
+    out["rows"] = found.get("rows", {})
+    return out | ({"step": at} if run else {})
+
+
+def _weights(config, task, model, trainable, mesh: Mesh, run, step):
+    """(parameters, model_state, step)."""
+    if run is None:
+        params = build.make_params(config.model, model, trainable, mesh, seed=config.seed)
+        return params, None, None
+    directory = run / "checkpoints"
+    best = config.eval.best
+    at = weights.find(directory, step, best, task.lower_is_better(best))
+    nothing = optax.identity()  # in place of the optimizer, whose state is not read
+    whole = build.abstract_state(config.model, model, trainable, nothing, mesh)
+    target = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state)
+    found = weights.read(directory, at, target)
+    return params_lib.combine(found["params"], found["frozen"]), found["model_state"], at
+
+
+def cache_folder() -> Path:
+    """Where tokenised rows and compiled programs of no run are kept: $SFTJAX_CACHE."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SFTJAX_CACHE") or Path(home) / "sftjax")
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The results side by side: a row for each metric, a column for each model and data set."""
+    names = list(dict.fromkeys(k for one in found for k in one["metrics"]))
+    head = [
+        f"{Path(one['model']).name} on {Path(one['data']).name}"
+        + (f", {one['shots']} shots" if "shots" in one else "")
+        for one in found
+    ]
+    rows = [["", *head], ["rows", *(f"{one['n']:,}" for one in found)]]
+    for name in names:
+        values = (one["metrics"].get(name) for one in found)
+        rows.append([name, *("-" if v is None else f"{v:.4f}" for v in values)])
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(first), *(x.rjust(w) for x, w in zip(row[1:], widths, strict=True))]
+        )
+        for row in rows
+    )
+
+
+if __name__ == "__main__":
+    from sftjax import exits
+
+    exits.run(main)

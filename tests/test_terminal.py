@@ -13,6 +13,7 @@ from test_chat import make_tokenizer
 import sftjax
 from sftjax import config as config_lib
 from sftjax import exits
+from sftjax.data.masking.question import Question
 from sftjax.errors import DataError
 from sftjax.hf import heads
 from sftjax.inspect_data import inspect
@@ -88,11 +89,14 @@ def test_lines_of_a_run(capsys, caplog, tmp_path):
     assert not drives(out.out + out.err + "".join(r.getMessage() for r in caplog.records))
 
 
-def test_samples_and_names_of_sets(capsys, tmp_path):
+def test_samples_and_names_of_sets(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sftjax.reports.page.write_page", lambda *args: None)  # is no terminal
     tokenizer = make_tokenizer()
     task = CausalLM(tokenizer)
     ids = tokenizer(EVIL).input_ids
-    feed = SimpleNamespace(questions=[(ids, EVIL)], sets={"x": 1}, tests=(), config=None)
+    feed = SimpleNamespace(
+        questions=[Question(ids, EVIL, EVIL, EVIL, 0)], sets={"x": 1}, tests=(), config=None
+    )
     scores = dict(exact_match=0.0, answers=[EVIL], losses={f"{EVIL}/loss": 1.0})
     (tmp_path / "metrics.jsonl").write_text("")
     report.finish(tmp_path, task, feed, dict(before=scores, after=scores, steps=1), 3)

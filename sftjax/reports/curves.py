@@ -3,7 +3,9 @@
 matplotlib draws, by its objects alone: without pyplot there is no window and no global figure.
 """
 
+import base64
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +63,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, path: str | Path, title: str) -> None:
+def save(figure: Figure, path: str | Path | io.BytesIO, title: str) -> None:
     """Write a figure as an SVG file, the same bytes for the same figure.
 
     title: what the file is called where a browser or a screen reader says its name.
@@ -85,6 +87,14 @@ def read_losses(metrics_jsonl_path: str | Path) -> dict[str, list[tuple[int, flo
     return series
 
 
+def picture(figure: Figure, title: str) -> dict[str, str]:
+    """{"source": a data: URL, "title"} of a figure, for a page that holds it."""
+    file = io.BytesIO()
+    save(figure, file, title)
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"source": f"data:image/svg+xml;base64,{data}", "title": title}
+
+
 @style()
 def loss_figure(series: Mapping[str, Points], title: str) -> Figure:
     """A figure of {"loss" or "<set>/loss": points}; the legend has the last value of each."""
@@ -103,6 +113,41 @@ def loss_figure(series: Mapping[str, Points], title: str) -> Figure:
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(lines), 4))
     else:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center")
+    return figure
+
+
+@style()
+def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figure:
+    """The losses of several runs over each other: a colour a run, dashes for validation."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    lines, labels = [], []
+    for i, (run, series) in enumerate(runs.items()):
+        for n, name in enumerate(sorted(series, key=lambda name: (name != "loss", name))):
+            steps, losses = np.transpose(series[name])
+            draw = _train if name == "loss" else _validation
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[n % len(MARKERS)]
+            lines.append(draw(axes, steps, losses, colour, marker))
+            lines[-1].set_linestyle("-" if name == "loss" else "--")
+            labels.append(f"{run} {'train' if name == 'loss' else name.removesuffix('/loss')}")
+    figure.legend(lines, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+@style()
+def reliability_figure(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """How often answers of a confidence are right; the larger a point, the more rows it has.
+
+    bins: as metrics.labels gives them: {"share" of rows, "confidence", "accuracy"}.
+    """
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="mean confidence", ylabel="share right")
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    x, y, share = ([one[k] for one in bins] for k in ("confidence", "accuracy", "share"))
+    axes.plot(x, y, color=COLOURS[0])
+    axes.scatter(x, y, s=[20 + 400 * part for part in share], color=COLOURS[0])
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
     return figure
 
 

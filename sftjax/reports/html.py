@@ -30,23 +30,33 @@ def render(template: str, *, styles: Sequence[str] = (), script: str = "", **val
     """A whole page.
 
     template: a file of templates/ that extends page.html.jinja and takes `values`, of which
-    `title` is one. styles, script: further files of templates/, which this page alone needs.
+    `title` is one; `pictures`, where there are any, are data: URLs. styles, script: further files
+    of templates/, which this page alone needs.
     """
     style = "\n".join(_asset(name) for name in ("page.css", *styles))
     code = _asset(script) if script else ""
     text = (
         _environment()
         .get_template(template)
-        .render(style=Markup(style), script=Markup(code), csp=csp(style, code), **values)
+        .render(
+            style=Markup(style),
+            script=Markup(code),
+            csp=csp(style, code, "pictures" in values),
+            **values,
+        )
     )
     # A browser reads a bare carriage return as a newline, so that no value would keep its own.
     return text.replace("\r", "&#13;") + "\n"
 
 
-def csp(style: str, script: str) -> Markup:
-    """The Content-Security-Policy that allows this inline style and script, and nothing else."""
+def csp(style: str, script: str, pictures: bool = False) -> Markup:
+    """The Content-Security-Policy that allows this inline style and script, and nothing else.
+
+    pictures: also those that the page itself holds.
+    """
+    images = "img-src data:; " * pictures
     return Markup(
-        f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
+        f"default-src 'none'; {images}style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from sftjax.errors import writing
+from sftjax.evaluation.metrics import METRICS
 from sftjax.files import finite, write_atomic
 from sftjax.terminal import show
 
@@ -14,25 +15,36 @@ if TYPE_CHECKING:
     from sftjax.tasks import Task
     from sftjax.training.data import Feed
 
-SHARES = ("accuracy", "exact_match", "f1")  # metrics that are shown in percent
-
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """A before/after table of the test set's scores and of every metric of the sets."""
+    """A before/after table of what the answers and each set score, with standard errors.
+
+    Under it, what each set's baselines score: answers that need no model.
+    """
     rows: list[tuple[str, ...]] = [("", "before", "after")]
     scores = {k: v for k, v in after.items() if isinstance(v, float)}
-    pairs = [(f"test {k.replace('_', ' ')}", k, before.get(k), v) for k, v in scores.items()]
-    pairs += [(k, k, before["losses"].get(k), v) for k, v in after["losses"].items()]
-    for title, name, *values in pairs:
-        share = name.endswith(SHARES)
-        rows.append((title, *(_number(v, share) for v in values)))
+    pairs = [(f"answers/{k}", before.get(k), v) for k, v in scores.items()]
+    pairs += [(k, before["losses"].get(k), v) for k, v in after["losses"].items()]
+    errors = after.get("errors", {})
+    for name, old, new in pairs:
+        spread = f" ± {number(name, errors[name])}" if name in errors else ""
+        rows.append((name, number(name, old), number(name, new) + spread))
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
-    return "\n".join(
-        f"  {r[0].ljust(widths[0])}  {r[1].rjust(widths[1])}  {r[2].rjust(widths[2])}" for r in rows
-    )
+    lines = [
+        f"  {r[0].ljust(widths[0])}  {r[1].rjust(widths[1])}  {r[2].ljust(widths[2])}".rstrip()
+        for r in rows
+    ]
+    for name, baselines in after.get("baselines", {}).items():
+        for what, values in baselines.items():
+            said = (f"{k} {number(k, v)}" for k, v in values.items())
+            lines.append(f"  {name}, {what}: {', '.join(said)}")
+    return "\n".join(lines)
 
 
-def _number(value, share) -> str:
+def number(name: str, value: float | None) -> str:
+    """A metric's value as it is shown: shares in percent, "-" for none."""
+    metric = name.rpartition("/")[2]
+    share = METRICS[metric].share if metric in METRICS else metric == "no_label"
     return "-" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
 
 
@@ -47,16 +59,20 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
         task.write_answers(workdir / "samples" / "test.jsonl", feed.questions, before, after)
     if text := task.shown(result, feed.questions, samples):
         show(text)
+    if "rows" in after:
+        write_atomic(workdir / "rows.json", json.dumps(finite(after["rows"]), allow_nan=False))
     numbers = {
-        when: {k: finite(v) for k, v in result[when].items() if k != "answers"}
+        when: {k: finite(v) for k, v in result[when].items() if k not in ("answers", "rows")}
         for when in ("before", "after")
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2, allow_nan=False)
     with writing("the file", workdir / "result.json"):
         write_atomic(workdir / "result.json", text + "\n")
-    from sftjax.reports import curves  # a run that trains has no need of matplotlib before
+    from sftjax.reports import card, page  # a run that trains has no need of matplotlib before
 
-    curves.curve_svg(workdir / "metrics.jsonl", workdir / "curve.svg")
+    page.write_page(workdir, task, feed, result)
+    if (workdir / "export" / "config.json").exists():
+        card.write_card(workdir / "export", feed, result)
     for what, path in places(workdir):
         show(f"  {what:<22}{path}")
     export = workdir / "export"
@@ -67,6 +83,7 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
 def places(workdir: Path) -> list[tuple[str, Path]]:
     """(what, where) of everything the run has left."""
     names = {
+        "report": "report.html",
         "loss curve": "curve.svg",
         "metrics": "metrics.jsonl",
         "TensorBoard log": "tensorboard",

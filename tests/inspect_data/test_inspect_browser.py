@@ -78,10 +78,10 @@ class Document(HTMLParser):
             self.root = attributes
         if tag == "article":
             self.articles.append(dict(attributes, texts=[], spans=[], rows=[]))
-        if tag not in ("meta", "input", "br", "link"):
+        if tag not in ("meta", "input", "br", "link", "img"):
             self._open.append((tag, attributes.get("class")))
         article = self.articles[-1] if self.articles else {}
-        if tag == "pre":
+        if tag == "pre" and article:
             article["texts"].append("")
         if tag == "span" and article:
             article["spans"].append((attributes.get("class"), ""))
@@ -97,9 +97,9 @@ class Document(HTMLParser):
     def handle_data(self, data):
         tags = [tag for tag, _ in self._open]
         article = self.articles[-1] if self.articles else {}
-        if "pre" in tags:
+        if "pre" in tags and article:
             article["texts"][-1] += data
-        if "pre" in tags and "span" in tags:
+        if "pre" in tags and "span" in tags and article:
             kind, text = article["spans"][-1]
             article["spans"][-1] = kind, text + data
         if "td" in tags and article:

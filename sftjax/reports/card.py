@@ -1,0 +1,72 @@
+"""The model card of an export: README.md, with the numbers of the run that made it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftjax.errors import writing
+from sftjax.files import write_atomic
+from sftjax.reports.run import table
+from sftjax.terminal import printable
+
+if TYPE_CHECKING:
+    from sftjax.training.data import Feed
+
+# What the hub calls the tasks of ours; others have no row.
+PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
+
+
+def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
+    """Write README.md into an exported model's directory; result: as train returns it."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    config, after, name = feed.config, result["after"], export.parent.name
+    pipeline = PIPELINES.get(config.task)
+    scores = {f"answers/{k}": v for k, v in after.items() if type(v) is float}
+    found = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=set_name,  # by which results are kept apart
+            dataset_name=set_name,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for key, value in (scores | after["losses"]).items()
+        for set_name, _, metric in [key.partition("/")]
+    ]
+    base = config.model.path if not Path(config.model.path).exists() else ""
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="transformers" if pipeline else None,
+        pipeline_tag=pipeline,
+        tags=["sftjax", "sft"],
+        model_name=name,
+        eval_results=found or None,
+    )
+    d = config.data
+    sources = d.train or ", ".join(str(source["path"]) for source in d.sources)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{config.model.path}, fine-tuned with sftjax on {sources}: {result["steps"]:,} steps of
+{config.train.batch_size} rows with {config.optim.name}, learning rate {config.optim.lr:g}
+({config.optim.schedule}), seed {config.seed}.
+
+## Measured
+
+```
+{table(result["before"], after)}
+```
+
+"±" is one standard error. The sets: {d.validation or "none"}; questions: {d.test or "none"}.
+
+## Limits
+
+It was measured on the sets above and on nothing else. Licences of the base model and of the data
+hold for it too.
+"""
+    with writing("the file", export / "README.md"):
+        write_atomic(export / "README.md", str(ModelCard(printable(text))))

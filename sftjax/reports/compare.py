@@ -1,0 +1,257 @@
+"""`sftjax compare A B ...`: which settings differ, and which model is better by more than chance.
+
+A, B: workdirs of finished runs, or files that `sftjax evaluate --out` has written. Models that were
+measured on the same rows are compared row by row: the difference of each row, its mean, and an
+interval of it. That is far sharper than two means with an error each.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sftjax.errors import DataError, NotFoundError
+from sftjax.evaluation.metrics import METRICS, lower_is_better
+from sftjax.files import read_json, write_atomic
+from sftjax.reports import curves, html
+from sftjax.reports.run import number
+from sftjax.terminal import in_json, printable, show
+
+# The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so
+# that 200 comparisons of equals stay below 5% too (benchmarks/compare_null.py).
+LEVEL = 0.025
+LOWER = ("loss", "perplexity")
+
+
+class Measured(NamedTuple):
+    """One side of a comparison."""
+
+    name: str
+    config: Mapping[str, Any]  # flat: {"optim.lr": 1e-4}; {} where it is not known
+    values: Mapping[str, float]  # {"<set>/<metric>": value}
+    rows: Mapping[str, Mapping[str, Any]]  # {"<set>": {"record": numbers, "<metric>": values}}
+    losses: Mapping[str, curves.Points] = {}  # of a run's metrics.jsonl
+
+
+class Difference(NamedTuple):
+    """Of one metric on the same rows: the mean of b - a, its interval, and whether it is chance."""
+
+    metric: str  # "<set>/<metric>"
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    better: str  # "a", "b" or "" = not distinguishable
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compare runs or evaluations: sftjax compare A B ... [--json] [--html=FILE]."""
+    parser = argparse.ArgumentParser(prog="sftjax compare", description=main.__doc__)
+    parser.add_argument("sides", nargs="+", metavar="A", help="a workdir, or a file of evaluate")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", default="", help="a file for a page of it, with the curves")
+    options = parser.parse_args(argv)
+    sides = [one for path in options.sides for one in read(Path(path))]
+    if len(sides) < 2:
+        raise DataError("one model is there to compare; name two or more", kind="setting")
+    if options.html:
+        write_atomic(options.html, page(sides))
+    if options.json:
+        show(printable(json.dumps(as_json(sides), indent=1, allow_nan=False), in_json))
+    else:
+        show(text(sides))
+
+
+def read(path: Path) -> list[Measured]:
+    """What a workdir, or a file of evaluate, holds. Raises: NotFoundError, DataError."""
+    path = path.expanduser()
+    if path.is_dir():
+        return [_read_run(path)]
+    if not path.is_file():
+        raise NotFoundError(f"{path} is no workdir and no file of sftjax evaluate --out")
+    found = read_json(path, DataError)
+    every = found.get("results", [found]) if isinstance(found, dict) else []
+    if not every or not all(isinstance(one, dict) and "metrics" in one for one in every):
+        raise DataError("no result of sftjax evaluate --out", where=str(path), kind="bad_file")
+    return [
+        Measured(
+            f"{one.get('model', path.stem)}",
+            {},
+            {f"{_set(one)}/{k}": v for k, v in one["metrics"].items()},
+            {_set(one) if name != "answers" else name: v for name, v in one["rows"].items()}
+            if "rows" in one
+            else {},
+        )
+        for one in every
+    ]
+
+
+def _set(one) -> str:
+    return Path(str(one.get("data", "data"))).stem
+
+
+def _read_run(path) -> Measured:
+    if not (path / "result.json").is_file():
+        raise NotFoundError(f"{path} has no result.json: no run has come to its end there")
+    after = read_json(path / "result.json", DataError)["after"]
+    config = read_json(path / "config.json", DataError) if (path / "config.json").is_file() else {}
+    rows = read_json(path / "rows.json", DataError) if (path / "rows.json").is_file() else {}
+    answers = {f"answers/{k}": v for k, v in after.items() if isinstance(v, float)}
+    lines = path / "metrics.jsonl"
+    losses = curves.read_losses(lines) if lines.is_file() else {}
+    return Measured(path.name, _flat(config), after["losses"] | answers, rows, losses)
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    out = dict[str, Any]()
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+# ---- differences ---------------------------------------------------------------------------
+
+
+def settings(sides: Sequence[Measured]) -> dict[str, list[Any]]:
+    """{key: the value of each side}, of the settings in which sides with a config differ."""
+    known = [one.config for one in sides if one.config]
+    keys = dict.fromkeys(key for config in known for key in config)
+    every = {key: [one.config.get(key) for one in sides] for key in keys}
+    return {
+        key: values
+        for key, values in every.items()
+        if len({json.dumps(config.get(key), sort_keys=True) for config in known}) > 1
+    }
+
+
+def differences(a: Measured, b: Measured) -> list[Difference]:
+    """Of every metric that both have of the same rows; see `paired`."""
+    found = list[tuple[str, tuple[int, float, float, float, float]]]()
+    for name in a.rows:
+        mine, other = a.rows[name], b.rows.get(name)
+        if other is None or mine["record"] != other["record"]:
+            continue
+        for metric in mine:
+            if metric != "record" and metric in other:
+                found.append((f"{name}/{metric}", paired(mine[metric], other[metric])))
+    out, alive = list[Difference](), True
+    # Holm's rule: of several metrics the least likely is held to LEVEL / their number, and so on.
+    for rank, (metric, values) in enumerate(sorted(found, key=lambda x: x[1][-1])):
+        alive = alive and values[-1] < LEVEL / (len(found) - rank)
+        less = lower_is_better(metric.rpartition("/")[2]) or metric.rpartition("/")[2] in LOWER
+        better = ("b" if (values[1] < 0) == less else "a") if alive else ""
+        out.append(Difference(metric, *values, better))
+    order = [metric for metric, _ in found]
+    return sorted(out, key=lambda one: order.index(one.metric))
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[int, float, float, float, float]:
+    """(rows, mean of b - a, the 95% interval's ends, p) of values of the same rows.
+
+    p: where each row is right or wrong, of McNemar's exact test; else of Student's paired t-test.
+    """
+    from scipy import stats
+
+    x = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    n, mean = len(x), float(x.mean())
+    spread = float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
+    if n < 2 or not spread:
+        return n, mean, mean, mean, 1.0 if n < 2 or not mean else 0.0
+    half = float(stats.t.ppf(0.975, n - 1)) * spread
+    if set(np.unique(x)) <= {-1.0, 0.0, 1.0}:
+        p = stats.binomtest(int((x > 0).sum()), int((x != 0).sum())).pvalue
+    else:
+        p = 2 * stats.t.sf(abs(mean) / spread, n - 1)
+    return n, mean, mean - half, mean + half, float(p)
+
+
+# ---- shown ---------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A table: its title, the names of its columns, and its rows."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def parts(sides: Sequence[Measured]) -> list[Part]:
+    """The settings that differ, the metrics side by side, and the first against each other."""
+    letters = [chr(65 + i) for i in range(len(sides))]
+    head = ("", *letters)
+    out = [
+        Part(
+            "Compared",
+            ("", "model"),
+            [(a, one.name) for a, one in zip(letters, sides, strict=True)],
+        )
+    ]
+    if rows := [(k, *map(str, v)) for k, v in settings(sides).items()]:
+        out.append(Part("Settings that differ", head, rows))
+    metrics = dict.fromkeys(k for one in sides for k in one.values)
+    shown = [(k, *(number(k, one.values.get(k)) for one in sides)) for k in metrics]
+    out.append(Part("Measured", head, shown))
+    for letter, other in zip(letters[1:], sides[1:], strict=True):
+        if lines := [_line(one, letter) for one in differences(sides[0], other)]:
+            names = ("", "difference", "95% interval", "rows", "p", "")
+            out.append(Part(f"{letter} - A, row by row", names, lines))
+        else:
+            out.append(Part(f"{letter} and A were measured on no rows in common", (), ()))
+    return out
+
+
+def text(sides: Sequence[Measured]) -> str:
+    """The comparison as aligned lines."""
+    found = (f"{part.title}\n{_columns([part.head, *part.rows])}" for part in parts(sides))
+    return "\n\n".join(x.rstrip() for x in found)
+
+
+def page(sides: Sequence[Measured]) -> str:
+    """The comparison as a page, with the curves of runs laid over each other."""
+    named = {f"{chr(65 + i)} {one.name}": one.losses for i, one in enumerate(sides) if one.losses}
+    title = "Loss over steps"
+    drawn = [curves.picture(curves.overlay_figure(named, title), title)] if named else []
+    return html.render(
+        "compare.html.jinja",
+        styles=("report.css",),
+        title="Comparison",
+        parts=parts(sides),
+        pictures=drawn,
+    )
+
+
+def _line(one: Difference, letter: str) -> list[str]:
+    metric = one.metric.rpartition("/")[2]
+    scale, unit = (100, " points") if metric in METRICS and METRICS[metric].share else (1, "")
+    mean, low, high = (f"{scale * x:+.{1 if unit else 4}f}" for x in one[2:5])
+    said = {"": "not distinguishable", "a": "A is better", "b": f"{letter} is better"}[one.better]
+    return [one.metric, f"{mean}{unit}", f"{low} to {high}", f"{one.n:,}", f"{one.p:.2g}", said]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    if not rows[0]:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (
+        "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+    return "\n".join(f"  {line}" for line in padded)
+
+
+def as_json(sides: Sequence[Measured]) -> dict[str, Any]:
+    """The same as JSON holds it."""
+    from sftjax.files import finite
+
+    first = sides[0]
+    return {
+        "models": [one.name for one in sides],
+        "settings": settings(sides),
+        "metrics": [finite(dict(one.values)) for one in sides],
+        "differences": [[one._asdict() for one in differences(first, b)] for b in sides[1:]],
+    }

@@ -35,15 +35,18 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """peer: the name of its environment and program. env: variables added to the driver's own."""
+    """peer: the name of its environment and program. env: variables added to the driver's own.
 
-    def __init__(self, peer, job, log, env=None):
+    home: the folder of its program.
+    """
+
+    def __init__(self, peer, job, log, env=None, home=HERE):
         self.log = log
         inherited = dict(os.environ)
         if peer != "sftjax":
             inherited.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
-            [python(peer), str(HERE / f"peer_{peer}.py"), json.dumps(job)],
+            [python(peer), str(home / f"peer_{peer}.py"), json.dumps(job)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
             env=inherited | (env or {}),
         )  # fmt: skip

@@ -178,7 +178,7 @@ def train(
             checkpoints.wait()
         run.end(step)
         stop.release(step, feed.steps, checkpoints.latest_step())
-        health.finish(step)
+        health.finish(step, checkpoints)
 
         # ==== After ====
         after = evaluator.full(state.all_params, state.model_state, rows=True)

@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sftjax import params as params_lib
-from sftjax.errors import DivergenceError, writing
+from sftjax.errors import CheckpointError, DivergenceError, writing
 from sftjax.step import TrainState
 from sftjax.terminal import printable
 from sftjax.training.log import say
@@ -125,10 +125,10 @@ class Health:
         assert self.ill, "only after too many bad steps"
         newest, (how, message) = checkpoints.latest_step(), self.ill
         if how == "stop":
-            raise DivergenceError(message)
+            end(message, checkpoints)
         if newest is None or self.state["rollbacks"] == ROLLBACKS:
             why = "there is no checkpoint" if newest is None else f"it was, {ROLLBACKS} times"
-            raise DivergenceError(f"{message}\nIt can't be rolled back: {why}.")
+            end(f"{message}\nIt can't be rolled back: {why}.", checkpoints)
         at = state.step.copy()
         jax.tree.map(lambda x: x.delete(), state)
         restored, extra = checkpoints.restore(target)
@@ -138,13 +138,13 @@ class Health:
         say("rollback", f"to step {newest}; it goes on with the data after step {step}")
         return dataclasses.replace(restored, step=at)
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, checkpoints: "Checkpointer") -> None:
         """Raises: DivergenceError if the last step was not finite, or the run should have stopped.
 
         The last step is not finite if none was, that is, where no update was applied at all.
         """
         if self.ill or not self.sound:
-            raise DivergenceError(self.ill[1] if self.ill else self._message(step))
+            end(self.ill[1] if self.ill else self._message(step), checkpoints)
 
     def may_save(self, step: int, state: TrainState) -> bool:
         """Is the last step, and every number of the state after it, finite; says if not.
@@ -181,6 +181,15 @@ class Health:
             " optim.clip, look at the documents, or set train.on_nonfinite (on_spike) to rollback;"
             " --debug.nan names the first operation whose result is not finite."
         )
+
+
+def end(message: str, checkpoints: "Checkpointer") -> NoReturn:
+    """Raise DivergenceError, once the save under way, which is of a finite state, is on disk."""
+    try:
+        checkpoints.wait()
+    except CheckpointError as e:
+        logger.warning("%s", printable(str(e)))
+    raise DivergenceError(message)
 
 
 def not_finite(tree: Any) -> list[str]:

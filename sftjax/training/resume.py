@@ -11,6 +11,7 @@ import jax
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError
+from sftjax.evaluation.evaluator import ANSWERS
 from sftjax.files import parse_json, read_json
 from sftjax.terminal import printable
 
@@ -170,19 +171,26 @@ def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[s
     same = lambda name: _rows_of(was.get(name)) == _rows_of(now.get(name))  # noqa: E731
     before = extra.get("before")
     if before is not None:
-        kept = {k: v for k, v in before.items() if k not in ("losses", "tables")}
-        for part in ("losses", "tables"):
-            if part in before:
-                known = before[part].items()
-                kept[part] = {k: v for k, v in known if same(k.rpartition("/")[0])}
+        kept = {
+            part: {k: v for k, v in found.items() if same(_set_of(k))}
+            if type(found) is dict
+            else found
+            for part, found in before.items()
+        }
         if feed.questions and not same("test"):
-            kept = {k: v for k, v in kept.items() if k in ("losses", "tables")}
+            kept = {k: v for k, v in kept.items() if isinstance(v, dict)}
             kept["answers"] = ["(the test set was another)"] * len(feed.questions)
         extra = extra | {"before": kept}
     best, metric = written.get("best"), manifest["best"]
-    if best != metric or not same(metric.rpartition("/")[0]):
+    if best != metric or not same(_set_of(metric)):
         extra = extra | {"early_stop": None}
     return extra
+
+
+def _set_of(key: str) -> str:
+    """The set that "<set>/<metric>", or "<set>" alone, is of; answers are of the test set."""
+    name = key.rpartition("/")[0] or key
+    return "test" if name == ANSWERS else name
 
 
 def _rows_of(facts) -> Any:

@@ -20,6 +20,7 @@ from sftjax.tasks.causal_lm import CausalLM
 from sftjax.train import train
 from sftjax.training import build, health, nan
 
+NONE = SimpleNamespace(wait=lambda: None)  # checkpoints
 FEED = SimpleNamespace(documents=lambda step: [f"train.jsonl:{step}"])
 
 
@@ -96,17 +97,17 @@ def test_bad_steps_are_counted_with_their_documents_until_there_are_too_many(tmp
     assert {s["reason"] for s in suspects(tmp_path)} == {"nonfinite"}
     assert "step 2 is not finite: loss nan" in caplog.text and "suspects.jsonl" in caplog.text
     with pytest.raises(DivergenceError, match=r"step 6: .* not finite in 3 steps in a row; 4 of 6"):
-        watch.mend(None, 6, None, SimpleNamespace(latest_step=lambda: None))
+        watch.mend(None, 6, None, SimpleNamespace(latest_step=lambda: None, wait=lambda: None))
 
 
 def test_a_run_whose_last_step_is_not_finite_is_an_error_however_short(tmp_path):
     watch = health.Health(section(), tmp_path, FEED)
-    watch.finish(0)
+    watch.finish(0, NONE)
     watch.see(1, [metrics(1)])
-    watch.finish(1)
+    watch.finish(1, NONE)
     watch.see(2, [metrics(math.nan, 1)])
     with pytest.raises(DivergenceError, match="1 of 2 updates were skipped"):
-        watch.finish(2)
+        watch.finish(2, NONE)
 
 
 def test_no_checkpoint_is_made_of_what_is_not_finite(tmp_path, caplog):
@@ -136,7 +137,7 @@ def test_spikes_are_losses_far_above_those_before(tmp_path, caplog):
     watch.see(40, [metrics(8)])
     assert watch.ill
     with pytest.raises(DivergenceError, match="losses of 2 steps in a row are far above"):
-        watch.mend(None, 40, None, SimpleNamespace(latest_step=lambda: 3))
+        watch.mend(None, 40, None, SimpleNamespace(latest_step=lambda: 3, wait=lambda: None))
 
 
 def test_a_resumed_run_judges_as_it_would_have(tmp_path):
@@ -165,7 +166,9 @@ def test_a_rollback_takes_the_newest_checkpoint_for_the_present_step(tmp_path):
     make = lambda value: TrainState.create(params={"w": jnp.full(3, value)}, tx=tx)  # noqa: E731
     saved = {"health": dict(lag=1)}
     checkpoints = SimpleNamespace(
-        latest_step=lambda: 4, restore=lambda target: (make(4.0).replace(step=4), saved)
+        latest_step=lambda: 4,
+        restore=lambda target: (make(4.0).replace(step=4), saved),
+        wait=lambda: None,
     )
     for n in range(health.ROLLBACKS):
         watch.see(9, [metrics(math.nan, 1)])
@@ -177,7 +180,7 @@ def test_a_rollback_takes_the_newest_checkpoint_for_the_present_step(tmp_path):
     watch.see(10, [metrics(math.nan, 1)])
     with pytest.raises(DivergenceError, match="can't be rolled back: it was, 3 times"):
         watch.mend(state, 10, None, checkpoints)
-    nothing = SimpleNamespace(latest_step=lambda: None)
+    nothing = SimpleNamespace(latest_step=lambda: None, wait=lambda: None)
     with pytest.raises(DivergenceError, match="there is no checkpoint"):
         watch.mend(state, 10, None, nothing)
 

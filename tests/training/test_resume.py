@@ -164,7 +164,10 @@ def test_numbers_of_sets_that_are_others_now_are_not_compared():
     feed = types.SimpleNamespace(questions=[1, 2])
     before = {
         "losses": {"v/loss": 1.0, "v/accuracy": 0.5, "w/loss": 2.0},
-        "tables": {"v/confusion": [[1]], "w/confusion": [[2]]},
+        "tables": {"v/confusion": [[1]], "w/confusion": [[2]], "answers/confusion": [[3]]},
+        "n": {"v": 2, "w": 3, "answers": 2},
+        "errors": {"v/loss": 0.1, "w/loss": 0.2, "answers/exact_match": 0.3},
+        "baselines": {"w": {"always a": {"accuracy": 0.5}}},
         "exact_match": 0.5,
         "answers": ["a", "b"],
     }
@@ -177,9 +180,17 @@ def test_numbers_of_sets_that_are_others_now_are_not_compared():
     assert found["before"] == {
         "losses": {"w/loss": 2.0},
         "tables": {"w/confusion": [[2]]},
+        "n": {"w": 3},
+        "errors": {"w/loss": 0.2},
+        "baselines": {"w": {"always a": {"accuracy": 0.5}}},
         "answers": ["(the test set was another)"] * 2,
     }
     assert resume.comparable(extra, was | {"best": "w/loss"}, feed)["early_stop"] is None
+    by_answers = was | {"best": "answers/exact_match"}
+    extra["manifest"] = by_answers
+    assert resume.comparable(extra, by_answers, feed)["early_stop"]
+    now = by_answers | {"evaluation": was["evaluation"] | {"test": facts("2")}}
+    assert resume.comparable(extra, now, feed)["early_stop"] is None
     older = extra | {"manifest": {}}
     assert resume.comparable(older, now, feed) == older
 

@@ -1,7 +1,9 @@
 """Batched sampling with a key/value cache: one prefill, then one token a step for all rows."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,12 +14,15 @@ from jax.typing import ArrayLike
 
 from sftjax import parallel
 from sftjax.errors import DataError, ModelError
+from sftjax.ops import rope
 from sftjax.parallel import processes
 
 if TYPE_CHECKING:
     from sftjax.models.base import Model
 
-BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
+WORKERS = 2  # batches under way at once on a CPU
+PART = 16  # tokens of the prompts that are read at once
 
 
 def sample(
@@ -43,16 +48,36 @@ def sample(
     return jax.random.categorical(rng, logits).astype(jnp.int32)
 
 
+def _prefill(model, params, tokens, lengths, cache):
+    """The cache with the prompts, and the hidden state of the last token of each.
+
+    In parts, so that one compiled program costs what the longest prompt needs and not its width.
+    """
+    # A rotation that depends on a prompt's length has to know it from the first token on.
+    kinds = model.config.kinds
+    whole = any(kind.rope is not None and kind.rope.kind in rope.BY_LENGTH for kind in kinds)
+    part = tokens.shape[1] if whole else math.gcd(tokens.shape[1], PART)
+    start = jnp.zeros((len(tokens), model.config.width), model.config.dtype)
+
+    def body(i, carry):
+        cache, last = carry
+        positions = jnp.broadcast_to(i * part + jnp.arange(part), (len(tokens), part))
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        own = jax.lax.dynamic_slice_in_dim(tokens, i * part, part, axis=1)
+        hidden, cache = model.decode(params, cache, own, positions, segments)
+        at = (lengths - 1 - i * part)[:, None]
+        found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[..., None], axis=1)[:, 0]
+        return cache, jnp.where((at >= 0) & (at < part), found, last)
+
+    return jax.lax.fori_loop(0, -(-jnp.max(lengths) // part), body, (cache, start))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
 def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k, top_p):
     """Of tokens int32 [B, P], right-padded, lengths [B]: (ids [B, new], count of ids kept [B])."""
     B, P = tokens.shape
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    cache = model.init_cache(B, P + new)
-    hidden, cache = model.decode(params, cache, tokens, positions, segments)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    cache, last = _prefill(model, params, tokens, lengths, model.init_cache(B, P + new))
 
     def pick(last, i):
         key = jax.random.fold_in(rng, i)
@@ -121,7 +146,9 @@ def generate(
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
     size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
     answers: list[list[int]] = [[]] * len(prompts)
-    for start in range(0, len(order), size):
+    stop = tuple(sorted(set(stop_ids)))
+
+    def answer(start: int) -> None:
         rows = order[start : start + size]
         width = -(-max(len(prompts[i]) for i in rows) // BUCKET) * BUCKET
         tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
@@ -129,20 +156,20 @@ def generate(
             tokens[j, : len(prompts[i])] = prompts[i]
             lengths[j] = len(prompts[i])
         key = jax.random.fold_in(jax.random.key(seed), start)
-        out, count = _run(
-            model,
-            params,
-            *_replicated(mesh, tokens, lengths, key),
-            tuple(sorted(set(stop_ids))),
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-        )
-        out, count = processes.to_host(out), processes.to_host(count)
+        arrays = _replicated(mesh, tokens, lengths, key)
+        drawn = (max_new_tokens, temperature, top_k, top_p)
+        out, count = map(processes.to_host, _run(model, params, *arrays, stop, *drawn))
         for j, i in enumerate(rows):
             answers[i] = out[j, : count[j]].tolist()
-        said(start + len(rows), len(order))
+
+    starts = range(0, len(order), size)
+    # A batch on a CPU keeps one core busy and now and then the others: two at a time keep two.
+    # Over several devices programs have to run one after the other.
+    alone = jax.device_count() == 1 and jax.default_backend() == "cpu"
+    with ThreadPoolExecutor(WORKERS) as pool:
+        answered = pool.map(answer, starts) if alone else map(answer, starts)
+        for start, _ in zip(starts, answered, strict=True):
+            said(min(start + size, len(order)), len(order))
     return answers
 
 

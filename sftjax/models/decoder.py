@@ -161,10 +161,9 @@ def _stack(config, name, ctx, x, xs):
     On a mesh with fsdp or context, over shards of rows: so that it is said here, not left to the
     partitioner, where weights are gathered and their gradients summed and scattered.
     """
-    kv = xs[1]
     mesh = jax.sharding.get_abstract_mesh()
     needs = (RULES["embed"], RULES["seq"])
-    if mesh.empty or all(mesh.shape[a] == 1 for a in needs) or kv is not None:
+    if mesh.empty or all(mesh.shape[a] == 1 for a in needs):
         return _scan(config, name, ctx, x, xs)
     apart = {*RULES["batch"], *needs} - {*manual_axes()}
     rows = spec(("batch", "seq"))
@@ -208,6 +207,32 @@ def _scan(config, name, ctx, x, xs):
     return x, out
 
 
+def _decoded(config, name, ctx, x, kv, xs):
+    """As _stack, of tokens that go on from a cache: (x, the stack's keys and values, routing).
+
+    The cache is carried whole and written in place: as an output of the scan it would be copied.
+    xs: (params, first).
+    """
+    kinds, n = period(config, name), stacks(config)[name]
+    p = len(kinds)
+
+    def body(carry, xs):
+        x, kv = carry
+        group, xs = xs
+        outs = []
+        for j in range(p):
+            own, first = jax.tree.map(lambda a, j=j: a[j], xs) if p > 1 else xs
+            cache = layer.Cache(kv[0], kv[1], group * p + j)
+            x, (kv, routing) = layer.apply(config, kinds[j], ctx, x, own, cache, first, None)
+            outs.append(routing)
+        return (x, kv), jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+    if p > 1:
+        xs = jax.tree.map(lambda a: a.reshape(n // p, p, *a.shape[1:]), xs)
+    (x, kv), routing = jax.lax.scan(body, (x, kv), (jnp.arange(n // p), xs))
+    return x, kv, jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), routing)
+
+
 def forward(
     config: Config,
     params: dict[str, Any],
@@ -230,10 +255,10 @@ def forward(
     else:
         x = weight.rows(params["embed"]["w"], tokens, config.dtype)
         x = _embedded(config, params, x, positions)
-        cache = _write_places(cache, positions, segments)
+        slot, cache = cache["slot"], _write_places(cache, positions, segments)
         where = {"positions": positions, "segments": segments}
         where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
-        ctx = {"slots": cache["slots"], "where": where, "angles": _angles(config, **where)}
+        ctx = {"slot": slot, "where": where, "angles": _angles(config, **where)}
     x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
     if cache is None:
@@ -296,8 +321,12 @@ def run_layers(
             kv = None if cache is None else cache["kv"][f"{loop}/{name}"]
             at = 1 + loop * config.layers + int(name.split("-")[0])
             own = None if seeds is None else seeds[at : at + stacks(config)[name]]
-            xs = (layers[name], kv, first, own)
-            x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
+            if kv is None:
+                xs = (layers[name], None, first, own)
+                x, (kept[f"{loop}/{name}"], routing) = _stack(config, name, ctx, x, xs)
+            else:
+                found = _decoded(config, name, ctx, x, kv, (layers[name], first))
+                x, kept[f"{loop}/{name}"], routing = found
             sums.append(routing)
     return x, kept, jax.tree.map(lambda *a: sum(jnp.sum(b, axis=0) for b in a), *sums)
 
@@ -316,31 +345,29 @@ def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
 
 
 def init_cache(config: Config, batch: int, length: int) -> dict:
-    """An empty key/value cache for `length` positions; `index` is where each row writes next."""
-    shape = (batch, length, config.kv_heads, config.head_dim)
+    """An empty key/value cache for `length` positions; the next tokens of all rows go to `slot`.
+
+    Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row
+    read them as they lie.
+    """
+    c = config
+    heads, ends = (batch, c.kv_heads), ((c.head_dim, length), (length, c.head_dim))
     kv = {
-        f"{loop}/{name}": tuple(jnp.zeros((n, *shape), config.dtype) for _ in "kv")
-        for loop in range(config.loops)
-        for name, n in stacks(config).items()
+        f"{loop}/{name}": tuple(jnp.zeros((n, *heads, *end), c.dtype) for end in ends)
+        for loop in range(c.loops)
+        for name, n in stacks(c).items()
     }
     empty = jnp.zeros((batch, length), jnp.int32)
-    return {
-        "kv": kv,
-        "kv_positions": empty,
-        "kv_segments": empty,
-        "index": jnp.zeros((batch,), jnp.int32),
-    }
+    return {"kv": kv, "kv_positions": empty, "kv_segments": empty, "slot": jnp.int32(0)}
 
 
 def _write_places(cache, positions, segments):
-    """Record where the new tokens go. Right-padding (segment 0) is overwritten by later tokens."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    slots = cache["index"][:, None] + jnp.arange(positions.shape[1])
+    """Record which tokens come next. Slots of padding (segment 0) stay empty."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache["slot"], axis=1)
     return cache | {
-        "slots": slots,
-        "kv_positions": cache["kv_positions"].at[rows, slots].set(positions),
-        "kv_segments": cache["kv_segments"].at[rows, slots].set(segments),
-        "index": cache["index"] + jnp.sum(segments > 0, axis=1),
+        "kv_positions": put(cache["kv_positions"], positions),
+        "kv_segments": put(cache["kv_segments"], segments),
+        "slot": cache["slot"] + positions.shape[1],
     }
 
 
@@ -420,5 +447,4 @@ class Model(base.Body):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """(hidden [B, S, D], cache) with the tokens appended to the cache."""
         out: Any = forward(self.config, params, tokens, positions, segments, cache)
-        out[1].pop("slots")
         return out[:2]

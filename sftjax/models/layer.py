@@ -6,7 +6,7 @@ f feed-forward width, e experts.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,26 @@ def remat(config: "Config", fn: Callable) -> Callable:
     return jax.checkpoint(fn, policy=kept, prevent_cse=not config.scan)
 
 
+Pair = tuple[jax.Array, jax.Array]  # keys and values
+
+
+class Cache(NamedTuple):
+    """The keys and values of a stack, see decoder.init_cache, and which of its layers is meant."""
+
+    keys: jax.Array  # [layers, B, K, H, T]
+    values: jax.Array  # [layers, B, K, T, H]
+    layer: jax.Array  # int32
+
+    def add(self, k: jax.Array, v: jax.Array, slot: jax.Array) -> tuple[Pair, Pair]:
+        """The stack's and the layer's keys and values, with k and v [B, S, K, H] at `slot`."""
+        k, v = k.transpose(0, 2, 3, 1)[None], v.transpose(0, 2, 1, 3)[None]
+        put, layer = jax.lax.dynamic_update_slice, self.layer
+        keys = put(self.keys, k.astype(self.keys.dtype), (layer, 0, 0, 0, slot))
+        values = put(self.values, v.astype(self.values.dtype), (layer, 0, 0, slot, 0))
+        own = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        return (keys, values), (own(keys), own(values))
+
+
 def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.Array:
     """Normalise x [..., *scale.shape] in its own dtype; p None leaves it as it is."""
     if p is None:
@@ -153,7 +173,7 @@ def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.
 
 
 def _attention(config, kind, axes, p, x, ctx, kv, first):
-    """Of x [B, S, D] the same shape, and this layer's keys and values: the cache when decoding.
+    """Of x [B, S, D] the same shape, and its keys and values: the stack's cache when decoding.
 
     first: this layer's keys and values in the first pass, when in a later one.
     """
@@ -166,11 +186,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     q = constrain(q, "batch", "seq", "heads", None)
     k = constrain(k, "batch", "seq", "kv_heads", None)
     if kv is not None:
-        rows = jnp.arange(x.shape[0])[:, None]
-        k, v = (
-            old.at[rows, ctx["slots"]].set(new.astype(old.dtype))
-            for old, new in zip(kv, (k, v), strict=True)
-        )
+        kv, (k, v) = kv.add(k, v, ctx["slot"])
 
     how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
     how |= dict(causal=config.causal, backend=config.attention)
@@ -181,7 +197,7 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     else:
         own = attend(k, v, window=config.loop_window)
         out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
-    return project("bsnh,nhd->bsd", out, p["o"]), (k, v)
+    return project("bsnh,nhd->bsd", out, p["o"]), (k, v) if kv is None else kv
 
 
 def _mix(p, q, first, own):
@@ -251,7 +267,7 @@ def apply(
     ctx: dict[str, Any],
     x: jax.Array,
     p: dict[str, Any],
-    kv: tuple[jax.Array, jax.Array] | None,
+    kv: Cache | None,
     first: tuple[jax.Array, jax.Array] | None,
     seed: jax.Array | None,
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, dict[str, jax.Array] | None]]:

@@ -24,19 +24,39 @@ def xla(
 ) -> jax.Array:
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     B, S, N, H = q.shape
-    T, K = k.shape[1:3]
+    K = k.shape[2]
     q = q.reshape(B, S, K, N // K, H)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * o.scale
+    probs = _probs(scores, sinks, where, o).astype(v.dtype)
+    out = jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
+    return checkpoint_name(out, "attention")
+
+
+def cached(
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
+) -> jax.Array:
+    """As xla, with k [B, K, H, T] and v [B, K, T, H]: products of matrices as they lie."""
+    B, S, N, H = q.shape
+    K, T = k.shape[1], k.shape[3]
+    G = N // K
+    q = q.reshape(B, S, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * S, H)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * o.scale
+    probs = _probs(scores.reshape(B, K, G, S, T), sinks, where, o).astype(v.dtype)
+    out = jnp.matmul(probs.reshape(B, K, G * S, T), v)
+    return out.reshape(B, K, G, S, H).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+
+
+def _probs(scores, sinks, where, o):
+    """The softmax of scaled scores [B, K, G, S, T]."""
+    T = scores.shape[-1]
     if o.softcap:
         scores = o.softcap * jnp.tanh(scores / o.softcap)
     seen = mask(where, o.causal, o.window)  # [B, S, T]
     scores = jnp.where(seen[:, None, None], scores, NEG_INF)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        sink = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
-    probs = jax.nn.softmax(scores, axis=-1)[..., :T].astype(v.dtype)
-    out = jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
-    return checkpoint_name(out, "attention")
+    return jax.nn.softmax(scores, axis=-1)[..., :T]
 
 
 def mask(where: Where, causal: bool, window: int) -> jax.Array:
@@ -115,15 +135,17 @@ def attention(
 ) -> jax.Array:
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 
+    With kv_segments k is [B, K, H, T] and v [B, K, T, H], as a cache holds them.
     segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
     None). window: a query sees itself and window-1 keys before it; 0 = all. softcap: 0 = none.
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
     softmax and gives nothing.
     """
     o = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
-    if kv_segments is not None:  # decoding: only the reference knows the cache
+    if kv_segments is not None:  # decoding: k [B, K, H, T] and v [B, K, T, H] are the cache's
         kv_positions = positions if kv_positions is None else kv_positions
-        return xla(q, k, v, sinks, Where(segments, kv_segments, positions, kv_positions), o)
+        where = Where(segments, kv_segments, positions, kv_positions)
+        return cached(q, k, v, sinks, where, o)
     run, seg, pos = functools.partial(BACKENDS[backend].fn, o=o), segments, positions
     if jax.sharding.get_abstract_mesh().empty:
         return run(q, k, v, sinks, Where(seg, seg, pos, pos))

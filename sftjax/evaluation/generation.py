@@ -1,7 +1,9 @@
 """Batched sampling with a key/value cache: one prefill, then one token a step for all rows."""
 
+import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
 WORKERS = 2  # batches under way at once on a CPU
+# So that no two of them compile the same program.
+_COMPILING, _COMPILED = threading.Lock(), set[tuple]()
 PART = 16  # tokens of the prompts that are read at once
 
 
@@ -158,7 +162,11 @@ def generate(
         key = jax.random.fold_in(jax.random.key(seed), start)
         arrays = _replicated(mesh, tokens, lengths, key)
         drawn = (max_new_tokens, temperature, top_k, top_p)
-        out, count = map(processes.to_host, _run(model, params, *arrays, stop, *drawn))
+        program = (model, size, width, stop, drawn)
+        with contextlib.nullcontext() if program in _COMPILED else _COMPILING:
+            found = _run(model, params, *arrays, stop, *drawn)
+            _COMPILED.add(program)
+        out, count = map(processes.to_host, found)
         for j, i in enumerate(rows):
             answers[i] = out[j, : count[j]].tolist()
 
@@ -166,10 +174,13 @@ def generate(
     # A batch on a CPU keeps one core busy and now and then the others: two at a time keep two.
     # Over several devices programs have to run one after the other.
     alone = jax.device_count() == 1 and jax.default_backend() == "cpu"
-    with ThreadPoolExecutor(WORKERS) as pool:
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
         answered = pool.map(answer, starts) if alone else map(answer, starts)
         for start, _ in zip(starts, answered, strict=True):
             said(min(start + size, len(order)), len(order))
+    finally:
+        pool.shutdown(cancel_futures=True)
     return answers
 
 

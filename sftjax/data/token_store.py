@@ -245,6 +245,10 @@ class _Hashing(RecordSource):
         """The place of row `i`."""
         return self.source.where(i)
 
+    def unread(self, i: int) -> Sequence[str]:
+        """As of the source."""
+        return getattr(self.source, "unread", lambda i: ())(i)
+
     def fingerprint(self) -> str:
         """The source's own."""
         return self.source.fingerprint()

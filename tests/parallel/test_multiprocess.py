@@ -243,8 +243,8 @@ def test_a_slow_process_is_named(files, tmp_path):  # noqa: F811
 import sys, time
 if "mesh.process_id=1" in sys.argv:
     from sftjax.training import data
-    put = data.Feed._put
-    data.Feed._put = lambda *arguments: (time.sleep(0.3), put(*arguments))[1]
+    put = data.Feed.put
+    data.Feed.put = lambda *arguments: (time.sleep(0.3), put(*arguments))[1]
 """
     one, other = run_all(files, tmp_path / "run", before=slow, devices=1)
     assert one.count("is slow") == 1 and "is slow" not in other

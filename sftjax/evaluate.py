@@ -139,6 +139,7 @@ def evaluate(
         params, state, at = _weights(config, task, model, trainable, mesh, run, step)
         sets = Sets(config, task, Path(config.data.cache_dir or folder / "cache/tokens"), mesh)
         sets.open(data, "")
+        [facts] = sets.facts["evaluation"].values()  # those of questions come beside
         asked = ""
         if task.generates and config.generate.max_new_tokens:
             try:
@@ -150,10 +151,9 @@ def evaluate(
         found = Evaluator(task, model, sets, config).full(params, state, rows=True)
     if asked:
         show(asked, file=sys.stderr)
-    [name] = sets.sets
     # One set of rows: the answers to them stand under the same names as their loss.
     bare = lambda tree: {k.partition("/")[2]: v for k, v in tree.items()}  # noqa: E731
-    out: dict[str, Any] = {"data": data, "n": sets.facts["evaluation"][name]["rows"]}
+    out: dict[str, Any] = {"data": data, "n": facts["rows"]}
     out["metrics"] = bare(found["losses"]) | {k: v for k, v in found.items() if type(v) is float}
     out |= {k: bare(found[k]) for k in ("errors", "tables") if k in found}
     if baselines := [x for some in found.get("baselines", {}).values() for x in some.items()]:

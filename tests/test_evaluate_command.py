@@ -52,6 +52,14 @@ def test_one_object_and_nothing_else(data, capfd):
     assert {"accuracy", "exact_match"} <= set(found["metrics"]) and "testing 7/7" in err
 
 
+def test_n_is_of_the_rows_whose_loss_is_measured(data, capfd):
+    (data / "some.jsonl").rename(data / "test.jsonl")
+    limit = "--config.eval.test_limit=3"
+    evaluate.main([f"--model={MODEL}", f"--data={data / 'test.jsonl'}", "--json", SHORT, limit])
+    out, err = capfd.readouterr()
+    assert json.loads(out)["n"] == 7 and "testing 3/3" in err
+
+
 def test_texts_have_a_loss_alone(data, capfd):
     evaluate.main([f"--model={MODEL}", f"--data={data / 'texts.jsonl'}", "--json"])
     out, err = capfd.readouterr()

@@ -199,5 +199,9 @@ def not_finite(tree: Any) -> list[str]:
         for name, x in params_lib.named_leaves(tree)
         if x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
     }
-    finite = jax.jit(lambda t: {k: jnp.isfinite(x).all() for k, x in t.items()})(named)
-    return [name for name, ok in jax.device_get(finite).items() if not ok]
+    return [name for name, ok in jax.device_get(_finite(named)).items() if not ok]
+
+
+@jax.jit  # here, so that it is compiled once and not at every save
+def _finite(named):
+    return {name: jnp.isfinite(x).all() for name, x in named.items()}

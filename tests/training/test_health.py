@@ -124,6 +124,15 @@ def test_no_checkpoint_is_made_of_what_is_not_finite(tmp_path, caplog):
     assert not watch.may_save(2, state)
 
 
+def test_the_check_before_a_save_is_compiled_once():
+    before = health._finite._cache_size()
+    tree = {"a": jnp.ones(7), "b": {"c": jnp.full((2, 5), 3.0)}, "n": jnp.int32(1)}
+    for _ in range(3):
+        assert health.not_finite(tree) == []
+    assert health._finite._cache_size() == before + 1
+    assert health.not_finite(tree | {"a": jnp.full(7, jnp.nan)}) == ["a"]
+
+
 def test_spikes_are_losses_far_above_those_before(tmp_path, caplog):
     usual = [2 + 0.1 * (-1) ** n for n in range(health.FEWEST)]  # their deviation is 0.1
     watch = health.Health(section(spike=6.0, bad_steps=2, on_spike="stop"), tmp_path, FEED)

@@ -40,6 +40,14 @@ class Asking(NamedTuple):
             raise ConfigError(
                 f"eval.draws={e.draws}: with generate.temperature=0 all of them are equal"
             )
+        for key, metric in {"answer": "number", "choices": "choice"}.items():
+            if e[key] and metric not in e.metrics:
+                raise ConfigError(
+                    f"eval.{key}={e[key]!r} is of the metric {metric!r}, which eval.metrics lacks:"
+                    f" {tuple(e.metrics)}"
+                )
+        if e.draws > 1 and set(e.metrics) == {"choice"}:
+            raise ConfigError(f"eval.draws={e.draws}: choice draws nothing")
         return cls(tuple(e.metrics), e.answer, e.choices, e.draws)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax.errors import ConfigError, DataError
+from sftjax.evaluation.sets import ANSWERS
 from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
 from sftjax.terminal import show
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from sftjax.models.base import Model
     from sftjax.tasks import Task
 
-ANSWERS = "answers"  # stands for the name of a set before the metrics of generated answers
 BESIDE = ("tables", "errors", "baselines", "rows")  # what a result has beside values
 # (params, batch, *state) -> Loss, or (Loss, predictions), jitted
 EvalStep = Callable[..., Loss | tuple[Loss, dict[str, jax.Array]]]

@@ -2,8 +2,8 @@
 
     python -m sftjax.evaluation.lm_eval --model=sftjax --model_args=pretrained=DIR --tasks=arc_easy
 
-model_args: pretrained, a Hugging Face directory or an export; dtype (float32), max_length (2048),
-add_bos_token (what the tokenizer does). The log-likelihoods are those of its backend `hf`.
+model_args: pretrained, a Hugging Face directory or an export; dtype (float32), max_length (what the
+model has), add_bos_token (as the tokenizer). The log-likelihoods are those of its backend `hf`.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,13 @@ class SftjaxLM(TemplateLM):
         self,
         pretrained: str,
         dtype: str = "float32",
-        max_length: int = 2048,
+        max_length: int | None = None,
         add_bos_token: bool | None = None,
         batch_size: int | str = 64,
-        **unused: Any,
+        max_batch_size: int | None = None,
+        device: str | None = None,
     ) -> None:
-        """unused: what lm-eval passes to every backend, such as device."""
+        """max_batch_size, device: what lm-eval passes to every backend; JAX has its own devices."""
         super().__init__()
         config = config_lib.get_default()
         config.model.path, config.model.dtype = pretrained, dtype
@@ -52,7 +53,8 @@ class SftjaxLM(TemplateLM):
         with jax.set_mesh(self.mesh):
             self.params = build.make_params(config.model, self.model, trainable, self.mesh)
         self.add_bos_token = add_bos_token
-        self.max_length = min(int(max_length), self.model.config.max_positions or int(max_length))
+        self.max_length = int(max_length or self.model.config.max_positions)
+        self.model.check_length(self.max_length, f"max_length={self.max_length}")
         size = 64 if str(batch_size).startswith("auto") else int(batch_size)
         self.options: dict[str, Any] = dict(batch_size=size, mesh=self.mesh)
 
@@ -88,8 +90,7 @@ class SftjaxLM(TemplateLM):
             add_special_tokens = self.add_bos_token
             if string.startswith(self.tokenizer.decode(self.prefix_token_id)):
                 add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests: Sequence, **kwargs: Any) -> list[tuple[float, bool]]:
         """requests: (what is cached, context ids, continuation ids); cut at the left."""
@@ -125,18 +126,16 @@ class SftjaxLM(TemplateLM):
         for rows in groups.values():
             asked = requests[rows[0]].args[1]
             new, until = int(asked.get("max_gen_toks", 256)), asked.get("until") or []
+            if new >= self.max_length:
+                raise ConfigError(f"max_length={self.max_length}: {new} new tokens leave no room")
             prompts = [self.tok_encode(requests[i].args[0]) for i in rows]
+            prompts = [ids[-(self.max_length - new) :] for ids in prompts]
+            how: dict[str, Any] = dict(max_new_tokens=new, top_k=int(asked.get("top_k", 0)))
+            how |= dict(top_p=float(asked.get("top_p", 1)), **self.options)
+            how["stop_ids"] = question.stop_ids(self.tokenizer)
+            how["temperature"] = float(asked.get("temperature", 1)) * asked.get("do_sample", False)
             with jax.set_mesh(self.mesh):
-                answers = generation.generate(
-                    self.model,
-                    self.params,
-                    [ids[-(self.max_length - new) :] for ids in prompts],
-                    stop_ids=question.stop_ids(self.tokenizer),
-                    max_new_tokens=new,
-                    temperature=float(asked.get("temperature", 1)) * asked.get("do_sample", False),
-                    top_p=float(asked.get("top_p", 1)),
-                    **self.options,
-                )
+                answers = generation.generate(self.model, self.params, prompts, **how)
             for i, ids in zip(rows, answers, strict=True):
                 out[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
                 for stop in [until] if isinstance(until, str) else until:

@@ -29,6 +29,9 @@ def named(text: str) -> dict[str, str]:
     return names
 
 
+ANSWERS = "answers"  # stands for the name of a set before the metrics of generated answers
+
+
 class Sets:
     """What is measured: sets with a loss, test sets, and questions that are answered.
 
@@ -50,12 +53,17 @@ class Sets:
     def open(self, validation: str, test: str) -> None:
         """Read data.validation's sets and data.test: questions where the task generates."""
         for name, path in named(validation).items():
+            if name == ANSWERS:
+                raise ConfigError(
+                    f"data.validation: a set called {ANSWERS!r} would stand under the name of the"
+                    f" answers to data.test; call {path} something else"
+                )
             self.sets[name] = self.measured(name, data_lib.open_source(path), self.task)
         if not test:
             return
         source = data_lib.open_source(test, self.config.eval.test_limit)
         if self.task.generates:
-            self.facts["evaluation"]["test"] = facts_of(source)
+            self.facts["evaluation"][ANSWERS] = facts_of(source)
             shots = self.shots()
             self.questions = self.task.questions(source, *([shots] if shots else []))
             self.groups = self._groups(source, range(len(source)))

@@ -24,6 +24,9 @@ TASKS = {
     "classification": "sftjax.tasks.classification:Classification",
 }
 
+# Keys of the config's section `eval` that only a task which generates reads, as they come.
+ASKING = dict(metrics=("exact_match",), answer="", choices="", draws=1, shots=0)
+
 __all__ = ["TASKS", "Example", "Scores", "Task", "find", "make", "of_head"]
 
 
@@ -70,5 +73,11 @@ def _users(name) -> type[Task]:
 def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Task:
     """The task that a config names, with its settings. tokenizer: None where it needs none."""
     task = find(config.task).of(config, tokenizer)
+    for key, plain in {} if task.generates else ASKING.items():
+        if (value := config.eval[key]) != plain:
+            raise ConfigError(
+                f"eval.{key}={value!r} is of answers that are generated, and task={config.task!r}"
+                " generates none; leave it out"
+            )
     task.beside = tuple(filter(None, (config.eval.choices, config.eval.group)))
     return task

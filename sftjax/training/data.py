@@ -24,8 +24,7 @@ from sftjax.data.mixing import stream
 from sftjax.data.packing import truncate as lengths_lib
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import TokenStore, facts_of
-from sftjax.evaluation.evaluator import ANSWERS
-from sftjax.evaluation.sets import Sets
+from sftjax.evaluation.sets import ANSWERS, Sets
 from sftjax.parallel import processes
 
 FEW = 10  # steps that are said to be few
@@ -176,6 +175,10 @@ class Feed(Sets):
         """eval.best must be measured, or it would be ignored without a word."""
         e = self.config.eval
         names = [f"{name}/{kind}" for name in self.sets for kind in ("loss", *self.task.metrics)]
+        if e.shots and not self.questions:
+            raise ConfigError(
+                f"eval.shots={e.shots} stand before questions, and data.test is empty"
+            )
         names += [f"{ANSWERS}/{kind}" for kind in e.metrics if self.questions]
         if e.best and e.best not in names:
             raise ConfigError(

@@ -11,7 +11,7 @@ import jax
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError
-from sftjax.evaluation.evaluator import ANSWERS
+from sftjax.evaluation.sets import ANSWERS
 from sftjax.files import parse_json, read_json
 from sftjax.terminal import printable
 
@@ -177,7 +177,7 @@ def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[s
             else found
             for part, found in before.items()
         }
-        if feed.questions and not same("test"):
+        if feed.questions and not same(ANSWERS):
             kept = {k: v for k, v in kept.items() if isinstance(v, dict)}
             kept["answers"] = ["(the test set was another)"] * len(feed.questions)
         extra = extra | {"before": kept}
@@ -188,9 +188,8 @@ def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[s
 
 
 def _set_of(key: str) -> str:
-    """The set that "<set>/<metric>", or "<set>" alone, is of; answers are of the test set."""
-    name = key.rpartition("/")[0] or key
-    return "test" if name == ANSWERS else name
+    """The set that "<set>/<metric>", or "<set>" alone, is of."""
+    return key.rpartition("/")[0] or key
 
 
 def _rows_of(facts) -> Any:

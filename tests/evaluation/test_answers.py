@@ -1,6 +1,7 @@
 """Answers by generation: examples before a question, scores, and the best model by them."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import tiny
 from test_chat import PLAIN, TOKENIZER, assistant, system, user
 from test_train import files, lines, make  # noqa: F401 (files is a fixture)
 
+from sftjax import config as config_lib
 from sftjax import evaluate, parallel, tasks
 from sftjax import train as train_lib
 from sftjax.data.masking.question import Question, continuations, question
@@ -20,6 +22,7 @@ from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.reports.status import status
 from sftjax.tasks.causal_lm import CausalLM
 
+REPO = Path(__file__).resolve().parents[2]
 PAIR = {"prompt": "what is two? ", "completion": "four"}
 
 
@@ -182,10 +185,52 @@ def test_choices_come_from_a_field_or_are_all_references():
             with_choices(asked[:1], own, [wrong], wheres[:1])
 
 
-def test_equal_draws_are_refused(files):  # noqa: F811
-    config = make(files, eval__draws=2)
-    with pytest.raises(ConfigError, match=r"eval.draws=2: with generate.temperature=0 all of them"):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(draws=2), r"eval.draws=2: with generate.temperature=0 all of them are equal"),
+        (dict(answer="####"), r"eval.answer='####' is of the metric 'number', which eval.metrics"),
+        (dict(choices="options"), r"eval.choices='options' is of the metric 'choice'"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(files, changes, message):  # noqa: F811
+    config = make(files, **{f"eval__{k}": v for k, v in changes.items()})
+    with pytest.raises(ConfigError, match=message):
         tasks.make(config, load_tokenizer(config))
+
+
+def test_a_choice_is_not_drawn(files):  # noqa: F811
+    config = make(files, eval__draws=2, eval__metrics=("choice",), generate__temperature=1.0)
+    with pytest.raises(ConfigError, match="eval.draws=2: choice draws nothing"):
+        tasks.make(config, load_tokenizer(config))
+
+
+@pytest.mark.parametrize("key, value", [("shots", 2), ("draws", 3), ("metrics", ("bleu",))])
+def test_a_task_that_generates_nothing_has_no_answers_to_measure(key, value):
+    config = config_lib.get_default()
+    config.task = str(REPO / "experiments/custom_task/task.py") + ":Regression"
+    config.eval[key] = value
+    with pytest.raises(ConfigError, match=rf"eval.{key}=.* is of answers that are generated, and"):
+        tasks.make(config, None)
+
+
+def test_a_set_called_answers_and_one_called_test(files, tmp_path):  # noqa: F811
+    text = (files / "train.jsonl").read_text()
+    for name in ("answers", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    sets = sets_of(make(files), tmp_path)
+    with pytest.raises(ConfigError, match="a set called 'answers' would stand under the name"):
+        sets.open(str(tmp_path / "answers.jsonl"), "")
+    sets.config.eval.test_limit = 3
+    sets.open(str(tmp_path / "test.jsonl"), str(tmp_path / "test.jsonl"))
+    rows = {name: facts["rows"] for name, facts in sets.facts["evaluation"].items()}
+    assert rows == {"test": 200, "answers": 3}
+
+
+@pytest.mark.slow
+def test_examples_without_a_question_are_refused(files, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match="eval.shots=2 stand before questions, and data.test"):
+        train_lib.train(make(files, eval__shots=2, data__test=""), tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -171,10 +171,13 @@ def test_numbers_of_sets_that_are_others_now_are_not_compared():
         "exact_match": 0.5,
         "answers": ["a", "b"],
     }
-    was = {"evaluation": {"v": facts("1"), "w": facts("1"), "test": facts("1")}, "best": "v/loss"}
+    was = {
+        "evaluation": {"v": facts("1"), "w": facts("1"), "answers": facts("1")},
+        "best": "v/loss",
+    }
     extra = {"before": before, "early_stop": {"best": 1.0, "bad": 2}, "manifest": was}
     assert resume.comparable(extra, was, feed) == extra
-    now = was | {"evaluation": {"v": facts("2"), "w": facts("1"), "test": facts("2")}}
+    now = was | {"evaluation": {"v": facts("2"), "w": facts("1"), "answers": facts("2")}}
     found = resume.comparable(extra, now, feed)
     assert found["early_stop"] is None
     assert found["before"] == {
@@ -189,7 +192,7 @@ def test_numbers_of_sets_that_are_others_now_are_not_compared():
     by_answers = was | {"best": "answers/exact_match"}
     extra["manifest"] = by_answers
     assert resume.comparable(extra, by_answers, feed)["early_stop"]
-    now = by_answers | {"evaluation": was["evaluation"] | {"test": facts("2")}}
+    now = by_answers | {"evaluation": was["evaluation"] | {"answers": facts("2")}}
     assert resume.comparable(extra, now, feed)["early_stop"] is None
     older = extra | {"manifest": {}}
     assert resume.comparable(older, now, feed) == older

@@ -5,6 +5,7 @@ It trains nothing, needs no training data, and writes to no run's folder but its
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax import hf, parallel, tasks
 from sftjax import params as params_lib
+from sftjax.clean import prepare
+from sftjax.data.mixing.spec import sources
 from sftjax.errors import ConfigError, DataError, NotFoundError
 from sftjax.evaluation.evaluator import Evaluator
 from sftjax.evaluation.sets import Sets
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         for shots in options.shots.split(","):
             more = [f"--config.eval.shots={shots.strip()}"] if shots else []
             config, run = configured(path, options.config, [*rest, *more])
-            for data in options.data or _own_data(config):
+            for data in map(typed, options.data) if options.data else _own_data(config):
                 found.append(evaluate(config, data, run, options.step))
                 found[-1] |= {"model": path} | ({"shots": config.eval.shots} if shots else {})
     if options.out:
@@ -109,6 +112,14 @@ def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, P
     return config, run if is_run else None
 
 
+def typed(path: str) -> str:
+    """A path of the command line from the root on, as what is measured may lie elsewhere."""
+    head, mark, rest = path.partition("#")
+    where = Path(head).expanduser()
+    there = where.exists() or glob.glob(str(where))
+    return f"{where.absolute()}{mark}{rest}" if there else path
+
+
 def _own_data(config):
     d = config.data
     own = [path for text in (d.validation, d.test) for path in text.split(",") if path.strip()]
@@ -128,9 +139,12 @@ def evaluate(
     run: the workdir of which a checkpoint is measured, else model.path itself is; step: which, see
     weights.find. Raises: NotFoundError, CheckpointError, DataError, ConfigError.
     """
+    if "," in data and not Path(data).exists():
+        raise ConfigError(f"--data={data}: name one data set each time: --data=A --data=B")
+    if run is None and step != "latest":
+        raise ConfigError(f"--step={step} is of a workdir's checkpoints, and {config.model.path} is"
+                          " none")  # fmt: skip
     home = workdir_lib.began_in(run.absolute()) if run else Path.cwd()
-    if Path(data).exists():
-        data = str(Path(data).absolute())
     mesh = parallel.make_mesh({axis: config.mesh[axis] for axis in parallel.AXES})
     folder = run.absolute() if run else cache_folder()
     with contextlib.chdir(home), workdir_lib.compile_cache(folder), jax.set_mesh(mesh):
@@ -138,14 +152,18 @@ def evaluate(
         model, trainable = build.make_model(config, task)
         params, state, at = _weights(config, task, model, trainable, mesh, run, step)
         sets = Sets(config, task, Path(config.data.cache_dir or folder / "cache/tokens"), mesh)
+        if config.eval.shots and (config.data.train or config.data.sources):
+            every = (prepare.training_rows(one.config, task, sets.cache) for one in sources(config))
+            sets.records = [rows.train for rows in every]
         sets.open(data, "")
         [facts] = sets.facts["evaluation"].values()  # those of questions come beside
         asked = ""
-        if task.generates and config.generate.max_new_tokens:
+        if task.generates:
+            [rows] = (sets.opened[name] for name in sets.sets)
             try:
                 sets.open("", data)
-            except DataError as e:
-                if e.kind != "no_prompt":
+            except DataError as e:  # of one row among others it is a mistake
+                if e.kind != "no_prompt" or e.where != rows.where(0):
                     raise
                 asked = "these rows ask nothing: only their loss is measured"
         found = Evaluator(task, model, sets, config).full(params, state, rows=True)
@@ -158,6 +176,8 @@ def evaluate(
     out |= {k: bare(found[k]) for k in ("errors", "tables") if k in found}
     if baselines := [x for some in found.get("baselines", {}).values() for x in some.items()]:
         out["baselines"] = dict(baselines)
+    if sets.questions:
+        out["questions"] = len(sets.questions)
     out["rows"] = found.get("rows", {})
     return out | ({"step": at} if run else {})
 
@@ -186,12 +206,17 @@ def cache_folder() -> Path:
 def table(found: Sequence[dict[str, Any]]) -> str:
     """The results side by side: a row for each metric, a column for each model and data set."""
     names = list(dict.fromkeys(k for one in found for k in one["metrics"]))
+    short = {one["model"]: Path(one["model"]).name for one in found}
+    if len(set(short.values())) < len(short):
+        short = {path: path for path in short}
     head = [
-        f"{Path(one['model']).name} on {Path(one['data']).name}"
+        f"{short[one['model']]} on {Path(one['data']).name}"
         + (f", {one['shots']} shots" if "shots" in one else "")
         for one in found
     ]
     rows = [["", *head], ["rows", *(f"{one['n']:,}" for one in found)]]
+    if any(one.get("questions", one["n"]) != one["n"] for one in found):
+        rows.append(["questions", *(f"{one.get('questions', 0):,}" for one in found)])
     for name in names:
         values = (one["metrics"].get(name) for one in found)
         rows.append([name, *("-" if v is None else f"{v:.4f}" for v in values)])

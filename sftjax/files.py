@@ -1,5 +1,6 @@
 """Files that are read with a limit, and text files that are written whole or not at all."""
 
+import importlib.util
 import json
 import math
 import os
@@ -8,9 +9,10 @@ import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from sftjax.errors import UserError
+from sftjax.errors import ConfigError, UserError
 
 JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 
@@ -28,6 +30,19 @@ def write_atomic(path: Path | str, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # of a write that failed
+
+
+def load_python(path: str, key: str) -> ModuleType:
+    """The module of a Python file of the user's, which is run. key: of the config, that names it.
+
+    Raises: ConfigError where there is none.
+    """
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"{key}: {path} is no Python file, NAME.py, that is there")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter is a drive; pathlib halves a "//"

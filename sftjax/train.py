@@ -75,6 +75,7 @@ def train(
 
     with (
         run,
+        trackers.closing(told),
         processes.together(),
         contextlib.chdir(home),  # relative paths mean what they did when the run began
         build.advice(config),

@@ -9,12 +9,13 @@ import pytest
 
 from sftjax import cli, evaluate, hf
 from sftjax.data import encode
-from sftjax.errors import ConfigError, NotFoundError
+from sftjax.errors import ConfigError, DataError, NotFoundError
 from sftjax.hf.tokenizer_files import open_tokenizer
 from sftjax.training.workdir import read_config
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "experiments" / "quickstart"
 MODEL = str(QUICKSTART / "base_model")
+NAMES = ("some", "texts")
 SHORT = "--config.generate.max_new_tokens=2"
 
 
@@ -60,6 +61,15 @@ def test_n_is_of_the_rows_whose_loss_is_measured(data, capfd):
     assert json.loads(out)["n"] == 7 and "testing 3/3" in err
 
 
+def test_a_glob_and_a_home_are_of_the_command_line(data, monkeypatch):
+    monkeypatch.chdir(data)
+    monkeypatch.setenv("HOME", str(data))
+    assert evaluate.typed("some.jsonl") == str(data / "some.jsonl")
+    assert evaluate.typed("so*.jsonl#a.b") == f"{data / 'so*.jsonl'}#a.b"
+    assert evaluate.typed("~/some.jsonl") == str(data / "some.jsonl")
+    assert evaluate.typed("org/name:config") == "org/name:config"
+
+
 def test_texts_have_a_loss_alone(data, capfd):
     evaluate.main([f"--model={MODEL}", f"--data={data / 'texts.jsonl'}", "--json"])
     out, err = capfd.readouterr()
@@ -72,7 +82,8 @@ def test_several_models_and_sets_side_by_side(data, capfd, tmp_path):
     argv = [f"--model={MODEL}", f"--model={MODEL}/", *files, SHORT, f"--out={tmp_path / 'o.json'}"]
     evaluate.main(argv)
     head, rows, *_ = capfd.readouterr().out.splitlines()
-    assert head.split() == "base_model on some.jsonl base_model on texts.jsonl".split() * 2
+    names = [f"{model} on {name}.jsonl" for model in (MODEL, f"{MODEL}/") for name in NAMES]
+    assert head.split() == " ".join(names).split()  # whole paths, as the last parts are the same
     assert rows.split() == ["rows", "7", "2", "7", "2"]
     results = json.loads((tmp_path / "o.json").read_text())["results"]
     assert [one["n"] for one in results] == [7, 2, 7, 2]
@@ -104,7 +115,13 @@ def test_a_choice_needs_no_generation(data, capfd, tmp_path, caplog):
 
 def test_what_is_wrong_is_said(data, tmp_path):
     some = f"--data={data / 'some.jsonl'}"
+    (tmp_path / "mixed.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"text": "only a text"}\n'
+    )
     for argv, error, message in [
+        ([f"--model={MODEL}", f"{some},{some}"], ConfigError, "name one data set each time"),
+        ([f"--model={MODEL}", some, "--step=best"], ConfigError, "--step=best is of a workdir's"),
+        ([f"--model={MODEL}", f"--data={tmp_path / 'mixed.jsonl'}"], DataError, "mixed.jsonl:2"),
         ([f"--model={data}", some], NotFoundError, "has no config.json; give a Hugging Face"),
         ([f"--model={MODEL}"], ConfigError, "--data is missing, and the config has no"),
         ([f"--model={MODEL}", some, "--steps=3"], ConfigError, "unknown option --steps=3"),

@@ -36,6 +36,8 @@ class Asking(NamedTuple):
         """Of a config. Raises: ConfigError for a metric of something else."""
         e = config.eval
         metrics.check(e.metrics, "texts")
+        if not e.metrics:
+            raise ConfigError("eval.metrics is empty; name one metric of answers or more")
         if e.draws > 1 and not config.generate.temperature:
             raise ConfigError(
                 f"eval.draws={e.draws}: with generate.temperature=0 all of them are equal"
@@ -67,17 +69,22 @@ def with_choices(
                 f" different texts, and here are {len(labels)}: name a field that lists each row's"
                 " candidates, such as eval.choices='choices'"
             )
-        return [q._replace(choices=labels) for q in questions]
+        return [q._replace(choices=[_as_of(q, text) for text in labels]) for q in questions]
     out = []
     for q, some, where in zip(questions, given, wheres, strict=True):
         texts = [x.strip() for x in some if isinstance(x, str)] if isinstance(some, list) else []
-        if len(texts) < 2 or q.answer.strip() not in texts:
+        if len(texts) < 2 or not all(texts) or q.answer.strip() not in texts:
             raise ConfigError(
                 f"{where}: eval.choices={asking.choices!r} is {some!r:.80}: expected a list of two"
                 f" or more texts, with the answer {q.answer!r:.80} among them"
             )
-        out.append(q._replace(choices=texts))
+        out.append(q._replace(choices=[_as_of(q, text) for text in texts]))
     return out
+
+
+def _as_of(asked, text):
+    """With the blanks before it that the reference has: they are in its first token."""
+    return asked.answer[: len(asked.answer) - len(asked.answer.lstrip())] + text
 
 
 def answered(
@@ -146,7 +153,7 @@ def choose(
     sums, _ = log_likelihoods(model, params, pairs, batch_size=batch_size, mesh=mesh, said=said)
     ends = np.cumsum([len(q.choices) for q in questions])[:-1]
     best = [int(np.argmax(some)) for some in np.split(sums, ends)]
-    return [q.choices[i] for q, i in zip(questions, best, strict=True)]
+    return [q.choices[i].strip() for q, i in zip(questions, best, strict=True)]
 
 
 def _trivial(questions, names, n) -> Mapping[str, Sequence[str]]:

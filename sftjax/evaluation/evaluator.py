@@ -1,6 +1,7 @@
 """Evaluation: exact sums over whole sets, predictions and their scores, early stopping."""
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -13,7 +14,6 @@ from ml_collections import ConfigDict
 
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation.sets import ANSWERS
-from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
 from sftjax.terminal import show
 
@@ -33,9 +33,13 @@ def loss_over(step: EvalStep, params: Any, batches: Iterable[Any], *state: Any) 
 
 
 def measure(
-    step: EvalStep, params: Any, batches: Iterable[Any], *state: Any
+    step: EvalStep,
+    params: Any,
+    batches: Iterable[Any],
+    *state: Any,
+    held: Callable[[dict], dict] = lambda predictions: predictions,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """({"loss", <metrics>}, predictions of all rows) of a set.
+    """({"loss", <metrics>}, predictions of all rows) of a set. held: what is kept of a batch's.
 
     step(params, batch, *state) -> Loss, or (Loss, predictions), jitted. The sums are added in
     float64 on the host and divided once, so neither the batch size nor a last partial batch changes
@@ -47,7 +51,7 @@ def measure(
         loss, predictions = (out, {}) if isinstance(out, Loss) else out
         loss = jax.tree.map(np.float64, jax.device_get(dataclasses.replace(loss, state=None)))
         total = loss if total is None else jax.tree.map(np.add, total, loss)
-        found.append({k: to_host(v) for k, v in predictions.items()})
+        found.append(held(predictions))
     if total is None or total.weight == 0:
         problem = "the evaluation set has no trained token to measure"
         raise DataError(problem, kind="nothing_trained")
@@ -94,14 +98,17 @@ class Evaluator:
         {"<set>/<table>"}, "errors": {"<set>/<metric>": standard error}, "baselines": {"<set>":
         {name: {metric: value}}}}, with "answers" for the name of a set; and of the questions
         {"<metric>": value, "answers": texts}. rows: also "rows": {"<set>": {"record": their
-        numbers in the file, "<metric>": values}}, one for each row of it.
+        numbers in the file, "<metric>": values}}, one for each row of it, with "about": {"of": a
+        hash of the set's files, "lower": metrics of which less is better, "weight" and "group" of
+        each row, where it has them}.
         """
         sets = self.sets.sets | self.sets.tests
         out = self._measured(sets, params, model_state)
         if self.sets.questions:
             found = self._answers(params)
             n = len(self.sets.questions)
-            _add(out, ANSWERS, n, np.arange(n), *(found.pop(k, {}) for k in BESIDE))
+            beside = {k: found.pop(k, {}) for k in BESIDE}
+            self._add(out, ANSWERS, n, np.arange(n), self.sets.groups, **beside)
             out |= found
         out = {k: v for k, v in out.items() if v != {} or k == "losses"}
         return out if rows else {k: v for k, v in out.items() if k != "rows"}
@@ -114,30 +121,38 @@ class Evaluator:
         out: dict[str, Any] = {k: {} for k in ("losses", "n", *BESIDE)}
         for name, store in sets.items():
             batches = self.sets.eval_batches(store)
-            found, predictions = measure(self.step, params, batches, model_state)
+            held = functools.partial(self.task.held, final=final)
+            found, predictions = measure(self.step, params, batches, model_state, held=held)
+            groups = self.sets.groups_of(name, store) if final else []
             if final:
-                own = {k: v for k, v in [("groups", self.sets.groups_of(name, store))] if v}
+                own = dict(groups=groups) if groups else {}
                 scores = self.task.final_scores(found["loss"], predictions, **own)
             else:
                 scores = self.task.score(found["loss"], predictions)
             found = {k: v for k, v in found.items() if k not in self.task.counts}
             out["losses"] |= {f"{name}/{k}": v for k, v in (found | scores.values).items()}
-            records = self.sets.record_order(store) if scores.rows else None
-            beside = (scores.tables, scores.errors, scores.baselines, scores.rows)
-            _add(out, name, len(store), records, *beside)
+            if final:
+                records = self.sets.record_order(store) if scores.rows else None
+                beside = {k: getattr(scores, k) for k in BESIDE}
+                self._add(out, name, len(store), records, groups, **beside)
         return out
 
-
-def _add(out, name, n, records, tables, errors, baselines, rows) -> None:
-    """Put what stands beside the values of a set into a result, under its name."""
-    out["n"][name] = n
-    if rows and records is not None:
-        order = np.argsort(records, kind="stable")
-        out["rows"][name] = {"record": records[order].tolist()}
-        out["rows"][name] |= {k: np.asarray(v)[order].tolist() for k, v in rows.items()}
-    out["tables"] |= {f"{name}/{k}": v for k, v in tables.items()}
-    out["errors"] |= {f"{name}/{k}": v for k, v in errors.items()}
-    out["baselines"] |= {name: {k: dict(v) for k, v in baselines.items()}} if baselines else {}
+    def _add(self, out, name, n, records, groups, tables, errors, baselines, rows) -> None:
+        """Put what stands beside the values of a set into a result, under its name."""
+        out["n"][name] = n
+        if rows and records is not None:
+            order = np.argsort(records, kind="stable")
+            sort = lambda values: np.asarray(values)[order].tolist()  # noqa: E731
+            lower = [k for k in rows if self.task.lower_is_better(k)]
+            about = {"of": self.sets.file_hash(name), "lower": lower}
+            about |= {"weight": sort(rows["weight"])} if "weight" in rows else {}
+            about |= {"group": [groups[i] for i in order]} if groups else {}
+            values = {k: sort(v) for k, v in rows.items() if k != "weight"}
+            out["rows"][name] = {"record": sort(records), **values, "about": about}
+        out["tables"] |= {f"{name}/{k}": v for k, v in tables.items()}
+        out["errors"] |= {f"{name}/{k}": v for k, v in errors.items()}
+        if baselines:
+            out["baselines"][name] = {k: dict(v) for k, v in baselines.items()}
 
 
 def progress() -> Callable[[int, int], None]:

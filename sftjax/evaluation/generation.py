@@ -147,6 +147,10 @@ def generate(
     if prompts and not len(prompts[order[0]]):
         problem = f"prompt {order[0]} is empty; a prompt needs at least one token"
         raise DataError(problem, kind="empty_text")
+    if prompts:
+        longest = len(prompts[order[-1]])
+        what = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
+        model.check_length(longest + max_new_tokens, what)
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
     size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
     answers: list[list[int]] = [[]] * len(prompts)

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scored(model, params, tokens, weights):
-    """Of int32 [B, S] and float32 [B, S], the weight of a token: (float32 [B], bool [B])."""
-    hidden = model.hidden(params, {"tokens": tokens})
+def _scored(model, params, tokens, weights, lengths):
+    """Of int32 [B, S], float32 [B, S], the weight of a token, and [B]: (float32 [B], bool [B])."""
+    segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+    hidden = model.hidden(params, {"tokens": tokens, "segments": segments})
 
     def row(of):  # one at a time: [B, S, V] would not fit
         hidden, tokens, weights = of
@@ -49,18 +50,23 @@ def log_likelihoods(
     """
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    if pairs:
+        longest = sum(map(len, pairs[order[-1]]))
+        model.check_length(longest, f"a text of {longest} tokens")
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
     size = -(-min(batch_size, max(len(pairs), 1)) // shards) * shards
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         width = -(-max(sum(map(len, pairs[i])) for i in rows) // BUCKET) * BUCKET
         tokens, weights = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
+        lengths = np.zeros(size, np.int32)
         for j, i in enumerate(rows):
             context, rest = pairs[i]
             at, end = len(context), len(context) + len(rest)
             tokens[j, :at], tokens[j, at:end], weights[j, at:end] = context, rest, 1
+            lengths[j] = end
         put = (lambda x: jax.device_put(x, parallel.named(mesh))) if mesh else np.asarray
-        found = _scored(model, params, put(tokens), put(weights))
+        found = _scored(model, params, put(tokens), put(weights), put(lengths))
         out = [processes.to_host(x) for x in found]
         sums[rows], greedy[rows] = (x[: len(rows)] for x in out)
         said(start + len(rows), len(order))

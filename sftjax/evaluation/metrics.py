@@ -5,19 +5,19 @@ extra `metrics` brings the last three. A metric of your own is a function of (wa
 lists, that returns a number, or a list of one for each row: "path/to/file.py:function".
 """
 
+import functools
 import importlib
-import importlib.util
 import re
 import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.errors import ConfigError
+from sftjax.files import load_python
 
 BINS = 10  # of the confidence, for calibration
 RESAMPLES = 100  # of the bootstrap
@@ -288,7 +288,7 @@ def texts(
         found = _text_metric(name, list(wanted), list(given), answer)
         if isinstance(found, float):
             values[name] = found
-            if errors:
+            if errors and ":" not in name:  # a function of the user's may take its time
                 spread |= bootstrap(_over(name, wanted, given, answer), n, groups)
             continue
         rows[name], values[name] = found, float(found.mean())
@@ -316,8 +316,13 @@ def _text_metric(name, wanted, given, answer) -> float | np.ndarray:
     if name in _ROWS:
         return np.array([_ROWS[name](w, g) for w, g in zip(wanted, given, strict=True)], np.float64)
     if name == "number":
-        pairs = ([_number(t, answer) for t in some] for some in (wanted, given))
-        return np.array([w is not None and w == g for w, g in zip(*pairs, strict=True)], np.float64)
+        w, g = ([_number(t, answer) for t in some] for some in (wanted, given))
+        if lost := [t for t, x in zip(wanted, w, strict=True) if x is None]:
+            raise ConfigError(
+                f"eval.answer={answer!r}: {len(lost)} of {len(wanted)} references hold no number"
+                f" there, the first of them {lost[0]!r:.120}"
+            )
+        return np.array([x == y for x, y in zip(w, g, strict=True)], np.float64)
     if name.startswith("rouge"):
         scorer = package("rouge_score.rouge_scorer").RougeScorer([name], use_stemmer=True)
         both = zip(wanted, given, strict=True)
@@ -352,7 +357,10 @@ _ROWS: dict[str, Callable[[str, str], float]] = {
     "squad_em": lambda w, g: _squad(w) == _squad(g),
     "token_f1": _token_f1,
 }
-_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+# A sign counts where no word or number stands before it, a comma where it groups thousands.
+_NUMBER = (
+    r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
 
 
 def _number(text: str, pattern: str) -> float | None:
@@ -399,15 +407,11 @@ def package(name: str) -> Any:
         ) from None
 
 
+@functools.cache
 def users(name: str) -> Callable[[list, list], Any]:
     """The function that "path/to/file.py:function" names. Raises: ConfigError."""
     path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"eval.metrics: {path} is no Python file, NAME.py, that is there")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, function, None)
+    found = getattr(load_python(path, "eval.metrics"), function, None)
     if not callable(found):
         raise ConfigError(f"eval.metrics: {path} has no function {function}")
     return found

@@ -1,5 +1,6 @@
 """The sets that a model is measured on, and their batches on the mesh."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ class Sets:
         self.sets, self.tests = dict[str, TokenStore](), dict[str, TokenStore]()
         self.questions, self.groups = list[Any](), list[Any]()  # groups: of the questions
         self.opened = dict[str, Any]()  # the source of each set
+        self.readers = dict[str, "Task"]()  # and the task that reads it
         self.records = list[Any]()  # the training rows, a source each, where there are any
         self.facts: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
 
@@ -73,26 +75,28 @@ class Sets:
             name = f"test_{name}"
         self.tests[name] = self.measured(name, source, self.task)
 
-    def shots(self) -> Callable[[int], list[dict]] | None:
+    def shots(self) -> Callable[[int, dict], list[dict]] | None:
         """What draws the examples before each question from the training rows; None for none.
 
-        Raises: ConfigError where there are no such rows.
+        It gets the question's number and record, which is no example of itself. Raises: ConfigError
+        where there are no such rows.
         """
-        k, seed = self.config.eval.shots, self.config.seed
+        k, seed, rows = self.config.eval.shots, self.config.seed, self.records
         if not k:
             return None
-        if not self.records and not self.config.data.train:
+        if not rows:
             raise ConfigError(f"eval.shots={k} takes its examples from data.train, which is empty")
-        rows = self.records or [data_lib.open_source(self.config.data.train)]
         ends = np.cumsum([len(source) for source in rows])
-        if ends[-1] < k:
-            raise ConfigError(f"eval.shots={k}: data.train has {ends[-1]} rows")
+        if ends[-1] <= k:
+            raise ConfigError(f"eval.shots={k}: data.train has {ends[-1]} rows, and takes one more")
 
-        def draw(question: int) -> list[dict]:
-            chosen = np.random.default_rng([seed, question]).choice(ends[-1], k, replace=False)
+        def draw(question: int, record: dict) -> list[dict]:
+            rng = np.random.default_rng([seed, question])
+            chosen = rng.choice(ends[-1], k + 1, replace=False)
             at = np.searchsorted(ends, chosen, side="right")
             starts = np.concatenate([[0], ends])[at]
-            return [rows[i][int(n)] for i, n in zip(at, chosen - starts, strict=True)]
+            found = (rows[i][int(n)] for i, n in zip(at, chosen - starts, strict=True))
+            return [one for one in found if one != record][:k]
 
         return draw
 
@@ -101,7 +105,7 @@ class Sets:
     ) -> TokenStore:
         """The tokenised rows of a set. config: of the source that it was held out of."""
         store = self.tokenised(source, task, config or self.config)
-        self.opened[name] = source
+        self.opened[name], self.readers[name] = source, task
         self.facts["evaluation"][name] = facts_of(source, store)
         return store
 
@@ -149,6 +153,11 @@ class Sets:
         if len(set(documents)) < len(documents):
             return None
         return store.records[np.array(documents, np.int64)]
+
+    def file_hash(self, name: str) -> str:
+        """A hash of the files of a set, by which its rows are known elsewhere."""
+        files = self.facts["evaluation"][name]["files"]
+        return hashlib.sha256(" ".join(f["sha256"] for f in files).encode()).hexdigest()[:16]
 
     def groups_of(self, name: str, store: TokenStore) -> list[Any]:
         """What each document of a set has under eval.group; [] where that is "".

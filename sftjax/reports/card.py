@@ -34,7 +34,8 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
         for key, value in (scores | after["losses"]).items()
         for set_name, _, metric in [key.partition("/")]
     ]
-    base = config.model.path if not Path(config.model.path).exists() else ""
+    drawn = config.model.init == "random"
+    base = "" if drawn or Path(config.model.path).exists() else config.model.path
     data = ModelCardData(
         base_model=base or None,
         library_name="transformers" if pipeline else None,
@@ -51,7 +52,7 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
 
 # {name}
 
-{config.model.path}, fine-tuned with sftjax on {sources}: {result["steps"]:,} steps of
+{config.model.path}{", from random weights," if drawn else ","} fine-tuned with sftjax on {sources}: {result["steps"]:,} steps of
 {config.train.batch_size} rows with {config.optim.name}, learning rate {config.optim.lr:g}
 ({config.optim.schedule}), seed {config.seed}.
 
@@ -61,7 +62,7 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
 {table(result["before"], after)}
 ```
 
-"±" is one standard error. The sets: {d.validation or "none"}; questions: {d.test or "none"}.
+"±" is one standard error. The sets: {", ".join(feed.sets | feed.tests) or "none"}; questions: {d.test or "none"}.
 
 ## Limits
 

@@ -8,7 +8,7 @@ interval of it. That is far sharper than two means with an error each.
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from sftjax.files import read_json, write_atomic
 from sftjax.reports import curves, html
 from sftjax.reports.run import number
 from sftjax.terminal import in_json, printable, show
+from sftjax.training.trackers import flat
 
 # The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so
 # that 200 comparisons of equals stay below 5% too (benchmarks/compare_null.py).
@@ -83,9 +84,10 @@ def read(path: Path) -> list[Measured]:
             f"{one.get('model', path.stem)}",
             {},
             {f"{_set(one)}/{k}": v for k, v in one["metrics"].items()},
-            {_set(one) if name != "answers" else name: v for name, v in one["rows"].items()}
-            if "rows" in one
-            else {},
+            {
+                f"{_set(one)} answers" if name == "answers" else _set(one): v
+                for name, v in one.get("rows", {}).items()
+            },
         )
         for one in every
     ]
@@ -104,14 +106,7 @@ def _read_run(path) -> Measured:
     answers = {f"answers/{k}": v for k, v in after.items() if isinstance(v, float)}
     lines = path / "metrics.jsonl"
     losses = curves.read_losses(lines) if lines.is_file() else {}
-    return Measured(path.name, _flat(config), after["losses"] | answers, rows, losses)
-
-
-def _flat(tree, prefix="") -> dict[str, Any]:
-    out = dict[str, Any]()
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+    return Measured(path.name, flat(config), after["losses"] | answers, rows, losses)
 
 
 # ---- differences ---------------------------------------------------------------------------
@@ -130,44 +125,111 @@ def settings(sides: Sequence[Measured]) -> dict[str, list[Any]]:
 
 
 def differences(a: Measured, b: Measured) -> list[Difference]:
-    """Of every metric that both have of the same rows; see `paired`."""
+    """Of every metric that both have of the same rows of the same files; see `paired`."""
     found = list[tuple[str, tuple[int, float, float, float, float]]]()
-    for name in a.rows:
-        mine, other = a.rows[name], b.rows.get(name)
-        if other is None or mine["record"] != other["record"]:
-            continue
-        for metric in mine:
-            if metric != "record" and metric in other:
-                found.append((f"{name}/{metric}", paired(mine[metric], other[metric])))
+    for name, metric, values, about in _common(a, b):
+        if all(np.isfinite(x).all() for x in values):
+            found.append((f"{name}/{metric}", paired(values[0], values[1], **about)))
     out, alive = list[Difference](), True
     # Holm's rule: of several metrics the least likely is held to LEVEL / their number, and so on.
-    for rank, (metric, values) in enumerate(sorted(found, key=lambda x: x[1][-1])):
-        alive = alive and values[-1] < LEVEL / (len(found) - rank)
-        less = lower_is_better(metric.rpartition("/")[2]) or metric.rpartition("/")[2] in LOWER
-        better = ("b" if (values[1] < 0) == less else "a") if alive else ""
-        out.append(Difference(metric, *values, better))
+    for rank, (metric, numbers) in enumerate(sorted(found, key=lambda x: x[1][-1])):
+        alive = alive and numbers[-1] < LEVEL / (len(found) - rank)
+        name, _, last = metric.partition("/")
+        less = last in a.rows[name].get("about", {}).get("lower", LOWER) or lower_is_better(last)
+        better = ("b" if (numbers[1] < 0) == less else "a") if alive else ""
+        out.append(Difference(metric, *numbers, better))
     order = [metric for metric, _ in found]
     return sorted(out, key=lambda one: order.index(one.metric))
 
 
-def paired(a: Sequence[float], b: Sequence[float]) -> tuple[int, float, float, float, float]:
+def left_out(a: Measured, b: Measured) -> list[str]:
+    """What can't be compared row by row, and why, in words."""
+    out = []
+    for name in dict.fromkeys([*a.rows, *b.rows]):
+        mine, other = a.rows.get(name), b.rows.get(name)
+        if mine is None or other is None:
+            out.append(f"{name}: one side has no values of its rows")
+        elif _of(mine) != _of(other):
+            out.append(f"{name}: measured on other files")
+        elif not set(mine["record"]) & set(other["record"]):
+            out.append(f"{name}: no row in common")
+    for name, metric, values, _ in _common(a, b):
+        if not all(np.isfinite(x).all() for x in values):
+            out.append(f"{name}/{metric}: not a number in some rows")
+    return out
+
+
+def _of(rows) -> Any:
+    return rows.get("about", {}).get("of")
+
+
+def _common(a, b) -> Iterator[tuple[str, str, list[np.ndarray], dict[str, Any]]]:
+    """(set, metric, the values of both, weights and groups) of the rows that both have."""
+    for name, mine in a.rows.items():
+        other = b.rows.get(name)
+        if other is None or _of(mine) != _of(other):
+            continue
+        sides = [mine, other]
+        places = [{record: i for i, record in enumerate(one["record"])} for one in sides]
+        if any(len(p) < len(one["record"]) for p, one in zip(places, sides, strict=True)):
+            if mine["record"] != other["record"]:
+                continue
+            places = [dict(enumerate(range(len(mine["record"]))))] * 2  # rows in pieces
+        shared = [record for record in places[0] if record in places[1]]
+        at = [[p[record] for record in shared] for p in places]
+        about: dict[str, Any] = {}
+        if "group" in mine.get("about", {}):
+            about["groups"] = [mine["about"]["group"][i] for i in at[0]]
+        weights = [
+            np.asarray(one["about"]["weight"], np.float64)[i]
+            for one, i in zip(sides, at, strict=True)
+            if "weight" in one.get("about", {})
+        ]
+        for metric in mine:
+            if shared and metric in other and metric not in ("record", "about"):
+                pair = zip(sides, at, strict=True)
+                values = [np.asarray(one[metric], np.float64)[i] for one, i in pair]
+                own = {"weights": weights} if len(weights) == 2 and metric == "loss" else {}
+                yield name, metric, values, about | own
+
+
+def paired(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    weights: Sequence[np.ndarray] | None = None,
+    groups: Sequence | None = None,
+) -> tuple[int, float, float, float, float]:
     """(rows, mean of b - a, the 95% interval's ends, p) of values of the same rows.
 
-    p: where each row is right or wrong, of McNemar's exact test; else of Student's paired t-test.
+    weights: of a's rows and of b's, where the mean is weighted. groups: rows that share one are not
+    independent. p: of rows that are right or wrong McNemar's exact test, of differences that are
+    all the same the sign test, else Student's paired t-test; the interval is NaN where no spread is
+    known.
     """
     from scipy import stats
 
-    x = np.asarray(b, np.float64) - np.asarray(a, np.float64)
-    n, mean = len(x), float(x.mean())
-    spread = float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
-    if n < 2 or not spread:
-        return n, mean, mean, mean, 1.0 if n < 2 or not mean else 0.0
-    half = float(stats.t.ppf(0.975, n - 1)) * spread
-    if set(np.unique(x)) <= {-1.0, 0.0, 1.0}:
-        p = stats.binomtest(int((x > 0).sum()), int((x != 0).sum())).pvalue
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    n, (v, w) = len(x), weights or [np.ones(len(x))] * 2
+    means = float((v * x).sum() / v.sum()), float((w * y).sum() / w.sum())
+    mean = means[1] - means[0]
+    # What each row adds to the difference of two ratios of sums; of plain means, its own part.
+    parts = w * (y - means[1]) / w.sum() - v * (x - means[0]) / v.sum()
+    if groups is not None:
+        _, which = np.unique([json.dumps(one) for one in groups], return_inverse=True)
+        parts = np.bincount(which, parts)
+    k = len(parts)
+    spread = math.sqrt((parts**2).sum() * k / (k - 1)) if k > 1 else 0.0
+    half = float(stats.t.ppf(0.975, k - 1)) * spread if spread > 1e-12 * abs(mean) else math.nan
+    low, high = mean - half, mean + half
+    plain = weights is None and groups is None
+    moved = (y - x)[y != x]
+    if not len(moved):
+        return n, mean, mean, mean, 1.0
+    if plain and (set(np.unique(moved)) <= {-1.0, 1.0} or math.isnan(half)):
+        p = stats.binomtest(int((moved > 0).sum()), len(moved)).pvalue
     else:
-        p = 2 * stats.t.sf(abs(mean) / spread, n - 1)
-    return n, mean, mean - half, mean + half, float(p)
+        p = 1.0 if math.isnan(half) else 2 * stats.t.sf(abs(mean) / spread, k - 1)
+    return n, mean, low, high, float(p)
 
 
 # ---- shown ---------------------------------------------------------------------------------
@@ -202,7 +264,11 @@ def parts(sides: Sequence[Measured]) -> list[Part]:
             names = ("", "difference", "95% interval", "rows", "p", "")
             out.append(Part(f"{letter} - A, row by row", names, lines))
         else:
-            out.append(Part(f"{letter} and A were measured on no rows in common", (), ()))
+            out.append(Part(f"{letter} and A have no rows in common", (), ()))
+        if lacking := left_out(sides[0], other):
+            out.append(
+                Part(f"{letter} and A, not compared row by row", ("",), [[x] for x in lacking])
+            )
     return out
 
 
@@ -229,7 +295,9 @@ def page(sides: Sequence[Measured]) -> str:
 def _line(one: Difference, letter: str) -> list[str]:
     metric = one.metric.rpartition("/")[2]
     scale, unit = (100, " points") if metric in METRICS and METRICS[metric].share else (1, "")
-    mean, low, high = (f"{scale * x:+.{1 if unit else 4}f}" for x in one[2:5])
+    mean, low, high = (
+        "?" if math.isnan(x) else f"{scale * x:+.{1 if unit else 4}f}" for x in one[2:5]
+    )
     said = {"": "not distinguishable", "a": "A is better", "b": f"{letter} is better"}[one.better]
     return [one.metric, f"{mean}{unit}", f"{low} to {high}", f"{one.n:,}", f"{one.p:.2g}", said]
 
@@ -253,5 +321,8 @@ def as_json(sides: Sequence[Measured]) -> dict[str, Any]:
         "models": [one.name for one in sides],
         "settings": settings(sides),
         "metrics": [finite(dict(one.values)) for one in sides],
-        "differences": [[one._asdict() for one in differences(first, b)] for b in sides[1:]],
+        "differences": [
+            [finite(one._asdict()) for one in differences(first, b)] for b in sides[1:]
+        ],
+        "left_out": [left_out(first, b) for b in sides[1:]],
     }

@@ -66,7 +66,7 @@ def overfitting(series: Mapping[str, curves.Points]) -> list[str]:
             continue
         at, least = min(points, key=lambda point: point[1])
         step, last = points[-1]
-        early = [loss for n, loss in train.items() if n <= at][-3:]
+        early = [loss for n, loss in train.items() if n <= at][-3:] or list(train.values())[:3]
         late = list(train.values())[-3:]
         falls = early and statistics.mean(late) < statistics.mean(early)
         if last > least * (1 + RISE) and step > at and falls:
@@ -136,7 +136,8 @@ def _worst(task, feed, after) -> Iterator[dict[str, Any]]:
         if source is None or "loss" not in found:
             continue
         pairs = sorted(zip(found["loss"], found["record"], strict=True), reverse=True)[:WORST]
-        rows = [(source.where(i), f"{loss:.3f}", _text(task, source, i)) for loss, i in pairs]
+        reader = feed.readers.get(name, task)
+        rows = [(source.where(i), f"{loss:.3f}", _text(reader, source, i)) for loss, i in pairs]
         yield {
             "title": f"{name}: the rows with the largest loss",
             "head": ("row", "loss", "text"),
@@ -162,10 +163,11 @@ def _answers(task, feed, before, after) -> Iterator[dict[str, Any]]:
     """Questions that are answered, those that are wrong first."""
     if not feed.questions or "answers" not in after:
         return
-    right = after.get("rows", {}).get("answers", {}).get("exact_match")
+    scores = after.get("rows", {}).get("answers", {})
+    metric = next((name for name in scores if name not in ("record", "about")), "")
     order: Sequence[int] = range(len(feed.questions))
-    if right is not None:
-        order = sorted(order, key=lambda i: right[i])
+    if metric:
+        order = sorted(order, key=lambda i: scores[metric][i])
     rows = []
     for i in order[:WORST]:
         one = feed.questions[i]
@@ -173,7 +175,7 @@ def _answers(task, feed, before, after) -> Iterator[dict[str, Any]]:
         texts = (asked, one.answer, before["answers"][i], after["answers"][i])
         rows.append(tuple(_short(x if isinstance(x, str) else " | ".join(x)) for x in texts))
     yield {
-        "title": "Answers, wrong ones first",
+        "title": f"Answers, those of the lowest {metric} first" if metric else "Answers",
         "head": ("question", "wanted", "before", "after"),
         "rows": rows,
     }

@@ -5,13 +5,12 @@ A new task is one file here and one line in TASKS; a user's own is `path/to/file
 
 import difflib
 import importlib
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError
+from sftjax.files import load_python
 from sftjax.hf.heads import is_classifier
 from sftjax.tasks.base import Example, Scores, Task
 
@@ -55,13 +54,7 @@ def of_head(hf: dict) -> str:
 
 def _users(name) -> type[Task]:
     path, _, cls = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"task={name!r}: file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"task={name!r}: {path} is no Python file, NAME.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_python(path, f"task={name!r}")
     found = getattr(module, cls, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(

@@ -21,6 +21,7 @@ from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.models.base import Model
+from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class Scores(NamedTuple):
     values: {"accuracy": a number}; they go into every log and table. tables: {"confusion": anything
     that JSON holds}. errors: standard errors of values. baselines: {"always good": {"accuracy": a
     number}}, what needs no model. rows: of metrics that are means, the value of each document, in
-    the order of the predictions. All but values are of the result alone.
+    the order of the predictions; under "weight" how much of the mean each is, where that differs.
+    All but values are of the result alone.
     """
 
     values: dict[str, float]
@@ -232,6 +234,10 @@ class Task(Generic[E]):
 
         return evaluate
 
+    def held(self, predictions: dict[str, jax.Array], final: bool) -> dict[str, np.ndarray]:
+        """What is kept of a batch's predictions for `score`, or, where final, `final_scores`."""
+        return {k: to_host(v) for k, v in predictions.items()}
+
     def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
         """What a set scores, by its mean loss and the predictions of all its rows."""
         return Scores({})
@@ -253,11 +259,11 @@ class Task(Generic[E]):
     generates: ClassVar[bool] = False  # data.test is questions, answered by generating text
 
     def questions(
-        self, source: Source, shots: Callable[[int], Sequence[dict]] | None = None
+        self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
     ) -> list:
         """What is asked of each record of data.test; where `generates`.
 
-        shots: gives the training records that stand as examples before that of a number.
+        shots: gives the training records that stand as examples before that of a number and record.
         """
         raise NotImplementedError
 

@@ -187,6 +187,11 @@ class CausalLM(Task[chat.Encoded]):
 
     # ---- evaluation ----
 
+    def held(self, predictions: dict[str, Any], final: bool) -> dict[str, np.ndarray]:
+        """At the end the sums of each document there is; before, nothing."""
+        found = super().held(predictions, final) if final else {}
+        return {k: v[found["tokens"] > 0] for k, v in found.items()}
+
     def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
         """The perplexity; the accuracy is a metric of the loss."""
         return Scores({"perplexity": perplexity(loss)})
@@ -197,14 +202,14 @@ class CausalLM(Task[chat.Encoded]):
         """The same, with the mean loss of each document and the standard error of the whole."""
         held = predictions["tokens"] > 0
         total, weight = (predictions[k][held].astype(np.float64) for k in ("losses", "weights"))
-        rows = {"loss": total / np.where(weight > 0, weight, 1)}
+        rows = {"loss": total / np.where(weight > 0, weight, 1), "weight": weight}
         # Of a ratio of sums over documents, which are drawn; not of tokens, which are not.
         off = (total - loss * weight) * len(total) / max(weight.sum(), 1e-38)
         errors = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
         return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
 
     def questions(
-        self, source: Source, shots: Callable[[int], Sequence[dict]] | None = None
+        self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
     ) -> list[Question]:
         """What is asked of each record."""
         # A text without turns goes on with a next example: the answer ends before that.
@@ -212,7 +217,7 @@ class CausalLM(Task[chat.Encoded]):
         found, notes, given = list[Question](), Notes(), list[Any]()
         for i in range(len(source)):
             where, record = source.where(i), source[i]
-            before = shots(i) if shots else ()
+            before = shots(i, record) if shots else ()
             asked, words = question(
                 record, self.tokenizer, where=where, shots=before, **self.policy
             )

@@ -93,7 +93,7 @@ class Writer:
 
     def close(self) -> None:
         """End the progress line and close the files; nothing is written after it."""
-        for open_one in (self._bar, self._board, self._file, *self._trackers):
+        for open_one in (self._bar, self._board, self._file):
             if open_one is not None:
                 open_one.close()
         self._file, self._board, self._bar, self._trackers = None, None, None, ()

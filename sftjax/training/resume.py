@@ -189,7 +189,7 @@ def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[s
 
 def _set_of(key: str) -> str:
     """The set that "<set>/<metric>", or "<set>" alone, is of."""
-    return key.rpartition("/")[0] or key
+    return key.partition("/")[0]
 
 
 def _rows_of(facts) -> Any:

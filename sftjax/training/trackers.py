@@ -4,10 +4,11 @@ Where they write, and whether to a server at all, is said in the package's own w
 MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of the tracker.
 """
 
+import contextlib
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,25 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
         if name not in TRACKERS:
             raise ConfigError(f"train.trackers={name!r} is none; there are {', '.join(TRACKERS)}")
     mine = names if jax.process_index() == 0 else ()
-    return [guarded(name, TRACKERS[name](workdir, key, flat(config))) for name in mine]
+    begun = []
+    for name in mine:
+        try:
+            begun.append(guarded(name, TRACKERS[name](workdir, key, flat(config))))
+        except ConfigError:
+            raise
+        except Exception as e:  # whatever a package of others may raise
+            logger.warning("%s does not begin, and gets no numbers: %s", name, printable(str(e)))
+    return begun
+
+
+@contextlib.contextmanager
+def closing(begun: Sequence[Tracker]) -> Iterator[None]:
+    """Close them at the end, however it comes."""
+    try:
+        yield
+    finally:
+        for tracker in begun:
+            tracker.close()
 
 
 def guarded(name: str, tracker: Tracker) -> Tracker:

@@ -13,6 +13,7 @@ from test_train import files, lines, make  # noqa: F401 (files is a fixture)
 from sftjax import config as config_lib
 from sftjax import evaluate, parallel, tasks
 from sftjax import train as train_lib
+from sftjax.data import open_source
 from sftjax.data.masking.question import Question, continuations, question
 from sftjax.errors import ConfigError
 from sftjax.evaluation.answers import Asking, answered, with_choices
@@ -46,7 +47,7 @@ def test_examples_of_texts_stand_apart():
 
 def test_an_answer_to_a_text_ends_before_a_next_example(monkeypatch):
     task = CausalLM(PLAIN)
-    asked = task.questions(Listed([PAIR]), lambda i: [PAIR])
+    asked = task.questions(Listed([PAIR]), lambda i, record: [PAIR])
     said = PLAIN("\n four\n\nwhat is", add_special_tokens=False).input_ids
     monkeypatch.setattr("sftjax.evaluation.generation.generate", lambda *_, **__: [said])
     assert task.answers(None, None, asked)["answers"] == ["four"]
@@ -54,7 +55,7 @@ def test_an_answer_to_a_text_ends_before_a_next_example(monkeypatch):
 
 
 def asks(answer, asked="the cat", choices=()):
-    return Question(np.array([5]), answer, asked, asked, 0, choices)
+    return Question(np.array([5]), answer, asked, asked, 0, (), choices)
 
 
 class Listed(list):
@@ -69,16 +70,24 @@ def sets_of(config, tmp_path):
 
 def test_examples_are_drawn_by_the_seed_from_training_rows(files, tmp_path):  # noqa: F811
     train = [json.loads(x) for x in (files / "train.jsonl").read_text().splitlines()]
-    drawn = [sets_of(make(files, eval__shots=4, seed=s), tmp_path).shots() for s in (0, 0, 1)]
-    first, again, other = ([d(i) for i in range(20)] for d in drawn)
+    drawn = []
+    for seed in (0, 0, 1):
+        sets = sets_of(make(files, eval__shots=4, seed=seed), tmp_path)
+        sets.records = [open_source(str(files / "train.jsonl"))]
+        drawn.append(sets.shots())
+    first, again, other = ([d(i, {}) for i in range(20)] for d in drawn)
     assert first == again != other and first[0] != first[1]
     assert all(len(shots) == 4 and all(x in train for x in shots) for shots in first)
     assert all(len({json.dumps(x) for x in shots}) == 4 for shots in first)
     assert sets_of(make(files), tmp_path).shots() is None
     with pytest.raises(ConfigError, match=r"eval.shots=4 takes its examples from data.train"):
         sets_of(make(files, eval__shots=4, data__train=""), tmp_path).shots()
-    with pytest.raises(ConfigError, match=r"eval.shots=500: data.train has 200 rows"):
-        sets_of(make(files, eval__shots=500), tmp_path).shots()
+    for i in range(20):  # a question is no example of itself
+        own = drawn[0](i, first[i][0])
+        assert len(own) == 4 and first[i][0] not in own
+    sets.config.eval.shots = 200
+    with pytest.raises(ConfigError, match=r"eval.shots=200: data.train has 200 rows, and takes"):
+        sets.shots()
 
 
 def test_answers_that_are_labels_have_a_confusion_matrix(monkeypatch):
@@ -167,6 +176,8 @@ def test_a_choice_is_the_likeliest_text(monkeypatch):
     assert found["errors"]["choice"] == 0.5 and found["rows"]["choice"].tolist() == [1.0, 0.0]
     assert [PLAIN.decode(before[1:]) for before, _ in seen] == ["what is two?"] * 5
     assert [PLAIN.decode(after).strip() for _, after in seen] == texts + texts[:2]
+    ended = continuations(PLAIN, asked[1]._replace(ends=[3]))
+    assert [after[-1] for _, after in ended] == [3, 3] and ended[0][1][:-1] == seen[3][1]
     assert continuations(PLAIN, asked[1]) == seen[3:]
 
 
@@ -175,12 +186,14 @@ def test_choices_come_from_a_field_or_are_all_references():
     wheres = ["f:1", "f:2", "f:3"]
     found = with_choices(asked, Asking(("choice",)), [], wheres)
     assert [q.choices for q in found] == [["no", "yes"]] * 3
+    found = with_choices([asks(" yes"), asks(" no")], Asking(("choice",)), [], wheres)
+    assert [q.choices for q in found] == [[" no", " yes"]] * 2  # as they are trained
     with pytest.raises(ConfigError, match="name a field that lists each row's candidates"):
         with_choices([asks(str(i)) for i in range(21)], Asking(("choice",)), [], wheres)
     own = Asking(("choice",), choices="options")
     found = with_choices(asked[:1], own, [["maybe", "yes"]], wheres[:1])
     assert found[0].choices == ["maybe", "yes"]
-    for wrong in (["yes"], "yes no", ["maybe", "no"], {"yes": 1}):
+    for wrong in (["yes"], "yes no", ["maybe", "no"], {"yes": 1}, ["yes", ""]):
         with pytest.raises(ConfigError, match=r"f:1: eval.choices='options' is .*'yes' among them"):
             with_choices(asked[:1], own, [wrong], wheres[:1])
 
@@ -189,6 +202,7 @@ def test_choices_come_from_a_field_or_are_all_references():
     "changes, message",
     [
         (dict(draws=2), r"eval.draws=2: with generate.temperature=0 all of them are equal"),
+        (dict(metrics=()), r"eval.metrics is empty; name one metric of answers or more"),
         (dict(answer="####"), r"eval.answer='####' is of the metric 'number', which eval.metrics"),
         (dict(choices="options"), r"eval.choices='options' is of the metric 'choice'"),
     ],

@@ -115,11 +115,28 @@ def test_texts_row_by_row():
         ("####", "#### -0.5", "no #### 3 but #### -.5", 1),
         (r"answer is (\S+)", "the answer is 12.", "the answer is 12", 1),
         ("", "12", "first 3, then 12", 1),
-        ("", "none", "none", 0),
+        ("", "on 2023-05-01", "1", 1),
+        ("", "pages 3-4", "4", 1),
+        ("", "1e3", "1,000", 1),
     ],
 )
 def test_the_number_after_a_pattern(pattern, wanted, given, right):
     assert texts(["number"], [wanted], [given], answer=pattern).values == {"number": right}
+
+
+def test_references_without_a_number_are_an_error():
+    message = r"eval.answer='####': 1 of 2 references hold no number there, the first of them '72'"
+    with pytest.raises(ConfigError, match=message):
+        texts(["number"], ["#### 5", "72"], ["#### 5", "#### 72"], answer="####")
+
+
+def test_a_function_of_the_user_s_is_loaded_once_and_not_drawn_from(tmp_path):
+    log = tmp_path / "log"
+    code = f"open({str(log)!r}, 'a').write('read ')\ndef f(w, g):\n    return 0.5\n"
+    (tmp_path / "own.py").write_text(code)
+    found = texts([f"{tmp_path / 'own.py'}:f"], ["a"] * 9, ["b"] * 9, errors=True)
+    assert list(found.values.values()) == [0.5] and not found.errors
+    assert log.read_text() == "read "
 
 
 def test_a_pattern_that_is_none():

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_what_is_the_same_is_not_better(pair):
     [a], _ = map(compare.read, pair)
     for one in differences(a, a):
         assert (one.mean, one.p, one.better) == (0, 1, "")
-    assert paired([1.0], [0.0]) == (1, -1.0, -1.0, -1.0, 1.0)
+    assert paired([1.0], [0.0])[:2] == (1, -1.0) and paired([1.0], [0.0])[4] == 1.0
 
 
 def test_a_metric_is_held_to_less_where_there_are_several():
@@ -68,11 +69,54 @@ def test_a_metric_is_held_to_less_where_there_are_several():
         assert 0.025 / 5 < found[0].p < 0.025 and all(bool(d.better) == called for d in found)
 
 
-def test_other_rows_are_not_compared(tmp_path, pair):
+def test_a_unanimous_result_is_as_likely_as_its_coin_throws():
+    for n in (2, 5, 8):
+        rows, mean, low, high, p = paired([0.0] * n, [1.0] * n)
+        assert (rows, mean, p) == (n, 1.0, pytest.approx(2 * 0.5**n)) and math.isnan(low + high)
+        assert paired([0.0] * n, [0.25] * n)[4] == pytest.approx(2 * 0.5**n)
+
+
+def test_rows_that_share_a_group_are_not_independent():
+    rng, called = np.random.default_rng(0), 0
+    groups = np.repeat(np.arange(20), 10).tolist()
+    for _ in range(200):
+        a, b = (np.repeat(rng.normal(size=20), 10) for _ in range(2))
+        called += paired(a, b, groups=groups)[4] < 0.025
+    assert called <= 12  # of 200 at 2.5%; 109 without the groups
+
+
+def test_a_mean_of_tokens_is_compared_as_one():
+    weights = np.array([1.0] * 99 + [1000.0])
+    a = np.full(100, 1.7) + 0.01 * np.random.default_rng(0).normal(size=100)
+    b = a + np.where(weights > 1, -0.1, 0.1)
+    mean, low, high = paired(a, b, weights=[weights, weights])[1:4]
+    assert mean == pytest.approx((0.1 * 99 - 100) / 1099) and low < mean < high < 0
+    assert paired(a, b)[1] > 0  # of documents it would be the other way round
+
+
+def test_rows_are_of_the_same_files_and_shared(tmp_path, pair):
     other = run(tmp_path / "c", 1e-4, [1.0] * 200, [1.0] * 200, list(range(1, 201)))
     [a], [c] = compare.read(pair[0]), compare.read(other)
-    assert differences(a, c) == []
-    assert "B and A were measured on no rows in common" in compare.text([a, c])
+    assert [one.n for one in differences(a, c)] == [199, 199]
+    apart = run(tmp_path / "d", 1e-4, [1.0] * 200, [1.0] * 200, list(range(200, 400)))
+    [d] = compare.read(apart)
+    assert differences(a, d) == [] and compare.left_out(a, d) == ["dev: no row in common"]
+    assert "B and A have no rows in common" in compare.text([a, d])
+    for side, of in ((a, "1"), (c, "2")):
+        side.rows["dev"]["about"] = {"of": of, "lower": ["loss"]}
+    assert differences(a, c) == [] and compare.left_out(a, c) == ["dev: measured on other files"]
+    assert "dev: measured on other files" in compare.text([a, c])
+
+
+def test_lower_is_better_where_the_task_says_so_and_nan_is_said():
+    side = lambda value: Measured(  # noqa: E731
+        "", {}, {}, {"s": {"record": list(range(50)), "brier": [value] * 49 + [value + 0.01],
+                           "odd": [1.0] * 49 + [None], "about": {"lower": ["brier"]}}}
+    )  # fmt: skip
+    [found] = differences(side(0.5), side(0.1))
+    assert (found.metric, found.better) == ("s/brier", "b")
+    assert compare.left_out(side(0.5), side(0.1)) == ["s/odd: not a number in some rows"]
+    assert json.dumps(compare.as_json([side(0.5), side(0.1)]), allow_nan=False)
 
 
 def test_the_command(pair, capsys):

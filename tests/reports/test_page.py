@@ -4,13 +4,18 @@ import pytest
 
 from sftjax.reports.page import overfitting
 
-TRAIN = [(n, 2.0 - n / 100) for n in range(0, 101, 10)]
+TRAIN = [(n, 2.0 - n / 100) for n in range(10, 101, 10)]
 
 
 def test_overfitting_is_said_where_the_losses_part():
     [said] = overfitting({"loss": TRAIN, "dev/loss": [(0, 2.0), (40, 1.5), (80, 1.6), (100, 1.8)]})
     assert said.startswith("The run overfits: the loss of dev was lowest at step 40 (1.5) and rose")
     assert "to 1.8 by step 100" in said and "eval.best=dev/loss" in said
+
+
+def test_a_loss_that_rises_from_the_start_is_said():
+    [said] = overfitting({"loss": TRAIN, "dev/loss": [(0, 1.5), (50, 1.8), (100, 2.2)]})
+    assert "lowest at step 0 (1.5) and rose to 2.2 by step 100" in said
 
 
 @pytest.mark.parametrize(

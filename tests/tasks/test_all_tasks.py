@@ -187,7 +187,9 @@ def test_the_report_and_the_card_hold_what_was_measured(case, ran):
         assert name in text and number(name, value) in text
     assert f"--workdir={workdir}" in text and "jax" in text and "img" in page.tags
     rows = result["after"].get("rows", {})
-    assert all((len(v) == result["after"]["n"][k] for v in one.values()) for k, one in rows.items())
+    for name, found in rows.items():
+        lengths = {len(v) for key, v in found.items() if key != "about"}
+        assert lengths == {result["after"]["n"][name]} and found["about"]["of"]
     if rows:
         assert json.loads((workdir / "rows.json").read_text()) == rows
     if not (workdir / "export").exists():
@@ -334,7 +336,7 @@ def test_nobody_asks_for_a_task_by_name():
     "name, message",
     [
         ("causal_ml", "did you mean 'causal_lm'"),
-        ("nowhere.py:Task", "file nowhere.py does not exist"),
+        ("nowhere.py:Task", "nowhere.py is no Python file, NAME.py, that is there"),
         (f"{CUSTOM.parents[1] / 'README.md'}:Task", "README.md is no Python file"),
         (f"{CUSTOM / 'task.py'}:Nothing", "no class Nothing derived from sftjax.tasks.Task"),
     ],

@@ -18,7 +18,8 @@ CONFIG = {"optim": {"lr": 0.5, "name": "adamw"}, "seed": 3, "eval": {"metrics": 
 
 def write(workdir, names, first, last):
     started = trackers.start(names, workdir, CONFIG)
-    with Writer(workdir, 9, progress=False, start_step=first, trackers=started) as writer:
+    options = dict(progress=False, start_step=first, trackers=started)
+    with trackers.closing(started), Writer(workdir, 9, **options) as writer:
         for step in range(first + 1, last + 1):
             writer.write(step, {"loss": step / 8, "bad": float("nan")})
 
@@ -43,6 +44,23 @@ def test_a_tracker_that_fails_is_said_and_ends_no_run(tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "step": 1, "loss": 0.125, "bad": None,
     }  # fmt: skip
+
+
+def test_a_tracker_that_does_not_begin_is_said_and_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fails(*args):
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", fails)
+    assert trackers.start(("mlflow",), tmp_path, CONFIG) == []
+    assert "mlflow does not begin, and gets no numbers: no route to host" in caplog.text
+
+
+def test_trackers_are_closed_however_a_run_ends():
+    closed = []
+    made = trackers.Tracker(lambda *args: None, lambda: closed.append(1))
+    with pytest.raises(RuntimeError), trackers.closing([made]):
+        raise RuntimeError
+    assert closed == [1]
 
 
 @pytest.mark.parity

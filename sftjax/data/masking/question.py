@@ -34,6 +34,7 @@ class Question(NamedTuple):
     text: str  # of the prompt, without the special tokens that the tokenizer puts first
     asked: str  # its last message
     lead: int  # so many special tokens stand before the text's
+    ends: Sequence[int] = ()  # the tokens that end the answer
     choices: Sequence[str] = ()  # between which the metric `choice` decides
 
 
@@ -78,16 +79,18 @@ def question(
         before = [conversation_of(shot, f"an example before {where}", reasoning, policy)
                   for shot in shots]  # fmt: skip
         chat = chat | {"messages": _after_shots(chat["messages"], before, kind)}
-    lead: list[int] = []
+    lead, ends = list[int](), list[int]()
     if kind == "pair":
         text, answer = raw_text(chat["messages"], where), chat["messages"][-1]["content"]
-        lead, words = added_ids(tokenizer)[0], left_out.of_text(chat)
+        (lead, ends), words = added_ids(tokenizer), left_out.of_text(chat)
         start = len(text) - len(answer)
     else:
         check_template(template, where)
         text, start, answer, words = template.prompt(chat, where)
+        if text.startswith(answer, start):
+            ends = split_at(tokenizer, text, start + len(answer))[1][:1]
     ids = np.array([*lead, *split_at(tokenizer, text, start)[0]], np.int32)
-    return Question(ids, answer, text[:start], asked, len(lead)), chat["left_out"] + words
+    return Question(ids, answer, text[:start], asked, len(lead), ends), chat["left_out"] + words
 
 
 def _after_shots(messages, shots, kind):
@@ -115,11 +118,14 @@ def split_at(
 def continuations(
     tokenizer: "PreTrainedTokenizerBase", asked: Question
 ) -> list[tuple[list[int], list[int]]]:
-    """(the prompt's tokens, the choice's) of each choice, cut from the tokens of both together."""
+    """(the prompt's tokens, the choice's and its end's) of each choice.
+
+    They are cut from the tokens of both together. Without its end "1" would be likelier than "10".
+    """
     out = []
     for text in asked.choices:
         before, after = split_at(tokenizer, asked.text + text, len(asked.text))
-        out.append(([*asked.prompt[: asked.lead], *before], after))
+        out.append(([*asked.prompt[: asked.lead], *before], [*after, *asked.ends]))
     return out
 
 

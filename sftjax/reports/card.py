@@ -52,9 +52,9 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
 
 # {name}
 
-{config.model.path}{", from random weights," if drawn else ","} fine-tuned with sftjax on {sources}: {result["steps"]:,} steps of
-{config.train.batch_size} rows with {config.optim.name}, learning rate {config.optim.lr:g}
-({config.optim.schedule}), seed {config.seed}.
+{config.model.path}{", from random weights," if drawn else ","} fine-tuned with sftjax on {sources}:
+{result["steps"]:,} steps of {config.train.batch_size} rows with {config.optim.name},
+learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.seed}.
 
 ## Measured
 
@@ -62,7 +62,8 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
 {table(result["before"], after)}
 ```
 
-"±" is one standard error. The sets: {", ".join(feed.sets | feed.tests) or "none"}; questions: {d.test or "none"}.
+"±" is one standard error. The sets: {", ".join(feed.sets | feed.tests) or "none"}; questions:
+{d.test or "none"}.
 
 ## Limits
 

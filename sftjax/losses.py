@@ -60,6 +60,7 @@ def causal_lm(
             model.head(params),
             batch["targets"],
             weights,
+            bias=model.vocab_bias(params),
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             dft=dft,
@@ -113,7 +114,7 @@ def classification(
 
     def loss_fn(params, batch, rng):
         hidden, _ = model.outputs(params, batch, rng)
-        logits = model.class_logits(params, hidden, rng)  # float32 [B, S, C]
+        logits = model.class_logits(params, hidden, rng, batch["segments"])  # float32 [B, S, C]
         targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
         if class_weights:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]

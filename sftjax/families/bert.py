@@ -6,47 +6,55 @@ see encoder.py.
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.families import common
-from sftjax.models.encoder import Config, Model
+from sftjax.models.encoder import Config, Model, Pooler
 
-__all__ = ["Config", "Model", "as_stored", "config", "names"]
+__all__ = ["Config", "Model", "as_stored", "body", "config", "names", "vectors"]
 
 
-def config(hf: dict) -> Config:
-    """encoder.Config from the fields of a Hugging Face config.json."""
+def config(hf: dict, **more: Any) -> Config:
+    """encoder.Config from the fields of a Hugging Face config.json. more: of a family alike."""
     common.refuse(
         hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False
     )
     dropout, heads = hf.get("hidden_dropout_prob", 0.1), hf["num_attention_heads"]
-    if hf["hidden_size"] % heads:
-        raise ModelError(
-            f"hidden_size={hf['hidden_size']} does not divide over num_attention_heads={heads}"
-        )
-    own = hf.get("classifier_dropout")
-    return Config(
+    own, activation = hf.get("classifier_dropout"), hf.get("hidden_act", "gelu")
+    fields: dict[str, Any] = dict(
         vocab=hf["vocab_size"],
         width=hf["hidden_size"],
         layers=hf["num_hidden_layers"],
         heads=heads,
         kv_heads=heads,
-        head_dim=hf["hidden_size"] // heads,
+        head_dim=head_dim(hf),
         mlp=hf["intermediate_size"],
         max_positions=hf.get("max_position_embeddings", 512),
         norm_eps=hf.get("layer_norm_eps", 1e-12),
-        activation=hf.get("hidden_act", "gelu"),
+        activation=activation,
         init_std=hf.get("initializer_range", 0.02),
         token_types=hf.get("type_vocab_size", 2),
+        poolers=(("", Pooler()), ("document", Pooler()), ("vocabulary", Pooler(activation, True))),
         dropout=dropout,
         head_dropout=dropout if own is None else own,
     )
+    return Config(**fields | more)
+
+
+def head_dim(hf: dict) -> int:
+    """The width of a head. Raises: ModelError where it is no whole number."""
+    width, heads = hf["hidden_size"], hf["num_attention_heads"]
+    if width % heads:
+        raise ModelError(f"hidden_size={width} does not divide over num_attention_heads={heads}")
+    return width // heads
 
 
 def as_stored(c: Config, files: Iterable[str]) -> Config:
-    """The config for files that hold these tensors: without classes, a pooler only if they do."""
-    has = any(name.endswith("pooler.dense.weight") for name in files)
-    return dataclasses.replace(c, pooler=c.pooler and bool(c.classes or has))
+    """The config for files that hold these tensors: without a head, a pooler only if they do."""
+    if any(name.endswith("pooler.dense.weight") for name in files):
+        return c
+    return dataclasses.replace(c, poolers=tuple(row for row in c.poolers if row[0]))
 
 
 # Heads and buffers of other tasks than ours, which BERT files may hold besides the body.
@@ -55,7 +63,19 @@ OTHERS = r"cls\..*|qa_outputs\..*|classifier\..*|(bert\.)?pooler\..*"
 
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
-    embed, block = "bert.embeddings.", "bert.encoder.layer.{}."
+    vocabulary = c.head == "vocabulary"
+    pooler = "cls.predictions.transform.dense" if vocabulary else "bert.pooler.dense"
+    rows = body("bert.") + (common.linear(pooler, "pooler", "p d -> d p") if c.pooler else [])
+    if vocabulary:
+        rows += common.layer_norm("cls.predictions.transform.LayerNorm", "pooler_norm")
+        rows.append(("cls.predictions.bias", "vocab_bias/b", "v -> v"))
+        rows += [("cls.predictions.decoder.weight", "head/w", "v d -> v d")] * (not c.tied)
+    return rows + score(c)
+
+
+def body(prefix: str) -> list[tuple]:
+    """The rows of the body of a BERT whose names begin with a prefix."""
+    embed, block = prefix + "embeddings.", prefix + "encoder.layer.{}."
     attn, out = block + "attention.self.", block + "attention.output."
     rows = [
         (embed + "word_embeddings.weight", "embed/w", "v d -> v d"),
@@ -63,32 +83,27 @@ def names(c: Config) -> list[tuple]:
         (embed + "token_type_embeddings.weight", "token_types/w", "t d -> t d"),
         (out + "dense.weight", "layers/attn/o/w", "d (n h) -> n h d"),
         (out + "dense.bias", "layers/attn/o/b", "d -> d"),
-        (block + "intermediate.dense.weight", "layers/mlp/up/w", "f d -> d f"),
-        (block + "intermediate.dense.bias", "layers/mlp/up/b", "f -> f"),
-        (block + "output.dense.weight", "layers/mlp/down/w", "d f -> f d"),
-        (block + "output.dense.bias", "layers/mlp/down/b", "d -> d"),
+        *common.linear(block + "intermediate.dense", "layers/mlp/up", "f d -> d f"),
+        *common.linear(block + "output.dense", "layers/mlp/down", "d f -> f d"),
     ]
-    for file, name, n in [("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k")]:
-        rows += [
-            (f"{attn}{file}.weight", f"layers/attn/{name}/w", f"({n} h) d -> d {n} h"),
-            (f"{attn}{file}.bias", f"layers/attn/{name}/b", f"({n} h) -> {n} h"),
-        ]
+    for file, name in [("query", "q"), ("key", "k"), ("value", "v")]:
+        rows += vectors(attn + file, name)
     sums = [(out, "layers/attn_sum_norm"), (block + "output.", "layers/mlp_sum_norm")]
     for file, path in [*sums, (embed, "embed_norm")]:
         rows += common.layer_norm(file + "LayerNorm", path)
-    return rows + _head(c)
-
-
-def _head(c) -> list[tuple]:
-    rows = []
-    if c.pooler:
-        rows += [
-            ("bert.pooler.dense.weight", "pooler/w", "p d -> d p"),
-            ("bert.pooler.dense.bias", "pooler/b", "p -> p"),
-        ]
-    if c.classes:
-        rows += [
-            ("classifier.weight", "score/w", "c d -> c d"),
-            ("classifier.bias", "score/b", "c -> c"),
-        ]
     return rows
+
+
+def vectors(file: str, name: str) -> list[tuple]:
+    """The rows of what makes queries, keys or values (name "q", "k", "v"), and of its bias."""
+    n = "n" if name == "q" else "k"
+    return [
+        (f"{file}.weight", f"layers/attn/{name}/w", f"({n} h) d -> d {n} h"),
+        (f"{file}.bias", f"layers/attn/{name}/b", f"({n} h) -> {n} h"),
+    ]
+
+
+def score(c: Config) -> list[tuple]:
+    """The rows of a head of classes, as BERT and most encoders name them."""
+    file = "qa_outputs" if c.head == "span" else "classifier"
+    return common.linear(file, "score", "c d -> c d") if c.classes else []

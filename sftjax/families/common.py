@@ -25,7 +25,8 @@ EXPECTED = [
         lambda x: type(x) is int and 0 < x < 2**63,
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads?"
         " head_dim? intermediate_size max_position_embeddings original_max_position_embeddings?"
-        " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size"
+        " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size n_layers n_heads dim"
+        " hidden_dim local_attention global_attn_every_n_layers"
         " type_vocab_size sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
         " num_labels?",
     ),
@@ -38,7 +39,8 @@ EXPECTED = [
     (
         "a positive number",
         lambda x: _number(x) and x > 0,
-        "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta? rope_local_base_freq?"
+        "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta? rope_local_base_freq?"
+        " global_rope_theta? local_rope_theta?"
         " rotary_emb_base? rotary_pct? partial_rotary_factor? factor? low_freq_factor?"
         " high_freq_factor? beta_fast? beta_slow? attention_factor? query_pre_attn_scalar"
         " attn_logit_softcapping? final_logit_softcapping? embedding_multiplier"
@@ -47,7 +49,7 @@ EXPECTED = [
     (
         "a number from 0 to below 1",
         lambda x: _number(x) and 0 <= x < 1,
-        "hidden_dropout_prob classifier_dropout?",
+        "hidden_dropout_prob classifier_dropout? dropout seq_classif_dropout",
     ),
     (
         "a number of 0 or more",
@@ -58,12 +60,14 @@ EXPECTED = [
         "true or false",
         lambda x: type(x) is bool,
         "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob"
-        " use_sliding_window? truncate? is_decoder? add_cross_attention?",
+        " use_sliding_window? truncate? is_decoder? add_cross_attention? norm_bias classifier_bias"
+        " decoder_bias sinusoidal_pos_embds",
     ),
     (
         "a name",
         lambda x: isinstance(x, str),
-        "model_type hidden_act? hidden_activation? activation_function type rope_type",
+        "model_type hidden_act? hidden_activation? activation_function type rope_type activation"
+        " classifier_activation classifier_pooling",
     ),
     (
         "a list of names",
@@ -90,6 +94,7 @@ EXPECTED = [
 # The most that a size may be. No model comes near; what a config.json asks for beyond it would be
 # laid out, layer by layer and name by name, before the weights' files could contradict it.
 MOST = {"num_hidden_layers": 2**12, "n_layer": 2**12, "loop_num": 2**10, "num_labels": 2**20}
+MOST |= {"n_layers": 2**12, "n_heads": 2**16, "dim": 2**24, "hidden_dim": 2**24}
 MOST |= dict.fromkeys(("num_experts", "num_local_experts"), 2**12)
 MOST |= dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), 2**16)
 MOST |= dict.fromkeys("hidden_size intermediate_size moe_intermediate_size n_embd n_inner".split(),
@@ -183,6 +188,15 @@ def kinds(
             raise ModelError(f"layer type {name!r} is not supported; known: {', '.join(known)}")
     out = tuple(Kind(known[name], rope) for name in types)
     return out[:1] if len(set(out)) == 1 else out
+
+
+def linear(file: str, path: str, layout: str) -> list[tuple]:
+    """Rows as in llama.names of a matrix with this layout, and of its bias."""
+    out = layout.split()[0]
+    return [
+        (file + ".weight", path + "/w", layout),
+        (file + ".bias", path + "/b", f"{out} -> {out}"),
+    ]
 
 
 def layer_norm(file: str, path: str) -> list[tuple]:

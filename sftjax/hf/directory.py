@@ -38,7 +38,8 @@ from sftjax.parallel import processes
 
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
-    r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(bert\.)?embeddings\.position_ids"
+    r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(\w+\.)?embeddings\.position_ids"
+    r"|(cls\.predictions|lm_head)\.decoder\.bias"  # another name of their bias
 )
 
 
@@ -51,6 +52,7 @@ class Origin:
     generation: dict  # generation_config.json, or {}
     dtypes: dict  # tensor name -> numpy dtype in the files
     labels: tuple[str, ...] = ()  # of the classes of the model's head, in order
+    problem: str = ""  # config.json's problem_type, where the task says it
 
 
 def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
@@ -79,13 +81,20 @@ def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
 
 
 def load_model(
-    path_or_id: str | Path, labels: Sequence[str] | None = None, **changes: Any
+    path_or_id: str | Path,
+    labels: Sequence[str] | None = None,
+    *,
+    head: str | None = None,
+    problem: str = "",
+    **changes: Any,
 ) -> base.Model:
     """The Model of a Hugging Face directory (or a config.json); reads no weights.
 
     labels: the names of the classes of a head of classes, in order; None: the head that the files
-    have, with its labels (their id2label). changes: fields of the Config, such as dtype, remat,
-    split; classes=0 leaves a head of classes out. Raises ValueError, naming the file and the field.
+    have, with its labels (their id2label). head: "vocabulary" | "document" | "token" | "span", see
+    heads.ENDINGS; None: "document" for labels, else that of the files. problem: the problem_type
+    of an export. changes: fields of the Config, such as dtype, remat, split; classes=0 leaves a
+    head of classes out. Raises ValueError, naming the file and the field.
     """
     path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
@@ -96,8 +105,9 @@ def load_model(
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method")
             raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
-        labels = heads.choose(hf, labels, changes.pop("classes", None))
-        config = dataclasses.replace(family.config(hf), **changes, classes=len(labels))
+        config, classes = family.config(hf), changes.pop("classes", None)
+        head, labels = heads.choose(hf, config.causal, head, labels, classes)
+        config = dataclasses.replace(config, **changes, head=head, classes=len(labels))
         _check(config, hf)
     except KeyError as e:
         raise ModelError(f"{file}: field {e} is missing") from None
@@ -109,7 +119,7 @@ def load_model(
         common.check(generation)
     except ModelError as e:
         raise ModelError(f"{said}: {e}") from None
-    source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels)
+    source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels, problem=problem)
     model = getattr(family, "Model", decoder.Model)(config, source)
     shapes = [p.shape for p in params_lib.flatten(model.abstract).values()]
     if (n := sum(map(math.prod, shapes))) > common.PARAMETERS:
@@ -318,7 +328,7 @@ def _compare(model, reader, path) -> list[str]:
     head = ends(model)[1]
     others = heads.others(model, family_of(model.source.config), head)
     wrong = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in reader.entries]
-    left_out, tied = [], model.config.tied and head in reader.entries and not model.config.classes
+    left_out, tied = [], _tied(model) and head in reader.entries
     for name in reader.entries:
         found = list(reader.shape(name))
         if name in expected:
@@ -336,11 +346,14 @@ def _compare(model, reader, path) -> list[str]:
     return left_out
 
 
+def _tied(model) -> bool:
+    return model.config.tied and model.config.head == "vocabulary"
+
+
 def _check_tied(model, reader, path, step=4096):
     """A tied model's file may repeat the embedding as its head; it must be the same."""
     embed, head = ends(model)
-    tied = model.config.tied and not model.config.classes
-    if not tied or embed not in reader.entries or head not in reader.entries:
+    if not _tied(model) or embed not in reader.entries or head not in reader.entries:
         return
     for i in range(0, reader.shape(embed)[0], step):
         a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, head))
@@ -402,7 +415,7 @@ def save_pretrained(
     source = Path(model.source.directory)
     hf = with_code(_hf_config(model, rows, tokenizer), source, temporary)
     _write_json(temporary / "config.json", hf)
-    if model.config.causal and not model.config.classes:
+    if model.config.causal and model.config.head == "vocabulary":
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if tokenizer is not None:
         save_tokenizer(tokenizer, temporary)
@@ -433,7 +446,7 @@ def _written(model) -> list[tuple]:
     if embed not in model.source.dtypes:
         # vLLM, and older transformers, tie the head to the embedding and not the other way round.
         return [row for row in rows if row[0] != "embed/w"] + tables
-    if not model.config.classes:
+    if _tied(model):
         rows += [(path, {(): head}, layout) for path, _, layout in tables]
     return rows
 

@@ -12,30 +12,52 @@ from sftjax.errors import ModelError
 from sftjax.models.base import Model
 from sftjax.terminal import printable
 
-CLASSIFIER = "ForSequenceClassification"
+# Heads of classes by the last part of transformers' class names. A document has classes, or one
+# number; a token has classes; of a span the first and the last token are found.
+ENDINGS = {
+    "document": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+}
+MASKED = "ForMaskedLM"
+SPAN = ("start", "end")  # the rows of a head of spans
 # The first part of transformers' class names.
 PREFIXES = {
-    "bert": "Bert", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
-    "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss", "granite": "Granite",
-    "iquestcoder": "IQuestCoder", "iquestloopcoder": "IQuestLoopCoder", "llama": "Llama",
-    "mistral": "Mistral", "mixtral": "Mixtral", "olmo2": "Olmo2", "phi3": "Phi3", "qwen2": "Qwen2",
-    "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "smollm3": "SmolLM3",
+    "bert": "Bert", "distilbert": "DistilBert", "gemma": "Gemma", "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss",
+    "granite": "Granite", "iquestcoder": "IQuestCoder", "iquestloopcoder": "IQuestLoopCoder",
+    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "modernbert": "ModernBert",
+    "olmo2": "Olmo2", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
+    "roberta": "Roberta", "smollm3": "SmolLM3", "xlm-roberta": "XLMRoberta",
 }  # fmt: skip
-SCORE = ("score.weight", "score/w", "c d -> c d")  # of every decoder
-PARTS = ("score/", "pooler/")  # parameters of a head: made anew where the files have another head
+# Of every decoder, by the head.
+SCORES = {
+    "document": [("score.weight", "score/w", "c d -> c d")],
+    "token": [("score.weight", "score/w", "c d -> c d"), ("score.bias", "score/b", "c -> c")],
+}
+PARTS = ("score/", "pooler/", "pooler_norm/", "vocab_bias/")  # parameters that heads have
 
 
 # ---- labels --------------------------------------------------------------------------------
 
 
-def is_classifier(hf: dict) -> bool:
-    """Does the directory of this config.json hold a head of classes?"""
-    return any(a.endswith(CLASSIFIER) for a in hf.get("architectures") or ())
+def kind_of(hf: dict) -> str:
+    """The head that the directory of this config.json holds: a key of ENDINGS, "vocabulary", "".
+
+    "" also for one that says nothing of it, or a head that is not known here.
+    """
+    for name in hf.get("architectures") or ():
+        for kind, ending in ENDINGS.items():
+            if name.endswith(ending):
+                return kind
+        if name.endswith((MASKED, "ForCausalLM", "LMHeadModel", "ForPreTraining")):
+            return "vocabulary"
+    return ""
 
 
-def is_other(hf: dict) -> bool:
-    """Does it say that it holds another head, or none?"""
-    return bool(hf.get("architectures")) and not is_classifier(hf)
+def is_other(hf: dict, kind: str) -> bool:
+    """Does it say that it holds another head than this kind, or none?"""
+    return bool(hf.get("architectures")) and kind_of(hf) != kind
 
 
 def numbered(n: int) -> tuple[str, ...]:
@@ -43,10 +65,12 @@ def numbered(n: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(n))
 
 
-def stored_labels(hf: dict) -> tuple[str, ...]:
-    """The labels of the head in a directory, in the order of its rows; () without such a head."""
-    if not is_classifier(hf):
+def stored_labels(hf: dict, kind: str = "document") -> tuple[str, ...]:
+    """The labels of this kind of head in a directory, in the order of its rows; () without it."""
+    if kind_of(hf) != kind or kind not in ENDINGS:
         return ()
+    if kind == "span":
+        return SPAN
     by_id = hf.get("id2label")
     if by_id is None:  # what transformers assumes
         return numbered(hf.get("num_labels", 2))
@@ -56,18 +80,36 @@ def stored_labels(hf: dict) -> tuple[str, ...]:
     return tuple(str(by_id.get(i, by_id.get(int(i)))) for i in expected)
 
 
-def choose(hf: dict, given: Sequence[str] | None, classes: int | None) -> tuple[str, ...]:
-    """The labels of the model to load; () for the vocabulary head.
+def choose(
+    hf: dict, causal: bool, head: str | None, given: Sequence[str] | None, classes: int | None
+) -> tuple[str, tuple[str, ...]]:
+    """(head, labels) of the model to load; labels () for a head of no classes.
 
-    given: the user's, or None; classes: how many, or None. ModelError where these and the
-    directory's own head disagree.
+    head, given (labels), classes (their number): what the user asks for, None for what the files
+    have; classes=0 is none. ModelError where these and the directory's own head disagree.
     """
-    own = stored_labels(hf)
+    plain, own_kind = "vocabulary" if causal else "", kind_of(hf)
+    if head is None:
+        head = "document" if given is not None or classes else own_kind or plain
+        head = plain if classes == 0 else head
+    known = {*ENDINGS, "vocabulary", plain} - ({"span"} if causal else set())
+    if head not in known:
+        raise ModelError(f"head={head!r}, expected one of {', '.join(filter(None, sorted(known)))}")
+    if head not in ENDINGS:
+        return head, ()
+    given = SPAN if head == "span" else given
+    return head, _labels(hf, head, given, classes)
+
+
+def _labels(hf, head, given, classes) -> tuple[str, ...]:
+    own = stored_labels(hf, head)
     if given is None:
         n = len(own) if classes is None else classes
-        if own and n not in (0, len(own)):
+        if own and n != len(own):
             raise ModelError(f"classes={n}, but the files have a head of {_list(own)}")
-        return own if n == len(own) else numbered(n)
+        if not n:
+            raise ModelError(f"head={head!r} needs labels, the names of its classes")
+        return own or numbered(n)
     given = _checked(given)
     if classes is not None and classes != len(given):
         raise ModelError(f"classes={classes}, but there are {len(given)} labels")
@@ -104,12 +146,12 @@ def _list(labels) -> str:
 def fresh(model: Model, path: str, in_files: bool) -> bool:
     """Is this parameter of a head to be made anew: because the files have none, or another's?
 
-    A directory that says it has a head of classes must hold it.
+    A directory that says it has the head must hold it.
     """
-    hf = model.source.config
-    if not path.startswith(PARTS) or is_classifier(hf):
+    hf, kind = model.source.config, model.config.head
+    if not path.startswith(PARTS) or (kind in ENDINGS and kind_of(hf) == kind):
         return False
-    return not in_files or (path.startswith("score/") and is_other(hf))
+    return not in_files or (path.startswith("score/") and is_other(hf, kind))
 
 
 def others(model: Model, family: ModuleType, head: str | None) -> re.Pattern[str]:
@@ -117,7 +159,7 @@ def others(model: Model, family: ModuleType, head: str | None) -> re.Pattern[str
 
     head: the name of the family's vocabulary head.
     """
-    known = [getattr(family, "OTHERS", r"score\.weight")]
+    known = [getattr(family, "OTHERS", r"score\.(weight|bias)")]
     if model.config.classes and head:
         known += [re.escape(head), r"lm_head\..*", r"score\.(weight|bias)", r"qa_outputs\..*"]
     return re.compile("|".join(known))
@@ -143,19 +185,23 @@ def _some(names, most=4) -> str:
 
 def exported(model: Model) -> dict:
     """The config.json of the source, saying which head the model has."""
-    hf, n = dict(model.source.config), model.config.classes
+    hf, n, kind = dict(model.source.config), model.config.classes, model.config.head
     # The loop form may call itself a llama, and is then told by this name alone.
     loop = "IQuestLoopCoder" in str(hf.get("architectures"))
     prefix = PREFIXES["iquestloopcoder" if loop else hf["model_type"]]
     if not n:
-        if not model.config.causal and is_other(hf):
-            hf["architectures"] = [prefix + "Model"]
+        if not model.config.causal and is_other(hf, kind):
+            hf["architectures"] = [prefix + (MASKED if kind else "Model")]
         return hf
     labels = model.source.labels if len(model.source.labels) == n else numbered(n)
-    if not is_classifier(hf):
-        hf["architectures"] = [prefix + CLASSIFIER]
+    if kind_of(hf) != kind:
+        hf["architectures"] = [prefix + ENDINGS[kind]]
         hf.pop("problem_type", None)  # of another task
-    hf.pop("num_labels", None)  # follows from the labels
-    hf["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    hf["label2id"] = {label: i for i, label in enumerate(labels)}
+    if model.source.problem:
+        hf["problem_type"] = model.source.problem
+    for key in ("num_labels", "id2label", "label2id"):  # they follow from the labels
+        hf.pop(key, None)
+    if kind != "span":
+        hf["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        hf["label2id"] = {label: i for i, label in enumerate(labels)}
     return hf

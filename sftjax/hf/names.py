@@ -9,6 +9,7 @@ import jax
 from sftjax.errors import ModelError
 from sftjax.families import (
     bert,
+    distilbert,
     gemma,
     gemma2,
     gemma3,
@@ -20,11 +21,13 @@ from sftjax.families import (
     llama,
     mistral,
     mixtral,
+    modernbert,
     olmo2,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
 )
 from sftjax.hf import heads
@@ -34,6 +37,7 @@ from sftjax.params import Param
 
 FAMILIES = {
     "bert": bert,
+    "distilbert": distilbert,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
@@ -46,12 +50,15 @@ FAMILIES = {
     "llama": llama,
     "mistral": mistral,
     "mixtral": mixtral,
+    "modernbert": modernbert,
     "olmo2": olmo2,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "roberta": roberta,
     "smollm3": smollm3,
+    "xlm-roberta": roberta,
 }
 
 
@@ -74,7 +81,7 @@ def names(model: base.Model) -> list[tuple]:
     """The rows of the family's table for this model, as llama.names gives them."""
     rows = family_of(model.source.config).names(model.config)
     if model.config.classes and model.config.causal:
-        rows = [row for row in rows if row[1] != "head/w"] + [heads.SCORE]
+        rows = [row for row in rows if row[1] != "head/w"] + heads.SCORES[model.config.head]
     return rows
 
 
@@ -99,6 +106,8 @@ def tensors(
             continue
         experts = name.count("{}") > 1
         for stack, n in decoder.stacks(c).items():
+            if "/attn_norm/" in path and not decoder.period(c, stack)[0].attn_norm:
+                continue
             first = int(stack.split("-")[0])
             files: dict[tuple[int, ...], str] = {
                 (i, e) if experts else (i,): in_files(name.format(first + i, e), known)
@@ -121,12 +130,12 @@ def in_files(name: str, known: Container[str]) -> str:
 
 def visible(model: base.Model, path: str, p: Param | jax.Array, lead: int) -> tuple[int, ...]:
     """A parameter's shape after its leading dimensions, as far as the files have it."""
-    rows = (model.config.vocab,) if path in ("embed/w", "head/w") else ()
+    rows = (model.config.vocab,) if path in ("embed/w", "head/w", "vocab_bias/b") else ()
     return (*rows, *p.shape[lead + len(rows) :])
 
 
 def ends(model: base.Model) -> tuple[str, str | None]:
     """The names of embedding and vocabulary head in the files, if tied too; None for no head."""
-    untied = model.replace(tied=False, classes=0)
+    untied = model.replace(tied=False, head="vocabulary", classes=0)
     names = {path: files[()] for path, files, _ in tensors(untied) if () in files}
     return names["embed/w"], names.get("head/w")

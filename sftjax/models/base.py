@@ -20,13 +20,13 @@ from sftjax.ops import weight
 class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.
 
-    Every model has this. One with a vocabulary head (config.classes == 0) has `head`, `logits` and
-    `logit_options` as well, see decoder.Model.
+    Every model has this. One with a vocabulary head (config.head == "vocabulary") has `head`,
+    `vocab_bias`, `logits` and `logit_options` as well, see decoder.Model.
     """
 
     @property
     def config(self) -> Any:
-        """A frozen dataclass; classes: 0, or the size of the head that reads a document."""
+        """A frozen dataclass; head: which it has; classes: 0, or the rows of a head of classes."""
 
     @property
     def source(self) -> Any:
@@ -48,9 +48,16 @@ class Model(Protocol):
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch; rng None: without dropout."""
 
     def class_logits(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+        self,
+        params: dict[str, Any],
+        hidden: jax.Array,
+        rng: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
-        """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class."""
+        """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class.
+
+        segments: int32 [B, S], None for one document a row; rng: of dropout, None = without.
+        """
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """(tokens, trained, pairs) -> model FLOPs of a training step; see flops.train_flops."""
@@ -138,7 +145,8 @@ def places(batch: dict) -> tuple[jax.Array, jax.Array]:
     return positions, jnp.ones_like(tokens) if segments is None else segments
 
 
-def project_classes(w: weight.Weight, x: jax.Array) -> jax.Array:
-    """float32 [..., C] of x [..., D] and the weight [C, D] of a head."""
-    w = weight.gather_for_use(w, ("classes", "embed"), jnp.float32)
-    return weight.einsum("bsd,cd->bsc", x.astype(jnp.float32), w)
+def project_classes(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    """float32 [B, S, C] of x [B, S, D] and a head: w [C, D] and, where it has one, b [C]."""
+    w = weight.gather_for_use(p["w"], ("classes", "embed"), jnp.float32)
+    out = weight.einsum("bsd,cd->bsc", x.astype(jnp.float32), w)
+    return out + p["b"] if "b" in p else out

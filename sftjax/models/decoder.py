@@ -31,8 +31,10 @@ PERIOD = 8  # the longest alternation of kinds that is looked for
 class Kind:
     """What may differ between the layers of one model."""
 
-    window: int = 0  # a token sees itself and window-1 before it; 0 = all before it
+    # A token sees itself and window-1 before it, and in both directions also after it; 0 = all.
+    window: int = 0
     rope: Rope | None = Rope()  # None: no rotation
+    attn_norm: bool = True  # attention reads a normalised input, where the others do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Config:
     loops: int = 1  # times the layers are run; see _mix for what later passes attend to
     loop_window: int = 0
     norm: str = "rms"  # rms | rms_plus_one (the scale is stored less 1) | layer
+    norm_bias: bool = True  # of the norm "layer"
     norm_eps: float = 1e-5
     # pre: before each half of a layer | post: after it | both | residual: of the sum after it
     norms: str = "pre"
@@ -78,7 +81,9 @@ class Config:
     experts_per_token: int = 0
     renormalise: bool = True  # the weights of a token's experts add up to 1
     init_std: float = 0.02
-    classes: int = 0  # 0 = a vocabulary head; else the head says so much of each document
+    # vocabulary | document, token (classes of each) | span (where one begins and ends) | "" = none
+    head: str = "vocabulary"
+    classes: int = 0  # rows of a head of classes
     dropout: float = 0.0  # of the embedding and of what each half of a layer adds
     # how it is run
     dtype: str = "float32"  # of activations and matmuls
@@ -136,18 +141,20 @@ def abstract(config: Config) -> dict:
     """The tree of Params."""
     c, normal = config, jax.nn.initializers.normal(config.init_std)
     head = ("embed",)  # what its product sums over
-    tied = head if c.tied and c.causal and not c.classes else None
+    tied = head if c.tied and c.head == "vocabulary" else None
     tree = {
         "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, tied)},
-        "layers": {name: layer.abstract(c, n) for name, n in stacks(c).items()},
+        "layers": {name: layer.abstract(c, n, period(c, name)[0]) for name, n in stacks(c).items()},
         "norm": layer.norm_params(c, ((), ())),
     }
     if c.learned_positions:
         tree["positions"] = {"w": Param((c.max_positions, c.width), (None, "embed"), normal)}
     if c.classes:
-        score = Param((c.classes, c.width), ("classes", "embed"), normal, head)
-        tree["score"] = {"w": score}
-    elif not c.tied:
+        tree["score"] = {"w": Param((c.classes, c.width), ("classes", "embed"), normal, head)}
+        if c.head != "document":
+            zeros = jax.nn.initializers.zeros
+            tree["score"]["b"] = Param((c.classes,), ("classes",), zeros)
+    elif c.head and not c.tied:
         tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, head)}
     return tree
 
@@ -167,7 +174,8 @@ def _stack(config, name, ctx, x, xs):
         return _scan(config, name, ctx, x, xs)
     apart = {*RULES["batch"], *needs} - {*manual_axes()}
     rows = spec(("batch", "seq"))
-    axes = jax.tree.map(lambda p: p.axes, layer.abstract(config, 1), is_leaf=is_param)
+    own = layer.abstract(config, 1, period(config, name)[0])
+    axes = jax.tree.map(lambda p: p.axes, own, is_leaf=is_param)
     params = weight.map_arrays(lambda _, axes: part(axes, apart), xs[0], axes)
     kept = P(None, *rows)
     run = functools.partial(_scan, config, name)
@@ -398,11 +406,15 @@ class Model(base.Body):
         return x, routing
 
     def class_logits(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+        self,
+        params: dict[str, Any],
+        hidden: jax.Array,
+        rng: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]."""
-        del rng  # these heads have no dropout of their own
-        return base.project_classes(params["score"]["w"], hidden)
+        del rng, segments  # these heads have no dropout of their own, and read one token
+        return base.project_classes(params["score"], hidden)
 
     def head(self, params: dict[str, Any]) -> weight.Weight:
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
@@ -413,6 +425,10 @@ class Model(base.Body):
             )
         w = params["embed" if self.config.tied else "head"]["w"]
         return weight.as_stored(w, ("vocab", "embed"))
+
+    def vocab_bias(self, params: dict[str, Any]) -> None:
+        """Return None, because these heads add nothing to their logits."""
+        return None
 
     @property
     def logit_options(self) -> dict:

@@ -1,17 +1,17 @@
 """The encoder: the layers of the decoder (layer.py, decoder.run_layers) read in both directions.
 
-Position and token-type embeddings are added to the tokens' and normalised; each half of a layer
-normalises the sum of what it read and what it computed; there is no norm at the end. A token sees
-all tokens of its segment, so that documents packed into a row are as each in a row of its own.
+Position and token-type embeddings, where there are any, are added to the tokens' and normalised. A
+token sees all tokens of its segment, or those in its layer's window, so that documents packed into
+a row are as each in a row of its own.
 
-Dropout acts on the normalised embedding, on what each half of a layer adds, and on the pooled
-vector. The dropout of attention probabilities that a config.json may ask for
+Dropout acts on the normalised embedding, on what each half of a layer adds, and on what a head
+reads. The dropout of attention probabilities that a config.json may ask for
 (attention_probs_dropout_prob) is not applied: blockwise attention never forms them.
 """
 
 import dataclasses
 from functools import cached_property
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,16 @@ HEAD = 1  # folded into a key for the head's dropout
 
 
 @dataclasses.dataclass(frozen=True)
+class Pooler:
+    """The layer between the body and a head: a matrix, an activation and perhaps a norm."""
+
+    activation: str = "tanh"
+    norm: bool = False
+    bias: bool = True
+    drop_before: bool = False  # dropout of its input too, not of its output alone
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(decoder.Config):
     """decoder.Config with what an encoder has besides; its defaults are those of BERT."""
 
@@ -34,30 +44,57 @@ class Config(decoder.Config):
     norm: str = "layer"
     norms: str = "residual"
     causal: bool = False
-    tied: bool = True  # there is no vocabulary head
+    tied: bool = True
     learned_positions: bool = True
+    first_position: int = 0  # the row of the table of positions that a document's first token reads
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     gated: bool = False
     activation: str = "gelu"
     token_types: int = 2
-    pooler: bool = True  # a layer and tanh before the head, of BERT's first token
-    head_dropout: float = 0.0  # of the pooled vector
+    final_norm: bool = False  # of the last layer's output
+    head: str = ""
+    # What lies before each head that has something before it; "" is the body without a head.
+    poolers: tuple[tuple[str, Pooler], ...] = (
+        ("", Pooler()),
+        ("document", Pooler()),
+        ("vocabulary", Pooler("gelu", norm=True)),
+    )
+    pooling: str = "first"  # of a document: its first token | the mean of all
+    vocab_bias: bool = True  # of the vocabulary head
+    head_dropout: float = 0.0  # of what a head of classes reads
+
+    @property
+    def pooler(self) -> Pooler | None:
+        """What lies before its head."""
+        return dict(self.poolers).get(self.head)
 
 
 def abstract(c: Config) -> dict:
     """The tree of Params."""
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     tree = decoder.abstract(dataclasses.replace(c, classes=0))
-    tree["embed_norm"] = tree.pop("norm")
-    tree["token_types"] = {"w": Param((c.token_types, c.width), (None, "embed"), normal)}
+    tree["embed_norm"] = layer.norm_params(c, ((), ()))
+    if c.first_position:
+        table = tree["positions"]["w"]
+        size = (c.first_position + c.max_positions, c.width)
+        tree["positions"]["w"] = dataclasses.replace(table, shape=size)
+    if not c.final_norm:
+        del tree["norm"]
+    if c.token_types:
+        tree["token_types"] = {"w": Param((c.token_types, c.width), (None, "embed"), normal)}
     if c.pooler:
         w = Param((c.width, c.width), POOLER_AXES, normal, ("embed",))
-        tree["pooler"] = {"w": w, "b": Param((c.width,), (None,), zeros)}
+        bias = {"b": Param((c.width,), (None,), zeros)}
+        tree["pooler"] = {"w": w} | (bias if c.pooler.bias else {})
+        if c.pooler.norm:
+            tree["pooler_norm"] = layer.norm_params(c, ((), ()))
     if c.classes:
         w = Param((c.classes, c.width), ("classes", "embed"), normal, ("embed",))
         tree["score"] = {"w": w, "b": Param((c.classes,), ("classes",), zeros)}
+    if c.head == "vocabulary" and c.vocab_bias:
+        tree["vocab_bias"] = {"b": Param((c.rows,), ("vocab",), zeros)}
     return tree
 
 
@@ -72,18 +109,31 @@ def forward(
 ) -> jax.Array:
     """Hidden states [B, S, D]; tokens to types: int32 [B, S]; rng: of dropout, None = without."""
     tokens, positions, segments, types = map(spread, (tokens, positions, segments, types))
-    x = decoder.embed(config, params, tokens, positions)
-    x = x + weight.rows(params["token_types"]["w"], types, x.dtype)
+    x = decoder.embed(config, params, tokens, positions + config.first_position)
+    if config.token_types:
+        x = x + weight.rows(params["token_types"]["w"], types, x.dtype)
     x = layer.norm(config, x, params["embed_norm"])
     ctx = decoder.context(config, positions, segments, rng)
     x = decoder.drop_embedding(config, ctx, x)
     x, _, _ = decoder.run_layers(config, params["layers"], ctx, x)
-    return unspread(x)
+    return unspread(layer.norm(config, x, params.get("norm")))
+
+
+def mean_of_documents(x: jax.Array, segments: jax.Array) -> jax.Array:
+    """[B, S, D] of x [B, S, D]: at each token the mean over its segment, of segments [B, S]."""
+
+    def row(x, segments):
+        n = len(segments) + 1
+        sums = jax.ops.segment_sum(x.astype(jnp.float32), segments, n)
+        counts = jax.ops.segment_sum(jnp.ones(len(segments)), segments, n)
+        return (sums / jnp.maximum(counts, 1)[:, None])[segments]
+
+    return jax.vmap(row)(x, segments).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model(base.Body):
-    """An encoder with a head of classes, or with none; see base.Model."""
+    """An encoder with a head of classes or of the vocabulary, or with none; see base.Model."""
 
     config: Config
     source: Any = dataclasses.field(default=None, compare=False)
@@ -99,36 +149,66 @@ class Model(base.Body):
     ) -> tuple[jax.Array, None]:
         """(hidden [B, S, D], None) of a Batch dict; rng None: without dropout.
 
-        token_types int32 [B, S] default to 0; positions and segments to one document a row.
+        token_types int32 [B, S] default to 0; positions and segments to one document a row. For a
+        vocabulary head the hidden states are those that it reads, after the layer before it.
         """
         tokens, types = batch["tokens"], batch.get("token_types")
         types = jnp.zeros_like(tokens) if types is None else types
-        return forward(self.config, params, tokens, *base.places(batch), types, rng), None
+        hidden = forward(self.config, params, tokens, *base.places(batch), types, rng)
+        return self.pooled(params, hidden) if self.config.head == "vocabulary" else hidden, None
 
     def pooled(
         self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
     ) -> jax.Array:
         """[B, S, D] of hidden [B, S, D]: what the head reads; hidden itself without a pooler."""
-        c = self.config
-        if c.pooler:
+        c, p = self.config, self.config.pooler
+        if p:
+            hidden = self._drop(hidden, rng, 1) if p.drop_before else hidden
             w = weight.gather_for_use(params["pooler"]["w"], POOLER_AXES, hidden.dtype)
-            p = {"w": w, "b": params["pooler"]["b"]}
-            hidden = jnp.tanh(weight.project("bsd,dp->bsp", hidden, p))
-        if rng is None or not c.head_dropout:
+            hidden = weight.project("bsd,dp->bsp", hidden, params["pooler"] | {"w": w})
+            hidden = layer.ACTIVATIONS[p.activation](hidden)
+            hidden = layer.norm(c, hidden, params.get("pooler_norm"))
+        return self._drop(hidden, rng, 0)
+
+    def _drop(self, hidden, rng, site):
+        if rng is None or not self.config.head_dropout:
             return hidden
         [seed] = dropout.seeds(jax.random.fold_in(rng, HEAD), 1)
-        return dropout.dropout(hidden, c.head_dropout, seed, dropout.ids(hidden.shape[:2]))
+        rate, ids = self.config.head_dropout, dropout.ids(hidden.shape[:2])
+        return dropout.dropout(hidden, rate, seed, ids, site)
 
     def class_logits(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
+        self,
+        params: dict[str, Any],
+        hidden: jax.Array,
+        rng: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
-        """float32 [B, S, C] of hidden [B, S, D]; rng: of dropout, None = without."""
-        pooled = self.pooled(params, hidden, rng)
-        return base.project_classes(params["score"]["w"], pooled) + params["score"]["b"]
+        """float32 [B, S, C] of hidden [B, S, D]; rng: of dropout, None = without.
 
-    def head(self, params: dict[str, Any]) -> NoReturn:
-        """Raise ModelError: an encoder has no vocabulary head."""
-        raise ModelError(
-            "an encoder has no vocabulary head to train on tokens or to generate from; load it with"
-            " labels, or take the directory of a causal language model"
-        )
+        segments: int32 [B, S], for a head that reads the mean of a document; None: one a row.
+        """
+        if self.config.pooling == "mean" and self.config.head == "document":
+            segments = jnp.ones(hidden.shape[:2], jnp.int32) if segments is None else segments
+            hidden = mean_of_documents(hidden, segments)
+        return base.project_classes(params["score"], self.pooled(params, hidden, rng))
+
+    def head(self, params: dict[str, Any]) -> weight.Weight:
+        """The vocabulary projection, [config.rows, D]; see ops.weight."""
+        if self.config.head != "vocabulary":
+            raise ModelError(
+                "this encoder has no vocabulary head to train on tokens or to generate from; load"
+                " it with labels or head='vocabulary', or take the directory of a causal language"
+                " model"
+            )
+        w = params["embed" if self.config.tied else "head"]["w"]
+        return weight.as_stored(w, ("vocab", "embed"))
+
+    def vocab_bias(self, params: dict[str, Any]) -> jax.Array | None:
+        """What is added to the logits, [config.rows]; None for nothing."""
+        return params["vocab_bias"]["b"] if "vocab_bias" in params else None
+
+    @property
+    def logit_options(self) -> dict:
+        """How logits follow from hidden states and head; see ops.cross_entropy."""
+        return dict(vocab=self.config.vocab)

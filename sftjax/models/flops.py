@@ -64,8 +64,8 @@ def head_flops(config: decoder.Config, trainable: dict, abstract: dict, rows: in
     All of it passes a gradient on. 0 for an encoder on its own.
     """
     on, total = params_lib.flatten(trainable), 0
-    vocabulary = "embed" if config.tied and config.causal else "head"
-    names = ("score", "pooler") if config.classes else (vocabulary,)
+    vocabulary = "embed" if config.tied and config.head == "vocabulary" else "head"
+    names = ("score" if config.classes else vocabulary, "pooler")
     for name in names:
         for key, p in _matrices(abstract.get(name, {}), f"{name}/"):
             sizes = zip(p.shape, p.axes, strict=True)

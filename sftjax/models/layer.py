@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
+    "tanh": jnp.tanh,
 }
 # Which norms each half of a layer has: of its input, of its output, of their sum.
 NORMS = {"pre": [""], "post": ["_post"], "both": ["", "_post"], "residual": ["_sum"]}
@@ -50,13 +51,16 @@ def norm_params(
     shape = (*lead[0], *(shape or (c.width,)))
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
     p = {"scale": Param(shape, (*lead[1], *axes), zeros if c.norm == "rms_plus_one" else ones)}
-    if c.norm == "layer":
+    if c.norm == "layer" and c.norm_bias:
         p["b"] = Param(shape, (*lead[1], *axes), zeros)
     return p
 
 
-def abstract(c: "Config", n: int) -> dict:
-    """Return the Params of a stack of n layers, each with the leading axis `layers`."""
+def abstract(c: "Config", n: int, kind: "Kind") -> dict:
+    """Return the Params of a stack of n layers, each with the leading axis `layers`.
+
+    kind: that of its first layer, which all share as far as their parameters go.
+    """
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     lead = ((n,), ("layers",))
 
@@ -96,13 +100,17 @@ def abstract(c: "Config", n: int) -> dict:
         mlp["router"] = linear(bias, ("embed",), embed=c.width, choice=c.experts)
     names = NORMS[c.norms]
     out = {f"{half}{n}_norm": norm_params(c, lead) for half in ("attn", "mlp") for n in names}
+    if not kind.attn_norm:
+        del out["attn_norm"]
     return out | {"attn": attn, "mlp": mlp}
 
 
 @functools.lru_cache(maxsize=64)
 def _axes(config):
     """The logical axes of a layer's parameters: a tree of tuples."""
-    return jax.tree.map(lambda p: p.axes[1:], abstract(config, 1), is_leaf=is_param)
+    return jax.tree.map(
+        lambda p: p.axes[1:], abstract(config, 1, config.kinds[0]), is_leaf=is_param
+    )
 
 
 # ---- forward -------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.
     if p is None:
         return x
     if config.norm == "layer":
-        return norms.layer_norm(x, p["scale"], p["b"], config.norm_eps)
+        return norms.layer_norm(x, p["scale"], p.get("b"), config.norm_eps)
     return norms.rms_norm(x, p["scale"], config.norm_eps, float(config.norm == "rms_plus_one"))
 
 

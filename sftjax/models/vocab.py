@@ -40,6 +40,10 @@ def grow(
             " follow on old ones, and there cannot be fewer than before"
         )
     model = model.replace(vocab=max(vocab, size))
+    if "vocab_bias" in params:  # new tokens add nothing to their logits
+        bias = params["vocab_bias"]["b"]
+        bias = jnp.pad(bias[:first], (0, max(model.config.rows, len(bias)) - first))
+        params = params | {"vocab_bias": {"b": bias}}
     if size == first:
         return model, params
     for name in ("embed", "head"):

@@ -76,11 +76,13 @@ def _axes(rows: int) -> _Axes:
     return _Axes(tuple(a for a in tokens if a not in mesh.manual_axes), tuple(vocab), True)
 
 
-def _logits(o, h, w, first):
+def _logits(o, h, w, b, first):
     """float32 [C, rows of w], and which of the rows are tokens (None: all)."""
     logits = jnp.einsum("cd,vd->cv", h, w, preferred_element_type=jnp.float32)
     if o.scale != 1.0:
         logits = logits * o.scale
+    if b is not None:
+        logits = logits + b
     if o.softcap:
         logits = o.softcap * jnp.tanh(logits / o.softcap)
     if not o.vocab:
@@ -89,14 +91,14 @@ def _logits(o, h, w, first):
     return jnp.where(real, logits, jnp.finfo(jnp.float32).min), real
 
 
-def _chunk(o, axes, n_vocab, h, w, targets, weights, groups):
-    """(sums of a chunk, gradient of its logits as they leave the matmul [C, rows of w]).
+def _chunk(o, axes, n_vocab, h, w, b, targets, weights, groups):
+    """(sums of a chunk, float32 gradient [C, rows of w] of its scaled logits).
 
-    h [C, D], w the device's rows of the head, targets, weights and groups [C].
+    h [C, D], w the device's rows of the head and b of its bias, targets, weights and groups [C].
     """
     total = functools.partial(_collect, jax.lax.psum, axes.vocab)
     first = jax.lax.axis_index(axes.vocab) * w.shape[0] if axes.vocab else 0
-    logits, real = _logits(o, h, w, first)
+    logits, real = _logits(o, h, w, b, first)
     own = targets - first  # the target's row here, if it is here
     here = jnp.arange(w.shape[0]) == own[:, None]
     top = _collect(jax.lax.pmax, axes.vocab, logits.max(-1))
@@ -128,7 +130,7 @@ def _chunk(o, axes, n_vocab, h, w, targets, weights, groups):
         grad = grad - (share if real is None else jnp.where(real, share, 0.0))
     if o.softcap:
         grad = grad * (1 - jnp.where(jnp.abs(logits) > o.softcap, 0, logits / o.softcap) ** 2)
-    return sums, (grad * o.scale if o.scale != 1.0 else grad).astype(h.dtype)
+    return sums, grad
 
 
 def _collect(op, axes, x):
@@ -162,8 +164,11 @@ def _compact(weights, chunk):
     return order, jnp.where(trained, place, 0), count
 
 
-def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
-    """One device's part of the loss -> (sums over all devices, gradients of h and w or None)."""
+def _shard(o, axes, chunk, trained, h, w, b, targets, weights, groups):
+    """One device's part of the loss -> (sums over all devices, gradients of h, w, b or None).
+
+    trained: which of the three have a gradient.
+    """
     shape, n_vocab = h.shape, o.vocab or w.shape[0] * math.prod(map(jax.lax.axis_size, axes.vocab))
     h = h.reshape(-1, h.shape[-1])
     targets, weights, groups = jax.tree.map(jnp.ravel, (targets, weights, groups))
@@ -171,15 +176,18 @@ def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
     n = _collect(jax.lax.pmax, axes.tokens, -(-count // chunk))
     gather = functools.partial(jax.lax.all_gather, axis_name=axes.gathered, tiled=True)
 
+    with_dh, with_dw, with_db = trained
+
     def body(i, carry):
-        sums, dh, dw = carry
+        sums, dh, dw, db = carry
         rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         live = i * chunk + jnp.arange(chunk) < count
         part: list[Any] = [x if x is None else x[rows] for x in (h, targets, weights, groups)]
         part[2] = jnp.where(live, part[2], 0.0)
         if axes.gathered:
             part = [x if x is None else gather(x) for x in part]
-        new, dz = _chunk(o, axes, n_vocab, part[0], w, *part[1:])
+        new, grad = _chunk(o, axes, n_vocab, part[0], w, b, *part[1:])
+        dz = (grad * o.scale if o.scale != 1.0 else grad).astype(h.dtype)
         if with_dh:
             dx = jnp.einsum("cv,vd->cd", dz, w, preferred_element_type=jnp.float32)
             dx = _collect(jax.lax.psum, tuple(a for a in axes.vocab if a not in axes.gathered), dx)
@@ -189,20 +197,23 @@ def _shard(o, axes, chunk, with_dh, with_dw, h, w, targets, weights, groups):
             dh = jax.lax.dynamic_update_slice_in_dim(dh, dx, i * chunk, 0)
         if with_dw:
             dw = dw + jnp.einsum("cv,cd->vd", dz, part[0], preferred_element_type=jnp.float32)
-        return jax.tree.map(jnp.add, sums, new), dh, dw
+        if with_db:
+            db = db + jnp.sum(grad, 0)
+        return jax.tree.map(jnp.add, sums, new), dh, dw, db
 
     zero = jnp.float32(0)
     sums = (zero, zero, None if groups is None else jnp.zeros(o.n_groups))
     dh = jnp.zeros((order.size, h.shape[1]), h.dtype) if with_dh else None
     dw = jnp.zeros(w.shape, jnp.float32) if with_dw else None
-    sums, dh, dw = jax.lax.fori_loop(0, n, body, (sums, dh, dw))
-    sums, dw = _collect(jax.lax.psum, axes.apart, (sums, dw))
+    db = jnp.zeros(b.shape, jnp.float32) if with_db else None
+    sums, dh, dw, db = jax.lax.fori_loop(0, n, body, (sums, dh, dw, db))
+    sums, dw, db = _collect(jax.lax.psum, axes.apart, (sums, dw, db))
     if with_dh:
         dh = jnp.where((weights != 0)[:, None], dh[place], 0).reshape(shape)
-    return sums, dh, dw
+    return sums, dh, dw, db
 
 
-def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest: jax.Array):
+def _run(o, chunk_tokens, trained, h, w, b, *rest: jax.Array):
     """`_shard` on each device of the mesh, or here."""
     axes = _axes(w.shape[0])
     mesh = jax.sharding.get_abstract_mesh()
@@ -211,30 +222,29 @@ def _run(o, chunk_tokens, with_dh, with_dw, h, w, *rest: jax.Array):
     shared = math.prod(mesh.shape[a] for a in axes.vocab)
     most = min(chunk_tokens, max(LOGITS * shared // w.shape[0] // TILE, 1) * TILE)
     chunk = min(-(-most // parts), max(LEAST, per_device // 8), per_device)
-    fn = functools.partial(_shard, o, axes, chunk, with_dh, with_dw)
+    fn = functools.partial(_shard, o, axes, chunk, trained)
     # The head goes to its devices in the dtype of the matmul.
-    args = (h, w.astype(h.dtype), *rest)
+    args = (h, w.astype(h.dtype), b, *rest)
     if not axes.mesh:
         return fn(*args)
-    rows = parallel.spec(("batch", "seq"))
-    hidden, head = P(*rows, None), P(axes.vocab or None, None)
-    grads = (hidden if with_dh else None, head if with_dw else None)
-    return parallel.shard_map(fn, (hidden, head, rows, rows, rows), (P(), *grads))(*args)
+    rows, vocab = parallel.spec(("batch", "seq")), axes.vocab or None
+    specs = (P(*rows, None), P(vocab, None), P(vocab))
+    grads = (spec if on else None for spec, on in zip(specs, trained, strict=True))
+    return parallel.shard_map(fn, (*specs, rows, rows, rows), (P(), *grads))(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused(o, chunk_tokens, *primals: jax.Array):
-    return _run(o, chunk_tokens, False, False, *primals)[0]
+    return _run(o, chunk_tokens, (False,) * 3, *primals)[0]
 
 
 def _forward(o, chunk_tokens, *primals: Any):
     # Only what is trained is differentiated: a frozen head costs no gradient of its own.
-    trained = (primals[0].perturbed, primals[1].perturbed)
+    trained = tuple(p is not None and p.perturbed for p in primals[:3])
     values: list[Any] = [None if p is None else p.value for p in primals]
-    sums, *grads = _run(o, chunk_tokens, *trained, *values)
-    if grads[1] is not None:
-        grads[1] = grads[1].astype(values[1].dtype)
-    return sums, tuple(grads)
+    sums, dh, *grads = _run(o, chunk_tokens, trained, *values)
+    pairs = zip(grads, values[1:3], strict=True)
+    return sums, (dh, *(None if d is None else d.astype(x.dtype) for d, x in pairs))
 
 
 def _backward(o, chunk_tokens, saved, cotangents):
@@ -253,6 +263,7 @@ def linear_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     *,
+    bias: jax.Array | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     groups: jax.Array | None = None,
     **options: Any,
@@ -264,15 +275,15 @@ def linear_cross_entropy(
 
     h [B, S, D] hidden states, w [V, D] head (a weight: see ops.weight), targets int32 [B, S],
     weights float32 [B, S] (0 = not trained; not differentiated). options: the fields of Options.
-    The logits are scale * h @ w.T, soft-capped when softcap > 0; rows of w from `vocab` on (0 =
-    none) are padding, no tokens. dft weighs each token by its own probability, not differentiated
-    (Dynamic Fine-Tuning, Wu et al. 2025, arXiv 2508.05629). The second value is 0 unless
-    `accuracy`. All weights zero gives 0 with zero gradients.
+    The logits are scale * h @ w.T + bias [V], soft-capped when softcap > 0; rows of w from `vocab`
+    on (0 = none) are padding, no tokens. dft weighs each token by its own probability, not
+    differentiated (Dynamic Fine-Tuning, Wu et al. 2025, arXiv 2508.05629). The second value is 0
+    unless `accuracy`. All weights zero gives 0 with zero gradients.
     """
     o = Options(**options)
     h, w = weight.as_head(h, w)
     if o.vocab >= w.shape[0]:
         o = dataclasses.replace(o, vocab=0)
-    args = jax.tree.map(jnp.asarray, (h, w, targets, weights.astype(jnp.float32), groups))
+    args = jax.tree.map(jnp.asarray, (h, w, bias, targets, weights.astype(jnp.float32), groups))
     sums = _fused(o, chunk_tokens, *args)
     return sums if groups is not None else sums[:2]

@@ -122,11 +122,34 @@ BERT = dict(
     max_position_embeddings=128, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
     pad_token_id=0,
 )  # fmt: skip
+DISTIL = dict(
+    vocab_size=64, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=128,
+    dropout=0.1, attention_dropout=0.0, pad_token_id=0,
+)  # fmt: skip
+MODERN = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+    max_position_embeddings=128, local_attention=10, global_attn_every_n_layers=3, pad_token_id=0,
+    bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2, attention_dropout=0.0,
+)  # fmt: skip
 ENCODERS = {
     "bert": case("bert", BERT, architectures=["BertModel"]),
     "bert-classes": case(
         "bert", BERT, architectures=["BertForSequenceClassification"],
         id2label={"0": "no", "1": "maybe", "2": "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2},
+    ),
+    "roberta": case(
+        "roberta", BERT, pad_token_id=1, type_vocab_size=1, max_position_embeddings=130,
+        layer_norm_eps=1e-5, architectures=["RobertaModel"],
+    ),
+    "distilbert": case(
+        "distilbert", DISTIL, architectures=["DistilBertModel"], seq_classif_dropout=0.0
+    ),
+    "modernbert": case(
+        "modernbert", MODERN, architectures=["ModernBertModel"], layer_types=None,
+    ),
+    "modernbert-biases": case(
+        "modernbert", MODERN, architectures=["ModernBertModel"], norm_bias=True, mlp_bias=True,
+        attention_bias=True, classifier_bias=True, decoder_bias=False, classifier_pooling="mean",
     ),
 }  # fmt: skip
 ALL = CASES | ENCODERS

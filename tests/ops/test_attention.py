@@ -61,7 +61,7 @@ def reference(q, k, v, sinks, *, segments, positions, causal=True, window=0, sof
     behind = positions[:, :, None] - positions[:, None]
     seen = (segments[:, :, None] == segments[:, None]) & (segments[:, :, None] > 0)
     seen &= (behind >= 0) | (not causal)
-    seen &= (behind < window) | (not window)
+    seen &= ((behind if causal else abs(behind)) < window) | (not window)
     e = jnp.where(seen[:, None], jnp.exp(s), 0)
     total = e.sum(-1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks)[:, None, None])
     return jnp.einsum("bnst,btnh->bsnh", e / jnp.where(total > 0, total, 1), v)

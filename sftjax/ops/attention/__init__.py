@@ -66,7 +66,7 @@ def mask(where: Where, causal: bool, window: int) -> jax.Array:
     if causal:
         seen &= ahead >= 0
     if window:
-        seen &= ahead < window
+        seen &= (ahead if causal else jnp.abs(ahead)) < window
     return seen
 
 
@@ -137,7 +137,8 @@ def attention(
 
     With kv_segments k is [B, K, H, T] and v [B, K, T, H], as a cache holds them.
     segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
-    None). window: a query sees itself and window-1 keys before it; 0 = all. softcap: 0 = none.
+    None). window: a query sees itself and window-1 keys before it, and as many after it where not
+    causal; 0 = all. softcap: 0 = none.
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
     softmax and gives nothing.
     """

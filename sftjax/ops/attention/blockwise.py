@@ -89,7 +89,8 @@ def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
     """
     last = jnp.iinfo(jnp.int32).max
     first_seen = jnp.maximum(q_pos - o.window + 1, 0) if o.window else jnp.zeros_like(q_pos)
-    last_seen = q_pos if o.causal else jnp.full_like(q_pos, last)
+    ahead = 0 if o.causal else o.window - 1 if o.window else None
+    last_seen = jnp.full_like(q_pos, last) if ahead is None else q_pos + ahead
     low, high = _least(q_seg, first_seen), _greatest(q_seg, last_seen)
     keys = _least(kv_seg, kv_pos), _greatest(kv_seg, kv_pos)
     low, high = ([x[:, :, None] for x in pair] for pair in (low, high))
@@ -132,7 +133,7 @@ def _scores(o, q, k, mine, theirs):
     if o.causal:
         seen &= ahead >= 0
     if o.window:
-        seen &= ahead < o.window
+        seen &= (ahead if o.causal else jnp.abs(ahead)) < o.window
     r, K, Q, t = s.shape
     s = s.reshape(r, K, -1, seen.shape[1], t)  # the query heads of k apart
     return jnp.where(seen[:, None, None], s, NEG_INF).reshape(r, K, Q, t)

@@ -30,6 +30,7 @@ class _Places(masks._ComputableMask):
             ok = q >= k if causal else (q >= k) | (q < k)
             if window:
                 ok &= q - k < window
+                ok = ok if causal else ok & (k - q < window)
             return ok
 
         super().__init__((len(places), length), seen)

@@ -101,6 +101,9 @@ def block_map(
     if how.window:
         connected &= (ks1 > qs0) | (kp1 > qp0 - how.window)
         whole &= qp1 - kp0 < how.window
+        if not how.causal:
+            connected &= (ks0 < qs1) | (kp0 < qp1 + how.window)
+            whole &= kp1 - qp0 < how.window
     return connected, whole & connected
 
 
@@ -150,7 +153,7 @@ def _scores(how, q, k, where, masked):
         if how.causal:
             seen &= behind >= 0
         if how.window:
-            seen &= behind < how.window
+            seen &= (behind if how.causal else jnp.abs(behind)) < how.window
         x = jnp.where(seen, x, NEG_INF)
     return x, slope
 

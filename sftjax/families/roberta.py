@@ -1,0 +1,44 @@
+"""RoBERTa and XLM-RoBERTa: a BERT whose positions begin after the padding's, and other heads.
+
+A head of classes reads the first token through a layer of its own, with dropout before it and
+after it.
+"""
+
+from sftjax.families import bert, common
+from sftjax.models.encoder import Config, Model, Pooler
+
+__all__ = ["Config", "Model", "config", "names"]
+
+OTHERS = r"lm_head\..*|qa_outputs\..*|classifier\..*|(roberta\.)?pooler\..*"
+
+
+def config(hf: dict) -> Config:
+    """encoder.Config from the fields of a Hugging Face config.json."""
+    first = hf.get("pad_token_id", 1) + 1  # rows before it are never read
+    document = Pooler(drop_before=True)
+    return bert.config(
+        hf,
+        first_position=first,
+        max_positions=hf.get("max_position_embeddings", 514) - first,
+        poolers=(("", Pooler()), ("document", document), ("vocabulary", Pooler("gelu", True))),
+    )
+
+
+as_stored = bert.as_stored
+
+
+def names(c: Config) -> list[tuple]:
+    """Rows as in llama.names."""
+    rows = bert.body("roberta.")
+    if c.head == "vocabulary":
+        rows += common.linear("lm_head.dense", "pooler", "p d -> d p")
+        rows += common.layer_norm("lm_head.layer_norm", "pooler_norm")
+        rows.append(("lm_head.bias", "vocab_bias/b", "v -> v"))
+        rows += [("lm_head.decoder.weight", "head/w", "v d -> v d")] * (not c.tied)
+    elif c.head == "document":
+        rows += common.linear("classifier.dense", "pooler", "p d -> d p")
+        rows += common.linear("classifier.out_proj", "score", "c d -> c d")
+    else:
+        rows += common.linear("roberta.pooler.dense", "pooler", "p d -> d p") if c.pooler else []
+        rows += bert.score(c)
+    return rows

@@ -39,7 +39,8 @@ def get_default() -> ConfigDict:
     """The whole tree, locked: setting a key that is not here is an error."""
     c = ConfigDict()
     c.seed = 0
-    # causal_lm | classification, or your own: "path/to/file.py:ClassName"; sftjax/tasks
+    # causal_lm | classification | multi_label | regression | token_labels | extractive_qa |
+    # masked_lm, or your own: "path/to/file.py:ClassName"; sftjax/tasks
     c.task = "causal_lm"
 
     c.model = ConfigDict()
@@ -79,7 +80,9 @@ def get_default() -> ConfigDict:
     )  # your column names; "" = found by their usual names
     c.data.fields.role = ""  # of a message: your names of its keys
     c.data.fields.content = ""
-    c.data.fields.label = ""  # of a classification; of text and label: several names with "a|b"
+    # What is wanted of a text: a label, labels, a number, tags, or answers; several names: "a|b".
+    c.data.fields.label = ""
+    c.data.fields.pair = ""  # the second text of a pair, of which a label or a number is wanted
     # Of a classification: the labels' names in order, ("negative", "positive"); then a whole number
     # in a file is an index. Or {value in the file: name}. () = those that the model knows.
     c.data.labels = config_dict.FieldReference((), field_type=object)
@@ -138,7 +141,13 @@ def get_default() -> ConfigDict:
     c.loss.z_loss = 0.0
     c.loss.dft = False  # Dynamic Fine-Tuning: each token's loss times its own probability
     c.loss.load_balance = 0.0  # coefficient of a mixture of experts' load-balancing loss
-    c.loss.class_weights = ""  # of a classification: "balanced", or a number for each: "1,2.5"
+    # Of labels: cross_entropy | focal; of several at once: bce | focal; of numbers: mse | mae |
+    # huber; "" = the first of them
+    c.loss.kind = ""
+    c.loss.focal_gamma = 2.0  # how much less a label counts that is right already
+    c.loss.huber_delta = 1.0  # from where on an error counts as in mae, in standard deviations
+    c.loss.mask_rate = 0.15  # of masked_lm: the share of tokens that are to be found
+    c.loss.class_weights = ""  # of labels: "balanced", or a number for each: "1,2.5"
     c.loss.chunk_tokens = 4096  # positions whose logits exist at a time, at most
 
     c.optim = ConfigDict()
@@ -234,6 +243,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
     "loss.label_smoothing optim.floor": (0, 1),
+    "loss.mask_rate": (1e-6, _BELOW_1),
+    "loss.focal_gamma loss.huber_delta": (0, math.inf),
     "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
     "train.spike": (0, math.inf),
     "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
@@ -264,6 +275,7 @@ _CHOICES = {
     "data.packing data.eval_packing": ("bfd", "bfd_split", "wrapped", "none"),
     "data.on_error": ("raise", "skip"),
     "loss.normalise": ("tokens", "documents"),
+    "loss.kind": ("", "cross_entropy", "focal", "bce", "mse", "mae", "huber"),
     "optim.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
     "train.on_nonfinite": ("stop", "rollback"),
     "train.on_spike": ("log", "stop", "rollback"),

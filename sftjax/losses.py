@@ -3,15 +3,17 @@
 rng is None in evaluation: nothing random then, no dropout.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sftjax.errors import ConfigError
-from sftjax.ops import moe
+from sftjax.ops import dropout, moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
 from sftjax.step import Loss
 
@@ -47,11 +49,10 @@ def causal_lm(
         raise ConfigError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
 
     def loss_fn(params, batch, rng) -> Any:
-        del rng  # no dropout in this model
         weights = batch["weights"].astype(jnp.float32)
         if normalise == "documents":
             weights = _per_document(weights, batch["segments"])
-        hidden, routing = model.outputs(params, batch)
+        hidden, routing = model.outputs(params, batch, rng)
         groups, n_groups = (batch["sources"], len(sources)) if sources else (None, 0)
         if documents:
             groups, n_groups = _places(batch["segments"]), weights.size
@@ -96,47 +97,246 @@ def _places(segments):
     return first + jnp.maximum(segments - 1, 0)
 
 
+class Options(NamedTuple):
+    """What the loss of a label or a number is made with."""
+
+    label_smoothing: float = 0.0
+    focal_gamma: float = 2.0
+    huber_delta: float = 1.0
+
+
+def _cross_entropy(logits, targets, o):
+    one_hot = jax.nn.one_hot(targets, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, o.label_smoothing))
+
+
+def _focal(logits, targets, o):
+    """A label's cross-entropy times (1 - p) ** gamma (Lin et al. 2017, arXiv 1708.02002)."""
+    p = jnp.take_along_axis(jax.nn.softmax(logits), targets[..., None], -1)[..., 0]
+    return (1 - p) ** o.focal_gamma * _cross_entropy(logits, targets, o)
+
+
+def _bce(logits, targets, o):
+    return optax.sigmoid_binary_cross_entropy(logits, targets)
+
+
+def _binary_focal(logits, targets, o):
+    return optax.sigmoid_focal_loss(logits, targets, gamma=o.focal_gamma)
+
+
+LABEL = {"cross_entropy": _cross_entropy, "focal": _focal}  # of logits [..., C], targets [...]
+LABELS = {"bce": _bce, "focal": _binary_focal}  # of logits and targets [..., C], the same
+NUMBER: dict[str, Callable] = {  # of two numbers
+    "mse": lambda y, t, o: (y - t) ** 2,
+    "mae": lambda y, t, o: jnp.abs(y - t),
+    "huber": lambda y, t, o: optax.huber_loss(y, t, o.huber_delta),
+}
+
+
+def _loss_of(table, kind, options):
+    kind = kind or next(iter(table))
+    if kind not in table:
+        raise ConfigError(f"loss.kind={kind!r}: of this task it is one of {', '.join(table)}")
+    return functools.partial(table[kind], o=Options(**options))
+
+
+def _read(model, params, batch, rng):
+    """float32 logits [B, S, C], 0 where nothing is read, and weights [B, S]."""
+    hidden, _ = model.outputs(params, batch, rng)
+    logits = model.class_logits(params, hidden, rng, batch["segments"])
+    return logits, batch["weights"].astype(jnp.float32)
+
+
+def _summed(batch, losses, weights, sources, **metrics: Any) -> Loss:
+    """The Loss of losses [B, S] with their weights."""
+    losses = jnp.where(weights != 0, losses, 0.0) * weights
+    metrics = token_counts(batch) | metrics
+    if sources:
+        sums = group_sums(losses, batch["sources"], len(sources))
+        metrics |= _by_source(sources, sums, weights, batch["sources"])
+    return Loss(jnp.sum(losses), jnp.sum(weights), metrics)
+
+
 def classification(
     model: "base.Model",
     *,
-    label_smoothing: float = 0.0,
+    kind: str = "",
     class_weights: tuple[float, ...] = (),
     predictions: bool = False,
     sources: Sequence[str] = (),
+    **options: float,
 ) -> Callable[..., Any]:
-    """Cross-entropy of a classifier over the documents of a Batch (see tasks.classification).
+    """The loss of one label of several, by a row of LABEL, over what is read in a Batch.
 
-    A document's class is read where its weight is not 0. class_weights: a factor for each class, ()
-    for none; the loss is divided by the sum of the weights that counted. predictions: return
-    (Loss, {"wanted", "given" int32 [B, S], "weights", "scores" [B, S, C]}) in place of the Loss;
-    "given" is -1 where a logit is not finite, scores are probabilities. sources: as of causal_lm.
+    A label is read where its weight is not 0: once a document, or at many of its tokens.
+    class_weights: a factor for each class, () for none; the loss is divided by the sum of the
+    weights that counted. predictions: return (Loss, {"wanted", "given" int32 [B, S], "weights",
+    "scores" [B, S, C]}) in place of the Loss; "given" is -1 where a logit is not finite, scores are
+    probabilities. sources: as of causal_lm. options: fields of Options.
     """
+    loss_of = _loss_of(LABEL, kind, options)
 
     def loss_fn(params, batch, rng):
-        hidden, _ = model.outputs(params, batch, rng)
-        logits = model.class_logits(params, hidden, rng, batch["segments"])  # float32 [B, S, C]
-        targets, weights = batch["targets"], batch["weights"].astype(jnp.float32)
+        logits, weights = _read(model, params, batch, rng)
+        targets = batch["targets"]
         if class_weights:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
         trained = weights != 0
-        losses = optax.softmax_cross_entropy(
-            jnp.where(trained[..., None], logits, 0.0),
-            optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), label_smoothing),
-        )
-        losses, weight = losses * weights, jnp.sum(weights)
+        losses = loss_of(jnp.where(trained[..., None], logits, 0.0), targets)
         given = jnp.argmax(logits, -1).astype(jnp.int32)
         given = jnp.where(jnp.all(jnp.isfinite(logits), -1), given, -1)
         hits = jnp.sum(trained & (given == targets), dtype=jnp.float32)
-        metrics = token_counts(batch)
-        metrics["accuracy"] = (hits, jnp.sum(trained, dtype=jnp.float32))
-        if sources:
-            sums = group_sums(losses, batch["sources"], len(sources))
-            metrics |= _by_source(sources, sums, weights, batch["sources"])
-        loss = Loss(jnp.sum(losses), weight, metrics)
+        accuracy = (hits, jnp.sum(trained, dtype=jnp.float32))
+        loss = _summed(batch, losses, weights, sources, accuracy=accuracy)
         if not predictions:
             return loss
         out = {"wanted": targets, "given": given, "weights": batch["weights"]}
         return loss, out | {"scores": jax.nn.softmax(logits)}
+
+    return loss_fn
+
+
+def multi_label(
+    model: "base.Model",
+    *,
+    kind: str = "",
+    class_weights: tuple[float, ...] = (),
+    predictions: bool = False,
+    sources: Sequence[str] = (),
+    **options: float,
+) -> Callable[..., Any]:
+    """The loss of any number of labels, by a row of LABELS, over the documents of a Batch.
+
+    The labels of a document are its targets less 1, in any order, 0 for none. A document's loss is
+    the mean over all labels, each times its factor of class_weights. predictions: return (Loss,
+    {"wanted", "scores" float32 [B, S, C], "weights"}) in place of the Loss; scores are
+    probabilities, each label's own. sources, options: as of classification.
+    """
+    loss_of = _loss_of(LABELS, kind, options)
+
+    def loss_fn(params, batch, rng):
+        logits, weights = _read(model, params, batch, rng)
+        wanted = _labels_of(batch["targets"], batch["segments"], logits.shape[-1])
+        losses = loss_of(jnp.where(weights[..., None] != 0, logits, 0.0), wanted)
+        if class_weights:
+            losses = losses * jnp.asarray(class_weights, jnp.float32)
+        loss = _summed(batch, jnp.mean(losses, -1), weights, sources)
+        if not predictions:
+            return loss
+        out = {"wanted": wanted, "scores": jax.nn.sigmoid(logits), "weights": batch["weights"]}
+        return loss, out
+
+    return loss_fn
+
+
+def _labels_of(targets, segments, classes):
+    """float32 [B, S, C]: 1 for each label that the token's document has."""
+    S = targets.shape[1]
+
+    def row(targets, segments):
+        there = jnp.zeros((S + 1, classes + 1)).at[segments, targets].set(1.0)
+        return there[segments, 1:]
+
+    return jax.vmap(row)(targets, segments)
+
+
+def regression(
+    model: "base.Model",
+    *,
+    kind: str = "",
+    predictions: bool = False,
+    sources: Sequence[str] = (),
+    **options: float,
+) -> Callable[..., Any]:
+    """The loss of a number, by a row of NUMBER, over the documents of a Batch.
+
+    model_state: {"mean", "std"} of the targets, float32 scalars: the model gives a number in these
+    units, and so is the loss; None: in the targets' own. predictions: return (Loss, {"wanted",
+    "given", "weights" [B, S]}) in place of the Loss, numbers in the targets' own units. sources,
+    options: as of classification.
+    """
+    loss_of = _loss_of(NUMBER, kind, options)
+
+    def loss_fn(params, batch, rng, model_state=None):
+        mean, std = (0.0, 1.0) if model_state is None else (model_state[k] for k in ("mean", "std"))
+        logits, weights = _read(model, params, batch, rng)
+        given, wanted = logits[..., 0], (batch["targets"] - mean) / std
+        given, wanted = (jnp.where(weights != 0, x, 0.0) for x in (given, wanted))
+        loss = _summed(batch, loss_of(given, wanted), weights, sources)
+        loss = dataclasses.replace(loss, state=model_state)
+        if not predictions:
+            return loss
+        out = {"wanted": batch["targets"], "given": given * std + mean}
+        return loss, out | {"weights": batch["weights"]}
+
+    return loss_fn
+
+
+SPAN_START, SPAN_END, IN_SPAN = 1, 2, 4  # bits of a target
+
+
+def span(model: "base.Model", *, sources: Sequence[str] = ()) -> Callable[..., Any]:
+    """Cross-entropy of where an answer begins and ends, over the documents of a Batch.
+
+    A target has the bits IN_SPAN at the tokens of a document between which the choice is, and
+    SPAN_START and SPAN_END at those that are right. A document's loss is the mean of the two, and
+    its weight stands at one of its tokens. sources: as of classification.
+    """
+
+    def loss_fn(params, batch, rng):
+        logits, weights = _read(model, params, batch, rng)
+        targets, segments = batch["targets"], batch["segments"]
+        logits = jnp.where((targets & IN_SPAN)[..., None] != 0, logits, -1e30)
+        lse = jax.vmap(_log_sum_exp)(logits, segments)  # [B, S, 2], of each token's document
+        right = jnp.stack([targets & SPAN_START, targets & SPAN_END], -1) != 0
+        at_right = jnp.sum(jnp.where(right, lse - logits, 0.0), -1) / 2
+        losses = jax.vmap(_over_document)(at_right, segments)
+        return _summed(batch, losses, weights, sources)
+
+    return loss_fn
+
+
+def _log_sum_exp(x, segments):
+    n = len(segments) + 1
+    top = jax.ops.segment_max(x, segments, n)[segments]
+    top = jax.lax.stop_gradient(top)
+    return top + jnp.log(jax.ops.segment_sum(jnp.exp(x - top), segments, n)[segments])
+
+
+def _over_document(x, segments):
+    return jax.ops.segment_sum(x, segments, len(segments) + 1)[segments]
+
+
+def masked_lm(
+    model: Any,
+    *,
+    mask_id: int,
+    mask_rate: float = 0.15,
+    accuracy: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
+    sources: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Cross-entropy of the tokens that are hidden from the model (Devlin et al. 2019).
+
+    Of the tokens with a weight a share `mask_rate` is chosen: by rng, or in evaluation by a hash of
+    token and position, so that it depends on nothing else. Of the chosen 80% become mask_id, 10%
+    another token, and 10% stay.
+    """
+
+    def loss_fn(params, batch, rng):
+        tokens, shape = batch["tokens"], (*batch["tokens"].shape, 3)
+        if rng is None:
+            place = dropout.hashed(tokens, batch["positions"], 3)
+        else:
+            place = jax.random.uniform(jax.random.fold_in(rng, 2), shape)
+        chosen = (place[..., 0] < mask_rate) & (batch["weights"] != 0)
+        other = (place[..., 2] * model.config.vocab).astype(jnp.int32)
+        shown = jnp.where(place[..., 1] < 0.9, other, tokens)
+        shown = jnp.where(place[..., 1] < 0.8, mask_id, shown)
+        weights = jnp.where(chosen, batch["weights"], 0.0)
+        seen = batch | {"tokens": jnp.where(chosen, shown, tokens), "weights": weights}
+        head = causal_lm(model, accuracy=accuracy, chunk_tokens=chunk_tokens, sources=sources)
+        return head(params, seen | {"targets": tokens}, rng)
 
     return loss_fn
 

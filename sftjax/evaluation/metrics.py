@@ -7,16 +7,14 @@ lists, that returns a number, or a list of one for each row: "path/to/file.py:fu
 
 import functools
 import importlib
-import re
-import string
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.errors import ConfigError
+from sftjax.evaluation.text_scores import ROWS, number
 from sftjax.files import load_python
 
 BINS = 10  # of the confidence, for calibration
@@ -219,6 +217,61 @@ def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
     return tables
 
 
+def multi_labels(
+    wanted: np.ndarray,
+    scores: np.ndarray,
+    names: Sequence[str],
+    groups: Sequence | None = None,
+    errors: bool = False,
+) -> Measured:
+    """Of any number of labels a row: wanted bool [N, C], scores [N, C], probabilities.
+
+    A label is given from a probability of one half on; accuracy is the share of rows of which all
+    labels are right. A row whose scores are not finite is given none.
+    """
+    n = len(wanted)
+    if not n:
+        return Measured(0, {})
+    lost = ~np.isfinite(scores).all(1)
+    given = (np.where(lost[:, None], 0.0, scores) >= 0.5) & ~lost[:, None]
+    hits = (given == wanted).all(1).astype(np.float64)
+    values = _multi_values(wanted, given, None if lost.any() else scores)
+    values |= {"not_finite": float(lost.sum())} if lost.any() else {}
+    spread = {}
+    if errors:
+        some = lambda at: _multi_values(wanted[at], given[at], None)  # noqa: E731
+        spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
+    usual = np.broadcast_to(wanted.mean(0) >= 0.5, wanted.shape)
+    shown = _multi_values(wanted, usual, None)
+    each = {
+        name: dict(zip(("precision", "recall", "f1", "n"), one, strict=True))
+        for name, one in zip(names, _each(wanted, given), strict=True)
+    }
+    rows, tables = {"accuracy": hits}, {"per_label": each}
+    return Measured(n, values, spread, {"each label's majority": shown}, tables, rows)
+
+
+def _multi_values(wanted, given, scores) -> dict[str, float]:
+    from sklearn import metrics as sk
+
+    values = {"accuracy": float((wanted == given).all(1).mean())}
+    for name, average in {"f1": "macro", "f1_micro": "micro"}.items():
+        options: Any = dict(average=average, zero_division=0.0)
+        values[name] = float(sk.f1_score(wanted.astype(int), given.astype(int), **options))
+    both = wanted.any(0) & ~wanted.all(0)  # else a label's curve is not defined
+    if scores is not None and both.any():
+        values["auroc"] = float(sk.roc_auc_score(wanted[:, both], scores[:, both]))
+    return values
+
+
+def _each(wanted, given) -> list[tuple[float, float, float, int]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    w, g = wanted.astype(int), given.astype(int)
+    found = precision_recall_fscore_support(w, g, average=None, zero_division=0.0)
+    return [(float(p), float(r), float(f), int(n)) for p, r, f, n in zip(*found, strict=True)]
+
+
 # ---- numbers -------------------------------------------------------------------------------
 
 
@@ -266,7 +319,7 @@ def _number_values(wanted, given) -> dict[str, float]:
 
 def texts(
     names: Sequence[str],
-    wanted: Sequence[str],
+    wanted: Sequence[str | Sequence[str]],
     given: Sequence[str],
     *,
     answer: str = "",
@@ -276,6 +329,8 @@ def texts(
 ) -> Measured:
     """Of answers, by the metrics of these names.
 
+    wanted: the reference of each row, or several: a metric of rows takes the best of them, another
+    the first.
     answer: the pattern before a number, or around its group (`number`); "" = the last number.
     baselines: other answers to the same questions, such as the first sentences. Raises: ConfigError
     for a package that is not there, or a pattern that is none.
@@ -313,10 +368,13 @@ def _over(name, wanted, given, answer) -> Callable[[np.ndarray], dict[str, float
 
 def _text_metric(name, wanted, given, answer) -> float | np.ndarray:
     """A number for the set, or one for each row."""
-    if name in _ROWS:
-        return np.array([_ROWS[name](w, g) for w, g in zip(wanted, given, strict=True)], np.float64)
+    if name in ROWS:
+        rows = zip(wanted, given, strict=True)
+        of = lambda w, g: max(ROWS[name](x, g) for x in ([w] if isinstance(w, str) else w))  # noqa: E731
+        return np.array([of(w, g) for w, g in rows], np.float64)
+    wanted = [w if isinstance(w, str) else w[0] for w in wanted]
     if name == "number":
-        w, g = ([_number(t, answer) for t in some] for some in (wanted, given))
+        w, g = ([number(t, answer) for t in some] for some in (wanted, given))
         if lost := [t for t, x in zip(wanted, w, strict=True) if x is None]:
             raise ConfigError(
                 f"eval.answer={answer!r}: {len(lost)} of {len(wanted)} references hold no number"
@@ -338,62 +396,48 @@ def _text_metric(name, wanted, given, answer) -> float | np.ndarray:
     return np.asarray(out, np.float64)
 
 
-def _squad(text: str) -> list[str]:
-    """The words of a text as SQuAD's evaluation compares them."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+def tags(
+    wanted: Sequence[Sequence[str]],
+    given: Sequence[Sequence[str]],
+    groups: Sequence | None = None,
+    errors: bool = False,
+) -> Measured:
+    """Of tags of words, such as B-PER, a list for each row: seqeval's F1 of whole entities.
 
-
-def _token_f1(wanted: str, given: str) -> float:
-    w, g = _squad(wanted), _squad(given)
-    common = sum((Counter(w) & Counter(g)).values())
-    if not w or not g:
-        return float(w == g)
-    return 2 * common / (len(w) + len(g))
-
-
-_ROWS: dict[str, Callable[[str, str], float]] = {
-    "exact_match": lambda w, g: w.strip() == g.strip(),
-    "squad_em": lambda w, g: _squad(w) == _squad(g),
-    "token_f1": _token_f1,
-}
-# A sign counts where no word or number stands before it, a comma where it groups thousands.
-_NUMBER = (
-    r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-)
-
-
-def _number(text: str, pattern: str) -> float | None:
-    """The number after the last place of a pattern, or in its group; None where there is none."""
-    try:
-        found = list(re.finditer(pattern, text)) if pattern else []
-    except re.error as e:
-        raise ConfigError(f"eval.answer={pattern!r} is no regular expression: {e}") from None
-    if pattern and not found:
-        return None
-    if pattern and found[-1].groups():
-        text = found[-1][1] or ""
-    elif pattern:
-        text = text[found[-1].end() :]
-    numbers = re.findall(_NUMBER, text)
-    if not numbers:
-        return None
-    return float(numbers[0 if pattern else -1].replace(",", ""))
-
-
-def lead(text: str, n: int) -> str:
-    """The first n sentences of a text; a sentence ends at ., ! or ? before a blank."""
-    return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:n])
-
-
-def tags(wanted: Sequence[Sequence[str]], given: Sequence[Sequence[str]]) -> Measured:
-    """Of tags of words, such as B-PER, a list for each row: F1 of whole entities."""
+    rows: of each row the share of right tags. tables: precision, recall and F1 of each type.
+    """
     if not wanted:
         return Measured(0, {})
-    with warnings.catch_warnings():  # of entities that nobody has found
-        warnings.simplefilter("ignore")
-        value = package("seqeval.metrics").f1_score(wanted, given)
-    return Measured(len(wanted), {"seqeval_f1": float(value)})
+    of = package("seqeval.metrics.sequence_labeling").get_entities
+    found = [[set(of(list(map(str, one)))) for one in some] for some in (wanted, given)]
+    kinds = sorted({kind for some in found for one in some for kind, _, _ in one})
+    # counts [rows, kinds]: of entities that are right, given, wanted
+    right, there, all_ = (
+        np.array([[sum(e[0] == k for e in one) for k in kinds] for one in some]).reshape(
+            -1, len(kinds)
+        )
+        for some in ([w & g for w, g in zip(*found, strict=True)], found[1], found[0])
+    )
+
+    def f1(at: Any = slice(None)) -> dict[str, float]:
+        total = there[at].sum() + all_[at].sum()
+        return {"seqeval_f1": float(2 * right[at].sum() / total) if total else 0.0}
+
+    each = {
+        kind: dict(
+            precision=float(right[:, k].sum() / max(there[:, k].sum(), 1)),
+            recall=float(right[:, k].sum() / max(all_[:, k].sum(), 1)),
+            f1=float(2 * right[:, k].sum() / max(there[:, k].sum() + all_[:, k].sum(), 1)),
+            n=int(all_[:, k].sum()),
+        )
+        for k, kind in enumerate(kinds)
+    }
+    spread = bootstrap(f1, len(wanted), groups) if errors else {}
+    same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
+    nothing = {"always O": {"seqeval_f1": 0.0}}
+    return Measured(
+        len(wanted), f1(), spread, nothing, {"per_entity": each}, {"accuracy": np.array(same)}
+    )
 
 
 def package(name: str) -> Any:

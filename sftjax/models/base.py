@@ -81,17 +81,13 @@ class Body:
     """The part of a Model that all bodies of layer.py have alike.
 
     source: what the weights came from (a Hugging Face directory's facts), for export. nodes: which
-    weights are nodes; see params.replace.
+    weights are nodes; see params.replace. state: as of Model; what a task keeps beside parameters.
     """
 
     config: Any
     source: Any = dataclasses.field(default=None, compare=False)
     nodes: tuple = ()
-
-    @property
-    def state(self) -> None:
-        """Return None, because these bodies hold nothing but parameters."""
-        return None
+    state: Any = dataclasses.field(default=None, compare=False)
 
     def hidden(
         self: Model, params: dict[str, Any], batch: dict, rng: jax.Array | None = None

@@ -142,7 +142,7 @@ def abstract(config: Config) -> dict:
     c, normal = config, jax.nn.initializers.normal(config.init_std)
     head = ("embed",)  # what its product sums over
     tied = head if c.tied and c.head == "vocabulary" else None
-    tree = {
+    tree: dict[str, Any] = {
         "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, tied)},
         "layers": {name: layer.abstract(c, n, period(c, name)[0]) for name, n in stacks(c).items()},
         "norm": layer.norm_params(c, ((), ())),
@@ -426,7 +426,7 @@ class Model(base.Body):
         w = params["embed" if self.config.tied else "head"]["w"]
         return weight.as_stored(w, ("vocab", "embed"))
 
-    def vocab_bias(self, params: dict[str, Any]) -> None:
+    def vocab_bias(self, params: dict[str, Any]) -> jax.Array | None:
         """Return None, because these heads add nothing to their logits."""
         return None
 

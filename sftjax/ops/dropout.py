@@ -37,3 +37,15 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: in
     halves = halves.reshape(*ids.shape, -1)[..., :width]
     scale = jnp.asarray(LEVELS / (LEVELS - least), x.dtype)
     return jnp.where(halves >= least, x * scale, jnp.zeros_like(x))
+
+
+def hashed(a: jax.Array, b: jax.Array, n: int) -> jax.Array:
+    """float32 [*a.shape, n]: numbers from 0 to below 1 that follow from a and b, int32."""
+    lanes = jnp.arange(-(-n // 2), dtype=jnp.uint32)  # of two words each
+
+    def words(a, b):
+        return threefry_2x32(jnp.stack([a, b]), jnp.concatenate([lanes, lanes + SITES]))
+
+    drawn = jax.vmap(words)(a.ravel().astype(jnp.uint32), b.ravel().astype(jnp.uint32))
+    drawn = drawn[:, :n].reshape(*a.shape, n)
+    return (drawn >> 8).astype(jnp.float32) / 2**24

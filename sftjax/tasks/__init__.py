@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from sftjax.config import ConfigError
+from sftjax.config import ConfigError, get_default
 from sftjax.files import load_python
-from sftjax.hf.heads import is_classifier
+from sftjax.hf.heads import MASKED, kind_of
 from sftjax.tasks.base import Example, Scores, Task
 
 if TYPE_CHECKING:
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
 TASKS = {
     "causal_lm": "sftjax.tasks.causal_lm:CausalLM",
     "classification": "sftjax.tasks.classification:Classification",
+    "multi_label": "sftjax.tasks.classification:MultiLabel",
+    "regression": "sftjax.tasks.regression:Regression",
+    "token_labels": "sftjax.tasks.token_labels:TokenLabels",
+    "extractive_qa": "sftjax.tasks.extractive_qa:ExtractiveQA",
+    "masked_lm": "sftjax.tasks.masked_lm:MaskedLM",
 }
 
+# By a config.json's problem_type.
+PROBLEMS = {"regression": "regression", "multi_label_classification": "multi_label"}
 # Keys of the config's section `eval` that only a task which generates reads, as they come.
 ASKING = dict(metrics=("exact_match",), answer="", choices="", draws=1, shots=0)
 
@@ -49,7 +56,14 @@ def find(name: str) -> type[Task]:
 
 def of_head(hf: dict) -> str:
     """The task that the head of a Hugging Face directory is made for, by its config.json."""
-    return "classification" if is_classifier(hf) else "causal_lm"
+    kind = kind_of(hf)
+    if kind == "document":
+        one = hf.get("num_labels", len(hf.get("id2label") or (0, 0))) == 1
+        problem = "regression" if one else hf.get("problem_type")
+        return PROBLEMS.get(problem or "", "classification")
+    if kind == "vocabulary" and MASKED in str(hf.get("architectures")):
+        return "masked_lm"
+    return {"token": "token_labels", "span": "extractive_qa"}.get(kind, "causal_lm")
 
 
 def _users(name) -> type[Task]:
@@ -71,6 +85,12 @@ def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Tas
             raise ConfigError(
                 f"eval.{key}={value!r} is of answers that are generated, and task={config.task!r}"
                 " generates none; leave it out"
+            )
+    for key, plain in get_default().loss.items():
+        if task.options is not None and key not in task.options and config.loss[key] != plain:
+            raise ConfigError(
+                f"loss.{key}={config.loss[key]!r} is not of task={config.task!r}, of which"
+                f" {', '.join(f'loss.{k}' for k in task.options)} may be set"
             )
     task.beside = tuple(filter(None, (config.eval.choices, config.eval.group)))
     return task

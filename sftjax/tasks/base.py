@@ -103,6 +103,7 @@ class Task(Generic[E]):
     metrics: what is measured of each validation set, beside "loss"; eval.best is one of them.
     lower: those of which a lower value is the better one.
     counts: those of a step's metrics that are counts, of which the log shows rates.
+    options: the keys of the config's section `loss` that the task reads; None: it may read all.
     tokenizer: a fast Hugging Face tokenizer, or None where a task reads none.
     """
 
@@ -111,6 +112,7 @@ class Task(Generic[E]):
     metrics: ClassVar[tuple[str, ...]] = ()
     lower: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     counts: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...] | None] = None
     tokenizer: Any = None
     beside: tuple[str, ...] = ()  # fields that evaluation reads: eval.choices, eval.group
 
@@ -218,6 +220,10 @@ class Task(Generic[E]):
         sources: the names of several sources; the batch says in `sources` which is whose.
         """
         raise NotImplementedError
+
+    def exported(self, params: Any, model_state: Any) -> Any:
+        """The parameters as an export holds them, which knows no model_state."""
+        return params
 
     # ---- evaluation ----
 

@@ -47,6 +47,7 @@ class CausalLM(Task[chat.Encoded]):
     columns = COLUMNS
     metrics = ("perplexity", "accuracy")
     counts = ("cells", "tokens", "trained_tokens")
+    options = (*"normalise label_smoothing z_loss dft load_balance chunk_tokens".split(),)
     cut_at = ""  # where an answer ends, in the text
     generates = True
 
@@ -62,12 +63,12 @@ class CausalLM(Task[chat.Encoded]):
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
         """The task of a config. Raises: ConfigError for a setting of another task."""
         d = config.data
-        foreign = {"loss.class_weights": config.loss.class_weights, "data.labels": d.labels}
-        for key, value in (foreign | {"data.fields.label": d.fields.label}).items():
+        foreign = {f"data.fields.{k}": d.fields[k] for k in ("label", "pair")}
+        for key, value in ({"data.labels": d.labels} | foreign).items():
             if value:
                 raise ConfigError(
-                    f"{key}={value!r} belongs to task='classification', and this is"
-                    f" {config.task!r}; leave it empty"
+                    f"{key}={value!r} belongs to tasks with labels, such as 'classification', and"
+                    f" this is {config.task!r}; leave it empty"
                 )
         return cls(tokenizer, policy(config.data), Asking.of(config))
 
@@ -173,7 +174,7 @@ class CausalLM(Task[chat.Encoded]):
 
     def loss_fn(self, model: "decoder.Model", options: dict, sources: Sequence[str] = ()) -> LossFn:
         """losses.causal_lm with the options of the config's section `loss`."""
-        own = {k: v for k, v in options.items() if k != "class_weights"}
+        own = {k: options[k] for k in self.options if k in options}
         return losses.causal_lm(model, **own, sources=sources)
 
     def eval_fn(self, model: "decoder.Model", options: dict) -> EvalFn:
@@ -332,7 +333,7 @@ def policy(data: ConfigDict) -> dict:
         train_on=data.train_on,
         stop_token=data.stop_token,
         reasoning=data.reasoning.to_dict(),
-        fields={k: v for k, v in data.fields.items() if v and k != "label"},
+        fields={k: v for k, v in data.fields.items() if v and k not in ("label", "pair")},
         roles=_roles(data.roles),
         system=data.system,
         template_kwargs=_template_kwargs(data.template_kwargs),

@@ -1,51 +1,34 @@
-"""Classification of texts: one label of several, read from a body's first or last token.
+"""Classification of texts: one label of several, or any number of them.
 
-Each document of a packed row has its own label, at the token that the class is read from; every
-other token has weight 0. So a batch is that of a language model whose targets are not shifted.
+It is read from a body's first or last token. A document may be a pair of texts.
 """
 
-import functools
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import losses
-from sftjax.data.masking.conversation import Asked, read_field
-from sftjax.data.packing.pack import Layout, TokenRows
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
+from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, read_model
+from sftjax.tasks.texts import Labelled, Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXTS = ("text", "sentence", "content", "review", "prompt", "input")  # usual names, in this order
-LABELS = ("label", "labels", "class", "completion", "output")
 MAJORITY = 0.9  # a share of one label from which on a warning proposes class weights
-
-
-class Labelled(NamedTuple):
-    """One text with its label."""
-
-    tokens: np.ndarray  # int32 [n]
-    weights: np.ndarray  # float32 [n]: 1 at the token that the class is read from, else 0
-    targets: np.ndarray  # int32 [n]: the label's index there, else 0
-    text: str
-    note: str  # the label, for people to read
-    spans: Sequence[tuple[int, int]] = ()
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The three arrays [n], in the order of Classification.columns."""
-        return self.tokens, self.weights, self.targets
+NEEDED = (
+    "data.labels is empty, and the model names none: list the labels' names in order, such as"
+    " ('negative', 'positive'), or give {value in the file: name}"
+)
 
 
 class Labels:
@@ -91,159 +74,71 @@ class Labels:
         return self.names.index(name)
 
 
-class Classification(Task[Labelled]):
-    """tokenizer: a fast one; its special tokens surround each text as it wants them.
+class Classification(Texts):
+    """labels: see Labels; of the others see Texts."""
 
-    names: the record's own names of text and label ("" = found by their usual ones; several with
-    "|": the first that a record has). reads: "first" | "last": the token of a text from which its
-    class is read.
-    """
-
-    layout: Layout = TokenRows(shifted=False)
-    columns: Mapping[str, tuple[str, None]] = {
-        "tokens": ("int32", None),
-        "weights": ("float32", None),
-        "targets": ("int32", None),
-    }
-    metrics = ("accuracy", "f1")
-    counts = ("cells", "tokens", "trained_tokens")
+    head: str = "document"
+    options: ClassVar[tuple[str, ...]] = (
+        *("kind", "focal_gamma", "label_smoothing", "class_weights", "chunk_tokens"),
+    )
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: "PreTrainedTokenizerBase",
         labels: Mapping[Any, str] | Sequence[str],
-        names: dict | None = None,
+        names: Mapping[str, str] | None = None,
         reads: str = "first",
     ) -> None:
-        self.tokenizer, self.labels, self.reads = tokenizer, Labels(labels), reads
-        self.names = {"text": "", "label": ""} | dict(names or {})
+        super().__init__(tokenizer, names, reads)
+        self.labels = Labels(labels)
 
     @classmethod
-    def of(
-        cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None"
-    ) -> "Classification":
-        """The task of a config, with the model's labels where data.labels names none."""
-        d = config.data
-        if d.overlong == "split":
-            raise ConfigError(
-                "data.overlong='split' would give the pieces of a text its label; set"
-                " truncate_end, truncate_prompt, drop or error"
-            )
-        model, given = read_model(config.model), d.labels
-        given = given if given else model.source.labels
+    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
+        """The model's labels where data.labels names none, and the token that it reads."""
+        model = read_model(config.model, labels=None)
+        given = config.data.labels or stored_labels(model.source.config, cls.head)
         if not given:
-            raise ConfigError(
-                "data.labels is empty, and the model names none: list the labels' names in order,"
-                " such as ('negative', 'positive'), or give {value in the file: name}"
-            )
-        _check_options(config.loss)
-        names = {key: d.fields[key] for key in ("text", "label")}
-        return cls(tokenizer, given, names, model.reads)
+            raise ConfigError(NEEDED)
+        own = {"labels": given, "reads": model.reads}
+        return super().arguments(config) | own
 
     # ---- data ----
 
-    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Labelled]:
-        """Each record's text, tokenised, with its label at the token that is read."""
-        pairs = [self._read(r, where) for r, where in zip(records, wheres, strict=True)]
-        encoded = self.tokenizer([text for text, _ in pairs])["input_ids"]
-        rows = zip(encoded, pairs, wheres, strict=True)
-        return [self._example(ids, *pair, where) for ids, pair, where in rows]
+    def read_wanted(self, record: dict, where: str) -> Any:
+        """The index of the record's label."""
+        return self.labels.index(self.field(record, "label", where), where)
 
-    def _example(self, ids, text, label, where) -> Labelled:
-        if not ids:
-            problem = f"the text {text!r} has no token"
-            raise DataError(problem, "take the row out", where=where, kind="empty_text")
-        at = 0 if self.reads == "first" else len(ids) - 1
-        weights, targets = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
-        weights[at], targets[at] = 1.0, label
-        note = f"label {self.labels.names[label]}"
-        return Labelled(np.array(ids, np.int32), weights, targets, text, note)
+    def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The label at the token that the class is read from."""
+        return self.once(n, wanted)
 
-    def _read(self, record, where) -> tuple[str, int]:
-        text = self._field(record, "text", TEXTS, where)
-        if not isinstance(text, str) or not text.strip():
-            problem = f"field {self._name(record, 'text', TEXTS)!r} is {text!r}, expected text"
-            raise DataError(problem, where=where, kind="empty_text")
-        return text, self.labels.index(self._field(record, "label", LABELS, where), where)
-
-    def _field(self, record, kind, usual, where):
-        name = self._name(record, kind, usual)
-        if name is None:
-            asked = self.names[kind] or " | ".join(usual)
-            raise DataError(
-                f"no {kind}: none of the fields {asked}; the row has"
-                f" {', '.join(map(repr, record)) or 'none'}",
-                f"set data.fields.{kind}",
-                joint=": ",
-                where=where,
-                kind="missing_field",
-                subject=repr(kind),
-            )
-        return read_field(record, name, where)
-
-    def _name(self, record, kind, usual) -> str | None:
-        names = self.names[kind].split("|") if self.names[kind] else usual
-        names = [name.strip() for name in names]
-        there = (n for n in names if n in record or "{" in n or n.partition(".")[0] in record)
-        return next(there, None)
-
-    def fields_read(self, record: dict) -> set[str]:
-        """The keys that the text and the label are made of."""
-        asked = Asked(record)
-        for kind, usual in (("text", TEXTS), ("label", LABELS)):
-            if self._name(record, kind, usual) is not None:
-                self._field(asked, kind, usual, "")
-        return set(record) & asked.read
+    def note(self, wanted: Any) -> str:
+        """The label's name."""
+        return f"label {self.labels.names[wanted]}"
 
     def key(self) -> list:
-        """The fields' names, the labels, the token read and the special tokens."""
-        special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
-        return ["classification", self.names, self.labels.by_value, self.reads, special]
-
-    def kept(self, example: Labelled, max_length: int, overlong: str) -> list[np.ndarray]:
-        """A long text loses words at its end or its beginning, never its special tokens."""
-        n, (before, after) = len(example.tokens), self.special_ends
-        places = np.arange(n)
-        if not max_length or n <= max_length:
-            return [places]
-        room = max_length - before - after
-        if overlong not in ("truncate_end", "truncate_prompt") or room < 1:
-            return []
-        cut = slice(before + room, n - after)
-        if overlong == "truncate_prompt":
-            cut = slice(before, n - after - room)
-        return [np.delete(places, cut)]
-
-    @functools.cached_property
-    def special_ends(self) -> tuple[int, int]:
-        """How many special tokens the tokenizer puts before a text, and after it."""
-        mask = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        before, after = (len(list(itertools.takewhile(bool, some))) for some in (mask, mask[::-1]))
-        return before, after
-
-    def cut(self, example: Labelled, max_length: int, overlong: str) -> list[tuple]:
-        """(tokens, weights, targets), each [n], with the label at the piece's own end."""
-        pieces = []
-        for at in self.kept(example, max_length, overlong):
-            tokens, weights, targets = (x[at] for x in example.arrays)
-            read = 0 if self.reads == "first" else -1  # where a token was cut off, of the new end
-            weights, targets = np.zeros_like(weights), np.zeros_like(targets)
-            weights[read], targets[read] = 1.0, example.targets.max()
-            pieces.append((tokens, weights, targets))
-        return pieces
+        """As of Texts, and the labels."""
+        return [*super().key(), self.labels.by_value]
 
     def tally(self, max_length: int, overlong: str) -> "LabelTally":
         """A Tally that counts the labels too."""
         return LabelTally(self, max_length, overlong)
 
-    def prepared(self, source: Source | None) -> tuple[Any, "Classification", dict]:
+    def counted(self, targets: np.ndarray, weights: np.ndarray) -> Iterable[int]:
+        """The labels of a document, from its arrays [n]."""
+        return targets[weights > 0].tolist()
+
+    def prepared(self, source: Source | None) -> tuple[Any, Task, dict]:
         """The source as Pairs of a text and its label's name."""
+        if self.names["pair"]:
+            return super().prepared(source)
         return Pairs(source, self), self.canonical(), {}
 
     def canonical(self) -> "Classification":
         """The task that reads the text from "prompt" and the label from "completion"."""
         names = {"text": "prompt", "label": "completion"}
-        return Classification(self.tokenizer, self.labels.names, names, self.reads)
+        return type(self)(self.tokenizer, self.labels.names, names, self.reads)
 
     def summary(self, report: dict) -> str:
         """The numbers of examples and tokens, and each label's share."""
@@ -272,16 +167,13 @@ class Classification(Task[Labelled]):
 
     def load_model(self, section: ConfigDict, **changes: Any) -> Model:
         """The body of model.path, without weights, with a head of a row for each label."""
-        return read_model(section, labels=self.labels.names, **changes)
+        return read_model(section, labels=self.labels.names, head=self.head, **changes)
 
     def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
         """losses.classification with the options of the config's section `loss`."""
-        return losses.classification(
-            model,
-            label_smoothing=options["label_smoothing"],
-            class_weights=self.class_weights(options["class_weights"]),
-            sources=sources,
-        )
+        own = {k: options[k] for k in ("kind", "focal_gamma", "label_smoothing")}
+        weights = self.class_weights(options["class_weights"])
+        return losses.classification(model, **own, class_weights=weights, sources=sources)
 
     def class_weights(self, text: str) -> tuple[float, ...]:
         """() for none, or a weight for each label. Raises: ConfigError."""
@@ -349,6 +241,77 @@ class Classification(Task[Labelled]):
         )
 
 
+class MultiLabel(Classification):
+    """Any number of labels for a text: a list of them, or one text of names with commas."""
+
+    options = ("kind", "focal_gamma", "class_weights", "chunk_tokens")
+    metrics = ("f1", "f1_micro", "accuracy")
+
+    def read_wanted(self, record: dict, where: str) -> tuple[int, ...]:
+        """The indices of the record's labels."""
+        given = self.field(record, "label", where)
+        given = [x.strip() for x in given.split(",")] if isinstance(given, str) else given
+        if not isinstance(given, (list, tuple)):
+            raise DataError(
+                f"the labels are {given!r:.200}, expected a list of them, [] for none",
+                where=where,
+                kind="wrong_type",
+            )
+        return tuple(sorted({self.labels.index(x, where) for x in given if x != ""}))
+
+    def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Each label's index + 1 at a token of its own, from the first on.
+
+        Of a document with more labels than tokens the last labels are lost; see `examples`.
+        """
+        weights, targets = self.once(n, 0)
+        some = [i + 1 for i in wanted][:n]
+        targets[: len(some)] = some
+        return weights, targets
+
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Labelled]:
+        """As of Texts. Raises: DataError for more labels than tokens."""
+        found = super().examples(records, wheres)
+        for one, where in zip(found, wheres, strict=True):
+            if len(one.wanted) > len(one.tokens):
+                problem = f"{len(one.wanted)} labels for a text of {len(one.tokens)} tokens"
+                raise DataError(problem, "take the row out", where=where, kind="too_many_labels")
+        return found
+
+    def note(self, wanted: Any) -> str:
+        """The labels' names."""
+        return f"labels {', '.join(self.labels.names[i] for i in wanted) or 'none'}"
+
+    def counted(self, targets: np.ndarray, weights: np.ndarray) -> Iterable[int]:
+        """The labels of a document, from its arrays [n]."""
+        return (targets[targets > 0] - 1).tolist()
+
+    def prepared(self, source: Source | None) -> Any:
+        """Raise DataError, because cleaning reads one label."""
+        return super(Classification, self).prepared(source)
+
+    def load_model(self, section: ConfigDict, **changes: Any) -> Model:
+        """As of Classification; an export says that its labels are not one of several."""
+        return super().load_model(section, problem="multi_label_classification", **changes)
+
+    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """losses.multi_label with the options of the config's section `loss`."""
+        own = {k: options[k] for k in ("kind", "focal_gamma")}
+        weights = self.class_weights(options["class_weights"])
+        return losses.multi_label(model, **own, class_weights=weights, sources=sources)
+
+    def eval_fn(self, model: Model, options: dict) -> EvalFn:
+        """The plain loss, whatever the weights in training, and what is wanted and given."""
+        loss_fn = losses.multi_label(model, predictions=True)
+        return lambda params, batch, model_state=None: loss_fn(params, batch, None)
+
+    def _scores(self, predictions, errors, groups=None) -> Scores:
+        real = predictions["weights"] > 0
+        wanted, scores = (predictions[k][real] for k in ("wanted", "scores"))
+        found = metrics.multi_labels(wanted > 0, scores, self.labels.names, groups, errors)
+        return Scores.of(found)
+
+
 class LabelTally(Tally):
     """Counts the labels too."""
 
@@ -361,7 +324,8 @@ class LabelTally(Tally):
     def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
         """As of Tally; counts the label of each document."""
         super().count(pieces)
-        self.labels.update(int(targets[weights > 0][0]) for _, weights, targets in pieces)
+        for _, weights, targets, *_ in pieces:
+            self.labels.update(self.task.counted(targets, weights))
 
     def report(self, skipped: Mapping[str, int]) -> dict:
         """As of Tally, with labels: {name: number of documents}."""
@@ -382,8 +346,9 @@ class Pairs(RecordSource):
         return len(self.source)
 
     def __getitem__(self, i: int) -> dict:
-        text, label = self.task._read(self.source[i], self.source.where(i))
-        return {"prompt": text, "completion": self.task.labels.names[label]}
+        record, where = self.source[i], self.source.where(i)
+        label = self.task.labels.names[self.task.read_wanted(record, where)]
+        return {"prompt": self.task.read(record, where)[0], "completion": label}
 
     def where(self, i: int) -> str:
         """The file and row of record i, for errors."""
@@ -407,16 +372,3 @@ def confusion_text(table: dict) -> str:
     return "\n".join(
         "  " + "  ".join(str(x).rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows
     )
-
-
-# Keys of the config's section `loss` that a classification takes; the others must be as they come.
-OPTIONS = ("label_smoothing", "class_weights", "chunk_tokens")
-
-
-def _check_options(section) -> None:
-    for key, plain in dict(normalise="tokens", z_loss=0.0, dft=False, load_balance=0.0).items():
-        if section[key] != plain:
-            raise ConfigError(
-                f"loss.{key}={section[key]!r} belongs to task='causal_lm'; of a classification"
-                f" only {', '.join(OPTIONS)} may be set"
-            )

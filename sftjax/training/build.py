@@ -325,9 +325,8 @@ def export(directory: Path | str, task: "Task", model: Model, state: TrainState)
     if hasattr(model, "save"):
         model.save(directory, state.all_params, state.model_state)
     elif from_files(model):
-        hf.save_pretrained(
-            directory, model, state.all_params, task.tokenizer, stop_ids=task.stop_ids
-        )
+        params = task.exported(state.all_params, state.model_state)
+        hf.save_pretrained(directory, model, params, task.tokenizer, stop_ids=task.stop_ids)
     else:
         name = type(model).__name__
         say("export", f"none: {name} has no save(directory, params, model_state)")

@@ -8,6 +8,7 @@ from sklearn import metrics as sk
 from sftjax.errors import ConfigError
 from sftjax.evaluation import metrics
 from sftjax.evaluation.metrics import bootstrap, labels, numbers, standard_error, tags, texts
+from sftjax.evaluation.text_scores import lead as lead_of
 
 rng = np.random.default_rng(0)
 
@@ -255,4 +256,4 @@ def test_numbers_that_are_not_finite_are_counted():
     ],
 )
 def test_lead_is_the_first_sentences(text, lead):
-    assert metrics.lead(text, 3) == lead
+    assert lead_of(text, 3) == lead

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from test_reports import check_self_contained
+from transformers import AutoTokenizer
 
 import sftjax
 from sftjax import config as config_lib
@@ -93,8 +94,83 @@ def custom(c, where):
         c.data[name] = write(where / f"{name}.jsonl", rows)
 
 
+def of_reviews(c, where, task, change, **data):
+    """A task that reads the reviews, each changed into a record of its own."""
+    c.task = task
+    c.model.path, c.model.init = model(where / "model", BERT), "random"
+    c.data.tokenizer = masking(where)
+    c.data.update(data)
+    for name, n in {"train": 120, "validation": 21}.items():
+        rows = [change(row, i) | {"extra": i} for i, row in enumerate(reviews(n, seed=n))]
+        c.data[name] = write(where / f"{name}.jsonl", rows)
+
+
+def masking(where):
+    """The quickstart's tokenizer, with a mask and the special tokens of a BERT."""
+    tokenizer = AutoTokenizer.from_pretrained(model(where / "tokenizer"))
+    tokenizer.mask_token = tokenizer.eos_token
+    tokenizer.save_pretrained(where / "tokenizer")
+    return str(where / "tokenizer")
+
+
+def several(row, i):
+    return {"text": row["text"], "label": [row["label"]] * (i % 3 > 0) + ["long"] * (i % 9 > 4)}
+
+
+def numbers(row, i):
+    return {"text": row["text"], "label": 100.0 + 5 * (row["label"] == "good") + i % 3}
+
+
+def tagged(row, i):
+    words = row["text"].split()
+    return {
+        "tokens": words,
+        "tags": ["B-x" if w in sum(WORDS.values(), ()) else "O" for w in words],
+    }
+
+
+def asked(row, i):
+    word, context = row["text"].split()[0], f"day {row['text']}"
+    answers = {"text": [word], "answer_start": [4]} if i % 5 else {"text": [], "answer_start": []}
+    return {"question": "Which?", "context": context, "answers": answers}
+
+
+def spans(c, where):
+    of_reviews(c, where, "extractive_qa", asked)
+    rows = [asked(row, i) | {"extra": i} for i, row in enumerate(reviews(7, seed=2))]
+    c.data.test = write(where / "test.jsonl", rows)
+    c.eval.metrics = ("squad_em", "token_f1")
+
+
 # case -> (what it sets in a config, a record that is none, what the error names)
 CASES = {
+    "multi_label": (
+        functools.partial(of_reviews, task="multi_label", change=several, labels=(*LABELS, "long")),
+        {"text": "a", "label": ["odd"]},
+        "odd",
+    ),
+    "regression": (
+        functools.partial(of_reviews, task="regression", change=numbers),
+        {"text": "a", "label": "nan"},
+        "label",
+    ),
+    "token_labels": (
+        functools.partial(of_reviews, task="token_labels", change=tagged, labels=("O", "B-x")),
+        {"tokens": ["a", "b"], "tags": ["O"]},
+        "2 words, and 1 labels",
+    ),
+    "extractive_qa": (
+        spans,
+        {"question": "a", "context": "b", "answers": [{"text": "c", "answer_start": 0}]},
+        "'c'",
+    ),
+    "masked_lm": (
+        functools.partial(
+            of_reviews, task="masked_lm", change=lambda row, i: {"text": row["text"]}
+        ),
+        {"text": " "},
+        "text",
+    ),
     "causal_lm": (causal, {"prompt": "a", "completion": ""}, "completion"),
     "classification": (classes, {"text": "a", "label": "odd"}, "odd"),
     "classification bert": (functools.partial(classes, config=BERT), {"label": "bad"}, "text"),

@@ -239,24 +239,29 @@ class TokenRows:
     shifted: a position's target is the next token, with that token's weight (see `shift`), and an
     example is (tokens, weights). Otherwise an example is (tokens, weights, targets), each [n], and
     targets stand where they are: the class of a document at the token that it is read from.
-    target: the dtype of targets.
+    target: the dtype of targets. types: an example has also, last, the type of each token.
     """
 
     shifted: bool = True
     target: type = np.int32
+    types: bool = False
     fixed = False
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """The arrays of a batch, each [rows, width]."""
         kinds = dict(tokens=np.int32, targets=self.target, weights=np.float32)
         kinds |= dict(positions=np.int32, segments=np.int32)
+        kinds |= dict(token_types=np.int32) if self.types else {}
         return {k: Field((rows, width), dtype, ("batch", "seq")) for k, dtype in kinds.items()}
 
-    def document(self, tokens: np.ndarray, weights: np.ndarray, targets: Any = None) -> Batch:
+    def document(
+        self, tokens: np.ndarray, weights: np.ndarray, targets: Any = None, types: Any = None
+    ) -> Batch:
         """The arrays [n] that a document brings into its row; targets [n], where not shifted."""
         if self.shifted:
             targets, weights = shift(tokens, weights)
-        return dict(tokens=tokens, targets=targets, weights=weights)
+        own = {} if types is None else {"token_types": types}
+        return dict(tokens=tokens, targets=targets, weights=weights, **own)
 
     def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Write the pieces one after the other into a row, with their positions and segments."""

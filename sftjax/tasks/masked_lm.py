@@ -1,0 +1,75 @@
+"""The masked language model: an encoder goes on learning on plain texts of a domain."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sftjax import losses
+from sftjax.errors import ConfigError
+from sftjax.models.base import Model
+from sftjax.tasks.base import EvalFn, LossFn, Scores, perplexity, read_model
+from sftjax.tasks.texts import TEXTS, Texts
+
+
+class MaskedLM(Texts):
+    """Every token of a text may be hidden but its special ones; see losses.masked_lm."""
+
+    usual: ClassVar = {"text": TEXTS}
+    whole = False
+    options = ("mask_rate", "chunk_tokens")
+    metrics = ("perplexity", "accuracy")
+
+    @classmethod
+    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
+        """As of Texts."""
+        if config.data.fields.pair or config.data.fields.label:
+            raise ConfigError("task='masked_lm' reads texts alone: leave data.fields.label empty")
+        return super().arguments(config)
+
+    def read_wanted(self, record: dict, where: str) -> None:
+        """Nothing besides the text."""
+        return
+
+    def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Weight 1 at all tokens of the text itself; the targets are the tokens, in the loss."""
+        weights, (before, after) = np.ones(n, np.float32), self.special_ends
+        weights[:before] = weights[n - after :] = 0.0
+        return weights, np.zeros(n, np.int32)
+
+    def note(self, wanted: Any) -> str:
+        """Nothing."""
+        return ""
+
+    def load_model(self, section: ConfigDict, **changes: Any) -> Model:
+        """The encoder of model.path with its head of the vocabulary."""
+        model = read_model(section, head="vocabulary", **changes)
+        if model.config.causal:
+            raise ConfigError(
+                f"model.path={section.path}: task='masked_lm' takes an encoder, and this model"
+                " reads from left to right: train it with task='causal_lm'"
+            )
+        return model
+
+    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """losses.masked_lm with the options of the config's section `loss`."""
+        own = {k: options[k] for k in self.options}
+        return losses.masked_lm(model, mask_id=self._mask_id, **own, sources=sources)
+
+    def eval_fn(self, model: Model, options: dict) -> EvalFn:
+        """The loss of tokens that a hash chooses, and how many of them are found."""
+        own = {k: options[k] for k in self.options}
+        loss_fn = losses.masked_lm(model, mask_id=self._mask_id, accuracy=True, **own)
+        return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
+
+    @property
+    def _mask_id(self) -> int:
+        found = self.tokenizer.mask_token_id
+        if found is None:
+            raise ConfigError("task='masked_lm': the tokenizer has no mask token")
+        return found
+
+    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        """The perplexity; the accuracy is a metric of the loss."""
+        return Scores({"perplexity": perplexity(loss)})

@@ -1,0 +1,145 @@
+"""Regression: a number that is wanted of a text, or of a pair of texts.
+
+The model learns it in units of the training rows' standard deviation, from their mean; these two
+are its model_state, and an export has them in its head.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sftjax import losses
+from sftjax.data.token_store import Tally
+from sftjax.errors import DataError
+from sftjax.evaluation import metrics
+from sftjax.models.base import Model
+from sftjax.params import Param
+from sftjax.tasks.base import EvalFn, LossFn, Scores, read_model
+from sftjax.tasks.texts import LABELS, TEXTS, Texts
+
+NUMBERS = ("score", "target", "value", *LABELS)
+
+
+class Regression(Texts):
+    """See Texts."""
+
+    usual: ClassVar = {"text": TEXTS, "label": NUMBERS}
+    target = np.float32
+    options = ("kind", "huber_delta", "chunk_tokens")
+    metrics = ("mae", "rmse", "r2", "pearson", "spearman")
+    mean, std = 0.0, 1.0  # of the training rows' numbers, once they are known
+
+    @classmethod
+    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
+        """As of Texts, and the token that the model reads."""
+        return super().arguments(config) | {"reads": read_model(config.model).reads}
+
+    def read_wanted(self, record: dict, where: str) -> float:
+        """The record's number."""
+        given = self.field(record, "label", where)
+        try:
+            number = math.nan if isinstance(given, bool) else float(given)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(np.float32(number)):
+            raise DataError(
+                f"field {self.name(record, 'label')!r} is {given!r:.200}, expected a finite number",
+                where=where,
+                kind="wrong_value",
+            )
+        return number
+
+    def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The number at the token that the document is read from."""
+        return self.once(n, wanted)
+
+    def tally(self, max_length: int, overlong: str) -> "NumberTally":
+        """A Tally that sums the numbers too."""
+        return NumberTally(self, max_length, overlong)
+
+    def facts(self, report: dict) -> dict[str, str]:
+        """Mean and standard deviation of the numbers."""
+        mean, std = _moments([report])
+        return {"numbers": f"mean {mean:.4g}, standard deviation {std:.4g}"}
+
+    def saw(self, reports: Sequence[dict]) -> None:
+        """The reports of the training stores: what the numbers are measured by."""
+        self.mean, self.std = _moments(reports)
+
+    def load_model(self, section: ConfigDict, **changes: Any) -> Model:
+        """The body of model.path with a head of one number, and its model_state."""
+        own = dict(labels=("number",), head="document", problem="regression")
+        model: Any = read_model(section, **own, **changes)
+        # The numbers are known when this is drawn, and not before.
+        told: dict[str, Callable] = {
+            "mean": lambda key, shape, dtype: jnp.full(shape, self.mean, dtype),
+            "std": lambda key, shape, dtype: jnp.full(shape, self.std, dtype),
+        }
+        state = {name: Param((), (), init) for name, init in told.items()}
+        return dataclasses.replace(model, state=state)
+
+    def exported(self, params: Any, model_state: Any) -> Any:
+        """The head gives the number itself, without a model_state."""
+        mean, std = (np.float32(model_state[k]) for k in ("mean", "std"))
+        score = {name: x * std for name, x in params["score"].items()}
+        if "b" in score:
+            return params | {"score": score | {"b": score["b"] + mean}}
+        return params | {"score": score}
+
+    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """losses.regression with the options of the config's section `loss`."""
+        own = {k: options[k] for k in ("kind", "huber_delta")}
+        return losses.regression(model, **own, sources=sources)
+
+    def eval_fn(self, model: Model, options: dict) -> EvalFn:
+        """The same loss, and what is wanted and given."""
+        own = {k: options[k] for k in ("kind", "huber_delta")}
+        loss_fn = losses.regression(model, predictions=True, **own)
+        return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
+
+    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        """What METRICS has for numbers."""
+        return self._scores(predictions)
+
+    def final_scores(
+        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
+    ) -> Scores:
+        """The same, with standard errors, and what the mean scores."""
+        return self._scores(predictions, groups=groups, errors=True)
+
+    def _scores(self, predictions, **how: Any) -> Scores:
+        real = predictions["weights"] > 0
+        wanted, given = (predictions[k][real] for k in ("wanted", "given"))
+        return Scores.of(metrics.numbers(wanted, given, **how))
+
+
+class NumberTally(Tally):
+    """Sums the numbers too, and their squares."""
+
+    def __init__(self, task: Regression, max_length: int, overlong: str) -> None:
+        super().__init__(task, max_length, overlong)
+        self.sums = np.zeros(3)  # of 1, the numbers and their squares
+
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of Tally; adds the number of each document."""
+        super().count(pieces)
+        numbers = [targets[weights > 0] for _, weights, targets, *_ in pieces]
+        x = np.concatenate([np.zeros(0), *numbers]).astype(np.float64)
+        self.sums += len(x), x.sum(), (x**2).sum()
+
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of Tally, with numbers: [how many, their sum, that of their squares]."""
+        return super().report(skipped) | dict(numbers=self.sums.tolist())
+
+
+def _moments(reports) -> tuple[float, float]:
+    """Mean and standard deviation; 1 for numbers that are all equal."""
+    n, total, squares = np.sum([r["numbers"] for r in reports], 0)
+    mean = total / max(n, 1)
+    variance = squares / max(n, 1) - mean**2
+    return float(mean), float(variance**0.5 if variance > 1e-12 * max(squares, 1e-30) else 1.0)

@@ -1,0 +1,136 @@
+"""Labels of words: entities, parts of speech. A word's label stands at its first token.
+
+A record has a list of words and a list of as many labels: names such as B-person, or their numbers.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sftjax.errors import DataError
+from sftjax.evaluation import metrics
+from sftjax.models.base import Model
+from sftjax.tasks.base import EvalFn, Scores
+from sftjax.tasks.classification import Classification
+from sftjax.tasks.texts import Labelled
+
+WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags", "labels")
+
+
+class TokenLabels(Classification):
+    """See Classification."""
+
+    head = "token"
+    usual: ClassVar = {"text": WORDS, "label": TAGS}
+    whole = False
+    metrics = ("seqeval_f1", "accuracy")
+
+    @classmethod
+    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
+        """As of Classification. Raises: ConfigError where there is no seqeval to score with."""
+        metrics.package("seqeval.metrics")
+        return super().arguments(config)
+
+    def read_words(self, record: dict, where: str) -> list[str]:
+        """The record's words."""
+        words = self.field(record, "text", where)
+        if not isinstance(words, list) or not words or not all(isinstance(x, str) for x in words):
+            raise DataError(
+                f"field {self.name(record, 'text')!r} is {words!r:.200}, expected a list of words",
+                where=where,
+                kind="wrong_type",
+            )
+        return words
+
+    def read_wanted(self, record: dict, where: str) -> list[int]:
+        """The index of each word's label."""
+        labels, n = self.field(record, "label", where), len(self.read_words(record, where))
+        if not isinstance(labels, list) or len(labels) != n:
+            found = f"{len(labels)} labels" if isinstance(labels, list) else f"{labels!r:.200}"
+            raise DataError(
+                f"{n} words, and {found} in {self.name(record, 'label')!r}; expected a list with"
+                " one for each word",
+                where=where,
+                kind="wrong_length",
+            )
+        return [self.labels.index(x, where) for x in labels]
+
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Labelled]:
+        """Each record's words, tokenised, with each label at its word's first token."""
+        wanted = [self.read_wanted(r, where) for r, where in zip(records, wheres, strict=True)]
+        words = [self.read_words(r, where) for r, where in zip(records, wheres, strict=True)]
+        encoded = self.tokenizer(words, is_split_into_words=True)
+        out = []
+        for i, where in enumerate(wheres):
+            ids = np.array(encoded["input_ids"][i], np.int32)
+            weights, targets = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32)
+            first = dict[int, int]()
+            for at, word in enumerate(encoded.word_ids(i)):
+                if word is not None:
+                    first.setdefault(word, at)
+            places = list(first.values())
+            weights[places], targets[places] = 1.0, [wanted[i][word] for word in first]
+            names = [self.labels.names[k] for k in wanted[i]]
+            note = " ".join(f"{w}/{n}" for w, n in zip(words[i], names, strict=True) if n != "O")
+            lost = len(words[i]) - len(first)
+            if not places:
+                problem = "none of the words has a token"
+                raise DataError(problem, "take the row out", where=where, kind="empty_text")
+            text = " ".join(words[i])
+            out.append(Labelled(ids, weights, targets, None, text, note, lost))
+        return out
+
+    def left_out(self, record: dict, example: Labelled) -> Iterable[str]:
+        """As of Task, and words that the tokenizer has no token for."""
+        yield from super().left_out(record, example)
+        if example.wanted:
+            yield "words without a token, which are not trained"
+
+    def kept(self, example: Labelled, max_length: int, overlong: str) -> list[np.ndarray]:
+        """As of Texts; split cuts a long text into pieces, each with its special tokens."""
+        n, (before, after) = len(example.tokens), self.special_ends
+        room = max_length - before - after
+        if overlong != "split" or not max_length or n <= max_length or room < 1:
+            return super().kept(example, max_length, overlong)
+        ends, inner = (np.arange(before), np.arange(n - after, n)), np.arange(before, n - after)
+        parts = (inner[i : i + room] for i in range(0, len(inner), room))
+        return [np.concatenate([ends[0], part, ends[1]]) for part in parts]
+
+    def cut(self, example: Labelled, max_length: int, overlong: str) -> list[tuple]:
+        """The arrays of each piece that has a word."""
+        return [x for x in super().cut(example, max_length, overlong) if np.any(x[1])]
+
+    def prepared(self, source: Any) -> Any:
+        """Raise DataError, because cleaning reads one label of a text."""
+        return super(Classification, self).prepared(source)
+
+    # ---- evaluation ----
+
+    def eval_fn(self, model: Model, options: dict) -> EvalFn:
+        """As of Classification, with where each document begins."""
+        evaluate = super().eval_fn(model, options)
+
+        def more(params, batch, model_state=None):
+            loss, found = evaluate(params, batch, model_state)
+            first = (batch["positions"] == 0) & (batch["segments"] > 0)
+            return loss, {k: found[k] for k in ("wanted", "given", "weights")} | {"first": first}
+
+        return more
+
+    def _scores(self, predictions, errors, groups=None) -> Scores:
+        documents = np.cumsum(predictions["first"].ravel()) - 1
+        real = predictions["weights"].ravel() > 0
+        wanted, given = (predictions[k].ravel()[real] for k in ("wanted", "given"))
+        starts = np.flatnonzero(np.diff(documents[real], prepend=-1))
+        names = np.array(["O" if "O" in self.labels.names else "", *self.labels.names])
+        w, g = (
+            [list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given)
+        )
+        tags = metrics.tags(w, g, groups, errors)
+        found = metrics.labels(wanted, given, self.labels.names)
+        values = {"accuracy": found.values["accuracy"], "f1_words": found.values["f1"]}
+        baselines = {**tags.baselines, **found.baselines}
+        tables = {"confusion": found.tables["confusion"], **tags.tables}
+        return Scores(tags.values | values, tables, tags.errors, baselines, tags.rows)

@@ -414,7 +414,7 @@ def tags(
     # counts [rows, kinds]: of entities that are right, given, wanted
     right, there, all_ = (
         np.array([[sum(e[0] == k for e in one) for k in kinds] for one in some]).reshape(
-            -1, len(kinds)
+            len(wanted), len(kinds)
         )
         for some in ([w & g for w, g in zip(*found, strict=True)], found[1], found[0])
     )

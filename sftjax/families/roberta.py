@@ -4,6 +4,7 @@ A head of classes reads the first token through a layer of its own, with dropout
 after it.
 """
 
+from sftjax.errors import ModelError
 from sftjax.families import bert, common
 from sftjax.models.encoder import Config, Model, Pooler
 
@@ -14,7 +15,13 @@ OTHERS = r"lm_head\..*|qa_outputs\..*|classifier\..*|(roberta\.)?pooler\..*"
 
 def config(hf: dict) -> Config:
     """encoder.Config from the fields of a Hugging Face config.json."""
-    first = hf.get("pad_token_id", 1) + 1  # rows before it are never read
+    pad = hf.get("pad_token_id")
+    first = (pad if type(pad) is int and pad >= 0 else 1) + 1  # rows before it are never read
+    if hf.get("max_position_embeddings", 514) <= first:
+        raise ModelError(
+            f"max_position_embeddings={hf['max_position_embeddings']}: positions begin at {first},"
+            " after pad_token_id"
+        )
     document = Pooler(drop_before=True)
     return bert.config(
         hf,

@@ -1,4 +1,4 @@
-"""Make encoder.json: what transformers computes for BERT, in fp32.
+"""Make encoder.json: what transformers computes for BERT and every head of encoders, in fp32.
 
     python tests/golden/make_encoder.py [directory of the fixture minilm-l6]
 
@@ -14,9 +14,11 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "helpers")]
-from families import write  # noqa: E402
+from families import BODIES, HEADS, headed, write  # noqa: E402
 from reference import F, torch, transformers  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
+
+import sftjax  # noqa: E402
 
 LENGTHS = (9, 24, 17, 5)
 LABELS = (0, 2, 1, 2)
@@ -65,10 +67,37 @@ def real(path) -> dict:
     return {"documents": docs, "hidden": hidden, "pooled": pooled}
 
 
+AUTO = {
+    "document": transformers.AutoModelForSequenceClassification,
+    "token": transformers.AutoModelForTokenClassification,
+    "span": transformers.AutoModelForQuestionAnswering,
+    "vocabulary": transformers.AutoModelForMaskedLM,
+}
+
+
+def heads(directory) -> dict:
+    """The last token's logits of each encoder and head; of a document, the first's."""
+    made, document = {}, [int(t) for t in np.arange(17) * 7 % 61 + 2]
+    for name in BODIES:
+        for head in HEADS:
+            where = directory / f"{name}-{head}"
+            sftjax.save_pretrained(where, *headed(name, head, where / "in"))
+            model = AUTO[head].from_pretrained(where).eval()
+            with torch.no_grad():
+                out = model(input_ids=torch.tensor([document]))
+            if head == "span":
+                logits = torch.stack([out.start_logits, out.end_logits], -1)[0, -1]
+            else:
+                logits = out.logits[0] if head == "document" else out.logits[0, -1]
+            made[f"{name} {head}"] = short(logits[:WIDTH])
+    return {"document": document, "logits": made}
+
+
 def main(minilm):
     made = {"torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as directory:
         out = {"small": small(Path(directory)), "minilm-l6": real(minilm)}
+        out["heads"] = heads(Path(directory))
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in ({"made_with": made} | out).items()]
     (HERE / "encoder.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -8,6 +8,8 @@ import json
 import zlib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -141,6 +143,10 @@ ENCODERS = {
         "roberta", BERT, pad_token_id=1, type_vocab_size=1, max_position_embeddings=130,
         layer_norm_eps=1e-5, architectures=["RobertaModel"],
     ),
+    "xlm-roberta": case(
+        "xlm-roberta", BERT, pad_token_id=1, type_vocab_size=1, max_position_embeddings=130,
+        layer_norm_eps=1e-5, architectures=["XLMRobertaModel"],
+    ),
     "distilbert": case(
         "distilbert", DISTIL, architectures=["DistilBertModel"], seq_classif_dropout=0.0
     ),
@@ -153,6 +159,29 @@ ENCODERS = {
     ),
 }  # fmt: skip
 ALL = CASES | ENCODERS
+
+
+# Every encoder, and the labels of the heads of classes that it is tested with.
+BODIES = ("bert", "roberta", "distilbert", "modernbert", "modernbert-biases")
+HEADS = {"document": ("a", "b", "c"), "token": ("a", "b", "c"), "span": None, "vocabulary": None}
+
+
+def headed(name, head, directory):
+    """(model, params) of an encoder with this head, no part of it at its neutral."""
+    path = write(name, directory)
+    model, params = hf_lib.load_pretrained(path, labels=HEADS[head], head=head)
+    key = jax.random.key(3)
+    return model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)
+
+
+def said(model, params, batch):
+    """What a head says at every token: [B, S, C], or [B, S, V]."""
+    hidden = model.hidden(params, batch)
+    if model.config.head != "vocabulary":
+        return model.class_logits(params, hidden, segments=batch["segments"])
+    bias = model.vocab_bias(params)
+    logits = jnp.einsum("bsd,vd->bsv", hidden, model.head(params))[..., : model.config.vocab]
+    return logits if bias is None else logits + bias[: model.config.vocab]
 
 
 def write(name, directory, dtype=np.float32) -> Path:

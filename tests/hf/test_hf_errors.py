@@ -306,17 +306,25 @@ def test_rope_settings_that_are_refused(tmp_path, settings, message):
 
 CONFIGS = [
     # what the model is
-    ("llama", dict(model_type="absent"), "model_type is None; the known ones are bert, gemma, "),
+    (
+        "llama",
+        dict(model_type="absent"),
+        "model_type is None; the known ones are bert, distilbert, ",
+    ),
     (
         "llama",
         dict(model_type=["llama"]),
         "model_type is ['llama']; the known ones are bert, ",
     ),
-    ("llama", dict(model_type="lama"), "'lama' is not supported; known: bert, gemma, "),
+    ("llama", dict(model_type="lama"), "'lama' is not supported; known: bert, distilbert, "),
     ("llama", dict(model_type="lama"), "; the nearest is 'llama'"),
     ("llama", dict(model_type="gemma3"), "; the nearest is 'gemma3_text'"),
     ("llama", dict(model_type="qwen2_vl"), "; the nearest is 'qwen2'"),
-    ("llama", dict(model_type="zzz"), "model_type 'zzz' is not supported; known: bert, gemma, "),
+    (
+        "llama",
+        dict(model_type="zzz"),
+        "model_type 'zzz' is not supported; known: bert, distilbert, ",
+    ),
     ("llama", dict(model_type="zzz", hidden_size=None), "model_type 'zzz' is not supported"),
     # what it would need
     (
@@ -327,7 +335,7 @@ CONFIGS = [
     ("llama", dict(quantization_config="gptq"), "quantization_config is 'gptq', expected an obj"),
     ("llama", dict(hidden_act="relu6"), "hidden_act 'relu6' is not supported; known: silu, "),
     ("gemma", dict(hidden_activation="relu6"), "hidden_activation 'relu6' is not supported"),
-    ("gpt2", dict(activation_function="tanh"), "activation_function 'tanh' is not supported"),
+    ("gpt2", dict(activation_function="mish"), "activation_function 'mish' is not supported"),
     (
         "gpt2",
         dict(scale_attn_by_inverse_layer_idx=True),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from families import BERT, case, write
+from families import BERT, BODIES, HEADS, case, headed, said, write
 from safetensors.numpy import load_file, save_file
 
 import sftjax
@@ -112,6 +112,28 @@ def test_golden_numbers_of_real_weights_whose_files_come_back_bit_equal(fixtures
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
         (path / "config.json").read_text()
     )
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", BODIES)
+def test_golden_logits_of_every_head_on_every_encoder(name, head, tmp_path):
+    model, params = headed(name, head, tmp_path)
+    given, at = rows([[GOLDEN["heads"]["document"]]]), 0 if head == "document" else 16
+    del given["token_types"]
+    found = jax.jit(lambda p: said(model, p, given))(params)[0, at, :8]
+    close(found, GOLDEN["heads"]["logits"][f"{name} {head}"])
+
+
+@pytest.mark.parametrize("name", ["roberta", "modernbert-biases"])
+def test_packed_documents_are_as_alone_in_windows_and_in_means(name, tmp_path):
+    model, params = headed(name, "document", tmp_path)
+    docs = [[(7 * i + j) % 60 + 2 for j in range(n)] for i, n in enumerate((23, 5, 17))]
+    packed, alone = rows([docs]), rows([[d] for d in docs])
+    for batch in (packed, alone):
+        del batch["token_types"]
+    run = jax.jit(lambda p, b: said(model, p, b))
+    found, starts = np.asarray(run(params, packed))[0], np.cumsum([0, 23, 5])
+    close(found[starts], np.asarray(run(params, alone))[:, 0])
 
 
 # ---- documents in a row --------------------------------------------------------------------

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CASES, write
+from families import BODIES, CASES, headed, said, write
 from reference import close, close_norms, torch, transformers
 from safetensors.numpy import load_file, save_file
 
@@ -125,7 +125,6 @@ def test_gradients_of_every_parameter(tmp_path):
     close_norms(ours, expected, 1e-4, zero=("layers/0-2/attn/k/b",))
 
 
-BODIES = ["bert", "roberta", "distilbert", "modernbert", "modernbert-biases"]
 AUTO = {
     "document": transformers.AutoModelForSequenceClassification,
     "token": transformers.AutoModelForTokenClassification,
@@ -134,24 +133,10 @@ AUTO = {
 }
 
 
-def every(model, params, given):
-    """What a head says at every token: [B, S, C], or [B, S, V]."""
-    hidden = model.hidden(params, given)
-    if model.config.head != "vocabulary":
-        return model.class_logits(params, hidden, segments=given["segments"])
-    bias = model.vocab_bias(params)
-    logits = jnp.einsum("bsd,vd->bsv", hidden, model.head(params))[..., : model.config.vocab]
-    return logits if bias is None else logits + bias[: model.config.vocab]
-
-
 @pytest.mark.parametrize("head", AUTO)
 @pytest.mark.parametrize("name", BODIES)
 def test_every_head_on_every_encoder(name, head, tmp_path):
-    path = write(name, tmp_path / "in")
-    labels = LABELS if head in ("document", "token") else None
-    model, params = sftjax.load_pretrained(path, labels=labels, head=head)
-    key = jax.random.key(3)  # a new bias is 0, and would show nothing
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)
+    model, params = headed(name, head, tmp_path / "in")
     sftjax.save_pretrained(tmp_path / "out", model, params)
     other = theirs(tmp_path / "out", AUTO[head])
     given = batch(64, [40, 9, 17, 5], 40)
@@ -160,7 +145,7 @@ def test_every_head_on_every_encoder(name, head, tmp_path):
     given["tokens"][given["tokens"] == 1] = 2  # RoBERTa's padding, which it does not count
     with torch.no_grad():
         out = other(**inputs(given))
-    ours = np.asarray(jax.jit(lambda p: every(model, p, given))(params))
+    ours = np.asarray(jax.jit(lambda p: said(model, p, given))(params))
     real = given["segments"][..., None]
     if head == "document":
         close(ours[:, 0], out.logits.numpy(), 1e-5)

@@ -248,7 +248,7 @@ def test_logits_that_are_not_finite_are_said(tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("loss.dft", "True", "loss.dft=True belongs to task='causal_lm'"),
+        ("loss.dft", "True", "loss.dft=True is not of task='classification'"),
         ("data.overlong", "split", "would give the pieces of a text its label"),
         ("data.labels", "()", "data.labels is empty, and the model names none"),
     ],
@@ -268,7 +268,9 @@ def test_class_weights_are_refused_of_a_language_model():
 
     config = config_lib.get_default()
     config.loss.class_weights = "balanced"
-    with pytest.raises(ConfigError, match="belongs to task='classification'"):
+    with pytest.raises(
+        ConfigError, match="'balanced' is not of task='causal_lm', of which loss.normalise"
+    ):
         CausalLM.of(config, make_tokenizer())
 
 

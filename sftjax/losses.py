@@ -129,7 +129,7 @@ LABELS = {"bce": _bce, "focal": _binary_focal}  # of logits and targets [..., C]
 NUMBER: dict[str, Callable] = {  # of two numbers
     "mse": lambda y, t, o: (y - t) ** 2,
     "mae": lambda y, t, o: jnp.abs(y - t),
-    "huber": lambda y, t, o: optax.huber_loss(y, t, o.huber_delta),
+    "huber": lambda y, t, o: optax.huber_loss(y, t, delta=o.huber_delta),
 }
 
 

@@ -1,6 +1,8 @@
 """Write WNUT17's CoNLL files as records of words and tags, with and without shuffled tags.
 
-SFTJAX_FIXTURES=<directory that holds wnut17/> python experiments/wnut17/prepare.py [runs/wnut17_data]
+    python experiments/wnut17/prepare.py [runs/wnut17_data]
+
+$SFTJAX_FIXTURES is the directory that holds wnut17/.
 """
 
 import json

@@ -1,6 +1,8 @@
 """Split XQuAD's English articles into training and test rows, and measure what needs no model.
 
-    SFTJAX_FIXTURES=<directory that holds xquad/> python experiments/xquad/prepare.py [runs/xquad_data]
+    python experiments/xquad/prepare.py [runs/xquad_data]
+
+$SFTJAX_FIXTURES is the directory that holds xquad/.
 
 Every fourth article is test. The sliding window (Richardson et al. 2013) answers with the words of
 the context that stand in a window of n words and are not in the question, where the window shares

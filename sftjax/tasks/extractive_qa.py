@@ -104,9 +104,11 @@ class ExtractiveQA(Texts):
         name = self.name(record, "label")
         given = record.get(name) if name in record else self.field(record, "label", where)
         given = {"text": [], "answer_start": []} if given is None else given
-        if isinstance(given, list):
+        parts = given if isinstance(given, list) else [given]
+        plain = all(isinstance(x, dict) for x in parts)
+        if plain and isinstance(given, list):
             given = {k: [x.get(k) for x in given] for k in ("text", "answer_start")}
-        texts, starts = given.get("text"), given.get("answer_start")
+        texts, starts = (given.get(k) if plain else None for k in ("text", "answer_start"))
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             problem = f"field {name!r} is {given!r:.200}, expected lists 'text' and 'answer_start'"
             raise DataError(problem, where=where, kind="wrong_type")

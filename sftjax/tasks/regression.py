@@ -22,6 +22,7 @@ from sftjax.params import Param
 from sftjax.tasks.base import EvalFn, LossFn, Scores, read_model
 from sftjax.tasks.texts import LABELS, TEXTS, Texts
 
+LARGEST = float(np.finfo(np.float32).max)
 NUMBERS = ("score", "target", "value", *LABELS)
 
 
@@ -46,7 +47,7 @@ class Regression(Texts):
             number = math.nan if isinstance(given, bool) else float(given)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(np.float32(number)):
+        if not abs(number) <= LARGEST:  # NaN too
             raise DataError(
                 f"field {self.name(record, 'label')!r} is {given!r:.200}, expected a finite number",
                 where=where,

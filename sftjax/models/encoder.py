@@ -197,7 +197,7 @@ class Model(base.Body):
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
         if self.config.head != "vocabulary":
             raise ModelError(
-                "this encoder has no vocabulary head to train on tokens or to generate from; load"
+                "an encoder has no vocabulary head to train on tokens or to generate from; load"
                 " it with labels or head='vocabulary', or take the directory of a causal language"
                 " model"
             )

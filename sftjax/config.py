@@ -166,6 +166,7 @@ def get_default() -> ConfigDict:
     # Ordered (regex over the whole parameter name, value): the first match wins.
     c.optim.trainable = ((".*", True),)
     c.optim.lr_multipliers = ((".*", 1.0),)
+    c.optim.layer_decay = 1.0  # of lr: each layer has so much of that of the layer above it
     # Norms and biases are not decayed; a "b" inside a weight is a factor of it.
     c.optim.decay = ((r".*(norm/scale|(?<!/w)/b)", 0.0), (".*", 1.0))
 
@@ -244,6 +245,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.temperature": (1e-3, math.inf),
     "loss.label_smoothing optim.floor": (0, 1),
     "loss.mask_rate": (1e-6, _BELOW_1),
+    "optim.layer_decay": (1e-6, 1),
     "loss.focal_gamma loss.huber_delta": (0, math.inf),
     "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
     "train.spike": (0, math.inf),

@@ -122,6 +122,7 @@ def _matrix(p):
     return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
 
+EMBEDDINGS = ("embed", "positions", "token_types", "embed_norm")
 OPTIMIZERS = {
     "adamw": _adam,
     "adam": _adam,
@@ -164,5 +165,28 @@ def make(
         raise ConfigError("optim.lr_multipliers: 0 for all that is trained; nothing would change")
     if any(m != 1 for m in jax.tree.leaves(multipliers)):
         parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers)))
+    if c.layer_decay != 1:
+        depth = params_lib.partition(_by_depth(c.layer_decay, abstract), trainable)[0]
+        parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, depth)))
     parts.append(optax.scale_by_learning_rate(lr))
     return optax.chain(*parts)
+
+
+def _by_depth(decay, abstract):
+    """Tree of factors: 1 of the last layer and what follows it, decay less with each below.
+
+    The embeddings lie below the first layer (Howard and Ruder 2018, Clark et al. 2020).
+    """
+    stacks = abstract.get("layers", {}) if isinstance(abstract, dict) else {}
+    layers = 1 + max((int(name.split("-")[1]) for name in stacks), default=-1)
+    if not layers:
+        raise ConfigError(f"optim.layer_decay={decay}: the model has no stack of layers")
+
+    def factor(name, p):
+        top, *rest = name.split("/")
+        if top == "layers":
+            ahead = layers - 1 - int(rest[0].split("-")[0]) - jnp.arange(p.shape[0])
+            return decay ** ahead.astype(jnp.float32).reshape(-1, *[1] * (len(p.shape) - 1))
+        return decay**layers if top in EMBEDDINGS else 1.0
+
+    return params_lib.map_named(factor, abstract)

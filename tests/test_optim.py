@@ -104,6 +104,22 @@ def test_learning_rate_multipliers_and_clipping():
     np.testing.assert_allclose(named["embed/w"], -0.1 * one, rtol=1e-5)
 
 
+def test_the_learning_rate_falls_with_the_depth():
+    model = tiny.model(split=(3,))
+    c = settings(name="sgd", momentum=0.0, clip=0.0, layer_decay=0.5)
+    trainable = everything(model.abstract)
+    tx = optim.make(c, lambda step: 1.0, model.abstract, trainable)
+    params = tiny.params(model)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(ones, tx.init(params), params)
+    found = {k: -np.asarray(v) for k, v in params_lib.flatten(updates).items()}
+    first, last = found["layers/0-2/attn/q/w"], found["layers/3-3/mlp/up/w"]
+    assert [float(x.mean()) for x in first] == [0.125, 0.25, 0.5] and last.min() == last.max() == 1
+    assert found["embed/w"].max() == 0.0625 and found["norm/scale"].min() == 1
+    with pytest.raises(ValueError, match="optim.layer_decay=0.5: the model has no stack of layers"):
+        optim.make(c, lambda step: 1.0, {"w": params_lib.Param((2,), (None,))}, {"w": True})
+
+
 def test_muon_updates_are_orthogonal_per_layer_and_frozen_leaves_have_none():
     model = tiny.model()
     params = tiny.params(model)

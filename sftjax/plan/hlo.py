@@ -14,7 +14,7 @@ import dataclasses
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from sftjax.plan import hlo_text as text_lib
 
@@ -60,16 +60,13 @@ class Cost:
     cycles: Counter = dataclasses.field(default_factory=Counter)  # matmul | copy | other
     collectives: dict = dataclasses.field(default_factory=lambda: defaultdict(Collective))
     kernels: dict = dataclasses.field(default_factory=lambda: defaultdict(Kernel))
-    by_op: Counter = dataclasses.field(default_factory=Counter)  # cycles by op_name
     loops: list = dataclasses.field(default_factory=list)
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Add another Cost, `times` over; its loops are listed once."""
         self.flops += times * other.flops
-        for name in ("cycles", "by_op"):
-            mine = getattr(self, name)
-            for k, v in getattr(other, name).items():
-                mine[k] += times * v
+        for k, v in other.cycles.items():
+            self.cycles[k] += times * v
         for name in ("collectives", "kernels"):
             for k, record in getattr(other, name).items():
                 mine = getattr(self, name)[k]
@@ -114,13 +111,14 @@ class Cost:
         }
 
 
-def analyze(text: str, assume: int | Mapping[str, int] = 1) -> Cost:
+def analyze(text: str, assume: int = 1) -> Cost:
     """The Cost of a program's entry. text: compiled.as_text().
 
     collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count
-    depends on data; a number, or {regex searched in the loop's name: number} (others: 1).
+    depends on data.
     """
-    return _Reader(text, assume).cost()
+    reader = _Reader(text, assume)
+    return reader.walk(reader.entry, {})
 
 
 # ---- the walk ------------------------------------------------------------------------------
@@ -151,10 +149,7 @@ class _Reader:
             for c in _collectives_in(body)
         }
 
-    def cost(self) -> Cost:
-        return self._walk(self.entry, {})
-
-    def _walk(self, name, env) -> Cost:
+    def walk(self, name, env) -> Cost:
         """env: {(parameter, index): int}: the scalars known of the computation's tuple."""
         body, total, flights = self.computations[name], Cost(), dict[str, tuple]()
         for one in body:
@@ -179,17 +174,16 @@ class _Reader:
 
     def _one(self, one, name, env, total):
         body = self.computations[name]
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+        cycles = text_lib.first(r'"estimated_cycles":"(\d+)"', one.rest)
         if cycles and one.op not in ("while", "call", "conditional"):
-            total.cycles[self._category(one)] += int(cycles[1])
-            total.by_op[one.op_name] += int(cycles[1])
+            total.cycles[self._category(one)] += int(cycles)
         if one.op == "while":
             trips, inner = self._trips(one, name, env, total)
-            total.add(self._walk(one.attribute("body"), inner), trips)
+            total.add(self.walk(one.attribute("body"), inner), trips)
         elif one.op == "call":
-            total.add(self._walk(one.attribute("to_apply"), {}))
+            total.add(self.walk(one.attribute("to_apply"), {}))
         elif one.op == "conditional":
-            costs = [self._walk(b, {}) for b in text_lib.branches(one)]
+            costs = [self.walk(b, {}) for b in text_lib.branches(one)]
             total.add(max(costs, key=lambda c: (c.total_cycles, c.flops)))
         elif one.op in ("dot", "convolution", "fusion"):
             total.flops += self._flops(one, body)
@@ -246,27 +240,19 @@ class _Reader:
 
     def _trips(self, one, name, env, total):
         """(how often the body runs, the scalars that stay the same in it)."""
-        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
-        state = self._initial(one, name, env)
-        trips, inner = self._run(one, state)
-        if noted:
-            trips = int(noted[1])
+        trips, inner = self._run(one, self._initial(one, name, env))
+        if noted := text_lib.first(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
+            trips = int(noted)
         known = trips is not None
-        if not known:
-            trips = self._assumed(one.op_name)
+        trips = trips if known else self.assume
         total.loops.append(Loop(one.op_name, trips, known))
         return trips, inner
-
-    def _assumed(self, op_name) -> int:
-        if isinstance(self.assume, int):
-            return self.assume
-        return next((n for regex, n in self.assume.items() if re.search(regex, op_name)), 1)
 
     def _initial(self, one, name, env) -> dict:
         """The scalars that a loop starts with, as far as they are known."""
         kinds = text_lib.elements(one.type)
         where = [k for k, t in enumerate(kinds) if re.match(r"(pred|[su]\d+)\[\]", t)]
-        values = {(0, k): self._element(name, one.args[0], k, env) for k in where}
+        values = {(0, k): self._value(name, one.args[0], env, k) for k in where}
         return {k: v for k, v in values.items() if v is not None}
 
     def _run(self, one, state):
@@ -276,10 +262,10 @@ class _Reader:
         fixed = {k: v for k, v in state.items() if self._invariant(body, k[1])}
         moving = [k for k in state if k not in fixed]
         for trips in range(MOST_TRIPS):
-            more = self._scalar(condition, self.computations[condition].root, state)
+            more = self._value(condition, self.computations[condition].root, state)
             if not more:
                 return (None if more is None else trips), fixed
-            new = {k: self._element(body, root, k[1], state) for k in moving}
+            new = {k: self._value(body, root, state, k[1]) for k in moving}
             state = fixed | {k: v for k, v in new.items() if v is not None}
             if not new:
                 break
@@ -297,46 +283,36 @@ class _Reader:
             return False
         return computation.instructions[one.args[0]].op == "parameter"
 
-    def _scalar(self, name, instruction, env):
-        """The value of a scalar in a computation, or None."""
+    def _value(self, name, instruction, env, k=None):
+        """The value of a scalar in a computation, or of a tuple's element k; None if not known."""
         one = self.computations[name].instructions[instruction]
+        if one.op == "parameter":
+            return env.get((int(one.raw), k))
+        if one.op in _SAME:
+            return self._value(name, one.args[0], env, k)
+        if one.op == "fusion" or (one.op == "call" and k is None):
+            callee = one.attribute("calls") or one.attribute("to_apply")
+            given = {(i, None): self._value(name, a, env) for i, a in enumerate(one.args)}
+            given = {i: v for i, v in given.items() if v is not None}
+            return self._value(callee, self.computations[callee].root, given, k)
+        return self._scalar(one, name, env) if k is None else self._element(one, name, env, k)
+
+    def _scalar(self, one, name, env):
         if one.op == "constant":
             return text_lib.constant(one.raw)
-        if one.op == "parameter":
-            return env.get(int(one.raw))
         if one.op == "get-tuple-element":
-            return self._element(name, one.args[0], text_lib.index(one), env)
-        if one.op in _SAME:
-            return self._scalar(name, one.args[0], env)
-        if one.op in ("fusion", "call"):
-            callee = one.attribute("calls") or one.attribute("to_apply")
-            return self._scalar(callee, self.computations[callee].root, self._given(one, name, env))
+            return self._value(name, one.args[0], env, text_lib.index(one))
         if one.op in _BINARY or one.op == "compare":
-            a, b = (self._scalar(name, x, env) for x in one.args)
+            a, b = (self._value(name, x, env) for x in one.args)
             fn = _BINARY.get(one.op) or _COMPARE[one.attribute("direction")]
             return None if a is None or b is None else fn(a, b)
         return None
 
-    def _given(self, one, name, env) -> dict:
-        """The known scalars that a fusion or a call is given."""
-        values = {i: self._scalar(name, a, env) for i, a in enumerate(one.args)}
-        return {i: v for i, v in values.items() if v is not None}
-
-    def _element(self, name, instruction, k, env):
-        """The value of a tuple's element k, or None."""
-        one = self.computations[name].instructions[instruction]
-        if one.op == "parameter":
-            return env.get((int(one.raw), k))
+    def _element(self, one, name, env, k):
         if one.op == "tuple":
-            return self._scalar(name, one.args[k], env)
-        if one.op in _SAME:
-            return self._element(name, one.args[0], k, env)
+            return self._value(name, one.args[k], env)
         if one.op == "while" and self._invariant(one.attribute("body"), k):
-            return self._element(name, one.args[0], k, env)
-        if one.op == "fusion":
-            callee = one.attribute("calls")
-            given = self._given(one, name, env)
-            return self._element(callee, self.computations[callee].root, k, given)
+            return self._value(name, one.args[0], env, k)
         return None
 
 
@@ -358,8 +334,15 @@ class _Found:
         return text_lib.group_size(self.one.rest)
 
     @property
-    def sizes(self):
-        return text_lib.payload(self.kind, self.one, self.operands)
+    def sizes(self) -> tuple[float, float]:
+        """(bytes of the whole payload, bytes that a device sends)."""
+        n, whole = self.group, text_lib.nbytes(self.one.type)
+        if self.one.op.endswith("-start"):  # its type holds the operands too
+            whole = self.operands * n if self.kind == "all-gather" else self.operands
+        whole = self.operands if self.kind == "reduce-scatter" else whole
+        share = (n - 1) / n if n else 1.0
+        sends = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return whole, whole * sends
 
 
 def _collective(one, computation):
@@ -376,12 +359,11 @@ def _collectives_in(computation):
 
 
 def _kernel(one, total):
-    target = re.findall(r'custom_call_target="([^"]*)"', one.rest)[0]
+    target = text_lib.first(r'custom_call_target="([^"]*)"', one.rest)
     if target != "tpu_custom_call" and "triton" not in target and "cudnn" not in target:
         return
     record = total.kernels[one.name.rstrip(".0123456789")]
     record.count += 1
-    declared = re.search(r'cost_estimate":\{([^}]*)\}', one.rest)
-    for key, field in (("flops", "flops"), ("bytes_accessed", "bytes")):
-        found = re.search(rf'"{key}":"?([\d.e+]+)', declared[1]) if declared else None
-        setattr(record, field, getattr(record, field) + (float(found[1]) if found else 0.0))
+    declared = text_lib.first(r'cost_estimate":\{([^}]*)\}', one.rest)
+    record.flops += float(text_lib.first(r'"flops":"?([\d.e+]+)', declared) or 0)
+    record.bytes += float(text_lib.first(r'"bytes_accessed":"?([\d.e+]+)', declared) or 0)

@@ -28,7 +28,7 @@ from sftjax.evaluation.evaluator import Evaluator
 from sftjax.evaluation.sets import Sets
 from sftjax.files import finite, read_json, write_atomic
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.terminal import in_json, printable, show
+from sftjax.terminal import columns, in_json, printable, show
 from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import weights
@@ -220,13 +220,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for name in names:
         values = (one["metrics"].get(name) for one in found)
         rows.append([name, *("-" if v is None else f"{v:.4f}" for v in values)])
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(first), *(x.rjust(w) for x, w in zip(row[1:], widths, strict=True))]
-        )
-        for row in rows
-    )
+    return columns(rows, range(1, len(found) + 1))
 
 
 if __name__ == "__main__":

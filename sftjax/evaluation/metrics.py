@@ -143,7 +143,6 @@ def labels(
         return Measured(0, {})
     values = _label_values(wanted, given, len(names), scores)
     hits = (wanted == given).astype(np.float64)
-    rows = {"accuracy": hits}
     spread = {}
     if errors:
         some = lambda at: _label_values(  # noqa: E731
@@ -157,48 +156,38 @@ def labels(
     tables = _label_tables(wanted, given, names, scores)
     if lost := int((given < 0).sum()):
         values["not_finite"] = float(lost)
-    return Measured(n, values, spread, {f"always {names[usual]}": shown}, tables, rows)
+    return Measured(
+        n, values, spread, {f"always {names[usual]}": shown}, tables, {"accuracy": hits}
+    )
 
 
 def _label_values(wanted, given, classes, scores) -> dict[str, float]:
-    with warnings.catch_warnings():  # of labels that are not there; each value has its rule
-        warnings.simplefilter("ignore")
-        return _of_labels(wanted, given, classes, scores)
-
-
-def _of_labels(wanted, given, classes, scores) -> dict[str, float]:
     from sklearn import metrics as sk
 
-    every, averages = range(classes), {"": "macro", "_micro": "micro", "_weighted": "weighted"}
-    options: Any = dict(labels=every, zero_division=0.0)
-    values = {"accuracy": sk.accuracy_score(wanted, given)}
-    for ending, average in averages.items():
-        values[f"f1{ending}"] = sk.f1_score(wanted, given, average=average, **options)
-    values["precision"] = sk.precision_score(wanted, given, average="macro", **options)
-    values["recall"] = sk.recall_score(wanted, given, average="macro", **options)
-    values["mcc"] = sk.matthews_corrcoef(wanted, given)
-    if scores is not None and np.isfinite(scores).all():
-        if len(np.unique(wanted)) == classes:  # else it is not defined
-            chosen: Any = scores[:, 1] if classes == 2 else scores
-            values["auroc"] = sk.roc_auc_score(
-                wanted, chosen, multi_class="ovr", average="macro", labels=list(every)
-            )
-        values["ece"] = sum(
-            share * abs(confidence - right) for share, confidence, right in _bins(wanted, scores)
-        )
-    return {k: float(v) for k, v in values.items()}
+    every: Any = list(range(classes))
+    values, options = {}, dict[str, Any](labels=every, zero_division=0.0)
+    with warnings.catch_warnings(action="ignore"):  # of labels not there; each value has its rule
+        for ending, average in {"_micro": "micro", "_weighted": "weighted", "": "macro"}.items():
+            found = sk.precision_recall_fscore_support(wanted, given, average=average, **options)
+            values[f"f1{ending}"] = found[2]
+        values |= dict(accuracy=sk.accuracy_score(wanted, given), precision=found[0])
+        values |= dict(recall=found[1], mcc=sk.matthews_corrcoef(wanted, given))
+        if scores is not None and np.isfinite(scores).all():
+            if len(np.unique(wanted)) == classes:  # else it is not defined
+                chosen = scores[:, 1] if classes == 2 else scores
+                how: Any = dict(multi_class="ovr", average="macro", labels=every)
+                values["auroc"] = sk.roc_auc_score(wanted, chosen, **how)
+            bins = _bins(wanted, scores)
+            values["ece"] = sum(share * abs(mean - right) for share, mean, right in bins)
+    return {k: float(values[k]) for k in METRICS if k in values}  # in the table's order
 
 
 def _bins(wanted, scores) -> list[tuple[float, float, float]]:
     """(share of rows, mean confidence, share right) of each bin of confidence that has rows."""
     confidence, right = scores.max(axis=1), scores.argmax(axis=1) == wanted
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    picked = (which == i for i in range(BINS))
-    return [
-        (float(x.mean()), float(confidence[x].mean()), float(right[x].mean()))
-        for x in picked
-        if x.any()
-    ]
+    picked = (which == i for i in np.unique(which))
+    return [(float(x.mean()), float(confidence[x].mean()), float(right[x].mean())) for x in picked]
 
 
 def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
@@ -214,8 +203,7 @@ def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
     tables: dict[str, Any] = {"confusion": {"labels": list(names), "rows": rows}, "per_label": each}
     if scores is not None and np.isfinite(scores).all():
         keys = ("share", "confidence", "accuracy")
-        bins = [dict(zip(keys, one, strict=True)) for one in _bins(wanted, scores)]
-        tables["calibration"] = bins
+        tables["calibration"] = [dict(zip(keys, x, strict=True)) for x in _bins(wanted, scores)]
     return tables
 
 
@@ -249,10 +237,8 @@ def _number_values(wanted, given) -> dict[str, float]:
     from scipy import stats
     from sklearn import metrics as sk
 
-    values = {
-        "mae": sk.mean_absolute_error(wanted, given),
-        "rmse": sk.root_mean_squared_error(wanted, given),
-    }
+    values = dict(mae=sk.mean_absolute_error(wanted, given))
+    values["rmse"] = sk.root_mean_squared_error(wanted, given)
     if len(wanted) > 1:
         values["r2"] = sk.r2_score(wanted, given)
         if np.ptp(wanted) and np.ptp(given):  # a correlation with a constant is not defined
@@ -369,16 +355,11 @@ def _number(text: str, pattern: str) -> float | None:
         found = list(re.finditer(pattern, text)) if pattern else []
     except re.error as e:
         raise ConfigError(f"eval.answer={pattern!r} is no regular expression: {e}") from None
-    if pattern and not found:
-        return None
-    if pattern and found[-1].groups():
-        text = found[-1][1] or ""
-    elif pattern:
-        text = text[found[-1].end() :]
+    if pattern:
+        last = found[-1] if found else None
+        text = "" if not last else (last[1] or "") if last.groups() else text[last.end() :]
     numbers = re.findall(_NUMBER, text)
-    if not numbers:
-        return None
-    return float(numbers[0 if pattern else -1].replace(",", ""))
+    return float(numbers[0 if pattern else -1].replace(",", "")) if numbers else None
 
 
 def lead(text: str, n: int) -> str:
@@ -390,8 +371,7 @@ def tags(wanted: Sequence[Sequence[str]], given: Sequence[Sequence[str]]) -> Mea
     """Of tags of words, such as B-PER, a list for each row: F1 of whole entities."""
     if not wanted:
         return Measured(0, {})
-    with warnings.catch_warnings():  # of entities that nobody has found
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # of entities that nobody has found
         value = package("seqeval.metrics").f1_score(wanted, given)
     return Measured(len(wanted), {"seqeval_f1": float(value)})
 

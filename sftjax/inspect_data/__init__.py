@@ -28,8 +28,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.data import DataError, Rows, build_store, make_batch, pack
+from sftjax.data import DataError, Rows, make_batch, pack
 from sftjax.errors import writing
+from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
@@ -119,9 +120,8 @@ def _warnings() -> Iterator[list[str]]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logger, shown = logging.getLogger("sftjax"), logging.lastResort
-    own = [handler]
-    if shown is not None and not logger.hasHandlers():  # with a handler the last resort is none
-        own.append(shown)
+    # With a handler of ours the last resort is none.
+    own = [handler, shown] if shown is not None and not logger.hasHandlers() else [handler]
     for one in own:
         logger.addHandler(one)
     try:
@@ -205,15 +205,7 @@ def _example(name, row, places, tokenizer):
 
 def _totals(part, cache):
     data = part.config.data
-    store = build_store(
-        part.source,
-        part.task,
-        max_length=data.max_length,
-        overlong=data.overlong,
-        cache_dir=cache,
-        on_error=data.on_error,
-        max_skipped=data.max_skipped,
-    )
+    store = tokenised(part.source, part.task, part.config, cache)
     layout = part.task.layout
     length, packing = (1, "none") if layout.fixed else (data.max_length, data.packing)
     rows = Rows(store, length, packing, part.config.seed, layout=layout)

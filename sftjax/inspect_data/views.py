@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from itertools import zip_longest
 from typing import Any
 
 from sftjax.data.packing import truncate as lengths
@@ -172,14 +173,9 @@ def _beside(example, tokens, color, width):
     marks = (GREEN, PLAIN) if color else ("⟦", "⟧")
     if width < BESIDE or not example["tokens"]:
         return [_marked(example, marks), "", *(tokens if example["tokens"] else ())]
-    left = _wrapped(example, width - 62, marks)
-    return [f"{a}   {b}".rstrip() for a, b in _together(left, list(tokens), " " * (width - 62))]
-
-
-def _together(left, right, blank):
-    n = max(len(left), len(right))
-    left, right = left + [blank] * (n - len(left)), right + [""] * (n - len(right))
-    return zip(left, right, strict=True)
+    wide = width - 62
+    lines = zip_longest(_wrapped(example, wide, marks), tokens, fillvalue="")
+    return [f"{a or ' ' * wide}   {b}".rstrip() for a, b in lines]
 
 
 def _marked(example, marks):
@@ -289,18 +285,15 @@ def _article(example, several):
         {name: example[name] for name in ("source", "trained", "dropped", "note")},
         title=_title(example, several),
         pieces=_pieces(example["text"], example["spans"]),
-        rows=[(_token_class(token), _token_cells(token)) for token in example["tokens"]],
+        rows=[_token_row(token) for token in example["tokens"]],
     )
 
 
-def _token_class(token):
+def _token_row(token):
     kinds = ("trained" if token["weight"] else "", "cut" if token["segment"] is None else "")
-    return " ".join(filter(None, kinds))
-
-
-def _token_cells(token):
     place = ("" if token[name] is None else token[name] for name in ("segment", "position"))
-    return (_shown(token["token"]), token["id"], _weight(token["weight"]), *place)
+    cells = (_shown(token["token"]), token["id"], _weight(token["weight"]), *place)
+    return " ".join(filter(None, kinds)), cells
 
 
 def _difference_page(render, report):

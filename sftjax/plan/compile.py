@@ -1,7 +1,5 @@
 """What a config needs and how fast it may be, on hardware that you don't have.
 
-python -m sftjax.plan --config=configs/chat.py --target=v5e-16 [--search] [--json=plan.json]
-
 The real training step is compiled ahead of time for the target's devices, without data or weights:
 of the model only its config.json is read. For a GPU, where there is none, shapes give an estimate,
 and the report says so.
@@ -12,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,36 +93,22 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
     """The Program of a config; raises what train would raise of it, before any compile."""
     config = _with_stored_dtype(config)
     task = tasks.make(config, None)
-    mesh, model, trainable = build_shapes(config, task, target)
+    sizes = {axis: config.mesh[axis] for axis in parallel.AXES}
+    here = target.devices
+    mesh = parallel.make_mesh(sizes, here) if here else abstract_mesh(sizes, target)
+    rows, width, micro = config.train.batch_size, config.data.max_length, config.train.micro_batches
+    parallel.check_batch(mesh, rows, micro, width)
+    model, trainable = build_lib.make_model(config, task, platform=platform(target))
+    parallel.param_shardings(mesh, model.abstract)  # raises where a size does not divide
     lr = build_lib.make_schedule(config.optim, 1000)
     tx = optim.make(config.optim, lr, model.abstract, trainable)
     with use(mesh):
         state = build_lib.abstract_state(config.model, model, trainable, tx, mesh)
-        device = target.devices[0] if target.devices else None
         loss_fn = task.loss_fn(model, config.loss.to_dict())
-        micro = config.train.micro_batches
-        step = build_lib.make_step(loss_fn, tx, state, micro, device)
-    rows, width = config.train.batch_size, config.data.max_length
+        step = build_lib.make_step(loss_fn, tx, state, micro, here[0] if here else None)
     batch = parallel.abstract_batch(mesh, task.layout.spec(rows, width))
     work = Work(rows, width, trained, document or width)
     return Program(config, model, trainable, mesh, state, batch, step, work)
-
-
-def build_shapes(
-    config: ConfigDict, task: tasks.Task, target: Target
-) -> tuple[Mesh | AbstractMesh, Model, Any]:
-    """(mesh, model, trainable), where all their sizes divide."""
-    sizes = {axis: config.mesh[axis] for axis in parallel.AXES}
-    mesh = (
-        parallel.make_mesh(sizes, target.devices)
-        if target.devices
-        else abstract_mesh(sizes, target)
-    )
-    rows, width = config.train.batch_size, config.data.max_length
-    parallel.check_batch(mesh, rows, config.train.micro_batches, width)
-    model, trainable = build_lib.make_model(config, task, platform=platform(target))
-    parallel.param_shardings(mesh, model.abstract)
-    return mesh, model, trainable
 
 
 def abstract_mesh(sizes: Mapping[str, int], target: Target) -> AbstractMesh:
@@ -151,7 +134,7 @@ def _with_stored_dtype(config):
     """Frozen parameters keep their files' dtype, which config.json names."""
     config = config.copy_and_resolve_references()
     if not config.model.frozen_dtype:
-        path = Path(hf.resolve(config.model.path, weights=False))
+        path = hf.resolve(config.model.path, weights=False)
         file = path / "config.json" if path.is_dir() else path
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         name = stored.get("dtype") or stored.get("torch_dtype")
@@ -190,8 +173,7 @@ class Plan:
 
     def as_json(self) -> dict:
         """All fields and whether it fits, as JSON holds them."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return out | {"cost": self.cost.summary(), "fits": self.fits}
+        return vars(self) | {"cost": self.cost.summary(), "fits": self.fits}
 
 
 def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> Plan:

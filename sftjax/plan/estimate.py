@@ -37,11 +37,8 @@ class Traced:
     def moments(self) -> float:
         """Bytes of the optimizer's state for each of the trained parameters'."""
         state = self.program.state
-        return params_lib.nbytes(_arrays(state.opt_state)) / params_lib.nbytes(state.params)
-
-
-def _arrays(tree):
-    return [x for x in jax.tree.leaves(tree) if x.ndim]
+        arrays = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+        return params_lib.nbytes(arrays) / params_lib.nbytes(state.params)
 
 
 def trace(program: "Program") -> Traced:

@@ -240,20 +240,17 @@ class _Reader:
 
     def _trips(self, one, name, env, total):
         """(how often the body runs, the scalars that stay the same in it)."""
-        trips, inner = self._run(one, self._initial(one, name, env))
+        state = dict[tuple, int]()  # the scalars that it starts with, as far as they are known
+        for k, kind in enumerate(re.findall(r"[a-z]\w*\[[\d,]*\]", one.type)):
+            if re.match(r"(pred|[su]\d+)\[\]", kind):
+                state[0, k] = self._value(name, one.args[0], env, k)
+        trips, inner = self._run(one, {k: v for k, v in state.items() if v is not None})
         if noted := text_lib.first(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
             trips = int(noted)
         known = trips is not None
         trips = trips if known else self.assume
         total.loops.append(Loop(one.op_name, trips, known))
         return trips, inner
-
-    def _initial(self, one, name, env) -> dict:
-        """The scalars that a loop starts with, as far as they are known."""
-        kinds = text_lib.elements(one.type)
-        where = [k for k, t in enumerate(kinds) if re.match(r"(pred|[su]\d+)\[\]", t)]
-        values = {(0, k): self._value(name, one.args[0], env, k) for k in where}
-        return {k: v for k, v in values.items() if v is not None}
 
     def _run(self, one, state):
         """Run the loop's scalars: (trips or None, those that never change)."""
@@ -299,7 +296,8 @@ class _Reader:
 
     def _scalar(self, one, name, env):
         if one.op == "constant":
-            return text_lib.constant(one.raw)
+            whole = int(one.raw) if re.fullmatch(r"-?\d+", one.raw) else None
+            return {"true": True, "false": False}.get(one.raw, whole)
         if one.op == "get-tuple-element":
             return self._value(name, one.args[0], env, text_lib.index(one))
         if one.op in _BINARY or one.op == "compare":

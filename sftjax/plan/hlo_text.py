@@ -195,18 +195,6 @@ def branches(one: Instruction) -> list:
     return [one.attribute("true_computation"), one.attribute("false_computation")]
 
 
-def elements(kind: str) -> list:
-    """The types in a tuple's type."""
-    return re.findall(r"[a-z]\w*\[[\d,]*\]", kind)
-
-
 def index(one: Instruction) -> int:
     """Which element of its tuple a get-tuple-element gives, from 0."""
     return int(first(r"\bindex=(\d+)", one.rest))
-
-
-def constant(raw: str) -> bool | int | None:
-    """The value of a constant that is one bool or whole number; None for any other."""
-    if raw in ("true", "false"):
-        return raw == "true"
-    return int(raw) if re.fullmatch(r"-?\d+", raw) else None

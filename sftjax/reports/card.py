@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftjax.errors import writing
 from sftjax.files import write_atomic
-from sftjax.reports.run import table
+from sftjax.reports.run import table, values
 from sftjax.terminal import printable
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
 
     config, after, name = feed.config, result["after"], export.parent.name
     pipeline = PIPELINES.get(config.task)
-    scores = {f"answers/{k}": v for k, v in after.items() if type(v) is float}
     found = [
         EvalResult(
             task_type=pipeline or "other",
@@ -31,7 +30,7 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
             metric_type=metric,
             metric_value=value,
         )
-        for key, value in (scores | after["losses"]).items()
+        for key, value in values(after).items()
         for set_name, _, metric in [key.partition("/")]
     ]
     drawn = config.model.init == "random"

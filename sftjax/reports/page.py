@@ -10,7 +10,7 @@ from sftjax import config as config_lib
 from sftjax.errors import DataError, writing
 from sftjax.files import write_atomic
 from sftjax.reports import curves, html
-from sftjax.reports.run import number
+from sftjax.reports.run import measured, number
 from sftjax.training import metrics
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write_page(workdir: Path, task: "Task", feed: "Feed", result: Mapping[str, A
         title=f"Run {workdir.name}",
         facts=_facts(config, feed, result["steps"]),
         sentences=overfitting(series),
-        measured=list(_measured(before, after)),
+        measured=list(measured(before, after)),
         baselines=list(_baselines(after)),
         pictures=pictures,
         tables=list(_tables(after.get("tables", {}))),
@@ -91,15 +91,6 @@ def _facts(config, feed, steps) -> list[tuple[str, str]]:
         ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}"),
         ("seed", str(config.seed)),
     ]
-
-
-def _measured(before, after) -> Iterator[tuple[str, ...]]:
-    errors = after.get("errors", {})
-    scores = {f"answers/{k}": (before.get(k), v) for k, v in after.items() if type(v) is float}
-    pairs = {k: (before["losses"].get(k), v) for k, v in after["losses"].items()}
-    for name, (old, new) in (scores | pairs).items():
-        spread = number(name, errors[name]) if name in errors else ""
-        yield name, number(name, old), number(name, new), spread
 
 
 def _baselines(after) -> Iterator[tuple[str, ...]]:

@@ -6,10 +6,10 @@ lost its power may leave it, is said in a note, and the rest is shown.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def status(workdir: Path | str) -> dict[str, Any]:
     eta = None
     if state == "running" and isinstance(steps, int) and isinstance(last.get("step_time"), float):
         eta = last["step_time"] * max(steps - step, 0)
-    metric = run.get("best") or _get(config, "eval", "best") or ""
+    section = config.get("eval")
+    metric = run.get("best") or (isinstance(section, dict) and section.get("best")) or ""
     best = _best(measured, metric, run.get("lower"))
     return dict(
         workdir=str(workdir),
@@ -143,7 +144,8 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 except ValueError:
                     line = None
                 if isinstance(line, dict) and type(line.get("step")) is int:
-                    yield {k: v for k, v in line.items() if not _infinite(v)}
+                    plain = (x for x in line.items() if type(x[1]) is not float or isfinite(x[1]))
+                    yield dict(plain)
                 else:
                     torn += 1
     except FileNotFoundError:
@@ -152,10 +154,6 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path.name} can't be read: {e.strerror}")
     if torn:
         notes.append(f"{path.name}: {torn} torn line{'s' * (torn > 1)} left out")
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _checkpoints(folder: Path) -> tuple[list[int], int]:
@@ -179,19 +177,16 @@ def _metrics(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if "/" in k and not k.startswith(OF_TRAINING)}
 
 
-def _lower(metric: str, said: Any) -> bool:
-    return said if isinstance(said, bool) else metric.rpartition("/")[2] in LOWER
-
-
 def _best(measured: list[dict], metric: str, lower: Any) -> dict[str, Any]:
     """{metric: {value, step}} of eval.best, or of each set's loss where that is empty."""
-    names = dict.fromkeys(k for line in measured for k in _metrics(line))
+    names = dict.fromkeys(k for line in measured for k in _metrics(line) if k.endswith("/loss"))
     out = {}
-    for name in [metric] if metric else [k for k in names if k.endswith("/loss")]:
+    for name in [metric] if metric else names:
         found = [(line[name], line["step"]) for line in measured if _is_number(line.get(name))]
         if found:
-            choose = min if _lower(name, lower if metric else None) else max
-            value, step = choose(found, key=lambda pair: pair[0])
+            known = metric and isinstance(lower, bool)
+            less = lower if known else name.rpartition("/")[2] in LOWER
+            value, step = (min if less else max)(found, key=lambda pair: pair[0])
             out[name] = dict(value=value, step=step)
     return out
 
@@ -205,12 +200,6 @@ def _best_kept(measured: list[dict], metric: str, run: dict, kept: list[int]) ->
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _get(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def _time(path: Path) -> float | None:

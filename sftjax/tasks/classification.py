@@ -6,6 +6,7 @@ other token has weight 0. So a batch is that of a language model whose targets a
 
 import functools
 import itertools
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,7 @@ from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, read_model
+from sftjax.terminal import columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -403,10 +405,7 @@ def confusion_text(table: dict) -> str:
     """A confusion matrix as aligned lines."""
     head = ["", *table["labels"]]
     rows = [head, *([n, *row] for n, row in zip(table["labels"], table["rows"], strict=True))]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  " + "  ".join(str(x).rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows
-    )
+    return textwrap.indent(columns(rows, range(len(head))), "  ")
 
 
 # Keys of the config's section `loss` that a classification takes; the others must be as they come.

@@ -129,10 +129,7 @@ def _own_data(config):
 
 
 def evaluate(
-    config: ConfigDict,
-    data: str,
-    run: Path | None = None,
-    step: str = "latest",
+    config: ConfigDict, data: str, run: Path | None = None, step: str = "latest"
 ) -> dict[str, Any]:
     """{"data", "n" rows, "metrics": {name: value}, "tables"} of the config's model on `data`.
 

@@ -41,10 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(
-    config: ConfigDict,
-    workdir: Path | str,
-    stop: Stop | None = None,
-    debug_nan: bool = False,
+    config: ConfigDict, workdir: Path | str, stop: Stop | None = None, debug_nan: bool = False
 ) -> dict[str, Any]:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full.
 
@@ -160,12 +157,8 @@ def train(
                 early_stop.update(values)
                 extra["early_stop"] = early_stop.state
             stopping = stop.due(step)
-            every = config.train.checkpoint_every
-            if (
-                stopping
-                or feed.due(step, every, "train.checkpoint_every")
-                or (values and config.eval.best)
-            ):
+            saves = feed.due(step, config.train.checkpoint_every, "train.checkpoint_every")
+            if stopping or saves or (values and config.eval.best):
                 with log.pause():
                     extra |= {"data": feed.state(step), "log": log.state()}
                     extra["health"] = health.record()

@@ -382,9 +382,9 @@ def _pieces(text) -> np.ndarray:
     return np.unique(np.lib.stride_tricks.sliding_window_view(codes, SHINGLE) @ _POWERS)
 
 
-def _common_pieces(texts, rows, bits=22):
-    """By a piece's low bits, bool [2**bits]: is it in more than a tenth (and 20) of the rows?"""
-    counts = np.zeros(1 << bits, np.int32)
+def _common_pieces(texts, rows):
+    """By a piece's low bits, bool [2**22]: is it in more than a tenth (and 20) of the rows?"""
+    counts = np.zeros(1 << 22, np.int32)
     for i in rows:
         both = np.union1d(_pieces(texts.prompts[i]), _pieces(texts.answers[i]))
         counts[np.unique(both & (len(counts) - 1))] += 1

@@ -100,20 +100,12 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
         out = out.at[:, i].set(jnp.where(keep, token, 0))
         done, count = done | stop, count + keep
         # A finished row goes on with its last token, outside its document: nobody reads it.
-        position = (lengths + i)[:, None]
-        hidden, cache = model.decode(
-            params, cache, token[:, None], position, jnp.ones((B, 1), jnp.int32)
-        )
+        where = (lengths + i)[:, None], jnp.ones((B, 1), jnp.int32)
+        hidden, cache = model.decode(params, cache, token[:, None], *where)
         return i + 1, hidden[:, 0], done, count, out, cache
 
-    start = (
-        jnp.int32(0),
-        last,
-        lengths == 0,
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros((B, new), jnp.int32),
-        cache,
-    )
+    count, out = jnp.zeros(B, jnp.int32), jnp.zeros((B, new), jnp.int32)
+    start = (jnp.int32(0), last, lengths == 0, count, out, cache)
     *_, count, out, _ = jax.lax.while_loop(going, body, start)
     return out, count
 

@@ -74,20 +74,12 @@ def inspect(
     against: ConfigDict | None = None,
     **wanted: Any,
 ) -> str:
-    """The report as a string.
+    """The report as a string; the options are those of the command, `wanted` more of `Wanted`.
 
-    Args:
-      config: an experiment config; its model is not read, its tokenizer is.
-      n: how many examples of each source, from the first that is wanted.
-      format: "terminal" | "json" | "html" (one file, nothing fetched).
-      set: "train" | "validation" | "test".
-      color: of a terminal: escape codes mark what is trained.
-      width: columns of the terminal, 0 = of a file; from 120 on, tokens stand beside the text.
-      against: another config: only rows are shown whose trained tokens differ under its policy.
-      wanted: the other fields of `Wanted`.
-
-    Raises: DataError for a bad row among those looked at, or an option that there is not. What
-      training would raise for the whole set is in the report.
+    config: its tokenizer is read, not its model. format: "terminal" | "json" | "html". color: of a
+    terminal: escape codes mark what is trained. width: columns of the terminal, 0 = of a file; from
+    120 on, tokens stand beside the text. Raises: DataError for a bad row among those looked at, or
+    an option that there is not. What training would raise for the whole set is in the report.
     """
     view = _view(format)
     return view(collect(config, Wanted(n, **wanted), set, against), color, width)

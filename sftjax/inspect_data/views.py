@@ -18,9 +18,8 @@ BESIDE = 120  # columns of a terminal from which tokens stand beside the text
 
 def _title(example, several):
     source = f"{example['source']}: " if several else ""
-    text = (
-        f"{source}{example['where']}, {example['length']} tokens, {example['trained']:.0%} trained"
-    )
+    size = f"{example['length']} tokens, {example['trained']:.0%} trained"
+    text = f"{source}{example['where']}, {size}"
     if example["dropped"]:
         return f"{text}, dropped: {example['dropped']}"
     cut = example["kept"] < example["length"]
@@ -92,12 +91,8 @@ def _sides(difference):
 def _changes(difference):
     """The tokens that differ, with a few around them; None where others are left out."""
     tokens = difference["tokens"]
-    near = {
-        i + step
-        for i, token in enumerate(tokens)
-        if token["mark"]
-        for step in range(-CONTEXT, CONTEXT + 1)
-    }
+    marked = (i for i, token in enumerate(tokens) if token["mark"])
+    near = {i + step for i in marked for step in range(-CONTEXT, CONTEXT + 1)}
     shown = False
     for i, token in enumerate(tokens):
         if i in near:
@@ -292,8 +287,11 @@ def _article(example, several):
 def _token_row(token):
     kinds = ("trained" if token["weight"] else "", "cut" if token["segment"] is None else "")
     place = ("" if token[name] is None else token[name] for name in ("segment", "position"))
-    cells = (_shown(token["token"]), token["id"], _weight(token["weight"]), *place)
-    return " ".join(filter(None, kinds)), cells
+    return " ".join(filter(None, kinds)), (*_cells(token, "weight"), *place)
+
+
+def _cells(token, *weights: str):
+    return _shown(token["token"]), token["id"], *(_weight(token[key]) for key in weights)
 
 
 def _difference_page(render, report):
@@ -309,12 +307,9 @@ def _difference_page(render, report):
 
 def _difference(difference, several):
     source = f"{difference['source']}: " if several else ""
-    rows = [
-        (t["mark"], (_shown(t["token"]), t["id"], _weight(t["here"]), _weight(t["there"])))
-        if t
-        else ("", ("…", "", "", ""))
-        for t in _changes(difference)
-    ]
+    left_out = "", ("…", "", "", "")
+    changes = _changes(difference)
+    rows = [(t["mark"], _cells(t, "here", "there")) if t else left_out for t in changes]
     sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(difference)]
     title = f"{source}{difference['where']}, {_only(difference)}"
     return dict(title=title, sides=sides, rows=rows)

@@ -60,6 +60,7 @@ class Program:
     """A config's training step over a mesh, in shapes."""
 
     config: ConfigDict
+    target: Target
     model: Model
     trainable: dict
     mesh: Mesh | AbstractMesh
@@ -108,7 +109,7 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
         step = build_lib.make_step(loss_fn, tx, state, micro, here[0] if here else None)
     batch = parallel.abstract_batch(mesh, task.layout.spec(rows, width))
     work = Work(rows, width, trained, document or width)
-    return Program(config, model, trainable, mesh, state, batch, step, work)
+    return Program(config, target, model, trainable, mesh, state, batch, step, work)
 
 
 def abstract_mesh(sizes: Mapping[str, int], target: Target) -> AbstractMesh:
@@ -180,18 +181,18 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
     """Compile, or estimate where there is no compiler, and account for it."""
     program, began = build(config, target, trained, document), time.monotonic()
     if not target.devices:
-        return estimated(program, target, "estimated from shapes", began)
+        return estimated(program, "estimated from shapes", began)
     try:
         with use(program.mesh):
             compiled = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return _too_large(program, target, str(e), began)
+        return _too_large(program, str(e), began)
     text: Any = compiled.as_text()  # None only where a backend has no text
     cost = hlo.analyze(text, assume=rounds(text, program))
     found = memory_lib.account(program, compiled)
-    return account(program, target, "compiled", began, cost, found)
+    return account(program, "compiled", began, cost, found)
 
 
 def rounds(text: str, program: Program) -> int:
@@ -206,17 +207,16 @@ def rounds(text: str, program: Program) -> int:
     return max(1, -(-int(program.head_flops / program.mesh.size) // int(each)))
 
 
-def estimated(program: Program, target: Target, basis: str, began: float) -> Plan:
+def estimated(program: Program, basis: str, began: float) -> Plan:
     """The Plan from shapes alone. began: by time.monotonic, when the work on it began."""
     with use(program.mesh):
         traced = estimate_lib.trace(program)
-    cost, found = estimate_lib.estimate(traced, program.config, program.mesh)
-    return account(program, target, basis, began, cost, found)
+    return account(program, basis, began, *estimate_lib.estimate(traced, program))
 
 
-def _too_large(program, target, message, began) -> Plan:
+def _too_large(program, message, began) -> Plan:
     """The estimate's parts, with the size and the largest buffers that the compiler named."""
-    out = estimated(program, target, "does not fit, says the compiler", began)
+    out = estimated(program, "does not fit, says the compiler", began)
     total, largest = memory_lib.exhausted(message)
     out.total = max(total, out.total, (out.limit or 0) + 1)
     out.largest = largest or out.largest
@@ -224,14 +224,10 @@ def _too_large(program, target, message, began) -> Plan:
 
 
 def account(
-    program: Program,
-    target: Target,
-    basis: str,
-    began: float,
-    cost: hlo.Cost,
-    found: memory_lib.Account,
+    program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account
 ) -> Plan:
     """The Plan of a step's cost and of its memory, both of one device, with its projection."""
+    target = program.target
     out = Plan(
         target=f"{target.name}: {target.text()}",
         mesh=dict(program.mesh.shape),
@@ -249,21 +245,21 @@ def account(
         cost=cost,
         time=None,
     )
-    out.time = project(out, program, target)
+    out.time = project(out, program)
     return out
 
 
 MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler counts no cycles
 
 
-def project(p: Plan, program: Program, target: Target) -> dict | None:
+def project(p: Plan, program: Program) -> dict | None:
     """A projection of one step's seconds; None for a chip of which no figures are known.
 
     Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
     without cycles all FLOPs so. Collectives: what a device sends, over what its links carry, those
     across slices over the network; asynchronous ones hide behind work, the rest adds to it.
     """
-    chip = target.chip
+    target, chip = program.target, program.target.chip
     if chip is None:
         return None
     rate = chip.flops * MATMUL_SHARE

@@ -176,15 +176,14 @@ def _describe(target) -> tuple:
         ) from None
     from jax.experimental import topologies
 
-    options = {"chip_config_name": target.chip.config}
+    options = dict(platform="tpu", topology_name=target.topology)
+    options["chip_config_name"] = target.chip.config
     if target.slices > 1:
         options["num_slices"] = target.slices
     if target.n == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=target.topology, **options
-        )
+        found = topologies.get_topology_desc(**options)
     except jax.errors.JaxRuntimeError as e:
         reason = str(e).split("\n")[0]
         raise TargetError(f"--target={target.name}: there is no such slice: {reason}") from None

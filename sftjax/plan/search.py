@@ -39,10 +39,10 @@ def search(
                 program = compile_lib.build(one, shapes, trained, document)
                 with compile_lib.use(program.mesh):
                     traced = estimate_lib.trace(program)
-            cost, account = estimate_lib.estimate(traced, one, mesh)
-            at = dataclasses.replace(program, config=one, mesh=mesh)
-            basis = "estimated from shapes"
-            found.append((compile_lib.account(at, target, basis, began, cost, account), one))
+            at = dataclasses.replace(program, config=one, mesh=mesh, target=target)
+            needs = estimate_lib.estimate(traced, at)
+            p = compile_lib.account(at, "estimated from shapes", began, *needs)
+            found.append((p, one))
     found.sort(key=lambda x: _rank(x[0]))
     n = (COMPILED if compiled is None else compiled) if target.devices else 0
     work = trained, document

@@ -1,13 +1,10 @@
 """A plan as text: what is held, what is done, what is projected, and what may be done instead."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from sftjax import parallel
+from sftjax.plan.compile import Plan
 from sftjax.plan.memory_account import GIB
-
-if TYPE_CHECKING:
-    from sftjax.plan.compile import Plan
 
 
 def amount(size: float) -> str:
@@ -15,7 +12,7 @@ def amount(size: float) -> str:
     return f"{size / GIB:>9.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:>9.2f} MiB"
 
 
-def report(p: "Plan") -> str:
+def report(p: Plan) -> str:
     """The whole report of one Plan."""
     sizes = parallel.mesh_text(p.mesh) or "of one device"
     lines = [
@@ -90,7 +87,7 @@ def _time(p) -> str:
     )
 
 
-def table(plans: "Sequence[Plan]") -> str:
+def table(plans: Sequence[Plan]) -> str:
     """A search's plans, best first, and the lines of the best that fits."""
     lines = [f"{'mesh':<28}{'micro':>6}{'remat':>14}{'GiB':>9}{'s/step':>9}{'MFU':>7}  basis"]
     for p in plans:
@@ -109,7 +106,7 @@ def table(plans: "Sequence[Plan]") -> str:
     return "\n".join(lines)
 
 
-def config_lines(p: "Plan") -> list:
+def config_lines(p: Plan) -> list:
     """The lines of a config file that set a plan's mesh, micro-batches and remat."""
     sizes = ", ".join(f"{axis}={n}" for axis, n in p.mesh.items())
     return [

@@ -19,6 +19,7 @@ from sftjax.errors import DataError, NotFoundError
 from sftjax.evaluation.metrics import METRICS, lower_is_better
 from sftjax.files import finite, read_json, write_atomic
 from sftjax.reports import curves, html
+from sftjax.reports.html import Part
 from sftjax.reports.run import number
 from sftjax.terminal import columns, in_json, printable, show
 from sftjax.training.trackers import flat
@@ -235,14 +236,6 @@ def paired(
 
 
 # ---- shown ---------------------------------------------------------------------------------
-
-
-class Part(NamedTuple):
-    """A table: its title, the names of its columns, and its rows."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def parts(sides: Sequence[Measured]) -> list[Part]:

@@ -100,7 +100,7 @@ def _baselines(after) -> Iterator[tuple[str, ...]]:
                 yield f"{name}/{metric}", what, number(metric, value)
 
 
-def _tables(tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _tables(tables: Mapping[str, Any]) -> Iterator[html.Part]:
     """Confusion matrices, the labels one by one, calibration; of others, their JSON."""
     for name, found in tables.items():
         kind = name.rpartition("/")[2]
@@ -117,10 +117,10 @@ def _tables(tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             rows = [tuple(f"{one[k]:.1%}" for k in keys) for one in found]
         else:
             head, rows = (), [(json.dumps(found),)]
-        yield {"title": name, "head": head, "rows": rows}
+        yield html.Part(name, head, rows)
 
 
-def _worst(task, feed, after) -> Iterator[dict[str, Any]]:
+def _worst(task, feed, after) -> Iterator[html.Part]:
     """The rows of each set whose loss is largest."""
     for name, found in after.get("rows", {}).items():
         source = feed.opened.get(name)
@@ -129,11 +129,7 @@ def _worst(task, feed, after) -> Iterator[dict[str, Any]]:
         pairs = sorted(zip(found["loss"], found["record"], strict=True), reverse=True)[:WORST]
         reader = feed.readers.get(name, task)
         rows = [(source.where(i), f"{loss:.3f}", _text(reader, source, i)) for loss, i in pairs]
-        yield {
-            "title": f"{name}: the rows with the largest loss",
-            "head": ("row", "loss", "text"),
-            "rows": rows,
-        }
+        yield html.Part(f"{name}: the rows with the largest loss", ("row", "loss", "text"), rows)
 
 
 def _text(task, source, i) -> str:
@@ -150,7 +146,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]} ..."
 
 
-def _answers(task, feed, before, after) -> Iterator[dict[str, Any]]:
+def _answers(task, feed, before, after) -> Iterator[html.Part]:
     """Questions that are answered, those that are wrong first."""
     if not feed.questions or "answers" not in after:
         return
@@ -165,11 +161,8 @@ def _answers(task, feed, before, after) -> Iterator[dict[str, Any]]:
         asked = task.tokenizer.decode(one.prompt, skip_special_tokens=True)
         texts = (asked, one.answer, before["answers"][i], after["answers"][i])
         rows.append(tuple(_short(x if isinstance(x, str) else " | ".join(x)) for x in texts))
-    yield {
-        "title": f"Answers, those of the lowest {metric} first" if metric else "Answers",
-        "head": ("question", "wanted", "before", "after"),
-        "rows": rows,
-    }
+    title = f"Answers, those of the lowest {metric} first" if metric else "Answers"
+    yield html.Part(title, ("question", "wanted", "before", "after"), rows)
 
 
 def _speed(path) -> list[tuple[str, str]]:

@@ -53,11 +53,8 @@ def main(argv: Sequence[str]) -> None:
     add("--step", default="latest", help="of a workdir: latest, best or a number")
     add("--shots", default="", help="numbers with commas: each in turn as eval.shots")
     add("--json", action="store_true", help="print one JSON object, and nothing else")
-    add(
-        "--out",
-        default="",
-        help="a file for the same JSON and each row's values, for sftjax compare",
-    )
+    add("--out", default="", help="a file for the same JSON and each row's values, for sftjax"
+        " compare")  # fmt: skip
     options, rest = parser.parse_known_args(argv)
     xla_flags.settle()
     found = []

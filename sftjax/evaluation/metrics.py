@@ -275,7 +275,8 @@ def texts(
         if isinstance(found, float):
             values[name] = found
             if errors and ":" not in name:  # a function of the user's may take its time
-                spread |= bootstrap(_over(name, wanted, given, answer), n, groups)
+                some = functools.partial(_of_rows, name, wanted, given, answer)
+                spread |= bootstrap(some, n, groups)
             continue
         rows[name], values[name] = found, float(found.mean())
         if errors:
@@ -287,14 +288,10 @@ def texts(
     return Measured(n, values, spread, others, {}, rows)
 
 
-def _over(name, wanted, given, answer) -> Callable[[np.ndarray], dict[str, float]]:
-    """The metric of some of the rows, for the bootstrap."""
-
-    def some(at: np.ndarray) -> dict[str, float]:
-        w, g = ([x[i] for i in at] for x in (wanted, given))
-        return {name: float(np.mean(_text_metric(name, w, g, answer)))}
-
-    return some
+def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
+    """The metric of the rows at these indices."""
+    w, g = ([x[i] for i in at] for x in (wanted, given))
+    return {name: float(np.mean(_text_metric(name, w, g, answer)))}
 
 
 def _text_metric(name, wanted, given, answer) -> float | np.ndarray:

@@ -166,11 +166,9 @@ class Sets:
         return self._groups(self.opened[name], records)
 
     def _groups(self, source, records):
-        key = self.config.eval.group
-        if not key:
-            return []
-        rows = ((source[int(i)], source.where(int(i))) for i in records)
-        return [read_field(record, key, where, "eval.group") for record, where in rows]
+        key, rows = self.config.eval.group, map(int, records)
+        found = (read_field(source[i], key, source.where(i), "eval.group") for i in rows)
+        return list(found) if key else []
 
     def _eval_rows(self, store):
         """(rows, how many of them are a batch)."""

@@ -1,6 +1,7 @@
 """Two configs, row by row: which tokens does the one feed or train, and the other not?"""
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def compare(
     # Ids of two vocabularies say nothing about each other: then tokens are compared by their text.
     words = [_Words(tokenizer) for tokenizer in tokenizers]
     keys = [np.array, np.array] if vocabularies[0] == vocabularies[1] else words
-    counts = dict(rows=0, differ=0, other_tokens=0, trained_here=0, trained_there=0)
+    counts = Counter(rows=0, differ=0, other_tokens=0, trained_here=0, trained_there=0)
     differences = []
     for part in parts:
         shown = 0
@@ -44,16 +45,14 @@ def compare(
             (ids, weights), (ids_there, weights_there) = fed = _fed(a), _fed(b)
             same = np.array_equal(keys[0](ids), keys[1](ids_there))
             differ = not same or not np.array_equal(weights, weights_there)
-            counts["rows"] += 1
-            counts["differ"] += differ
-            counts["other_tokens"] += not same
-            counts["trained_here"] += int(np.count_nonzero(weights))
-            counts["trained_there"] += int(np.count_nonzero(weights_there))
+            here, there = (int(np.count_nonzero(w)) for w in (weights, weights_there))
+            counts.update(rows=1, differ=differ, other_tokens=not same)
+            counts.update(trained_here=here, trained_there=there)
             if differ and shown < wanted.n:
                 shown += 1
                 differences.append(_difference(part.name, (a, b), fed, keys, words))
     names = [tokenizer.name_or_path for tokenizer in tokenizers]
-    comparison = counts | dict(tokenizers=names if keys is words else [])
+    comparison = dict(counts) | dict(tokenizers=names if keys is words else [])
     return dict(comparison=comparison, differences=differences)
 
 

@@ -18,9 +18,8 @@ from collections.abc import Callable
 
 from sftjax.plan import hlo_text as text_lib
 
-KINDS: tuple[str, ...]
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-KINDS += ("ragged-all-to-all", "collective-broadcast")
+KINDS = {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
+KINDS |= {"ragged-all-to-all", "collective-broadcast"}
 
 
 @dataclasses.dataclass
@@ -124,17 +123,8 @@ def analyze(text: str, assume: int = 1) -> Cost:
 # ---- the walk ------------------------------------------------------------------------------
 
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
-_BINARY: dict[str, Callable] = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "minimum": min,
-    "maximum": max,
-    "and": operator.and_,
-    "or": operator.or_,
-}
-_COMPARE = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge}
-_COMPARE |= {"EQ": operator.eq, "NE": operator.ne}
+_BINARY: dict[str, Callable] = dict(add=operator.add, subtract=operator.sub, multiply=operator.mul)
+_BINARY |= {"minimum": min, "maximum": max, "and": operator.and_, "or": operator.or_}
 MOST_TRIPS = 100_000
 
 
@@ -220,11 +210,9 @@ class _Reader:
                     kind = "reduce-scatter" if scatters and c.kind == "all-reduce" else c.kind
                     key = one.name if one.op.endswith("-start") else c.key
                     yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
-        else:
-            found = _collective(one, body)
-            if found:
-                on = one.op.endswith("-start")
-                yield dataclasses.replace(found, key=one.name, asynchronous=on)
+        elif found := _collective(one, body):
+            on = one.op.endswith("-start")
+            yield dataclasses.replace(found, key=one.name, asynchronous=on)
 
     def _ends(self, one) -> list:
         """The keys of the collectives that end with this instruction."""
@@ -247,10 +235,9 @@ class _Reader:
         trips, inner = self._run(one, {k: v for k, v in state.items() if v is not None})
         if noted := text_lib.first(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
             trips = int(noted)
-        known = trips is not None
-        trips = trips if known else self.assume
-        total.loops.append(Loop(one.op_name, trips, known))
-        return trips, inner
+        rounds = self.assume if trips is None else trips
+        total.loops.append(Loop(one.op_name, rounds, trips is not None))
+        return rounds, inner
 
     def _run(self, one, state):
         """Run the loop's scalars: (trips or None, those that never change)."""
@@ -258,14 +245,12 @@ class _Reader:
         root = self.computations[body].root
         fixed = {k: v for k, v in state.items() if self._invariant(body, k[1])}
         moving = [k for k in state if k not in fixed]
-        for trips in range(MOST_TRIPS):
+        for trips in range(MOST_TRIPS if moving else 1):
             more = self._value(condition, self.computations[condition].root, state)
             if not more:
                 return (None if more is None else trips), fixed
             new = {k: self._value(body, root, state, k[1]) for k in moving}
             state = fixed | {k: v for k, v in new.items() if v is not None}
-            if not new:
-                break
         return None, fixed
 
     def _invariant(self, body, k) -> bool:
@@ -302,7 +287,8 @@ class _Reader:
             return self._value(name, one.args[0], env, text_lib.index(one))
         if one.op in _BINARY or one.op == "compare":
             a, b = (self._value(name, x, env) for x in one.args)
-            fn = _BINARY.get(one.op) or _COMPARE[one.attribute("direction")]
+            # The directions of a comparison, such as LT, are called as Python's operators are.
+            fn = _BINARY.get(one.op) or getattr(operator, one.attribute("direction").lower())
             return None if a is None or b is None else fn(a, b)
         return None
 

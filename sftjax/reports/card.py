@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sftjax.errors import writing
 from sftjax.files import write_atomic
 from sftjax.reports.run import table, values
 from sftjax.terminal import printable
-
-if TYPE_CHECKING:
-    from sftjax.training.data import Feed
+from sftjax.training.data import Feed
 
 # What the hub calls the tasks of ours; others have no row.
 PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
 
 
-def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
+def write_card(export: Path, feed: Feed, result: Mapping[str, Any]) -> None:
     """Write README.md into an exported model's directory; result: as train returns it."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

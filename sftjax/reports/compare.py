@@ -183,15 +183,12 @@ def _common(a, b) -> Iterator[tuple[str, str, list[np.ndarray], dict[str, Any]]]
         about: dict[str, Any] = {}
         if "group" in mine.get("about", {}):
             about["groups"] = [mine["about"]["group"][i] for i in at[0]]
-        weights = [
-            np.asarray(one["about"]["weight"], np.float64)[i]
-            for one, i in zip(sides, at, strict=True)
-            if "weight" in one.get("about", {})
-        ]
+        pairs = list(zip(sides, at, strict=True))
+        known = ((one.get("about", {}).get("weight"), i) for one, i in pairs)
+        weights = [np.asarray(w, np.float64)[i] for w, i in known if w is not None]
         for metric in mine:
             if shared and metric in other and metric not in ("record", "about"):
-                pair = zip(sides, at, strict=True)
-                values = [np.asarray(one[metric], np.float64)[i] for one, i in pair]
+                values = [np.asarray(one[metric], np.float64)[i] for one, i in pairs]
                 own = {"weights": weights} if len(weights) == 2 and metric == "loss" else {}
                 yield name, metric, values, about | own
 

@@ -4,25 +4,23 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sftjax import config as config_lib
 from sftjax.errors import DataError, writing
 from sftjax.files import write_atomic
 from sftjax.reports import curves, html
 from sftjax.reports.run import measured, number
+from sftjax.tasks import Task
 from sftjax.training import metrics
-
-if TYPE_CHECKING:
-    from sftjax.tasks import Task
-    from sftjax.training.data import Feed
+from sftjax.training.data import Feed
 
 WORST = 20  # rows that are shown of each set
 LONG = 400  # characters of a text that are shown
 RISE = 0.01  # of a validation loss over its lowest, from which a run is said to overfit
 
 
-def write_page(workdir: Path, task: "Task", feed: "Feed", result: Mapping[str, Any]) -> None:
+def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any]) -> None:
     """Write workdir/report.html of a finished run; result: as train returns it."""
     before, after, config = result["before"], result["after"], feed.config
     series = curves.read_losses(workdir / "metrics.jsonl")

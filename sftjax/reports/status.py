@@ -76,7 +76,8 @@ def status(workdir: Path | str) -> dict[str, Any]:
         eta = last["step_time"] * max(steps - step, 0)
     section = config.get("eval")
     metric = run.get("best") or (isinstance(section, dict) and section.get("best")) or ""
-    best = _best(measured, metric, run.get("lower"))
+    there = [line for line in measured if line["step"] in kept]  # of them eval.best names one
+    best, still = (_best(lines, metric, run.get("lower")) for lines in (measured, there))
     return dict(
         workdir=str(workdir),
         state=state,
@@ -91,7 +92,7 @@ def status(workdir: Path | str) -> dict[str, Any]:
         evaluated=measured[-1]["step"] if measured else None,
         best=best,
         checkpoints=dict(
-            steps=kept, newest=newest, best=_best_kept(measured, metric, run, kept), bytes=size
+            steps=kept, newest=newest, best=still.get(metric, {}).get("step"), bytes=size
         ),
         written=_time(workdir / "metrics.jsonl"),
         export=(workdir / "export" / "config.json").exists(),
@@ -189,13 +190,6 @@ def _best(measured: list[dict], metric: str, lower: Any) -> dict[str, Any]:
             value, step = (min if less else max)(found, key=lambda pair: pair[0])
             out[name] = dict(value=value, step=step)
     return out
-
-
-def _best_kept(measured: list[dict], metric: str, run: dict, kept: list[int]) -> int | None:
-    """The step of the best checkpoint among those kept; None where eval.best names no metric."""
-    there = [line for line in measured if line["step"] in kept]
-    found = _best(there, metric, run.get("lower")) if metric else {}
-    return found[metric]["step"] if found else None
 
 
 def _is_number(value: Any) -> bool:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax import hf, parallel, tasks
+from sftjax import exits, hf, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.clean import prepare
 from sftjax.data.mixing.spec import sources
@@ -28,7 +28,7 @@ from sftjax.evaluation.evaluator import Evaluator
 from sftjax.evaluation.sets import Sets
 from sftjax.files import finite, read_json, write_atomic
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.terminal import columns, in_json, printable, show
+from sftjax.terminal import columns, json_text, show
 from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import weights
@@ -68,8 +68,7 @@ def main(argv: Sequence[str]) -> None:
     if options.out:
         write_atomic(options.out, json.dumps(finite(_one(found)), allow_nan=False) + "\n")
     shown = _one([{k: v for k, v in one.items() if k != "rows"} for one in found])
-    written = json.dumps(finite(shown), indent=1, allow_nan=False)
-    show(printable(written, in_json) if options.json else table(found))
+    show(json_text(finite(shown)) if options.json else table(found))
 
 
 def _one(found):
@@ -218,6 +217,4 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    from sftjax import exits
-
     exits.run(main)

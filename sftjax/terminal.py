@@ -36,6 +36,11 @@ def printable(text: object, escape: Callable[[str], str] = _escaped) -> str:
     return _DRIVING.sub(lambda match: escape(match[0]), str(text))
 
 
+def json_text(value: object) -> str:
+    """A value as indented JSON that can be printed."""
+    return printable(json.dumps(value, indent=1, allow_nan=False), in_json)
+
+
 def columns(rows: Iterable[Sequence[object]], right: Container[int] = ()) -> str:
     """Rows of as many cells each as aligned lines. right: the columns whose cells end together."""
     texts = [[str(cell) for cell in row] for row in rows]

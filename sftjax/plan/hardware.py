@@ -4,7 +4,6 @@ A TPU's devices come from libtpu's own description of the slice, on a machine wi
 can't be compiled for where there is none: it has figures here, and no devices.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -136,14 +135,6 @@ def parse(text: str) -> Target:
     slices = int(tpu[1] or 1)
     n = math.prod(sizes) * chip.devices * slices
     return Target(text, chip, n, f"{name}:{topology}", slices)
-
-
-def stand_in(target: Target) -> contextlib.AbstractContextManager:
-    """A context to lower a program in for GPUs that are not here."""
-    # Newer JAX lowers a Triton kernel for a kind that it is told; a mesh without axes is none.
-    kind = target.chip.kind if target.chip else target.devices[0].device_kind
-    device = jax.sharding.AbstractDevice(kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def resolve(text: str) -> Target:

@@ -85,14 +85,9 @@ class Cost:
         return sum(k.flops for k in self.kernels.values())
 
     @property
-    def collective_bytes(self) -> float:
-        """Bytes of the whole payloads of all collectives."""
-        return sum(c.bytes for c in self.collectives.values())
-
-    @property
     def async_share(self) -> float:
         """Of the bytes of all collectives, the share that runs beside other work."""
-        total = self.collective_bytes
+        total = sum(c.bytes for c in self.collectives.values())
         return sum(c.async_bytes for c in self.collectives.values()) / total if total else 1.0
 
     def summary(self) -> dict:

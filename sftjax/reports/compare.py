@@ -21,7 +21,7 @@ from sftjax.files import finite, read_json, write_atomic
 from sftjax.reports import curves, html
 from sftjax.reports.html import Part
 from sftjax.reports.run import number
-from sftjax.terminal import columns, in_json, printable, show
+from sftjax.terminal import columns, json_text, show
 from sftjax.training.trackers import flat
 
 # The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so
@@ -64,10 +64,7 @@ def main(argv: Sequence[str]) -> None:
         raise DataError("one model is there to compare; name two or more", kind="setting")
     if options.html:
         write_atomic(options.html, page(sides))
-    if options.json:
-        show(printable(json.dumps(as_json(sides), indent=1, allow_nan=False), in_json))
-    else:
-        show(text(sides))
+    show(json_text(as_json(sides)) if options.json else text(sides))
 
 
 def read(path: Path) -> list[Measured]:
@@ -81,22 +78,14 @@ def read(path: Path) -> list[Measured]:
     every = found.get("results", [found]) if isinstance(found, dict) else []
     if not every or not all(isinstance(one, dict) and "metrics" in one for one in every):
         raise DataError("no result of sftjax evaluate --out", where=str(path), kind="bad_file")
-    return [
-        Measured(
-            f"{one.get('model', path.stem)}",
-            {},
-            {f"{_set(one)}/{k}": v for k, v in one["metrics"].items()},
-            {
-                f"{_set(one)} answers" if name == "answers" else _set(one): v
-                for name, v in one.get("rows", {}).items()
-            },
-        )
-        for one in every
-    ]
+    return [_read_result(one, path) for one in every]
 
 
-def _set(one) -> str:
-    return Path(str(one.get("data", "data"))).stem
+def _read_result(one, path) -> Measured:
+    name, rows = Path(str(one.get("data", "data"))).stem, one.get("rows", {})
+    values = {f"{name}/{k}": v for k, v in one["metrics"].items()}
+    rows = {f"{name} answers" if k == "answers" else name: v for k, v in rows.items()}
+    return Measured(f"{one.get('model', path.stem)}", {}, values, rows)
 
 
 def _read_run(path) -> Measured:

@@ -5,7 +5,6 @@ lost its power may leave it, is said in a note, and the rest is shown.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
@@ -15,7 +14,7 @@ from typing import Any
 
 from sftjax.errors import NotFoundError
 from sftjax.files import parse_json
-from sftjax.terminal import in_json, printable, show
+from sftjax.terminal import json_text, show
 from sftjax.training import lock as lock_lib
 
 # A step's folder is whole when it has all of these. training/checkpoint/disk.py says the same, and
@@ -33,10 +32,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     found = status(options.workdir)
-    if options.json:
-        show(printable(json.dumps(found, indent=1, allow_nan=False), in_json))
-    else:
-        show(text(found))
+    show(json_text(found) if options.json else text(found))
 
 
 def status(workdir: Path | str) -> dict[str, Any]:

@@ -170,8 +170,9 @@ def _label_values(wanted, given, classes, scores) -> dict[str, float]:
         for ending, average in {"_micro": "micro", "_weighted": "weighted", "": "macro"}.items():
             found = sk.precision_recall_fscore_support(wanted, given, average=average, **options)
             values[f"f1{ending}"] = found[2]
-        values |= dict(accuracy=sk.accuracy_score(wanted, given), precision=found[0])
-        values |= dict(recall=found[1], mcc=sk.matthews_corrcoef(wanted, given))
+        values["precision"], values["recall"] = found[:2]  # the mean over labels, as f1 is
+        values["accuracy"] = sk.accuracy_score(wanted, given)
+        values["mcc"] = sk.matthews_corrcoef(wanted, given)
         if scores is not None and np.isfinite(scores).all():
             if len(np.unique(wanted)) == classes:  # else it is not defined
                 chosen = scores[:, 1] if classes == 2 else scores
@@ -352,10 +353,10 @@ def _number(text: str, pattern: str) -> float | None:
         found = list(re.finditer(pattern, text)) if pattern else []
     except re.error as e:
         raise ConfigError(f"eval.answer={pattern!r} is no regular expression: {e}") from None
-    if pattern:
-        last = found[-1] if found else None
-        text = "" if not last else (last[1] or "") if last.groups() else text[last.end() :]
-    numbers = re.findall(_NUMBER, text)
+    if found:
+        last = found[-1]
+        text = (last[1] or "") if last.groups() else text[last.end() :]
+    numbers = re.findall(_NUMBER, text) if found or not pattern else []
     return float(numbers[0 if pattern else -1].replace(",", "")) if numbers else None
 
 

@@ -226,9 +226,8 @@ def _terminal_diff(report, color, width):
             if t is None:
                 lines.append("  ...")
                 continue
-            here, there = (_weight(t[side]) for side in ("here", "there"))
-            line = f"{MARKS[t['mark']]} {_pad(_shown(t['token']), 24)}{t['id']:>8}"
-            line += f"{here:>8}{there:>8}"
+            word, i, here, there = _cells(t, "here", "there")
+            line = f"{MARKS[t['mark']]} {_pad(word, 24)}{i:>8}{here:>8}{there:>8}"
             lines.append(COLORS[t["mark"]] + line + PLAIN if color and t["mark"] else line)
         lines.append("")
     return [*lines, f"== {report['set']}", "", *_comparison(report)]
@@ -276,12 +275,8 @@ def _page(render, report):
 
 
 def _article(example, several):
-    return dict(
-        {name: example[name] for name in ("source", "trained", "dropped", "note")},
-        title=_title(example, several),
-        pieces=_pieces(example["text"], example["spans"]),
-        rows=[_token_row(token) for token in example["tokens"]],
-    )
+    pieces, rows = _pieces(example["text"], example["spans"]), map(_token_row, example["tokens"])
+    return example | dict(title=_title(example, several), pieces=pieces, rows=list(rows))
 
 
 def _token_row(token):

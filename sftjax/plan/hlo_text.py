@@ -113,11 +113,8 @@ def shapes(kind: str) -> list:
 
 def nbytes(kind: str) -> float:
     """Bytes of a type's arrays together, without padding."""
-    return sum(_bits(t) / 8 * math.prod(dims) for t, dims in shapes(kind))
-
-
-def _bits(t) -> int:
-    return BITS[t] if t in BITS else int(re.findall(r"\d+", t)[0])
+    bits = {t: BITS[t] if t in BITS else int(first(r"(\d+)", t)) for t, _ in shapes(kind)}
+    return sum(bits[t] / 8 * math.prod(dims) for t, dims in shapes(kind))
 
 
 # ---- one instruction -----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax import hf, parallel, tasks
+from sftjax import exits, hf, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.clean import prepare
 from sftjax.data.mixing.spec import sources
@@ -28,7 +28,7 @@ from sftjax.evaluation.evaluator import Evaluator
 from sftjax.evaluation.sets import Sets
 from sftjax.files import finite, read_json, write_atomic
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.terminal import in_json, printable, show
+from sftjax.terminal import columns, json_text, show
 from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import weights
@@ -53,11 +53,8 @@ def main(argv: Sequence[str]) -> None:
     add("--step", default="latest", help="of a workdir: latest, best or a number")
     add("--shots", default="", help="numbers with commas: each in turn as eval.shots")
     add("--json", action="store_true", help="print one JSON object, and nothing else")
-    add(
-        "--out",
-        default="",
-        help="a file for the same JSON and each row's values, for sftjax compare",
-    )
+    add("--out", default="", help="a file for the same JSON and each row's values, for sftjax"
+        " compare")  # fmt: skip
     options, rest = parser.parse_known_args(argv)
     xla_flags.settle()
     found = []
@@ -71,8 +68,7 @@ def main(argv: Sequence[str]) -> None:
     if options.out:
         write_atomic(options.out, json.dumps(finite(_one(found)), allow_nan=False) + "\n")
     shown = _one([{k: v for k, v in one.items() if k != "rows"} for one in found])
-    written = json.dumps(finite(shown), indent=1, allow_nan=False)
-    show(printable(written, in_json) if options.json else table(found))
+    show(json_text(finite(shown)) if options.json else table(found))
 
 
 def _one(found):
@@ -129,10 +125,7 @@ def _own_data(config):
 
 
 def evaluate(
-    config: ConfigDict,
-    data: str,
-    run: Path | None = None,
-    step: str = "latest",
+    config: ConfigDict, data: str, run: Path | None = None, step: str = "latest"
 ) -> dict[str, Any]:
     """{"data", "n" rows, "metrics": {name: value}, "tables"} of the config's model on `data`.
 
@@ -220,16 +213,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for name in names:
         values = (one["metrics"].get(name) for one in found)
         rows.append([name, *("-" if v is None else f"{v:.4f}" for v in values)])
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(first), *(x.rjust(w) for x, w in zip(row[1:], widths, strict=True))]
-        )
-        for row in rows
-    )
+    return columns(rows, range(1, len(found) + 1))
 
 
 if __name__ == "__main__":
-    from sftjax import exits
-
     exits.run(main)

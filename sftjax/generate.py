@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sftjax import hf
+from sftjax import exits, hf
 from sftjax.data import stop_ids
 from sftjax.data.masking.template import load_template
 from sftjax.errors import DataError, NotFoundError
@@ -42,6 +42,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from sftjax import exits
-
     exits.run(main)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sftjax.errors import ConfigError
+from sftjax.terminal import columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +124,7 @@ def table(params: Any, trainable: Any) -> str:
     for (name, leaf), on in zip(flatten(params).items(), jax.tree.leaves(trainable), strict=True):
         shape = "x".join(map(str, leaf.shape))
         rows.append((name, shape, str(leaf.dtype), f"{leaf.size:,}", "yes" if on else "frozen"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return "\n".join(lines)
+    return columns(rows)
 
 
 # ---- ordered regex rules -------------------------------------------------------------------

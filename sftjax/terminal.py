@@ -8,7 +8,7 @@ order than it has. All of that is shown as its escape. Only this file prints.
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TextIO
 
 # The control characters but newline and tab (C0, delete, C1), what turns the direction of text or
@@ -34,6 +34,20 @@ def printable(text: object, escape: Callable[[str], str] = _escaped) -> str:
     escape: how a character is written; `in_json` where the text is JSON.
     """
     return _DRIVING.sub(lambda match: escape(match[0]), str(text))
+
+
+def json_text(value: object) -> str:
+    """A value as indented JSON that can be printed."""
+    return printable(json.dumps(value, indent=1, allow_nan=False), in_json)
+
+
+def columns(rows: Iterable[Sequence[object]], right: Container[int] = ()) -> str:
+    """Rows of as many cells each as aligned lines. right: the columns whose cells end together."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    sides = [f">{w}" if i in right else f"<{w}" for i, w in enumerate(widths)]
+    lines = ("  ".join(map(format, row, sides)).rstrip() for row in texts)
+    return "\n".join(lines)
 
 
 def show(text: object = "", file: TextIO | None = None) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
@@ -42,10 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(
-    config: ConfigDict,
-    workdir: Path | str,
-    stop: Stop | None = None,
-    debug_nan: bool = False,
+    config: ConfigDict, workdir: Path | str, stop: Stop | None = None, debug_nan: bool = False
 ) -> dict[str, Any]:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full.
 
@@ -71,7 +67,8 @@ def train(
         told = trackers.start(config.train.trackers, workdir, config_lib.to_dict(config))
         if (home := workdir_lib.began_in(workdir)) != Path.cwd():
             say("paths", f"relative ones are taken from {home}, where this run began")
-        say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {mesh_text(mesh)}")
+        axes = parallel.mesh_text(mesh.shape) or "of one device"
+        say("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}")
 
     with (
         run,
@@ -160,12 +157,8 @@ def train(
                 early_stop.update(values)
                 extra["early_stop"] = early_stop.state
             stopping = stop.due(step)
-            every = config.train.checkpoint_every
-            if (
-                stopping
-                or feed.due(step, every, "train.checkpoint_every")
-                or (values and config.eval.best)
-            ):
+            saves = feed.due(step, config.train.checkpoint_every, "train.checkpoint_every")
+            if stopping or saves or (values and config.eval.best):
                 with log.pause():
                     extra |= {"data": feed.state(step), "log": log.state()}
                     extra["health"] = health.record()
@@ -189,12 +182,6 @@ def train(
         report.finish(workdir, task, feed, result, config.eval.samples)
         checkpoints.close()  # last: a save that failed takes neither the export nor the report
     return result
-
-
-def mesh_text(mesh: Mesh) -> str:
-    """The axes of a mesh that have more than one device, and their sizes."""
-    sizes = [f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1]
-    return f"mesh {' x '.join(sizes) or 'of one device'}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from sftjax.hf import heads
 from sftjax.inspect_data import inspect
 from sftjax.reports import run as report
 from sftjax.tasks.causal_lm import CausalLM
-from sftjax.terminal import in_json, printable, show
+from sftjax.terminal import columns, in_json, json_text, printable, show
 from sftjax.training import log, metrics
 
 PACKAGE = Path(sftjax.__file__).parent
@@ -46,6 +46,14 @@ def test_every_character_is_shown_or_escaped():
     assert printable(None) == "None"
     assert json.loads(printable(json.dumps(EVIL, ensure_ascii=False), in_json)) == EVIL
     assert len(printable("\x1b" * 10_000)) == 40_000
+
+
+def test_columns_are_aligned_and_json_is_printable():
+    rows = [("name", "count", ""), ("a", 1, "x"), ("bc", 10_000, "y z")]
+    assert columns(rows, right=(1,)) == "name  count\na         1  x\nbc    10000  y z"
+    assert columns([]) == "" and columns([()]) == ""
+    shown = json_text([EVIL, "\x7f"])
+    assert json.loads(shown) == [EVIL, "\x7f"] and "\x7f" not in shown
 
 
 def test_only_one_file_prints():

@@ -124,15 +124,10 @@ def _map_prompts(record, change, last=False):
     """The record with `change` applied to the text of its user messages, or of the last one."""
     if "prompt" in record:
         return record | {"prompt": change(record["prompt"])}
-    users = [i for i, m in enumerate(record.get("messages", ())) if _is_prompt(m)]
-    chosen = users[-1:] if last else users
-    if not chosen:
+    if "messages" not in record:
         return record
     messages = list(record["messages"])
-    for i in chosen:
+    users = [i for i, m in enumerate(messages) if m["role"] == "user" and type(m["content"]) is str]
+    for i in users[-1:] if last else users:
         messages[i] = messages[i] | {"content": change(messages[i]["content"])}
     return record | {"messages": messages}
-
-
-def _is_prompt(message):
-    return message["role"] == "user" and isinstance(message["content"], str)

@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sftjax.clean.rules import RULES, Findings
-from sftjax.clean.split import said
-from sftjax.data.masking.conversation import to_conversation
+from sftjax.clean.rules import RULES, Findings, sides
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.rejects import record
 from sftjax.errors import DataError, writing
@@ -26,13 +24,21 @@ def summary(findings: Findings) -> str:
 
 def write_rejects(path: Path | str, source: RecordSource, findings: Findings) -> None:
     """Every removed row as a JSON line: place, reason, note, the row it clashes with, itself."""
+    lines = (
+        dict(where=source.where(i), reason=f.rule, note=f.note, other=f.other)
+        | {"record": record(source, i)}
+        for i, f in findings.removed.items()
+    )
+    _write_lines(path, lines)
+
+
+def _write_lines(path, values):
     with _open(path) as file:
-        for i, finding in findings.removed.items():
-            line: dict[str, Any] = dict(
-                where=source.where(i), reason=finding.rule, note=finding.note, other=finding.other
-            )
-            line["record"] = record(source, i)
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        file.writelines(_line(value) + "\n" for value in values)
+
+
+def _line(value) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def write_records(path: Path | str, source: RecordSource, rows: Iterable[int]) -> None:
@@ -40,9 +46,7 @@ def write_records(path: Path | str, source: RecordSource, rows: Iterable[int]) -
     path = Path(path)
     records = (source[i] for i in rows)
     if path.suffix == ".jsonl":
-        with _open(path) as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        _write_lines(path, records)
     elif path.suffix == ".parquet":
         _write_parquet(path, list(records))
     else:
@@ -106,11 +110,9 @@ def _section(rule, source, findings, form):
 def _excerpts(source, i, form):
     """(prompt, answer) in short; of a row that can't be read, its JSON."""
     try:
-        chat = to_conversation(source[i], where=source.where(i), **(form or {}))
-        *prompt, answer = (said(m) for m in chat["messages"])
-        texts = ("\n".join(prompt), answer)
+        texts = sides(source, i, form or {})[:2]
     except DataError:
-        texts = (json.dumps(record(source, i), ensure_ascii=False, default=str), "")
+        texts = (_line(record(source, i)), "")
     return [t if len(t) <= EXCERPT else t[: EXCERPT - 1] + "…" for t in texts]
 
 

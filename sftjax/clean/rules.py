@@ -30,6 +30,7 @@ SHINGLE = 5  # characters in a piece of text that near duplicates are compared b
 PERMUTATIONS = 128  # of MinHash
 MARGIN = 0.15  # below the threshold, that its estimate may be: over three standard deviations
 COMMON = 0.1  # a piece of text in more than this share of the rows says nothing about two of them
+CHUNK = 1000  # rows that are tokenised at a time
 SHORT = 8  # words; an evaluation text below this is only sought as a whole prompt
 
 Hit = tuple[int, str, int | str | None]  # row, note, the other row or its place
@@ -159,7 +160,7 @@ class Texts:
         self.prompts, self.answers, self.tools = [], [], []
         for i in range(len(source)):
             try:
-                prompt, answer, tools = self.raw(source, i)
+                prompt, answer, tools = sides(source, i, form)
             except DataError as error:
                 self.errors[i] = str(error)
                 prompt = answer = tools = ""
@@ -167,19 +168,19 @@ class Texts:
             self.answers.append(normalise(answer))
             self.tools.append(tools)
 
-    def raw(self, source: RecordSource, i: int) -> tuple[str, str, str]:
-        """(prompt, answer, tools) as they stand; all messages but the last are the prompt."""
-        chat = self.chat(source, i)
-        *prompt, answer = (said(m) for m in chat["messages"])
-        return "\n".join(prompt), answer, json.dumps(chat["tools"]) if chat["tools"] else ""
-
-    def chat(self, source: RecordSource, i: int) -> dict[str, Any]:
-        """The conversation of row `i`, as `to_conversation` gives it. Raises: DataError."""
-        return to_conversation(source[i], where=source.where(i), **self.form)
-
     def readable(self, rows: Sequence[int]) -> list[int]:
         """Those of `rows` that can be read."""
         return [i for i in rows if i not in self.errors]
+
+
+def sides(source: RecordSource, i: int, form: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(prompt, answer, tools) of row `i`; all messages but the last are the prompt.
+
+    Raises: DataError for one that can't be read.
+    """
+    chat = to_conversation(source[i], where=source.where(i), **form)
+    *prompt, answer = (said(m) for m in chat["messages"])
+    return "\n".join(prompt), answer, json.dumps(chat["tools"]) if chat["tools"] else ""
 
 
 # --- the rules ----------------------------------------------------------------------------------
@@ -198,28 +199,22 @@ _EMPTY = re.compile(r": empty (response|text)\b")  # what to_conversation says o
 def empty(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows with a blank answer or a blank message of the user."""
     for i in rows:
-        if i in texts.errors:
-            if _EMPTY.search(texts.errors[i]):
-                yield i, texts.errors[i], None
-            continue
-        messages = texts.chat(texts.source, i)["messages"]
-        if any(m["role"] == "user" and not said(m).strip() for m in messages):
-            yield i, "a message of the user is blank", None
+        error, source = texts.errors.get(i, ""), texts.source
+        if _EMPTY.search(error):
+            yield i, error, None
+        elif not error:
+            chat = to_conversation(source[i], where=source.where(i), **texts.form)
+            if any(m["role"] == "user" and not said(m).strip() for m in chat["messages"]):
+                yield i, "a message of the user is blank", None
 
 
 def too_long(
-    texts: Texts,
-    rows: Sequence[int],
-    *,
-    max_tokens: int,
-    count_tokens: CountTokens,
-    chunk: int = 1000,
-    **_: Any,
+    texts: Texts, rows: Sequence[int], *, max_tokens: int, count_tokens: CountTokens, **_: Any
 ) -> Iterator[Hit]:
     """Rows of more than `max_tokens` tokens."""
     rows, source = texts.readable(rows), texts.source
-    for start in range(0, len(rows), chunk):
-        some = rows[start : start + chunk]
+    for start in range(0, len(rows), CHUNK):
+        some = rows[start : start + CHUNK]
         counts = count_tokens([source[i] for i in some], [source.where(i) for i in some])
         for i, n in zip(some, counts, strict=True):
             if n > max_tokens:
@@ -245,8 +240,8 @@ def markup(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows with leftover HTML, chat tokens or damaged characters, outside of `code`."""
     names = list(_DAMAGE)
     for i in texts.readable(rows):
-        sides = texts.raw(texts.source, i)[:2]
-        if hit := _MARKUP.search("\n".join(_CODE.sub(" ", side) for side in sides)):
+        both = sides(texts.source, i, texts.form)[:2]
+        if hit := _MARKUP.search("\n".join(_CODE.sub(" ", side) for side in both)):
             yield i, f"{names[(hit.lastindex or 1) - 1]} {hit[0][:40]!a}", None
 
 
@@ -272,7 +267,7 @@ def _evaluation_index(texts, evaluation, ngram):
     wholes, places, counts = dict[tuple, str](), defaultdict[int, dict](dict), Counter[tuple]()
     for source in evaluation:
         for i in range(len(source)):
-            prompt, answer, _ = map(normalise, texts.raw(source, i))
+            prompt, answer, _ = map(normalise, sides(source, i, texts.form))
             wholes.setdefault(_words(prompt or answer), source.where(i))
             found = set[tuple]()
             for words in (_words(prompt), _words(answer)):
@@ -352,9 +347,9 @@ def near_duplicate(texts: Texts, rows: Sequence[int], *, near: float, **_: Any) 
     @lru_cache(maxsize=1 << 16)
     def pieces(i):
         """Hashed pieces of the row's prompt, of its answer, of both."""
-        sides = texts.prompts[i], texts.answers[i]
-        numbers = np.uint32(zlib.crc32(" ".join(re.findall(r"\d+", " ".join(sides))).encode()))
-        prompt, answer = (_rare(_pieces(side), common) ^ numbers for side in sides)
+        both = texts.prompts[i], texts.answers[i]
+        numbers = np.uint32(zlib.crc32(" ".join(re.findall(r"\d+", " ".join(both))).encode()))
+        prompt, answer = (_rare(_pieces(side), common) ^ numbers for side in both)
         return prompt, answer, np.union1d(prompt, answer)
 
     def likeness(i, j):
@@ -387,9 +382,9 @@ def _pieces(text) -> np.ndarray:
     return np.unique(np.lib.stride_tricks.sliding_window_view(codes, SHINGLE) @ _POWERS)
 
 
-def _common_pieces(texts, rows, bits=22):
-    """By a piece's low bits, bool [2**bits]: is it in more than a tenth (and 20) of the rows?"""
-    counts = np.zeros(1 << bits, np.int32)
+def _common_pieces(texts, rows):
+    """By a piece's low bits, bool [2**22]: is it in more than a tenth (and 20) of the rows?"""
+    counts = np.zeros(1 << 22, np.int32)
     for i in rows:
         both = np.union1d(_pieces(texts.prompts[i]), _pieces(texts.answers[i]))
         counts[np.unique(both & (len(counts) - 1))] += 1

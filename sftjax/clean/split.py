@@ -60,9 +60,8 @@ def split(
 
     With `stratify_by` the hash decides unless the label's share, counted from the first row on,
     would be off by more than half a percent (and more than one row); then the other side is taken.
-    A side then depends on the rows before it too: rows appended to the data still move no other.
-    Any rule that gives exact shares pays this price, because one that looks at a single row can't
-    know the others. Rows that share a prompt or group stay together first.
+    A side then depends on the rows before it too, as with any rule that gives exact shares: rows
+    appended to the data still move no other. Rows that share a prompt or group stay together first.
 
     Args:
       source: the records to share out.

@@ -189,11 +189,10 @@ class EarlyStop:
             raise ConfigError(f"eval.best={self.metric!r} is not measured; there is {list(values)}")
         new, best = values[self.metric], self.state["best"]
         better = best is None or (new < best if self.lower else new > best)
-        better = better and math.isfinite(new)  # else nothing would ever be better
-        self.state = {
-            "best": new if better else best,
-            "bad": 0 if better else self.state["bad"] + 1,
-        }
+        if better and math.isfinite(new):  # else nothing would ever be better
+            self.state = {"best": new, "bad": 0}
+        else:
+            self.state = {"best": best, "bad": self.state["bad"] + 1}
 
     @property
     def stop(self) -> bool:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from sftjax import parallel
+from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.errors import DataError, ModelError
 from sftjax.ops import rope
 from sftjax.parallel import processes
@@ -99,22 +100,24 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
         out = out.at[:, i].set(jnp.where(keep, token, 0))
         done, count = done | stop, count + keep
         # A finished row goes on with its last token, outside its document: nobody reads it.
-        position = (lengths + i)[:, None]
-        hidden, cache = model.decode(
-            params, cache, token[:, None], position, jnp.ones((B, 1), jnp.int32)
-        )
+        where = (lengths + i)[:, None], jnp.ones((B, 1), jnp.int32)
+        hidden, cache = model.decode(params, cache, token[:, None], *where)
         return i + 1, hidden[:, 0], done, count, out, cache
 
-    start = (
-        jnp.int32(0),
-        last,
-        lengths == 0,
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros((B, new), jnp.int32),
-        cache,
-    )
+    count, out = jnp.zeros(B, jnp.int32), jnp.zeros((B, new), jnp.int32)
+    start = (jnp.int32(0), last, lengths == 0, count, out, cache)
     *_, count, out, _ = jax.lax.while_loop(going, body, start)
     return out, count
+
+
+def in_batches(
+    lengths: Sequence[int], batch_size: int, mesh: Mesh | None
+) -> tuple[int, list[list[int]]]:
+    """(rows of a batch on the mesh, which texts each batch has), the shortest texts first."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
+    size = pad_to_multiple(min(batch_size, max(len(order), 1)), shards)
+    return size, [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def generate(
@@ -143,28 +146,26 @@ def generate(
             "generate: this model has no vocabulary head to draw tokens from; take the directory of"
             " a causal language model"
         )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if prompts and not len(prompts[order[0]]):
-        problem = f"prompt {order[0]} is empty; a prompt needs at least one token"
+    sizes = [len(prompt) for prompt in prompts]
+    if 0 in sizes:
+        problem = f"prompt {sizes.index(0)} is empty; a prompt needs at least one token"
         raise DataError(problem, kind="empty_text")
     if prompts:
-        longest = len(prompts[order[-1]])
-        what = f"a prompt of {longest} tokens and {max_new_tokens} new ones"
-        model.check_length(longest + max_new_tokens, what)
-    shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
-    size = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
+        what = f"a prompt of {max(sizes)} tokens and {max_new_tokens} new ones"
+        model.check_length(max(sizes) + max_new_tokens, what)
+    size, batches = in_batches(sizes, batch_size, mesh)
     answers: list[list[int]] = [[]] * len(prompts)
     stop = tuple(sorted(set(stop_ids)))
 
-    def answer(start: int) -> None:
-        rows = order[start : start + size]
-        width = -(-max(len(prompts[i]) for i in rows) // BUCKET) * BUCKET
+    def answer(at: int) -> None:
+        rows = batches[at]
+        width = pad_to_multiple(sizes[rows[-1]], BUCKET)
         tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
         for j, i in enumerate(rows):
-            tokens[j, : len(prompts[i])] = prompts[i]
-            lengths[j] = len(prompts[i])
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        arrays = _replicated(mesh, tokens, lengths, key)
+            tokens[j, : sizes[i]] = prompts[i]
+            lengths[j] = sizes[i]
+        key = jax.random.fold_in(jax.random.key(seed), at * size)
+        arrays = (replicated(mesh, x) for x in (tokens, lengths, key))
         drawn = (max_new_tokens, temperature, top_k, top_p)
         program = (model, size, width, stop, drawn)
         with contextlib.nullcontext() if program in _COMPILED else _COMPILING:
@@ -174,21 +175,19 @@ def generate(
         for j, i in enumerate(rows):
             answers[i] = out[j, : count[j]].tolist()
 
-    starts = range(0, len(order), size)
     # A batch on a CPU keeps one core busy and now and then the others: two at a time keep two.
     # Over several devices programs have to run one after the other.
     alone = jax.device_count() == 1 and jax.default_backend() == "cpu"
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        answered = pool.map(answer, starts) if alone else map(answer, starts)
-        for start, _ in zip(starts, answered, strict=True):
-            said(min(start + size, len(order)), len(order))
+        answered = (pool.map if alone else map)(answer, range(len(batches)))
+        for at, _ in enumerate(answered, 1):
+            said(min(at * size, len(prompts)), len(prompts))
     finally:
         pool.shutdown(cancel_futures=True)
     return answers
 
 
-def _replicated(mesh, *arrays: ArrayLike):
-    if mesh is None:
-        return arrays
-    return [jax.device_put(x, parallel.named(mesh)) for x in arrays]
+def replicated(mesh: Mesh | None, x: ArrayLike) -> ArrayLike:
+    """An array on each device of a mesh, where there is one."""
+    return jax.device_put(x, parallel.named(mesh)) if mesh else x

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sftjax import parallel
-from sftjax.evaluation.generation import BUCKET
+from sftjax.data.packing.pack import pad_to_multiple
+from sftjax.evaluation.generation import BUCKET, in_batches, replicated
 from sftjax.parallel import processes
 
 if TYPE_CHECKING:
@@ -49,25 +49,21 @@ def log_likelihoods(
     process must call this with the same pairs.
     """
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    sizes = [sum(map(len, pair)) for pair in pairs]
     if pairs:
-        longest = sum(map(len, pairs[order[-1]]))
-        model.check_length(longest, f"a text of {longest} tokens")
-    shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
-    size = -(-min(batch_size, max(len(pairs), 1)) // shards) * shards
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        width = -(-max(sum(map(len, pairs[i])) for i in rows) // BUCKET) * BUCKET
+        model.check_length(max(sizes), f"a text of {max(sizes)} tokens")
+    size, batches = in_batches(sizes, batch_size, mesh)
+    for n, rows in enumerate(batches):
+        width = pad_to_multiple(sizes[rows[-1]], BUCKET)
         tokens, weights = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
         lengths = np.zeros(size, np.int32)
         for j, i in enumerate(rows):
             context, rest = pairs[i]
-            at, end = len(context), len(context) + len(rest)
+            at, end = len(context), sizes[i]
             tokens[j, :at], tokens[j, at:end], weights[j, at:end] = context, rest, 1
             lengths[j] = end
-        put = (lambda x: jax.device_put(x, parallel.named(mesh))) if mesh else np.asarray
-        found = _scored(model, params, put(tokens), put(weights), put(lengths))
-        out = [processes.to_host(x) for x in found]
-        sums[rows], greedy[rows] = (x[: len(rows)] for x in out)
-        said(start + len(rows), len(order))
+        arrays = (replicated(mesh, x) for x in (tokens, weights, lengths))
+        found = map(processes.to_host, _scored(model, params, *arrays))
+        sums[rows], greedy[rows] = (x[: len(rows)] for x in found)
+        said(n * size + len(rows), len(pairs))
     return sums, greedy

@@ -141,7 +141,6 @@ def labels(
         return Measured(0, {})
     values = _label_values(wanted, given, len(names), scores)
     hits = (wanted == given).astype(np.float64)
-    rows = {"accuracy": hits}
     spread = {}
     if errors:
         some = lambda at: _label_values(  # noqa: E731
@@ -155,48 +154,39 @@ def labels(
     tables = _label_tables(wanted, given, names, scores)
     if lost := int((given < 0).sum()):
         values["not_finite"] = float(lost)
-    return Measured(n, values, spread, {f"always {names[usual]}": shown}, tables, rows)
+    return Measured(
+        n, values, spread, {f"always {names[usual]}": shown}, tables, {"accuracy": hits}
+    )
 
 
 def _label_values(wanted, given, classes, scores) -> dict[str, float]:
-    with warnings.catch_warnings():  # of labels that are not there; each value has its rule
-        warnings.simplefilter("ignore")
-        return _of_labels(wanted, given, classes, scores)
-
-
-def _of_labels(wanted, given, classes, scores) -> dict[str, float]:
     from sklearn import metrics as sk
 
-    every, averages = range(classes), {"": "macro", "_micro": "micro", "_weighted": "weighted"}
-    options: Any = dict(labels=every, zero_division=0.0)
-    values = {"accuracy": sk.accuracy_score(wanted, given)}
-    for ending, average in averages.items():
-        values[f"f1{ending}"] = sk.f1_score(wanted, given, average=average, **options)
-    values["precision"] = sk.precision_score(wanted, given, average="macro", **options)
-    values["recall"] = sk.recall_score(wanted, given, average="macro", **options)
-    values["mcc"] = sk.matthews_corrcoef(wanted, given)
-    if scores is not None and np.isfinite(scores).all():
-        if len(np.unique(wanted)) == classes:  # else it is not defined
-            chosen: Any = scores[:, 1] if classes == 2 else scores
-            values["auroc"] = sk.roc_auc_score(
-                wanted, chosen, multi_class="ovr", average="macro", labels=list(every)
-            )
-        values["ece"] = sum(
-            share * abs(confidence - right) for share, confidence, right in _bins(wanted, scores)
-        )
-    return {k: float(v) for k, v in values.items()}
+    every: Any = list(range(classes))
+    values, options = {}, dict[str, Any](labels=every, zero_division=0.0)
+    with warnings.catch_warnings(action="ignore"):  # of labels not there; each value has its rule
+        for ending, average in {"_micro": "micro", "_weighted": "weighted", "": "macro"}.items():
+            found = sk.precision_recall_fscore_support(wanted, given, average=average, **options)
+            values[f"f1{ending}"] = found[2]
+        values["precision"], values["recall"] = found[:2]  # the mean over labels, as f1 is
+        values["accuracy"] = sk.accuracy_score(wanted, given)
+        values["mcc"] = sk.matthews_corrcoef(wanted, given)
+        if scores is not None and np.isfinite(scores).all():
+            if len(np.unique(wanted)) == classes:  # else it is not defined
+                chosen = scores[:, 1] if classes == 2 else scores
+                how: Any = dict(multi_class="ovr", average="macro", labels=every)
+                values["auroc"] = sk.roc_auc_score(wanted, chosen, **how)
+            bins = _bins(wanted, scores)
+            values["ece"] = sum(share * abs(mean - right) for share, mean, right in bins)
+    return {k: float(values[k]) for k in METRICS if k in values}  # in the table's order
 
 
 def _bins(wanted, scores) -> list[tuple[float, float, float]]:
     """(share of rows, mean confidence, share right) of each bin of confidence that has rows."""
     confidence, right = scores.max(axis=1), scores.argmax(axis=1) == wanted
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    picked = (which == i for i in range(BINS))
-    return [
-        (float(x.mean()), float(confidence[x].mean()), float(right[x].mean()))
-        for x in picked
-        if x.any()
-    ]
+    picked = (which == i for i in np.unique(which))
+    return [(float(x.mean()), float(confidence[x].mean()), float(right[x].mean())) for x in picked]
 
 
 def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
@@ -212,8 +202,7 @@ def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
     tables: dict[str, Any] = {"confusion": {"labels": list(names), "rows": rows}, "per_label": each}
     if scores is not None and np.isfinite(scores).all():
         keys = ("share", "confidence", "accuracy")
-        bins = [dict(zip(keys, one, strict=True)) for one in _bins(wanted, scores)]
-        tables["calibration"] = bins
+        tables["calibration"] = [dict(zip(keys, x, strict=True)) for x in _bins(wanted, scores)]
     return tables
 
 
@@ -302,10 +291,8 @@ def _number_values(wanted, given) -> dict[str, float]:
     from scipy import stats
     from sklearn import metrics as sk
 
-    values = {
-        "mae": sk.mean_absolute_error(wanted, given),
-        "rmse": sk.root_mean_squared_error(wanted, given),
-    }
+    values = dict(mae=sk.mean_absolute_error(wanted, given))
+    values["rmse"] = sk.root_mean_squared_error(wanted, given)
     if len(wanted) > 1:
         values["r2"] = sk.r2_score(wanted, given)
         if np.ptp(wanted) and np.ptp(given):  # a correlation with a constant is not defined
@@ -344,7 +331,8 @@ def texts(
         if isinstance(found, float):
             values[name] = found
             if errors and ":" not in name:  # a function of the user's may take its time
-                spread |= bootstrap(_over(name, wanted, given, answer), n, groups)
+                some = functools.partial(_of_rows, name, wanted, given, answer)
+                spread |= bootstrap(some, n, groups)
             continue
         rows[name], values[name] = found, float(found.mean())
         if errors:
@@ -356,14 +344,10 @@ def texts(
     return Measured(n, values, spread, others, {}, rows)
 
 
-def _over(name, wanted, given, answer) -> Callable[[np.ndarray], dict[str, float]]:
-    """The metric of some of the rows, for the bootstrap."""
-
-    def some(at: np.ndarray) -> dict[str, float]:
-        w, g = ([x[i] for i in at] for x in (wanted, given))
-        return {name: float(np.mean(_text_metric(name, w, g, answer)))}
-
-    return some
+def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
+    """The metric of the rows at these indices."""
+    w, g = ([x[i] for i in at] for x in (wanted, given))
+    return {name: float(np.mean(_text_metric(name, w, g, answer)))}
 
 
 def _text_metric(name, wanted, given, answer) -> float | np.ndarray:

@@ -30,6 +30,13 @@ def named(text: str) -> dict[str, str]:
     return names
 
 
+def tokenised(source: Any, task: "Task", config: ConfigDict, cache: Path | str) -> TokenStore:
+    """A source's rows, tokenised as the config's section `data` says."""
+    d = config.data
+    how = dict(on_error=d.on_error, max_skipped=d.max_skipped)
+    return data_lib.build_store(source, task, d.max_length, d.overlong, cache, **how)
+
+
 ANSWERS = "answers"  # stands for the name of a set before the metrics of generated answers
 
 
@@ -104,23 +111,10 @@ class Sets:
         self, name: str, source: Any, task: "Task", config: ConfigDict | None = None
     ) -> TokenStore:
         """The tokenised rows of a set. config: of the source that it was held out of."""
-        store = self.tokenised(source, task, config or self.config)
+        store = tokenised(source, task, config or self.config, self.cache)
         self.opened[name], self.readers[name] = source, task
         self.facts["evaluation"][name] = facts_of(source, store)
         return store
-
-    def tokenised(self, source: Any, task: "Task", config: ConfigDict) -> TokenStore:
-        """A source's rows, tokenised."""
-        d = config.data
-        return data_lib.build_store(
-            source,
-            task,
-            max_length=d.max_length,
-            overlong=d.overlong,
-            cache_dir=self.cache,
-            on_error=d.on_error,
-            max_skipped=d.max_skipped,
-        )
 
     def rows_of(self, store: TokenStore, packing: str, batch_size: int, **options: Any) -> Any:
         """A store's rows in batches' widths: data.Rows, or data.Buckets."""
@@ -172,11 +166,9 @@ class Sets:
         return self._groups(self.opened[name], records)
 
     def _groups(self, source, records):
-        key = self.config.eval.group
-        if not key:
-            return []
-        rows = ((source[int(i)], source.where(int(i))) for i in records)
-        return [read_field(record, key, where, "eval.group") for record, where in rows]
+        key, rows = self.config.eval.group, map(int, records)
+        found = (read_field(source[i], key, source.where(i), "eval.group") for i in rows)
+        return list(found) if key else []
 
     def _eval_rows(self, store):
         """(rows, how many of them are a batch)."""

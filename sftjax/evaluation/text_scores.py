@@ -40,16 +40,11 @@ def number(text: str, pattern: str) -> float | None:
         found = list(re.finditer(pattern, text)) if pattern else []
     except re.error as e:
         raise ConfigError(f"eval.answer={pattern!r} is no regular expression: {e}") from None
-    if pattern and not found:
-        return None
-    if pattern and found[-1].groups():
-        text = found[-1][1] or ""
-    elif pattern:
-        text = text[found[-1].end() :]
-    numbers = re.findall(_NUMBER, text)
-    if not numbers:
-        return None
-    return float(numbers[0 if pattern else -1].replace(",", ""))
+    if found:
+        last = found[-1]
+        text = (last[1] or "") if last.groups() else text[last.end() :]
+    numbers = re.findall(_NUMBER, text) if found or not pattern else []
+    return float(numbers[0 if pattern else -1].replace(",", "")) if numbers else None
 
 
 def lead(text: str, n: int) -> str:

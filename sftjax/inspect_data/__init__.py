@@ -28,8 +28,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.data import DataError, Rows, build_store, make_batch, pack
+from sftjax.data import DataError, Rows, make_batch, pack
 from sftjax.errors import writing
+from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
@@ -73,20 +74,12 @@ def inspect(
     against: ConfigDict | None = None,
     **wanted: Any,
 ) -> str:
-    """The report as a string.
+    """The report as a string; the options are those of the command, `wanted` more of `Wanted`.
 
-    Args:
-      config: an experiment config; its model is not read, its tokenizer is.
-      n: how many examples of each source, from the first that is wanted.
-      format: "terminal" | "json" | "html" (one file, nothing fetched).
-      set: "train" | "validation" | "test".
-      color: of a terminal: escape codes mark what is trained.
-      width: columns of the terminal, 0 = of a file; from 120 on, tokens stand beside the text.
-      against: another config: only rows are shown whose trained tokens differ under its policy.
-      wanted: the other fields of `Wanted`.
-
-    Raises: DataError for a bad row among those looked at, or an option that there is not. What
-      training would raise for the whole set is in the report.
+    config: its tokenizer is read, not its model. format: "terminal" | "json" | "html". color: of a
+    terminal: escape codes mark what is trained. width: columns of the terminal, 0 = of a file; from
+    120 on, tokens stand beside the text. Raises: DataError for a bad row among those looked at, or
+    an option that there is not. What training would raise for the whole set is in the report.
     """
     view = _view(format)
     return view(collect(config, Wanted(n, **wanted), set, against), color, width)
@@ -119,9 +112,8 @@ def _warnings() -> Iterator[list[str]]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logger, shown = logging.getLogger("sftjax"), logging.lastResort
-    own = [handler]
-    if shown is not None and not logger.hasHandlers():  # with a handler the last resort is none
-        own.append(shown)
+    # With a handler of ours the last resort is none.
+    own = [handler, shown] if shown is not None and not logger.hasHandlers() else [handler]
     for one in own:
         logger.addHandler(one)
     try:
@@ -205,15 +197,7 @@ def _example(name, row, places, tokenizer):
 
 def _totals(part, cache):
     data = part.config.data
-    store = build_store(
-        part.source,
-        part.task,
-        max_length=data.max_length,
-        overlong=data.overlong,
-        cache_dir=cache,
-        on_error=data.on_error,
-        max_skipped=data.max_skipped,
-    )
+    store = tokenised(part.source, part.task, part.config, cache)
     layout = part.task.layout
     length, packing = (1, "none") if layout.fixed else (data.max_length, data.packing)
     rows = Rows(store, length, packing, part.config.seed, layout=layout)

@@ -1,8 +1,10 @@
 """Two configs, row by row: which tokens does the one feed or train, and the other not?"""
 
 import difflib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,9 +14,6 @@ from sftjax.data import DataError
 from sftjax.data.mixing import spec as mix
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.rows import Part, Wanted, encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def compare(
@@ -30,11 +29,11 @@ def compare(
     tokenizers = [t for t in (load_tokenizer(config), load_tokenizer(other)) if t is not None]
     if len(tokenizers) < 2:
         raise DataError("--against compares tokens, and this task has no tokenizer", kind="setting")
-    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    here, there = (tokenizer.get_vocab() for tokenizer in tokenizers)
     # Ids of two vocabularies say nothing about each other: then tokens are compared by their text.
-    words = [_Words(tokenizer) for tokenizer in tokenizers]
-    keys = [np.array, np.array] if vocabularies[0] == vocabularies[1] else words
-    counts = dict(rows=0, differ=0, other_tokens=0, trained_here=0, trained_there=0)
+    words = [functools.cache(lambda i, t=t: t.decode([i])) for t in tokenizers]
+    keys: Sequence[Callable[[int], int | str]] = [int, int] if here == there else words
+    counts = Counter(rows=0, differ=0, other_tokens=0, trained_here=0, trained_there=0)
     differences = []
     for part in parts:
         shown = 0
@@ -42,18 +41,16 @@ def compare(
             if not wanted.takes(a):
                 continue
             (ids, weights), (ids_there, weights_there) = fed = _fed(a), _fed(b)
-            same = np.array_equal(keys[0](ids), keys[1](ids_there))
+            same = [*map(keys[0], ids.tolist())] == [*map(keys[1], ids_there.tolist())]
             differ = not same or not np.array_equal(weights, weights_there)
-            counts["rows"] += 1
-            counts["differ"] += differ
-            counts["other_tokens"] += not same
+            counts.update(rows=1, differ=differ, other_tokens=not same)
             counts["trained_here"] += int(np.count_nonzero(weights))
             counts["trained_there"] += int(np.count_nonzero(weights_there))
             if differ and shown < wanted.n:
                 shown += 1
                 differences.append(_difference(part.name, (a, b), fed, keys, words))
     names = [tokenizer.name_or_path for tokenizer in tokenizers]
-    comparison = counts | dict(tokenizers=names if keys is words else [])
+    comparison = dict(counts) | dict(tokenizers=names if keys is words else [])
     return dict(comparison=comparison, differences=differences)
 
 
@@ -71,20 +68,6 @@ def _blamed(rows):
         yield from rows
     except DataError as error:
         raise DataError(f"--against: {error}", kind=error.kind) from None
-
-
-class _Words(dict):
-    """ids -> the text of each; a mapping that fills itself."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.tokenizer = tokenizer
-
-    def __missing__(self, i: int) -> str:
-        self[i] = self.tokenizer.decode([i])
-        return self[i]
-
-    def __call__(self, ids: np.ndarray) -> list[str]:
-        return [self[i] for i in ids.tolist()]
 
 
 def _fed(row):
@@ -128,12 +111,11 @@ def _align(fed, keys, words) -> list[dict]:
     "weight" of one that both train, but not alike.
     """
     (ids, here), (ids_there, there) = ((i.tolist(), w.tolist()) for i, w in fed)
-    a, b = (list(key(ids)) for key, (ids, _) in zip(keys, fed, strict=True))
+    a, b = [*map(keys[0], ids)], [*map(keys[1], ids_there)]
     tokens = []
 
-    def add(mark, side, i, *weights: float | None):
-        word = words[side][i]
-        tokens.append(dict(mark=mark, token=word, id=i, here=weights[0], there=weights[1]))
+    def add(mark, side, i, mine, other):
+        tokens.append(dict(mark=mark, token=words[side](i), id=i, here=mine, there=other))
 
     for tag, i, stop, j, stop_there in difflib.SequenceMatcher(None, a, b, False).get_opcodes():
         if tag == "equal":

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 250  # rows encoded together
-REASONS: tuple[str, ...]
-REASONS = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
-REASONS += tuple(rule for rule in RULES if rule not in REASONS)
+LOST = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
+REASONS = tuple(dict.fromkeys((*LOST, *RULES)))
 
 
 class Wanted(NamedTuple):
@@ -114,9 +113,7 @@ class Row:
     kept: list[np.ndarray]  # of each document made of it: which of its tokens, int [n]
     dropped: str  # why there is none
     note: str
-    shifted: bool = (
-        True  # a token is a target of the one before it, so the first of a piece is none
-    )
+    shifted: bool = True  # a token is the target of the one before it; a piece's first is none
 
     @property
     def trained(self) -> float:

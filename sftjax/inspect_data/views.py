@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from itertools import zip_longest
 from typing import Any
 
 from sftjax.data.packing import truncate as lengths
@@ -17,9 +18,8 @@ BESIDE = 120  # columns of a terminal from which tokens stand beside the text
 
 def _title(example, several):
     source = f"{example['source']}: " if several else ""
-    text = (
-        f"{source}{example['where']}, {example['length']} tokens, {example['trained']:.0%} trained"
-    )
+    size = f"{example['length']} tokens, {example['trained']:.0%} trained"
+    text = f"{source}{example['where']}, {size}"
     if example["dropped"]:
         return f"{text}, dropped: {example['dropped']}"
     cut = example["kept"] < example["length"]
@@ -91,12 +91,8 @@ def _sides(difference):
 def _changes(difference):
     """The tokens that differ, with a few around them; None where others are left out."""
     tokens = difference["tokens"]
-    near = {
-        i + step
-        for i, token in enumerate(tokens)
-        if token["mark"]
-        for step in range(-CONTEXT, CONTEXT + 1)
-    }
+    marked = (i for i, token in enumerate(tokens) if token["mark"])
+    near = {i + step for i in marked for step in range(-CONTEXT, CONTEXT + 1)}
     shown = False
     for i, token in enumerate(tokens):
         if i in near:
@@ -172,14 +168,9 @@ def _beside(example, tokens, color, width):
     marks = (GREEN, PLAIN) if color else ("⟦", "⟧")
     if width < BESIDE or not example["tokens"]:
         return [_marked(example, marks), "", *(tokens if example["tokens"] else ())]
-    left = _wrapped(example, width - 62, marks)
-    return [f"{a}   {b}".rstrip() for a, b in _together(left, list(tokens), " " * (width - 62))]
-
-
-def _together(left, right, blank):
-    n = max(len(left), len(right))
-    left, right = left + [blank] * (n - len(left)), right + [""] * (n - len(right))
-    return zip(left, right, strict=True)
+    wide = width - 62
+    lines = zip_longest(_wrapped(example, wide, marks), tokens, fillvalue="")
+    return [f"{a or ' ' * wide}   {b}".rstrip() for a, b in lines]
 
 
 def _marked(example, marks):
@@ -235,9 +226,8 @@ def _terminal_diff(report, color, width):
             if t is None:
                 lines.append("  ...")
                 continue
-            here, there = (_weight(t[side]) for side in ("here", "there"))
-            line = f"{MARKS[t['mark']]} {_pad(_shown(t['token']), 24)}{t['id']:>8}"
-            line += f"{here:>8}{there:>8}"
+            word, i, here, there = _cells(t, "here", "there")
+            line = f"{MARKS[t['mark']]} {_pad(word, 24)}{i:>8}{here:>8}{there:>8}"
             lines.append(COLORS[t["mark"]] + line + PLAIN if color and t["mark"] else line)
         lines.append("")
     return [*lines, f"== {report['set']}", "", *_comparison(report)]
@@ -285,22 +275,18 @@ def _page(render, report):
 
 
 def _article(example, several):
-    return dict(
-        {name: example[name] for name in ("source", "trained", "dropped", "note")},
-        title=_title(example, several),
-        pieces=_pieces(example["text"], example["spans"]),
-        rows=[(_token_class(token), _token_cells(token)) for token in example["tokens"]],
-    )
+    pieces, rows = _pieces(example["text"], example["spans"]), map(_token_row, example["tokens"])
+    return example | dict(title=_title(example, several), pieces=pieces, rows=list(rows))
 
 
-def _token_class(token):
+def _token_row(token):
     kinds = ("trained" if token["weight"] else "", "cut" if token["segment"] is None else "")
-    return " ".join(filter(None, kinds))
-
-
-def _token_cells(token):
     place = ("" if token[name] is None else token[name] for name in ("segment", "position"))
-    return (_shown(token["token"]), token["id"], _weight(token["weight"]), *place)
+    return " ".join(filter(None, kinds)), (*_cells(token, "weight"), *place)
+
+
+def _cells(token, *weights: str):
+    return _shown(token["token"]), token["id"], *(_weight(token[key]) for key in weights)
 
 
 def _difference_page(render, report):
@@ -316,12 +302,9 @@ def _difference_page(render, report):
 
 def _difference(difference, several):
     source = f"{difference['source']}: " if several else ""
-    rows = [
-        (t["mark"], (_shown(t["token"]), t["id"], _weight(t["here"]), _weight(t["there"])))
-        if t
-        else ("", ("…", "", "", ""))
-        for t in _changes(difference)
-    ]
+    left_out = "", ("…", "", "", "")
+    changes = _changes(difference)
+    rows = [(t["mark"], _cells(t, "here", "there")) if t else left_out for t in changes]
     sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(difference)]
     title = f"{source}{difference['where']}, {_only(difference)}"
     return dict(title=title, sides=sides, rows=rows)

@@ -54,6 +54,11 @@ def make_mesh(
     return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_text(sizes: Mapping[str, int], joint: str = " x ") -> str:
+    """The axes that have more than one device, and their sizes; "" where none has."""
+    return joint.join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+
+
 def mesh_shape(sizes: Mapping[str, int] | None, n: int) -> list[int]:
     """The sizes of the five axes over n devices."""
     sizes = dict(sizes or {})

@@ -1,7 +1,5 @@
 """What a config needs and how fast it may be, on hardware that you don't have.
 
-python -m sftjax.plan --config=configs/chat.py --target=v5e-16 [--search] [--json=plan.json]
-
 The real training step is compiled ahead of time for the target's devices, without data or weights:
 of the model only its config.json is read. For a GPU, where there is none, shapes give an estimate,
 and the report says so.
@@ -12,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,6 +60,7 @@ class Program:
     """A config's training step over a mesh, in shapes."""
 
     config: ConfigDict
+    target: Target
     model: Model
     trainable: dict
     mesh: Mesh | AbstractMesh
@@ -96,36 +94,22 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
     """The Program of a config; raises what train would raise of it, before any compile."""
     config = _with_stored_dtype(config)
     task = tasks.make(config, None)
-    mesh, model, trainable = build_shapes(config, task, target)
+    sizes = {axis: config.mesh[axis] for axis in parallel.AXES}
+    here = target.devices
+    mesh = parallel.make_mesh(sizes, here) if here else abstract_mesh(sizes, target)
+    rows, width, micro = config.train.batch_size, config.data.max_length, config.train.micro_batches
+    parallel.check_batch(mesh, rows, micro, width)
+    model, trainable = build_lib.make_model(config, task, platform=platform(target))
+    parallel.param_shardings(mesh, model.abstract)  # raises where a size does not divide
     lr = build_lib.make_schedule(config.optim, 1000)
     tx = optim.make(config.optim, lr, model.abstract, trainable)
     with use(mesh):
         state = build_lib.abstract_state(config.model, model, trainable, tx, mesh)
-        device = target.devices[0] if target.devices else None
         loss_fn = task.loss_fn(model, config.loss.to_dict())
-        micro = config.train.micro_batches
-        step = build_lib.make_step(loss_fn, tx, state, micro, device)
-    rows, width = config.train.batch_size, config.data.max_length
+        step = build_lib.make_step(loss_fn, tx, state, micro, here[0] if here else None)
     batch = parallel.abstract_batch(mesh, task.layout.spec(rows, width))
     work = Work(rows, width, trained, document or width)
-    return Program(config, model, trainable, mesh, state, batch, step, work)
-
-
-def build_shapes(
-    config: ConfigDict, task: tasks.Task, target: Target
-) -> tuple[Mesh | AbstractMesh, Model, Any]:
-    """(mesh, model, trainable), where all their sizes divide."""
-    sizes = {axis: config.mesh[axis] for axis in parallel.AXES}
-    mesh = (
-        parallel.make_mesh(sizes, target.devices)
-        if target.devices
-        else abstract_mesh(sizes, target)
-    )
-    rows, width = config.train.batch_size, config.data.max_length
-    parallel.check_batch(mesh, rows, config.train.micro_batches, width)
-    model, trainable = build_lib.make_model(config, task, platform=platform(target))
-    parallel.param_shardings(mesh, model.abstract)
-    return mesh, model, trainable
+    return Program(config, target, model, trainable, mesh, state, batch, step, work)
 
 
 def abstract_mesh(sizes: Mapping[str, int], target: Target) -> AbstractMesh:
@@ -151,7 +135,7 @@ def _with_stored_dtype(config):
     """Frozen parameters keep their files' dtype, which config.json names."""
     config = config.copy_and_resolve_references()
     if not config.model.frozen_dtype:
-        path = Path(hf.resolve(config.model.path, weights=False))
+        path = hf.resolve(config.model.path, weights=False)
         file = path / "config.json" if path.is_dir() else path
         stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         name = stored.get("dtype") or stored.get("torch_dtype")
@@ -190,26 +174,25 @@ class Plan:
 
     def as_json(self) -> dict:
         """All fields and whether it fits, as JSON holds them."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return out | {"cost": self.cost.summary(), "fits": self.fits}
+        return vars(self) | {"cost": self.cost.summary(), "fits": self.fits}
 
 
 def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> Plan:
     """Compile, or estimate where there is no compiler, and account for it."""
     program, began = build(config, target, trained, document), time.monotonic()
     if not target.devices:
-        return estimated(program, target, "estimated from shapes", began)
+        return estimated(program, "estimated from shapes", began)
     try:
         with use(program.mesh):
             compiled = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return _too_large(program, target, str(e), began)
+        return _too_large(program, str(e), began)
     text: Any = compiled.as_text()  # None only where a backend has no text
     cost = hlo.analyze(text, assume=rounds(text, program))
     found = memory_lib.account(program, compiled)
-    return account(program, target, "compiled", began, cost, found)
+    return account(program, "compiled", began, cost, found)
 
 
 def rounds(text: str, program: Program) -> int:
@@ -224,17 +207,16 @@ def rounds(text: str, program: Program) -> int:
     return max(1, -(-int(program.head_flops / program.mesh.size) // int(each)))
 
 
-def estimated(program: Program, target: Target, basis: str, began: float) -> Plan:
+def estimated(program: Program, basis: str, began: float) -> Plan:
     """The Plan from shapes alone. began: by time.monotonic, when the work on it began."""
     with use(program.mesh):
         traced = estimate_lib.trace(program)
-    cost, found = estimate_lib.estimate(traced, program.config, program.mesh)
-    return account(program, target, basis, began, cost, found)
+    return account(program, basis, began, *estimate_lib.estimate(traced, program))
 
 
-def _too_large(program, target, message, began) -> Plan:
+def _too_large(program, message, began) -> Plan:
     """The estimate's parts, with the size and the largest buffers that the compiler named."""
-    out = estimated(program, target, "does not fit, says the compiler", began)
+    out = estimated(program, "does not fit, says the compiler", began)
     total, largest = memory_lib.exhausted(message)
     out.total = max(total, out.total, (out.limit or 0) + 1)
     out.largest = largest or out.largest
@@ -242,14 +224,10 @@ def _too_large(program, target, message, began) -> Plan:
 
 
 def account(
-    program: Program,
-    target: Target,
-    basis: str,
-    began: float,
-    cost: hlo.Cost,
-    found: memory_lib.Account,
+    program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account
 ) -> Plan:
     """The Plan of a step's cost and of its memory, both of one device, with its projection."""
+    target = program.target
     out = Plan(
         target=f"{target.name}: {target.text()}",
         mesh=dict(program.mesh.shape),
@@ -267,21 +245,21 @@ def account(
         cost=cost,
         time=None,
     )
-    out.time = project(out, program, target)
+    out.time = project(out, program)
     return out
 
 
 MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler counts no cycles
 
 
-def project(p: Plan, program: Program, target: Target) -> dict | None:
+def project(p: Plan, program: Program) -> dict | None:
     """A projection of one step's seconds; None for a chip of which no figures are known.
 
     Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
     without cycles all FLOPs so. Collectives: what a device sends, over what its links carry, those
     across slices over the network; asynchronous ones hide behind work, the rest adds to it.
     """
-    chip = target.chip
+    target, chip = program.target, program.target.chip
     if chip is None:
         return None
     rate = chip.flops * MATMUL_SHARE

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend import core
-from jax.sharding import AbstractMesh, Mesh
-from ml_collections import ConfigDict
 
 from sftjax import parallel
 from sftjax import params as params_lib
@@ -37,11 +35,8 @@ class Traced:
     def moments(self) -> float:
         """Bytes of the optimizer's state for each of the trained parameters'."""
         state = self.program.state
-        return params_lib.nbytes(_arrays(state.opt_state)) / params_lib.nbytes(state.params)
-
-
-def _arrays(tree):
-    return [x for x in jax.tree.leaves(tree) if x.ndim]
+        arrays = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+        return params_lib.nbytes(arrays) / params_lib.nbytes(state.params)
 
 
 def trace(program: "Program") -> Traced:
@@ -55,17 +50,18 @@ def trace(program: "Program") -> Traced:
     return Traced(program, once + rounds * each, kept * n, layer * n, logits)
 
 
-def estimate(
-    traced: Traced, config: ConfigDict, mesh: Mesh | AbstractMesh
-) -> tuple[hlo.Cost, memory.Account]:
-    """(Cost of one device, Account) of the traced step with this config's micro-batches."""
-    cost = hlo.Cost(flops=traced.flops / mesh.size)
-    _collectives(traced.program, config, mesh, cost)
+def estimate(traced: Traced, program: "Program") -> tuple[hlo.Cost, memory.Account]:
+    """(Cost of one device, Account) of the traced step, on a program's mesh, in its micro-batches.
+
+    program: the one that was traced, but for the mesh and the micro-batches.
+    """
+    mesh, cost = program.mesh, hlo.Cost(flops=traced.flops / program.mesh.size)
+    _collectives(program, cost)
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) * mesh.shape["context"]
-    micro = shards * config.train.micro_batches
-    trained, frozen = _parameters(traced.program, mesh)
+    micro = shards * program.config.train.micro_batches
+    trained, frozen = _parameters(program)
     parts = {"parameters": trained, "frozen": frozen, "optimizer": trained * traced.moments}
-    parts["batch"] = params_lib.nbytes(traced.program.batch) / shards
+    parts["batch"] = params_lib.nbytes(program.batch) / shards
     layer, logits = traced.layer / micro, traced.logits / shards
     parts |= {"gradients": trained, "activations": traced.kept / micro + layer, "logits": logits}
     named = sorted(((size, f"the {name}") for name, size in parts.items()), reverse=True)
@@ -73,13 +69,13 @@ def estimate(
     return cost, memory.Account(parts, sum(parts.values()) - min(layer, logits), named)
 
 
-def _parameters(program, mesh) -> tuple[float, float]:
+def _parameters(program) -> tuple[float, float]:
     """Bytes of one device's shards of the trained and of the frozen parameters."""
     sizes = {True: 0.0, False: 0.0}
     on, whole = params_lib.flatten(program.trainable), program.state.all_params
     kinds = {name: x.dtype for name, x in params_lib.flatten(whole).items()}
     for name, p in params_lib.flatten(program.model.abstract).items():
-        shape = parallel.named(mesh, *p.axes).shard_shape(p.shape)
+        shape = parallel.named(program.mesh, *p.axes).shard_shape(p.shape)
         sizes[on[name]] += math.prod(shape) * kinds[name].itemsize
     return sizes[True], sizes[False]
 
@@ -177,14 +173,14 @@ def _dots(jaxpr) -> float:
 # ---- collectives ---------------------------------------------------------------------------
 
 
-def _collectives(program, config, mesh, cost):
+def _collectives(program, cost):
     """Per micro-batch two gathers and one reduce-scatter of what fsdp shards.
 
     Per step the sum of gradients over replicas; per layer the sums of tensor parallelism and the
     keys of context.
     """
-    m, c = mesh.shape, program.model.config
-    n, item = config.train.micro_batches, jax.numpy.dtype(c.dtype).itemsize
+    mesh, m, c = program.mesh, program.mesh.shape, program.model.config
+    n, item = program.config.train.micro_batches, jax.numpy.dtype(c.dtype).itemsize
     size = params_lib.count(program.model.abstract) * item / (m["tensor"] * m["expert"])
     trained = 4 * params_lib.count(program.state.params) / mesh.size * m["data"]
     batch = parallel.axis_size(mesh, parallel.RULES["batch"]) * m["context"]

@@ -4,7 +4,6 @@ A TPU's devices come from libtpu's own description of the slice, on a machine wi
 can't be compiled for where there is none: it has figures here, and no devices.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -39,6 +38,15 @@ class Chip:
         """Peak dense bf16 FLOP/s."""
         return peak_flops(self.kind) or 0.0  # never 0: it knows every kind of CHIPS
 
+    @property
+    def products(self) -> dict[int, str]:
+        """{the number in a product's name: its topology}."""
+        return {self.named_by * math.prod(_sizes(shape)): shape for shape in SHAPES[self.dims]}
+
+
+def _sizes(topology: str) -> list[int]:
+    return [int(n) for n in topology.split("x")]
+
 
 CHIPS = {
     "v4": Chip("TPU v4", 30.75, 300, 3.1, 1.05, dims=3, named_by=2, config="megacore"),
@@ -53,22 +61,10 @@ CHIPS = {
 }
 ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 
-# Chips of a product -> its topology.
+# Of a number of dimensions: the topologies of the products, the smallest first.
 SHAPES = {
-    2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
-    3: {
-        4: "2x2x1",
-        8: "2x2x2",
-        16: "2x2x4",
-        32: "2x4x4",
-        64: "4x4x4",
-        128: "4x4x8",
-        256: "4x8x8",
-        512: "8x8x8",
-        1024: "8x8x16",
-        2048: "8x16x16",
-        4096: "16x16x16",
-    },
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(),
+    3: "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16".split(),
 }
 
 
@@ -103,9 +99,8 @@ def known() -> str:
     tpus = []
     for name, chip in CHIPS.items():
         if chip.dims:
-            sizes = [chips * chip.named_by for chips in SHAPES[chip.dims]]
-            shape = list(SHAPES[chip.dims].values())[2]
-            tpus.append(f"{name}-{sizes[0]} ... {name}-{sizes[-1]} or {name}:{shape}")
+            numbers, shape = list(chip.products), SHAPES[chip.dims][2]
+            tpus.append(f"{name}-{numbers[0]} ... {name}-{numbers[-1]} or {name}:{shape}")
     gpus = ", ".join(f"{name}xN" for name, chip in CHIPS.items() if not chip.dims)
     return (
         f"here; a TPU slice by product or topology: {'; '.join(tpus)}; several slices of one:"
@@ -123,36 +118,23 @@ def parse(text: str) -> Target:
     chip = CHIPS.get(name)
     if not tpu or not chip or not chip.dims or tpu[1] == "0":
         raise TargetError(f"--target={text} is unknown; known are {known()}")
-    topology = tpu[4] or _shape_of(text, name, chip, int(tpu[3]))
-    sizes = [int(x) for x in topology.split("x")]
-    if len(sizes) != chip.dims or 0 in sizes:
-        like = list(SHAPES[chip.dims].values())[2]
+    like = f"{name}:{SHAPES[chip.dims][2]}"
+    topology = tpu[4] or chip.products.get(int(tpu[3]))
+    if not topology:
+        products = ", ".join(f"{name}-{number}" for number in chip.products)
+        counts = ", counted in cores: two a chip" if chip.named_by > 1 else ""
         raise TargetError(
-            f"--target={text}: a slice of {name} has {chip.dims} dimensions, such as {name}:{like}"
+            f"--target={text} is no product; there are {products}{counts}. Or give the topology:"
+            f" {like}"
+        )
+    sizes = _sizes(topology)
+    if len(sizes) != chip.dims or 0 in sizes:
+        raise TargetError(
+            f"--target={text}: a slice of {name} has {chip.dims} dimensions, such as {like}"
         )
     slices = int(tpu[1] or 1)
     n = math.prod(sizes) * chip.devices * slices
     return Target(text, chip, n, f"{name}:{topology}", slices)
-
-
-def stand_in(target: Target) -> contextlib.AbstractContextManager:
-    """A context to lower a program in for GPUs that are not here."""
-    # Newer JAX lowers a Triton kernel for a kind that it is told; a mesh without axes is none.
-    kind = target.chip.kind if target.chip else target.devices[0].device_kind
-    device = jax.sharding.AbstractDevice(kind, num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-
-def _shape_of(text, name, chip, number) -> str:
-    shapes = SHAPES[chip.dims]
-    if number % chip.named_by or number // chip.named_by not in shapes:
-        sizes = ", ".join(f"{name}-{chips * chip.named_by}" for chips in shapes)
-        counts = ", counted in cores: two a chip" if chip.named_by > 1 else ""
-        raise TargetError(
-            f"--target={text} is no product; there are {sizes}{counts}. Or give the topology:"
-            f" {name}:{list(shapes.values())[2]}"
-        )
-    return shapes[number // chip.named_by]
 
 
 def resolve(text: str) -> Target:
@@ -185,15 +167,14 @@ def _describe(target) -> tuple:
         ) from None
     from jax.experimental import topologies
 
-    options = {"chip_config_name": target.chip.config}
+    options = dict(platform="tpu", topology_name=target.topology)
+    options["chip_config_name"] = target.chip.config
     if target.slices > 1:
         options["num_slices"] = target.slices
     if target.n == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=target.topology, **options
-        )
+        found = topologies.get_topology_desc(**options)
     except jax.errors.JaxRuntimeError as e:
         reason = str(e).split("\n")[0]
         raise TargetError(f"--target={target.name}: there is no such slice: {reason}") from None

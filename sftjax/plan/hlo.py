@@ -14,13 +14,12 @@ import dataclasses
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from sftjax.plan import hlo_text as text_lib
 
-KINDS: tuple[str, ...]
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-KINDS += ("ragged-all-to-all", "collective-broadcast")
+KINDS = {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
+KINDS |= {"ragged-all-to-all", "collective-broadcast"}
 
 
 @dataclasses.dataclass
@@ -60,16 +59,13 @@ class Cost:
     cycles: Counter = dataclasses.field(default_factory=Counter)  # matmul | copy | other
     collectives: dict = dataclasses.field(default_factory=lambda: defaultdict(Collective))
     kernels: dict = dataclasses.field(default_factory=lambda: defaultdict(Kernel))
-    by_op: Counter = dataclasses.field(default_factory=Counter)  # cycles by op_name
     loops: list = dataclasses.field(default_factory=list)
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Add another Cost, `times` over; its loops are listed once."""
         self.flops += times * other.flops
-        for name in ("cycles", "by_op"):
-            mine = getattr(self, name)
-            for k, v in getattr(other, name).items():
-                mine[k] += times * v
+        for k, v in other.cycles.items():
+            self.cycles[k] += times * v
         for name in ("collectives", "kernels"):
             for k, record in getattr(other, name).items():
                 mine = getattr(self, name)[k]
@@ -89,14 +85,9 @@ class Cost:
         return sum(k.flops for k in self.kernels.values())
 
     @property
-    def collective_bytes(self) -> float:
-        """Bytes of the whole payloads of all collectives."""
-        return sum(c.bytes for c in self.collectives.values())
-
-    @property
     def async_share(self) -> float:
         """Of the bytes of all collectives, the share that runs beside other work."""
-        total = self.collective_bytes
+        total = sum(c.bytes for c in self.collectives.values())
         return sum(c.async_bytes for c in self.collectives.values()) / total if total else 1.0
 
     def summary(self) -> dict:
@@ -114,29 +105,21 @@ class Cost:
         }
 
 
-def analyze(text: str, assume: int | Mapping[str, int] = 1) -> Cost:
+def analyze(text: str, assume: int = 1) -> Cost:
     """The Cost of a program's entry. text: compiled.as_text().
 
     collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count
-    depends on data; a number, or {regex searched in the loop's name: number} (others: 1).
+    depends on data.
     """
-    return _Reader(text, assume).cost()
+    reader = _Reader(text, assume)
+    return reader.walk(reader.entry, {})
 
 
 # ---- the walk ------------------------------------------------------------------------------
 
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
-_BINARY: dict[str, Callable] = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "minimum": min,
-    "maximum": max,
-    "and": operator.and_,
-    "or": operator.or_,
-}
-_COMPARE = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge}
-_COMPARE |= {"EQ": operator.eq, "NE": operator.ne}
+_BINARY: dict[str, Callable] = dict(add=operator.add, subtract=operator.sub, multiply=operator.mul)
+_BINARY |= {"minimum": min, "maximum": max, "and": operator.and_, "or": operator.or_}
 MOST_TRIPS = 100_000
 
 
@@ -151,10 +134,7 @@ class _Reader:
             for c in _collectives_in(body)
         }
 
-    def cost(self) -> Cost:
-        return self._walk(self.entry, {})
-
-    def _walk(self, name, env) -> Cost:
+    def walk(self, name, env) -> Cost:
         """env: {(parameter, index): int}: the scalars known of the computation's tuple."""
         body, total, flights = self.computations[name], Cost(), dict[str, tuple]()
         for one in body:
@@ -179,17 +159,16 @@ class _Reader:
 
     def _one(self, one, name, env, total):
         body = self.computations[name]
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
+        cycles = text_lib.first(r'"estimated_cycles":"(\d+)"', one.rest)
         if cycles and one.op not in ("while", "call", "conditional"):
-            total.cycles[self._category(one)] += int(cycles[1])
-            total.by_op[one.op_name] += int(cycles[1])
+            total.cycles[self._category(one)] += int(cycles)
         if one.op == "while":
             trips, inner = self._trips(one, name, env, total)
-            total.add(self._walk(one.attribute("body"), inner), trips)
+            total.add(self.walk(one.attribute("body"), inner), trips)
         elif one.op == "call":
-            total.add(self._walk(one.attribute("to_apply"), {}))
+            total.add(self.walk(one.attribute("to_apply"), {}))
         elif one.op == "conditional":
-            costs = [self._walk(b, {}) for b in text_lib.branches(one)]
+            costs = [self.walk(b, {}) for b in text_lib.branches(one)]
             total.add(max(costs, key=lambda c: (c.total_cycles, c.flops)))
         elif one.op in ("dot", "convolution", "fusion"):
             total.flops += self._flops(one, body)
@@ -226,11 +205,9 @@ class _Reader:
                     kind = "reduce-scatter" if scatters and c.kind == "all-reduce" else c.kind
                     key = one.name if one.op.endswith("-start") else c.key
                     yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
-        else:
-            found = _collective(one, body)
-            if found:
-                on = one.op.endswith("-start")
-                yield dataclasses.replace(found, key=one.name, asynchronous=on)
+        elif found := _collective(one, body):
+            on = one.op.endswith("-start")
+            yield dataclasses.replace(found, key=one.name, asynchronous=on)
 
     def _ends(self, one) -> list:
         """The keys of the collectives that end with this instruction."""
@@ -246,28 +223,16 @@ class _Reader:
 
     def _trips(self, one, name, env, total):
         """(how often the body runs, the scalars that stay the same in it)."""
-        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
-        state = self._initial(one, name, env)
-        trips, inner = self._run(one, state)
-        if noted:
-            trips = int(noted[1])
-        known = trips is not None
-        if not known:
-            trips = self._assumed(one.op_name)
-        total.loops.append(Loop(one.op_name, trips, known))
-        return trips, inner
-
-    def _assumed(self, op_name) -> int:
-        if isinstance(self.assume, int):
-            return self.assume
-        return next((n for regex, n in self.assume.items() if re.search(regex, op_name)), 1)
-
-    def _initial(self, one, name, env) -> dict:
-        """The scalars that a loop starts with, as far as they are known."""
-        kinds = text_lib.elements(one.type)
-        where = [k for k, t in enumerate(kinds) if re.match(r"(pred|[su]\d+)\[\]", t)]
-        values = {(0, k): self._element(name, one.args[0], k, env) for k in where}
-        return {k: v for k, v in values.items() if v is not None}
+        state = dict[tuple, int]()  # the scalars that it starts with, as far as they are known
+        for k, kind in enumerate(re.findall(r"[a-z]\w*\[[\d,]*\]", one.type)):
+            if re.match(r"(pred|[su]\d+)\[\]", kind):
+                state[0, k] = self._value(name, one.args[0], env, k)
+        trips, inner = self._run(one, {k: v for k, v in state.items() if v is not None})
+        if noted := text_lib.first(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
+            trips = int(noted)
+        rounds = self.assume if trips is None else trips
+        total.loops.append(Loop(one.op_name, rounds, trips is not None))
+        return rounds, inner
 
     def _run(self, one, state):
         """Run the loop's scalars: (trips or None, those that never change)."""
@@ -275,14 +240,12 @@ class _Reader:
         root = self.computations[body].root
         fixed = {k: v for k, v in state.items() if self._invariant(body, k[1])}
         moving = [k for k in state if k not in fixed]
-        for trips in range(MOST_TRIPS):
-            more = self._scalar(condition, self.computations[condition].root, state)
+        for trips in range(MOST_TRIPS if moving else 1):
+            more = self._value(condition, self.computations[condition].root, state)
             if not more:
                 return (None if more is None else trips), fixed
-            new = {k: self._element(body, root, k[1], state) for k in moving}
+            new = {k: self._value(body, root, state, k[1]) for k in moving}
             state = fixed | {k: v for k, v in new.items() if v is not None}
-            if not new:
-                break
         return None, fixed
 
     def _invariant(self, body, k) -> bool:
@@ -297,46 +260,38 @@ class _Reader:
             return False
         return computation.instructions[one.args[0]].op == "parameter"
 
-    def _scalar(self, name, instruction, env):
-        """The value of a scalar in a computation, or None."""
-        one = self.computations[name].instructions[instruction]
-        if one.op == "constant":
-            return text_lib.constant(one.raw)
-        if one.op == "parameter":
-            return env.get(int(one.raw))
-        if one.op == "get-tuple-element":
-            return self._element(name, one.args[0], text_lib.index(one), env)
-        if one.op in _SAME:
-            return self._scalar(name, one.args[0], env)
-        if one.op in ("fusion", "call"):
-            callee = one.attribute("calls") or one.attribute("to_apply")
-            return self._scalar(callee, self.computations[callee].root, self._given(one, name, env))
-        if one.op in _BINARY or one.op == "compare":
-            a, b = (self._scalar(name, x, env) for x in one.args)
-            fn = _BINARY.get(one.op) or _COMPARE[one.attribute("direction")]
-            return None if a is None or b is None else fn(a, b)
-        return None
-
-    def _given(self, one, name, env) -> dict:
-        """The known scalars that a fusion or a call is given."""
-        values = {i: self._scalar(name, a, env) for i, a in enumerate(one.args)}
-        return {i: v for i, v in values.items() if v is not None}
-
-    def _element(self, name, instruction, k, env):
-        """The value of a tuple's element k, or None."""
+    def _value(self, name, instruction, env, k=None):
+        """The value of a scalar in a computation, or of a tuple's element k; None if not known."""
         one = self.computations[name].instructions[instruction]
         if one.op == "parameter":
             return env.get((int(one.raw), k))
-        if one.op == "tuple":
-            return self._scalar(name, one.args[k], env)
         if one.op in _SAME:
-            return self._element(name, one.args[0], k, env)
+            return self._value(name, one.args[0], env, k)
+        if one.op == "fusion" or (one.op == "call" and k is None):
+            callee = one.attribute("calls") or one.attribute("to_apply")
+            given = {(i, None): self._value(name, a, env) for i, a in enumerate(one.args)}
+            given = {i: v for i, v in given.items() if v is not None}
+            return self._value(callee, self.computations[callee].root, given, k)
+        return self._scalar(one, name, env) if k is None else self._element(one, name, env, k)
+
+    def _scalar(self, one, name, env):
+        if one.op == "constant":
+            whole = int(one.raw) if re.fullmatch(r"-?\d+", one.raw) else None
+            return {"true": True, "false": False}.get(one.raw, whole)
+        if one.op == "get-tuple-element":
+            return self._value(name, one.args[0], env, text_lib.index(one))
+        if one.op in _BINARY or one.op == "compare":
+            a, b = (self._value(name, x, env) for x in one.args)
+            # The directions of a comparison, such as LT, are called as Python's operators are.
+            fn = _BINARY.get(one.op) or getattr(operator, one.attribute("direction").lower())
+            return None if a is None or b is None else fn(a, b)
+        return None
+
+    def _element(self, one, name, env, k):
+        if one.op == "tuple":
+            return self._value(name, one.args[k], env)
         if one.op == "while" and self._invariant(one.attribute("body"), k):
-            return self._element(name, one.args[0], k, env)
-        if one.op == "fusion":
-            callee = one.attribute("calls")
-            given = self._given(one, name, env)
-            return self._element(callee, self.computations[callee].root, k, given)
+            return self._value(name, one.args[0], env, k)
         return None
 
 
@@ -358,8 +313,15 @@ class _Found:
         return text_lib.group_size(self.one.rest)
 
     @property
-    def sizes(self):
-        return text_lib.payload(self.kind, self.one, self.operands)
+    def sizes(self) -> tuple[float, float]:
+        """(bytes of the whole payload, bytes that a device sends)."""
+        n, whole = self.group, text_lib.nbytes(self.one.type)
+        if self.one.op.endswith("-start"):  # its type holds the operands too
+            whole = self.operands * n if self.kind == "all-gather" else self.operands
+        whole = self.operands if self.kind == "reduce-scatter" else whole
+        share = (n - 1) / n if n else 1.0
+        sends = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return whole, whole * sends
 
 
 def _collective(one, computation):
@@ -376,12 +338,11 @@ def _collectives_in(computation):
 
 
 def _kernel(one, total):
-    target = re.findall(r'custom_call_target="([^"]*)"', one.rest)[0]
+    target = text_lib.first(r'custom_call_target="([^"]*)"', one.rest)
     if target != "tpu_custom_call" and "triton" not in target and "cudnn" not in target:
         return
     record = total.kernels[one.name.rstrip(".0123456789")]
     record.count += 1
-    declared = re.search(r'cost_estimate":\{([^}]*)\}', one.rest)
-    for key, field in (("flops", "flops"), ("bytes_accessed", "bytes")):
-        found = re.search(rf'"{key}":"?([\d.e+]+)', declared[1]) if declared else None
-        setattr(record, field, getattr(record, field) + (float(found[1]) if found else 0.0))
+    declared = text_lib.first(r'cost_estimate":\{([^}]*)\}', one.rest)
+    record.flops += float(text_lib.first(r'"flops":"?([\d.e+]+)', declared) or 0)
+    record.bytes += float(text_lib.first(r'"bytes_accessed":"?([\d.e+]+)', declared) or 0)

@@ -24,16 +24,14 @@ class Instruction:
         """The names of its operands."""
         return re.findall(r"%([\w.\-]+)", self.raw)
 
-    def attribute(self, key: str) -> str | None:
-        """The name after key=, a computation's."""
-        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-        return match[1] if match else None
+    def attribute(self, key: str) -> str:
+        """The name after key=, a computation's; "" where there is none."""
+        return first(rf"\b{key}=%?([\w.\-]+)", self.rest)
 
     @property
     def op_name(self) -> str:
         """Where it comes from, as in the source; its own name where nothing says it."""
-        match = re.search(r'op_name="([^"]*)"', self.rest)
-        return match[1] if match else self.name
+        return first(r'op_name="([^"]*)"', self.rest) or self.name
 
 
 @dataclasses.dataclass
@@ -49,6 +47,12 @@ class Computation:
     def find(self, text: str) -> bool:
         """Is there a custom call with this target?"""
         return any(f'custom_call_target="{text}"' in i.rest for i in self if i.op == "custom-call")
+
+
+def first(pattern: str, text: str) -> str:
+    """The group of a pattern's first match in a text; "" where there is none."""
+    match = re.search(pattern, text)
+    return match[1] if match else ""
 
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*->.*\{\s*$")
@@ -109,11 +113,8 @@ def shapes(kind: str) -> list:
 
 def nbytes(kind: str) -> float:
     """Bytes of a type's arrays together, without padding."""
-    return sum(_bits(t) / 8 * math.prod(dims) for t, dims in shapes(kind))
-
-
-def _bits(t) -> int:
-    return BITS[t] if t in BITS else int(re.findall(r"\d+", t)[0])
+    bits = {t: BITS[t] if t in BITS else int(first(r"(\d+)", t)) for t, _ in shapes(kind)}
+    return sum(bits[t] / 8 * math.prod(dims) for t, dims in shapes(kind))
 
 
 # ---- one instruction -----------------------------------------------------------------------
@@ -125,9 +126,9 @@ def _dims(one, computation):
 
 def dot_flops(one: Instruction, computation: Computation) -> float:
     """FLOPs of a dot: two for each product of its sums."""
-    [contracted] = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+    contracted = first(r'lhs_contracting_dim(?:s=|ensions":)[{\[]([^}\]]*)', one.rest)
     left = _dims(one.args[0], computation)
-    depth = math.prod(left[int(d)] for d in contracted.split(",") if d)
+    depth = math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
     return 2 * math.prod(shapes(one.type)[0][1]) * depth
 
 
@@ -136,25 +137,14 @@ def convolution_flops(one: Instruction, computation: Computation) -> float:
     [(left, right, out)] = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     lhs, rhs = (_dims(a, computation) for a in one.args[:2])
     result = shapes(one.type)[0][1]
-    found = re.search(r"window=\{([^}]*)\}", one.rest)
-    window = dict(x.split("=") for x in found[1].split()) if found else {}
+    window = dict(x.split("=") for x in first(r"window=\{([^}]*)\}", one.rest).split())
+    unnamed = dict(size=1, stride=1, pad=0, lhs_dilate=1, rhs_dilate=1)
     flops = 2 * result[out.index("b")] * result[out.index("f")] * rhs[right.index("i")]
-    for d in range(sum(c.isdigit() for c in out)):
-
-        def given(key, default, d=d):
-            return window[key].split("x")[d] if key in window else default
-
-        flops *= _meets(
-            result[out.index(str(d))],
-            lhs[left.index(str(d))],
-            int(given("size", 1)),
-            int(given("stride", 1)),
-            int(given("pad", "0_0").split("_")[0]),
-            int(given("lhs_dilate", 1)),
-            int(given("rhs_dilate", 1)),
-        )
-    groups = re.search(r"batch_group_count=(\d+)", one.rest)
-    return flops / (int(groups[1]) if groups else 1)
+    for d in filter(str.isdigit, out):
+        each = (window[k].split("x")[int(d)] if k in window else n for k, n in unnamed.items())
+        numbers = [int(str(x).split("_")[0]) for x in each]  # of pad=before_after that before
+        flops *= _meets(result[out.index(d)], lhs[left.index(d)], *numbers)
+    return flops / int(first(r"batch_group_count=(\d+)", one.rest) or 1)
 
 
 @functools.cache
@@ -173,25 +163,20 @@ def _meets(n_out, n_in, size, stride, pad, dilate, window_dilate) -> int:
 
 
 def gemm_flops(one: Instruction, computation: Computation) -> float:
-    """A matmul that the GPU compiler gave to cuBLAS."""
-    found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)
-    if not found or not ("$gemm" in one.rest or "$lt$matmul" in one.rest):
-        return 0.0
-    left = _dims(one.args[0], computation)
-    depth = math.prod(left[int(d)] for d in re.findall(r"\d+", found[1]))
-    return 2 * math.prod(shapes(one.type)[0][1]) * depth
+    """A matmul that the GPU compiler gave to cuBLAS; 0 for another custom call."""
+    given = "$gemm" in one.rest or "$lt$matmul" in one.rest
+    given = given and '"lhs_contracting_dimensions"' in one.rest
+    return dot_flops(one, computation) if given else 0.0
 
 
 def group_size(rest: str) -> int:
     """Devices in one group of a collective, from its attributes; 0 = all of them, none named."""
     if "source_target_pairs" in rest:
         return 2
-    found = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    if found:
-        return len(found[1].split(","))
-    found = re.search(r"replica_groups=\[([\d,]+)\]<=", rest)  # groups x devices of a group
-    if found:
-        return int(found[1].split(",")[-1])
+    if listed := first(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(listed.split(","))
+    if counts := first(r"replica_groups=\[([\d,]+)\]<=", rest):  # groups x devices of a group
+        return int(counts.split(",")[-1])
     found = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
     if found:
         sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
@@ -200,38 +185,13 @@ def group_size(rest: str) -> int:
     return 0
 
 
-def payload(kind: str, one: Instruction, operands: float) -> tuple[float, float]:
-    """(bytes of the whole payload, bytes a device sends) of a collective."""
-    n = group_size(one.rest)
-    result = nbytes(one.type)
-    if one.op.endswith("-start"):  # its type holds the operands too
-        result = operands * n if kind == "all-gather" else operands
-    whole = operands if kind == "reduce-scatter" else result
-    share = (n - 1) / n if n else 1.0
-    sends = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
-    return whole, whole * sends
-
-
 def branches(one: Instruction) -> list:
     """The names of the computations of which a conditional runs one."""
-    found = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
-    if found:
-        return re.findall(r"%([\w.\-]+)", found[1])
+    if found := first(r"branch_computations=\{([^}]*)\}", one.rest):
+        return re.findall(r"%([\w.\-]+)", found)
     return [one.attribute("true_computation"), one.attribute("false_computation")]
-
-
-def elements(kind: str) -> list:
-    """The types in a tuple's type."""
-    return re.findall(r"[a-z]\w*\[[\d,]*\]", kind)
 
 
 def index(one: Instruction) -> int:
     """Which element of its tuple a get-tuple-element gives, from 0."""
-    return int(re.findall(r"\bindex=(\d+)", one.rest)[0])
-
-
-def constant(raw: str) -> bool | int | None:
-    """The value of a constant that is one bool or whole number; None for any other."""
-    if raw in ("true", "false"):
-        return raw == "true"
-    return int(raw) if re.fullmatch(r"-?\d+", raw) else None
+    return int(first(r"\bindex=(\d+)", one.rest))

@@ -6,13 +6,14 @@ total only; where a step does not fit, its message names the largest (see `exhau
 
 import dataclasses
 import math
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sftjax.plan.hardware import Target
+from sftjax.plan.hlo_text import first
+from sftjax.training import build
 from sftjax.training.metrics import peak_bytes
 
 if TYPE_CHECKING:
@@ -34,16 +35,10 @@ def held(program: "Program") -> dict:
     """Bytes a device holds between the steps, exactly: its shards of state and batch."""
     parts = {"parameters": program.state.params, "frozen": program.state.frozen}
     parts |= {"optimizer": program.state.opt_state, "batch": program.batch}
-    return {name: local_bytes(tree) for name, tree in parts.items()}
-
-
-def local_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings."""
-    leaves = (x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, _KEY))
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
-_KEY = jax.dtypes.prng_key
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    plain = lambda x: not jax.dtypes.issubdtype(x.dtype, build.KEY)  # noqa: E731
+    leaves = {name: filter(plain, jax.tree.leaves(tree)) for name, tree in parts.items()}
+    return {name: sum(map(size, arrays)) for name, arrays in leaves.items()}
 
 
 def account(program: "Program", compiled: jax.stages.Compiled) -> Account:
@@ -65,7 +60,7 @@ def limit(target: Target) -> float | None:
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     if target.devices[0].platform == "cpu":  # forced devices share the machine's
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / target.n
+        return build.host_memory() / target.n
     return None
 
 
@@ -75,13 +70,11 @@ def exhausted(message: str) -> tuple[float, list]:
     size = r"([\d.]+)([BKMGT])"
     used = re.search(rf"(?:Used |required for \w+ \w+ \(){size}", message)
     total = float(used[1]) * unit[used[2]] if used else 0.0
-    asked = re.search(r"allocating (\d+) bytes", message)
-    total = float(asked[1]) if asked else total
+    total = float(first(r"allocating (\d+) bytes", message) or total)
     found = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         number, scale = re.findall(rf"\A{size}", part)[0]
-        named = re.search(r'op_name="([^"]*)"', part)
-        shape = re.search(r"Shape: (\S+\])", part)
-        what = " ".join(x[1] for x in (shape, named) if x)
+        named = first(r"Shape: (\S+\])", part), first(r'op_name="([^"]*)"', part)
+        what = " ".join(filter(None, named))
         found.append((float(number) * unit[scale], what or part.split("\n")[0]))
     return total, found

@@ -33,23 +33,20 @@ def search(
     found = []
     on_cpu = compile_lib.platform(target) == "cpu"  # whose memory is the host's
     for remat in (r for r in REMAT if r != "offload" or not on_cpu):
-        began, traced = time.monotonic(), None
+        began, traced, shapes = time.monotonic(), None, dataclasses.replace(target, devices=())
         for one, mesh in candidates(config, target, remat):
             if traced is None:
-                program = compile_lib.build(
-                    one, dataclasses.replace(target, devices=()), trained, document
-                )
+                program = compile_lib.build(one, shapes, trained, document)
                 with compile_lib.use(program.mesh):
                     traced = estimate_lib.trace(program)
-            cost, account = estimate_lib.estimate(traced, one, mesh)
-            at = dataclasses.replace(program, config=one, mesh=mesh)
-            basis = "estimated from shapes"
-            found.append((compile_lib.account(at, target, basis, began, cost, account), one))
+            at = dataclasses.replace(program, config=one, mesh=mesh, target=target)
+            needs = estimate_lib.estimate(traced, at)
+            p = compile_lib.account(at, "estimated from shapes", began, *needs)
+            found.append((p, one))
     found.sort(key=lambda x: _rank(x[0]))
     n = (COMPILED if compiled is None else compiled) if target.devices else 0
-    done = [
-        compile_lib.plan(one, target, trained, document) if p.fits else p for p, one in found[:n]
-    ]
+    work = trained, document
+    done = [compile_lib.plan(one, target, *work) if p.fits else p for p, one in found[:n]]
     return sorted(done, key=_rank) + [p for p, _ in found[n:]]
 
 
@@ -99,5 +96,4 @@ def _meshes(target):
 
 def suggestions(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> str:
     """What may fit, from shapes alone, as a table and config lines."""
-    found = search(config, target, trained, document, compiled=0)[:5]
-    return text.table(found)
+    return text.table(search(config, target, trained, document, compiled=0)[:5])

@@ -1,12 +1,10 @@
 """A plan as text: what is held, what is done, what is projected, and what may be done instead."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sftjax.plan.compile import Plan
-
-GIB = 2**30
+from sftjax import parallel
+from sftjax.plan.compile import Plan
+from sftjax.plan.memory_account import GIB
 
 
 def amount(size: float) -> str:
@@ -14,9 +12,9 @@ def amount(size: float) -> str:
     return f"{size / GIB:>9.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:>9.2f} MiB"
 
 
-def report(p: "Plan") -> str:
+def report(p: Plan) -> str:
     """The whole report of one Plan."""
-    sizes = " x ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "of one device"
+    sizes = parallel.mesh_text(p.mesh) or "of one device"
     lines = [
         ("target", p.target),
         ("mesh", f"{sizes}; {p.micro_batches} micro-batches, remat {p.remat}"),
@@ -39,20 +37,13 @@ def _memory(p) -> str:
     rows = [f"{name:<16}{amount(size)}" for name, size in p.memory.items()]
     rows.append(f"{'needed':<16}{amount(p.total)} a device")
     if p.limit is not None:
-        left = p.limit - p.total
-        rows.append(f"{'of':<16}{amount(p.limit)}; {_left(left)}")
+        left = amount(abs(p.limit - p.total)).strip()
+        said = f"{left} remain" if p.total <= p.limit else f"it does NOT fit, {left} over"
+        rows.append(f"{'of':<16}{amount(p.limit)}; {said}")
     if not p.fits:
         rows.append(f"largest: {amount(p.largest[0][0]).strip()}, {p.largest[0][1]}")
         rows += [f"{'':9}{amount(size).strip()}, {what}" for size, what in p.largest[1:5]]
     return "\n".join(rows)
-
-
-def _left(left) -> str:
-    return (
-        f"{amount(left).strip()} remain"
-        if left >= 0
-        else f"it does NOT fit, {amount(-left).strip()} over"
-    )
 
 
 def _flops(p) -> str:
@@ -73,14 +64,12 @@ def _collectives(p) -> str:
 
 
 def _kernels(p) -> str:
-    return "\n".join(
-        f"{name}: {k.count:,} times, {_declared(k)}" for name, k in sorted(p.cost.kernels.items())
-    )
-
-
-def _declared(k) -> str:
-    text = f"{k.flops / 1e12:.4g} TFLOP a device as declared"
-    return text if k.flops else "no cost declared: attention's FLOPs by shapes are projected"
+    rows = []
+    for name, k in sorted(p.cost.kernels.items()):
+        cost = f"{k.flops / 1e12:.4g} TFLOP a device as declared"
+        none = "no cost declared: attention's FLOPs by shapes are projected"
+        rows.append(f"{name}: {k.count:,} times, {cost if k.flops else none}")
+    return "\n".join(rows)
 
 
 def _time(p) -> str:
@@ -98,27 +87,26 @@ def _time(p) -> str:
     )
 
 
-def table(plans: "Sequence[Plan]") -> str:
+def table(plans: Sequence[Plan]) -> str:
     """A search's plans, best first, and the lines of the best that fits."""
-    head = f"{'mesh':<28}{'micro':>6}{'remat':>14}{'GiB':>9}{'s/step':>9}{'MFU':>7}  basis"
-    lines = [head]
+    lines = [f"{'mesh':<28}{'micro':>6}{'remat':>14}{'GiB':>9}{'s/step':>9}{'MFU':>7}  basis"]
     for p in plans:
-        sizes = " ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "one device"
-        t = p.time or {}
-        step = f"{t['step']:.3f}" if t else "-"
-        mfu = f"{t['mfu']:.1%}" if t else "-"
+        sizes = parallel.mesh_text(p.mesh, " ") or "one device"
+        t = p.time
+        step, mfu = (f"{t['step']:.3f}", f"{t['mfu']:.1%}") if t else ("-", "-")
         fits = p.basis if p.fits else f"{p.basis}; does not fit"
         lines.append(
             f"{sizes:<28}{p.micro_batches:>6}{p.remat:>14}{p.total / GIB:>9.2f}{step:>9}{mfu:>7}"
             f"  {fits}"
         )
-    best = next((p for p in plans if p.fits), None)
-    if best is None:
-        return "\n".join([*lines, "Nothing that was tried fits: more devices, or a shorter row."])
-    return "\n".join([*lines, "", "To paste into the config:", *config_lines(best)])
+    if best := next((p for p in plans if p.fits), None):
+        lines += ["", "To paste into the config:", *config_lines(best)]
+    else:
+        lines.append("Nothing that was tried fits: more devices, or a shorter row.")
+    return "\n".join(lines)
 
 
-def config_lines(p: "Plan") -> list:
+def config_lines(p: Plan) -> list:
     """The lines of a config file that set a plan's mesh, micro-batches and remat."""
     sizes = ", ".join(f"{axis}={n}" for axis, n in p.mesh.items())
     return [

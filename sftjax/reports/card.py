@@ -2,27 +2,24 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sftjax.errors import writing
 from sftjax.files import write_atomic
-from sftjax.reports.run import table
+from sftjax.reports.run import table, values
 from sftjax.terminal import printable
-
-if TYPE_CHECKING:
-    from sftjax.training.data import Feed
+from sftjax.training.data import Feed
 
 # What the hub calls the tasks of ours; others have no row.
 PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
 
 
-def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
+def write_card(export: Path, feed: Feed, result: Mapping[str, Any]) -> None:
     """Write README.md into an exported model's directory; result: as train returns it."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     config, after, name = feed.config, result["after"], export.parent.name
     pipeline = PIPELINES.get(config.task)
-    scores = {f"answers/{k}": v for k, v in after.items() if type(v) is float}
     found = [
         EvalResult(
             task_type=pipeline or "other",
@@ -31,7 +28,7 @@ def write_card(export: Path, feed: "Feed", result: Mapping[str, Any]) -> None:
             metric_type=metric,
             metric_value=value,
         )
-        for key, value in (scores | after["losses"]).items()
+        for key, value in values(after).items()
         for set_name, _, metric in [key.partition("/")]
     ]
     drawn = config.model.init == "random"

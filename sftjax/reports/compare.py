@@ -10,16 +10,18 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.errors import DataError, NotFoundError
 from sftjax.evaluation.metrics import METRICS, lower_is_better
-from sftjax.files import read_json, write_atomic
+from sftjax.files import finite, read_json, write_atomic
 from sftjax.reports import curves, html
+from sftjax.reports.html import Part
 from sftjax.reports.run import number
-from sftjax.terminal import in_json, printable, show
+from sftjax.terminal import columns, json_text, show
 from sftjax.training.trackers import flat
 
 # The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so
@@ -62,10 +64,7 @@ def main(argv: Sequence[str]) -> None:
         raise DataError("one model is there to compare; name two or more", kind="setting")
     if options.html:
         write_atomic(options.html, page(sides))
-    if options.json:
-        show(printable(json.dumps(as_json(sides), indent=1, allow_nan=False), in_json))
-    else:
-        show(text(sides))
+    show(json_text(as_json(sides)) if options.json else text(sides))
 
 
 def read(path: Path) -> list[Measured]:
@@ -79,30 +78,24 @@ def read(path: Path) -> list[Measured]:
     every = found.get("results", [found]) if isinstance(found, dict) else []
     if not every or not all(isinstance(one, dict) and "metrics" in one for one in every):
         raise DataError("no result of sftjax evaluate --out", where=str(path), kind="bad_file")
-    return [
-        Measured(
-            f"{one.get('model', path.stem)}",
-            {},
-            {f"{_set(one)}/{k}": v for k, v in one["metrics"].items()},
-            {
-                f"{_set(one)} answers" if name == "answers" else _set(one): v
-                for name, v in one.get("rows", {}).items()
-            },
-        )
-        for one in every
-    ]
+    return [_read_result(one, path) for one in every]
 
 
-def _set(one) -> str:
-    return Path(str(one.get("data", "data"))).stem
+def _read_result(one, path) -> Measured:
+    name, rows = Path(str(one.get("data", "data"))).stem, one.get("rows", {})
+    values = {f"{name}/{k}": v for k, v in one["metrics"].items()}
+    rows = {f"{name} answers" if k == "answers" else name: v for k, v in rows.items()}
+    return Measured(f"{one.get('model', path.stem)}", {}, values, rows)
 
 
 def _read_run(path) -> Measured:
     if not (path / "result.json").is_file():
         raise NotFoundError(f"{path} has no result.json: no run has come to its end there")
     after = read_json(path / "result.json", DataError)["after"]
-    config = read_json(path / "config.json", DataError) if (path / "config.json").is_file() else {}
-    rows = read_json(path / "rows.json", DataError) if (path / "rows.json").is_file() else {}
+    config, rows = (
+        read_json(path / name, DataError) if (path / name).is_file() else {}
+        for name in ("config.json", "rows.json")
+    )
     answers = {f"answers/{k}": v for k, v in after.items() if isinstance(v, float)}
     lines = path / "metrics.jsonl"
     losses = curves.read_losses(lines) if lines.is_file() else {}
@@ -130,16 +123,15 @@ def differences(a: Measured, b: Measured) -> list[Difference]:
     for name, metric, values, about in _common(a, b):
         if all(np.isfinite(x).all() for x in values):
             found.append((f"{name}/{metric}", paired(values[0], values[1], **about)))
-    out, alive = list[Difference](), True
+    out, alive = dict[str, Difference](), True
     # Holm's rule: of several metrics the least likely is held to LEVEL / their number, and so on.
     for rank, (metric, numbers) in enumerate(sorted(found, key=lambda x: x[1][-1])):
         alive = alive and numbers[-1] < LEVEL / (len(found) - rank)
         name, _, last = metric.partition("/")
         less = last in a.rows[name].get("about", {}).get("lower", LOWER) or lower_is_better(last)
         better = ("b" if (numbers[1] < 0) == less else "a") if alive else ""
-        out.append(Difference(metric, *numbers, better))
-    order = [metric for metric, _ in found]
-    return sorted(out, key=lambda one: order.index(one.metric))
+        out[metric] = Difference(metric, *numbers, better)
+    return [out[metric] for metric, _ in found]
 
 
 def left_out(a: Measured, b: Measured) -> list[str]:
@@ -180,15 +172,12 @@ def _common(a, b) -> Iterator[tuple[str, str, list[np.ndarray], dict[str, Any]]]
         about: dict[str, Any] = {}
         if "group" in mine.get("about", {}):
             about["groups"] = [mine["about"]["group"][i] for i in at[0]]
-        weights = [
-            np.asarray(one["about"]["weight"], np.float64)[i]
-            for one, i in zip(sides, at, strict=True)
-            if "weight" in one.get("about", {})
-        ]
+        pairs = list(zip(sides, at, strict=True))
+        known = ((one.get("about", {}).get("weight"), i) for one, i in pairs)
+        weights = [np.asarray(w, np.float64)[i] for w, i in known if w is not None]
         for metric in mine:
             if shared and metric in other and metric not in ("record", "about"):
-                pair = zip(sides, at, strict=True)
-                values = [np.asarray(one[metric], np.float64)[i] for one, i in pair]
+                values = [np.asarray(one[metric], np.float64)[i] for one, i in pairs]
                 own = {"weights": weights} if len(weights) == 2 and metric == "loss" else {}
                 yield name, metric, values, about | own
 
@@ -235,25 +224,12 @@ def paired(
 # ---- shown ---------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A table: its title, the names of its columns, and its rows."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 def parts(sides: Sequence[Measured]) -> list[Part]:
     """The settings that differ, the metrics side by side, and the first against each other."""
     letters = [chr(65 + i) for i in range(len(sides))]
     head = ("", *letters)
-    out = [
-        Part(
-            "Compared",
-            ("", "model"),
-            [(a, one.name) for a, one in zip(letters, sides, strict=True)],
-        )
-    ]
+    models = [(letter, one.name) for letter, one in zip(letters, sides, strict=True)]
+    out = [Part("Compared", ("", "model"), models)]
     if rows := [(k, *map(str, v)) for k, v in settings(sides).items()]:
         out.append(Part("Settings that differ", head, rows))
     metrics = dict.fromkeys(k for one in sides for k in one.values)
@@ -266,16 +242,15 @@ def parts(sides: Sequence[Measured]) -> list[Part]:
         else:
             out.append(Part(f"{letter} and A have no rows in common", (), ()))
         if lacking := left_out(sides[0], other):
-            out.append(
-                Part(f"{letter} and A, not compared row by row", ("",), [[x] for x in lacking])
-            )
+            title = f"{letter} and A, not compared row by row"
+            out.append(Part(title, ("",), [[x] for x in lacking]))
     return out
 
 
 def text(sides: Sequence[Measured]) -> str:
     """The comparison as aligned lines."""
-    found = (f"{part.title}\n{_columns([part.head, *part.rows])}" for part in parts(sides))
-    return "\n\n".join(x.rstrip() for x in found)
+    found = ((part.title, columns([part.head, *part.rows])) for part in parts(sides))
+    return "\n\n".join(f"{title}\n{indent(lines, '  ')}".rstrip() for title, lines in found)
 
 
 def page(sides: Sequence[Measured]) -> str:
@@ -302,20 +277,8 @@ def _line(one: Difference, letter: str) -> list[str]:
     return [one.metric, f"{mean}{unit}", f"{low} to {high}", f"{one.n:,}", f"{one.p:.2g}", said]
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    if not rows[0]:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = (
-        "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-    return "\n".join(f"  {line}" for line in padded)
-
-
 def as_json(sides: Sequence[Measured]) -> dict[str, Any]:
     """The same as JSON holds it."""
-    from sftjax.files import finite
-
     first = sides[0]
     return {
         "models": [one.name for one in sides],

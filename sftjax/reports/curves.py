@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,11 +73,6 @@ def save(figure: Figure, path: str | Path | io.BytesIO, title: str) -> None:
         figure.savefig(path, format="svg", metadata={"Title": title, "Date": None, "Creator": None})
 
 
-def curve_svg(metrics_jsonl_path: str | Path, out_path: str | Path, title: str = "Loss") -> None:
-    """Draw "loss" and every "<set>/loss" of a metrics.jsonl over steps, as one SVG file."""
-    save(loss_figure(read_losses(metrics_jsonl_path), title), out_path, title)
-
-
 def read_losses(metrics_jsonl_path: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The points of "loss" and of every "<set>/loss"; what was not finite has none."""
     series: dict[str, list[tuple[int, float]]] = {}
@@ -98,17 +94,11 @@ def picture(figure: Figure, title: str) -> dict[str, str]:
 @style()
 def loss_figure(series: Mapping[str, Points], title: str) -> Figure:
     """A figure of {"loss" or "<set>/loss": points}; the legend has the last value of each."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    figure, axes = _over_steps(title)
     lines, labels = [], []
-    for i, name in enumerate(sorted(series, key=lambda name: (name != "loss", name))):
-        colour, points = COLOURS[i % len(COLOURS)], series[name]
-        called = "train" if name == "loss" else name.removesuffix("/loss")
+    for i, (name, called, points) in enumerate(_train_first(series)):
         labels.append(f"{called} {points[-1][1]:.4g}")
-        draw = _train if name == "loss" else _validation
-        steps, losses = np.transpose(points)
-        lines.append(draw(axes, steps, losses, colour, MARKERS[i % len(MARKERS)]))
+        lines.append(_draw(axes, name, points, i, i))
     if lines:
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(lines), 4))
     else:
@@ -119,18 +109,13 @@ def loss_figure(series: Mapping[str, Points], title: str) -> Figure:
 @style()
 def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figure:
     """The losses of several runs over each other: a colour a run, dashes for validation."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    figure, axes = _over_steps(title)
     lines, labels = [], []
     for i, (run, series) in enumerate(runs.items()):
-        for n, name in enumerate(sorted(series, key=lambda name: (name != "loss", name))):
-            steps, losses = np.transpose(series[name])
-            draw = _train if name == "loss" else _validation
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[n % len(MARKERS)]
-            lines.append(draw(axes, steps, losses, colour, marker))
+        for n, (name, called, points) in enumerate(_train_first(series)):
+            lines.append(_draw(axes, name, points, i, n))
             lines[-1].set_linestyle("-" if name == "loss" else "--")
-            labels.append(f"{run} {'train' if name == 'loss' else name.removesuffix('/loss')}")
+            labels.append(f"{run} {called}")
     figure.legend(lines, labels, loc="outside lower center", ncols=3)
     return figure
 
@@ -151,16 +136,29 @@ def reliability_figure(bins: Sequence[Mapping[str, float]], title: str) -> Figur
     return figure
 
 
-def _train(axes: Axes, steps, losses, colour, marker):
-    """The line that the legend shows: the losses, or their running mean above them."""
-    if len(steps) < LONG:
-        return axes.plot(steps, losses, color=colour, marker=marker if len(steps) == 1 else "")[0]
-    axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
-    return axes.plot(steps, running_mean(losses, len(losses) // 50), color=colour)[0]
+def _over_steps(title) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    return figure, axes
 
 
-def _validation(axes: Axes, steps, losses, colour, marker):
-    return axes.plot(steps, losses, color=colour, marker=marker)[0]
+def _train_first(series) -> list[tuple[str, str, Points]]:
+    """(name, what the legend calls it, points), in the order in which they are drawn."""
+    names = sorted(series, key=lambda name: (name != "loss", name))
+    return [(k, "train" if k == "loss" else k.removesuffix("/loss"), series[k]) for k in names]
+
+
+def _draw(axes: Axes, name, points, colour: int, marker: int):
+    """The line that the legend shows: losses; of many train losses their running mean above."""
+    steps, losses = np.transpose(points)
+    how: dict[str, Any] = dict(color=COLOURS[colour % len(COLOURS)], marker="")
+    if name == "loss" and len(steps) >= LONG:
+        axes.plot(steps, losses, alpha=0.3, linewidth=1, **how)
+        losses = running_mean(losses, len(losses) // 50)
+    elif name != "loss" or len(steps) == 1:
+        how["marker"] = MARKERS[marker % len(MARKERS)]
+    return axes.plot(steps, losses, **how)[0]
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:

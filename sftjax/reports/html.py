@@ -9,10 +9,18 @@ import base64
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
+
+
+class Part(NamedTuple):
+    """A table: its title, the names of its columns, and its rows."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
 
 
 @functools.cache
@@ -35,16 +43,9 @@ def render(template: str, *, styles: Sequence[str] = (), script: str = "", **val
     """
     style = "\n".join(_asset(name) for name in ("page.css", *styles))
     code = _asset(script) if script else ""
-    text = (
-        _environment()
-        .get_template(template)
-        .render(
-            style=Markup(style),
-            script=Markup(code),
-            csp=csp(style, code, "pictures" in values),
-            **values,
-        )
-    )
+    own = dict(style=Markup(style), script=Markup(code))
+    own["csp"] = csp(style, code, "pictures" in values)
+    text = _environment().get_template(template).render(**own, **values)
     # A browser reads a bare carriage return as a newline, so that no value would keep its own.
     return text.replace("\r", "&#13;") + "\n"
 

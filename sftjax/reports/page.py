@@ -4,25 +4,23 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sftjax import config as config_lib
 from sftjax.errors import DataError, writing
 from sftjax.files import write_atomic
 from sftjax.reports import curves, html
-from sftjax.reports.run import number
+from sftjax.reports.run import measured, number
+from sftjax.tasks import Task
 from sftjax.training import metrics
-
-if TYPE_CHECKING:
-    from sftjax.tasks import Task
-    from sftjax.training.data import Feed
+from sftjax.training.data import Feed
 
 WORST = 20  # rows that are shown of each set
 LONG = 400  # characters of a text that are shown
 RISE = 0.01  # of a validation loss over its lowest, from which a run is said to overfit
 
 
-def write_page(workdir: Path, task: "Task", feed: "Feed", result: Mapping[str, Any]) -> None:
+def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any]) -> None:
     """Write workdir/report.html of a finished run; result: as train returns it."""
     before, after, config = result["before"], result["after"], feed.config
     series = curves.read_losses(workdir / "metrics.jsonl")
@@ -44,7 +42,7 @@ def write_page(workdir: Path, task: "Task", feed: "Feed", result: Mapping[str, A
         title=f"Run {workdir.name}",
         facts=_facts(config, feed, result["steps"]),
         sentences=overfitting(series),
-        measured=list(_measured(before, after)),
+        measured=list(measured(before, after)),
         baselines=list(_baselines(after)),
         pictures=pictures,
         tables=list(_tables(after.get("tables", {}))),
@@ -93,15 +91,6 @@ def _facts(config, feed, steps) -> list[tuple[str, str]]:
     ]
 
 
-def _measured(before, after) -> Iterator[tuple[str, ...]]:
-    errors = after.get("errors", {})
-    scores = {f"answers/{k}": (before.get(k), v) for k, v in after.items() if type(v) is float}
-    pairs = {k: (before["losses"].get(k), v) for k, v in after["losses"].items()}
-    for name, (old, new) in (scores | pairs).items():
-        spread = number(name, errors[name]) if name in errors else ""
-        yield name, number(name, old), number(name, new), spread
-
-
 def _baselines(after) -> Iterator[tuple[str, ...]]:
     for name, baselines in after.get("baselines", {}).items():
         for what, values in baselines.items():
@@ -109,7 +98,7 @@ def _baselines(after) -> Iterator[tuple[str, ...]]:
                 yield f"{name}/{metric}", what, number(metric, value)
 
 
-def _tables(tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _tables(tables: Mapping[str, Any]) -> Iterator[html.Part]:
     """Confusion matrices, the labels one by one, calibration; of others, their JSON."""
     for name, found in tables.items():
         kind = name.rpartition("/")[2]
@@ -126,10 +115,10 @@ def _tables(tables: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             rows = [tuple(f"{one[k]:.1%}" for k in keys) for one in found]
         else:
             head, rows = (), [(json.dumps(found),)]
-        yield {"title": name, "head": head, "rows": rows}
+        yield html.Part(name, head, rows)
 
 
-def _worst(task, feed, after) -> Iterator[dict[str, Any]]:
+def _worst(task, feed, after) -> Iterator[html.Part]:
     """The rows of each set whose loss is largest."""
     for name, found in after.get("rows", {}).items():
         source = feed.opened.get(name)
@@ -138,11 +127,7 @@ def _worst(task, feed, after) -> Iterator[dict[str, Any]]:
         pairs = sorted(zip(found["loss"], found["record"], strict=True), reverse=True)[:WORST]
         reader = feed.readers.get(name, task)
         rows = [(source.where(i), f"{loss:.3f}", _text(reader, source, i)) for loss, i in pairs]
-        yield {
-            "title": f"{name}: the rows with the largest loss",
-            "head": ("row", "loss", "text"),
-            "rows": rows,
-        }
+        yield html.Part(f"{name}: the rows with the largest loss", ("row", "loss", "text"), rows)
 
 
 def _text(task, source, i) -> str:
@@ -159,7 +144,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]} ..."
 
 
-def _answers(task, feed, before, after) -> Iterator[dict[str, Any]]:
+def _answers(task, feed, before, after) -> Iterator[html.Part]:
     """Questions that are answered, those that are wrong first."""
     if not feed.questions or "answers" not in after:
         return
@@ -174,11 +159,8 @@ def _answers(task, feed, before, after) -> Iterator[dict[str, Any]]:
         asked = task.tokenizer.decode(one.prompt, skip_special_tokens=True)
         texts = (asked, one.answer, before["answers"][i], after["answers"][i])
         rows.append(tuple(_short(x if isinstance(x, str) else " | ".join(x)) for x in texts))
-    yield {
-        "title": f"Answers, those of the lowest {metric} first" if metric else "Answers",
-        "head": ("question", "wanted", "before", "after"),
-        "rows": rows,
-    }
+    title = f"Answers, those of the lowest {metric} first" if metric else "Answers"
+    yield html.Part(title, ("question", "wanted", "before", "after"), rows)
 
 
 def _speed(path) -> list[tuple[str, str]]:

@@ -1,6 +1,8 @@
 """What a run shows at its end: the table before and after, samples, and where things lie."""
 
 import json
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,36 +11,43 @@ import jax
 from sftjax.errors import writing
 from sftjax.evaluation.metrics import METRICS
 from sftjax.files import finite, write_atomic
-from sftjax.terminal import show
+from sftjax.terminal import columns, show
 
 if TYPE_CHECKING:
     from sftjax.tasks import Task
     from sftjax.training.data import Feed
 
 
-def table(before: dict[str, Any], after: dict[str, Any]) -> str:
+def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """A before/after table of what the answers and each set score, with standard errors.
 
     Under it, what each set's baselines score: answers that need no model.
     """
-    rows: list[tuple[str, ...]] = [("", "before", "after")]
-    scores = {k: v for k, v in after.items() if isinstance(v, float)}
-    pairs = [(f"answers/{k}", before.get(k), v) for k, v in scores.items()]
-    pairs += [(k, before["losses"].get(k), v) for k, v in after["losses"].items()]
-    errors = after.get("errors", {})
-    for name, old, new in pairs:
-        spread = f" ± {number(name, errors[name])}" if name in errors else ""
-        rows.append((name, number(name, old), number(name, new) + spread))
-    widths = [max(len(r[i]) for r in rows) for i in range(3)]
-    lines = [
-        f"  {r[0].ljust(widths[0])}  {r[1].rjust(widths[1])}  {r[2].ljust(widths[2])}".rstrip()
-        for r in rows
-    ]
+    rows = [("", "before", "after")]
+    for name, old, new, error in measured(before, after):
+        rows.append((name, old, f"{new} ± {error}" if error else new))
+    lines = [textwrap.indent(columns(rows, right=(1,)), "  ")]
     for name, baselines in after.get("baselines", {}).items():
         for what, values in baselines.items():
             said = (f"{k} {number(k, v)}" for k, v in values.items())
             lines.append(f"  {name}, {what}: {', '.join(said)}")
     return "\n".join(lines)
+
+
+def values(found: Mapping[str, Any]) -> dict[str, float]:
+    """{"<set>/<metric>": value} of what Evaluator.full returns; "answers" is a set too."""
+    answers = {f"answers/{k}": v for k, v in found.items() if isinstance(v, float)}
+    return answers | found["losses"]
+
+
+def measured(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, str]]:
+    """(name, before, after, standard error) of all values, as they are shown."""
+    old, errors = values(before), after.get("errors", {})
+    for name, new in values(after).items():
+        error = number(name, errors[name]) if name in errors else ""
+        yield name, number(name, old.get(name)), number(name, new), error
 
 
 def number(name: str, value: float | None) -> str:

@@ -5,17 +5,16 @@ lost its power may leave it, is said in a note, and the rest is shown.
 """
 
 import argparse
-import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from sftjax.errors import NotFoundError
 from sftjax.files import parse_json
-from sftjax.terminal import in_json, printable, show
+from sftjax.terminal import json_text, show
 from sftjax.training import lock as lock_lib
 
 # A step's folder is whole when it has all of these. training/checkpoint/disk.py says the same, and
@@ -33,10 +32,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     found = status(options.workdir)
-    if options.json:
-        show(printable(json.dumps(found, indent=1, allow_nan=False), in_json))
-    else:
-        show(text(found))
+    show(json_text(found) if options.json else text(found))
 
 
 def status(workdir: Path | str) -> dict[str, Any]:
@@ -74,8 +70,10 @@ def status(workdir: Path | str) -> dict[str, Any]:
     eta = None
     if state == "running" and isinstance(steps, int) and isinstance(last.get("step_time"), float):
         eta = last["step_time"] * max(steps - step, 0)
-    metric = run.get("best") or _get(config, "eval", "best") or ""
-    best = _best(measured, metric, run.get("lower"))
+    section = config.get("eval")
+    metric = run.get("best") or (isinstance(section, dict) and section.get("best")) or ""
+    there = [line for line in measured if line["step"] in kept]  # of them eval.best names one
+    best, still = (_best(lines, metric, run.get("lower")) for lines in (measured, there))
     return dict(
         workdir=str(workdir),
         state=state,
@@ -90,7 +88,7 @@ def status(workdir: Path | str) -> dict[str, Any]:
         evaluated=measured[-1]["step"] if measured else None,
         best=best,
         checkpoints=dict(
-            steps=kept, newest=newest, best=_best_kept(measured, metric, run, kept), bytes=size
+            steps=kept, newest=newest, best=still.get(metric, {}).get("step"), bytes=size
         ),
         written=_time(workdir / "metrics.jsonl"),
         export=(workdir / "export" / "config.json").exists(),
@@ -143,7 +141,8 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 except ValueError:
                     line = None
                 if isinstance(line, dict) and type(line.get("step")) is int:
-                    yield {k: v for k, v in line.items() if not _infinite(v)}
+                    plain = (x for x in line.items() if type(x[1]) is not float or isfinite(x[1]))
+                    yield dict(plain)
                 else:
                     torn += 1
     except FileNotFoundError:
@@ -152,10 +151,6 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path.name} can't be read: {e.strerror}")
     if torn:
         notes.append(f"{path.name}: {torn} torn line{'s' * (torn > 1)} left out")
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _checkpoints(folder: Path) -> tuple[list[int], int]:
@@ -179,38 +174,22 @@ def _metrics(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if "/" in k and not k.startswith(OF_TRAINING)}
 
 
-def _lower(metric: str, said: Any) -> bool:
-    return said if isinstance(said, bool) else metric.rpartition("/")[2] in LOWER
-
-
 def _best(measured: list[dict], metric: str, lower: Any) -> dict[str, Any]:
     """{metric: {value, step}} of eval.best, or of each set's loss where that is empty."""
-    names = dict.fromkeys(k for line in measured for k in _metrics(line))
+    names = dict.fromkeys(k for line in measured for k in _metrics(line) if k.endswith("/loss"))
     out = {}
-    for name in [metric] if metric else [k for k in names if k.endswith("/loss")]:
+    for name in [metric] if metric else names:
         found = [(line[name], line["step"]) for line in measured if _is_number(line.get(name))]
         if found:
-            choose = min if _lower(name, lower if metric else None) else max
-            value, step = choose(found, key=lambda pair: pair[0])
+            known = metric and isinstance(lower, bool)
+            less = lower if known else name.rpartition("/")[2] in LOWER
+            value, step = (min if less else max)(found, key=lambda pair: pair[0])
             out[name] = dict(value=value, step=step)
     return out
 
 
-def _best_kept(measured: list[dict], metric: str, run: dict, kept: list[int]) -> int | None:
-    """The step of the best checkpoint among those kept; None where eval.best names no metric."""
-    there = [line for line in measured if line["step"] in kept]
-    found = _best(there, metric, run.get("lower")) if metric else {}
-    return found[metric]["step"] if found else None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _get(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def _time(path: Path) -> float | None:

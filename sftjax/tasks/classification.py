@@ -3,6 +3,7 @@
 It is read from a body's first or last token. A document may be a pair of texts.
 """
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, read_model
 from sftjax.tasks.texts import Labelled, Texts
+from sftjax.terminal import columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -368,7 +370,4 @@ def confusion_text(table: dict) -> str:
     """A confusion matrix as aligned lines."""
     head = ["", *table["labels"]]
     rows = [head, *([n, *row] for n, row in zip(table["labels"], table["rows"], strict=True))]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  " + "  ".join(str(x).rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows
-    )
+    return textwrap.indent(columns(rows, range(len(head))), "  ")

@@ -24,7 +24,7 @@ from sftjax.data.mixing import stream
 from sftjax.data.packing import truncate as lengths_lib
 from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import TokenStore, facts_of
-from sftjax.evaluation.sets import ANSWERS, Sets
+from sftjax.evaluation.sets import ANSWERS, Sets, tokenised
 from sftjax.parallel import processes
 
 FEW = 10  # steps that are said to be few
@@ -67,7 +67,7 @@ class Feed(Sets):
         where = workdir if jax.process_index() == 0 else None
         rows = prepare.training_rows(c, task, self.cache, where)
         self.notes += [tag + note for note in rows.notes]
-        self.stores.append(self.tokenised(rows.train, rows.task, c))
+        self.stores.append(tokenised(rows.train, rows.task, c, self.cache))
         self.records.append(rows.train)
         self.facts["data"][source.name] = facts_of(rows.train, self.stores[-1])
         if rows.validation:

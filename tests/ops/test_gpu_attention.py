@@ -7,10 +7,10 @@ import pytest
 import tiny
 
 import sftjax
+from benchmarks.gpu import stand_in
 from sftjax import parallel
 from sftjax.ops import attention as attention_lib
 from sftjax.ops.attention.triton import NOBODY, Blocks, How, block_map, ranges, triton
-from sftjax.plan import hardware as targets
 
 SMALL = (Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 4, 2))  # many blocks a row
 
@@ -158,7 +158,7 @@ def test_lowers_for_cuda_without_a_score_matrix(N, K, H, how):
     half = [jax.ShapeDtypeStruct((1, S, n, H), jnp.bfloat16) for n in (N, K, K)]
     where = [jax.ShapeDtypeStruct((1, S), jnp.int32)] * 2
     sinks = jax.ShapeDtypeStruct((N,), jnp.float32)
-    with targets.stand_in(targets.parse("gpu-h100")):
+    with stand_in():
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*half, sinks, *where)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 3

@@ -82,8 +82,6 @@ def test_a_loop_that_ends_by_data_is_named_and_assumed():
     (loop,) = hlo.analyze(text).loops
     assert not loop.known and loop.trips == 1 and "while" in loop.name
     assert hlo.analyze(text, assume=6).flops == 6 * 2 * 8**3
-    assert hlo.analyze(text, assume={"while": 4}).flops == 4 * 2 * 8**3
-    assert hlo.analyze(text, assume={"no such loop": 4}).flops == 2 * 8**3
 
 
 def test_an_outer_counter_does_not_pass_for_a_fixed_limit():
@@ -180,7 +178,7 @@ def test_bytes_of_a_collective_in_a_loop(mesh, kind, group, fn, payload, sends):
     assert list(cost.collectives) == [(kind, group)]
     found = cost.collectives[kind, group]
     assert (found.count, found.bytes, found.wire) == (6, 6 * payload, 6 * sends)
-    assert cost.collective_bytes == 6 * payload
+    assert sum(c.bytes for c in cost.collectives.values()) == 6 * payload
     assert cost.async_share == 0 and found.async_bytes == 0  # the CPU's are not
 
 
@@ -269,7 +267,7 @@ def test_a_collective_in_flight_counts_once_and_what_hides_it():
     assert apart.hidden == 100
     assert cost.async_share == 512 / 1024
     assert cost.flops == 2 * 4 * 6 * 4
-    assert cost.cycles == {"matmul": 100, "other": 30} and cost.by_op["jit(f)/mul"] == 100
+    assert cost.cycles == {"matmul": 100, "other": 30}
     assert cost.summary()["collectives"]["all-gather x8"]["bytes"] == 256
 
 

@@ -105,7 +105,7 @@ def test_flops_by_shapes_are_those_of_the_compiled_step(compiled, case):
     program, _, p = compiled(case)
     with plan.use(program.mesh):
         traced = estimate_lib.trace(program)
-    cost, account = estimate_lib.estimate(traced, program.config, program.mesh)
+    cost, account = estimate_lib.estimate(traced, program)
     assert cost.flops * 8 == pytest.approx(p.hardware_flops, rel=0.05)
     assert account.parts["parameters"] == memory.held(program)["parameters"]
     assert p.model_flops <= p.hardware_flops

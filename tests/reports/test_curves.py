@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sftjax.reports import curves
-from sftjax.reports.curves import COLOURS, curve_svg, loss_figure, read_losses, running_mean
+from sftjax.reports.curves import COLOURS, loss_figure, read_losses, running_mean, save
 
 
 def drawn(figure):
@@ -67,9 +67,9 @@ def test_the_file_is_one_svg_the_same_each_time(tmp_path, n):
     lines += [{"step": n, "loss": None}]
     path, out = tmp_path / "metrics.jsonl", tmp_path / "curve.svg"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines if n))
-    curve_svg(path, out, "a & b")
+    save(loss_figure(read_losses(path), "a & b"), out, "a & b")
     first = out.read_bytes()
-    curve_svg(path, out, "a & b")
+    save(loss_figure(read_losses(path), "a & b"), out, "a & b")
     assert out.read_bytes() == first and b"date" not in first
     root = ElementTree.fromstring(first)
     assert root.find("{*}title").text == "a & b"

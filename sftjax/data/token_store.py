@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from sftjax.data.records.notes import Notes, said
 from sftjax.data.records.protocols import RecordSource, RejectSink
 from sftjax.data.records.rejects import Rejects, check
 from sftjax.errors import DataError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
@@ -37,7 +36,6 @@ COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 BUILDING = ".building-"  # prefix of a store being written
 STALE = 3600  # seconds
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
-logger = logging.getLogger(__name__)
 
 
 class TokenStore:
@@ -126,7 +124,7 @@ def build_store(
         _write_atomically(folder, source, task, *settings)
     store = TokenStore(folder)
     for warning in [*said(store.report["left_out"]), *task.warnings(store.report)]:
-        logger.warning("%s", printable(warning))
+        warn(warning)
     return store
 
 

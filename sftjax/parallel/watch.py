@@ -8,7 +8,6 @@ times as well, so that a slow host can be named.
 
 import atexit
 import contextlib
-import logging
 import os
 import secrets
 import selectors
@@ -20,7 +19,7 @@ import time
 from collections.abc import Iterator
 
 from sftjax.errors import ProcessError, UserError
-from sftjax.terminal import printable, show
+from sftjax.terminal import show, warn
 
 GRACE = 4.0  # seconds for an error of our own, after another process has left by one
 NAMED = 2.0  # seconds to hear which process is lost, after an error of our own
@@ -141,12 +140,11 @@ class Watch:
             slow = slow_ones(line)
             self._slow = {id: self._slow.get(id, 0) + 1 for id in slow}
         for id in (id for id, lines in self._slow.items() if lines == LINES):
-            logging.getLogger("sftjax").warning(
-                "process %d of %d, on %s, is slow: in %d lines of the log its own part of a step"
-                " took %.3g s of %.3g s, and the others waited for it. See whether its data, its"
-                " processors or its disk are slower.",
-                *(id, len(self.hosts), printable(self.hosts[id]), LINES, max(line[id][1:])),
-                line[id][0],
+            took = f"{max(line[id][1:]):.3g} s of {line[id][0]:.3g} s"
+            warn(
+                f"process {id} of {len(self.hosts)}, on {self.hosts[id]}, is slow: in {LINES} lines"
+                f" of the log its own part of a step took {took}, and the others waited for it. See"
+                " whether its data, its processors or its disk are slower."
             )
 
     def _leave(self):

@@ -8,7 +8,6 @@ said.
 import hashlib
 import importlib.metadata
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ import numpy as np
 
 from sftjax.errors import CheckpointError
 from sftjax.files import read_json, write_atomic
-from sftjax.terminal import printable
-
-logger = logging.getLogger("sftjax")
+from sftjax.training.log import warn
 
 
 def make_manifest(config: Mapping, identity: Mapping, **facts: Any) -> dict:
@@ -103,9 +100,9 @@ def _check(directory, old, new):
             " workdir."
         )
     sets = _compared(old.get("evaluation"), new.get("evaluation"))
-    if sets and jax.process_index() == 0:
+    if sets:
         text = "evaluation is by other rows from now on, so its metrics may differ: "
-        logger.warning("%s", printable(text + "; ".join(sets)))
+        warn(text + "; ".join(sets))
 
 
 def _number(value) -> int:

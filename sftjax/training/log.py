@@ -11,9 +11,9 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from sftjax import terminal
 from sftjax.config import ConfigError
 from sftjax.parallel import processes
-from sftjax.terminal import show
 from sftjax.training import metrics
 from sftjax.training.trackers import Tracker
 
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 def say(what: str, text: str) -> None:
     """One labelled line (or several, aligned) on standard output, from process 0 only."""
     if jax.process_index() == 0:
-        show(f"{what:<10}" + text.replace("\n", "\n" + " " * 10))
+        terminal.show(f"{what:<10}" + text.replace("\n", "\n" + " " * 10))
+
+
+def warn(text: object) -> None:
+    """A warning, from process 0 only."""
+    if jax.process_index() == 0:
+        terminal.warn(text)
 
 
 class Log:

@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line, speed and memory."""
 
 import json
-import logging
 import math
 import resource
 import sys
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
 from sftjax.files import check_regular, parse_json, write_atomic
-from sftjax.terminal import printable, show
+from sftjax.terminal import printable, show, warn
 from sftjax.training.trackers import Tracker
 
 # ---- writing -------------------------------------------------------------------------------
@@ -162,13 +161,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
             else:
                 yield line, parsed
     if damaged:
-        logging.getLogger("sftjax").warning(
-            "%s: %d line%s damaged and left out, first line %d",
-            printable(path),
-            len(damaged),
-            "s are" if len(damaged) > 1 else " is",
-            damaged[0],
-        )
+        lines = f"{len(damaged)} line{'s are' if len(damaged) > 1 else ' is'}"
+        warn(f"{path}: {lines} damaged and left out, first line {damaged[0]}")
 
 
 def _line(text) -> dict | None:

@@ -1,7 +1,6 @@
 """What may differ between a run and its resumption: keys, versions, evaluation sets."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +12,12 @@ from sftjax import config as config_lib
 from sftjax.errors import ConfigError
 from sftjax.evaluation.sets import ANSWERS
 from sftjax.files import parse_json, read_json
-from sftjax.terminal import printable
+from sftjax.training.log import warn
 
 if TYPE_CHECKING:
     from sftjax.training.data import Feed
 
-logger = logging.getLogger("sftjax")
 MOST = 10  # lines of keys that differ
-
-
-def warn(text: str) -> None:
-    """A line on standard error, from process 0 only."""
-    if jax.process_index() == 0:
-        logger.warning("%s", printable(text))
 
 
 def check_config(file: Path, new: Mapping, began: Path) -> None:

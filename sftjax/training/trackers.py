@@ -7,7 +7,6 @@ MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of 
 import contextlib
 import hashlib
 import importlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from sftjax.errors import ConfigError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
-logger = logging.getLogger(__name__)
 PROJECT = "sftjax"
 
 
@@ -80,7 +78,7 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
         except ConfigError:
             raise
         except Exception as e:  # whatever a package of others may raise
-            logger.warning("%s does not begin, and gets no numbers: %s", name, printable(str(e)))
+            warn(f"{name} does not begin, and gets no numbers: {e}")
     return begun
 
 
@@ -102,7 +100,7 @@ def guarded(name: str, tracker: Tracker) -> Tracker:
             try:
                 fn(*args)
             except Exception as e:  # whatever a package of others may raise
-                logger.warning("%s did not take a run's numbers: %s", name, printable(str(e)))
+                warn(f"{name} did not take a run's numbers: {e}")
 
         return call
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import platform
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError, writing
 from sftjax.files import read_json, refuse_url, write_atomic
-from sftjax.terminal import printable
-from sftjax.training import resume
+from sftjax.training import log, resume
 from sftjax.training.identity import make_manifest, sha256, version
 
 if TYPE_CHECKING:
@@ -108,9 +106,8 @@ def _trained(workdir):
 
 def warn(config: ConfigDict) -> None:
     """Say on standard error what of a config a run rarely has on purpose."""
-    if jax.process_index() == 0:
-        for line in config_lib.unusual(config):
-            logging.getLogger("sftjax").warning("%s", printable(line))
+    for line in config_lib.unusual(config):
+        log.warn(line)
 
 
 def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:

@@ -6,7 +6,6 @@ records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
@@ -29,7 +28,7 @@ from sftjax.data.records.rejects import Rejects
 from sftjax.data.records.sources import Source, find_files
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
 if TYPE_CHECKING:
     from sftjax.tasks import Task
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 BINS = 256  # rows packed at a time
 EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
 SAMPLE = 2000  # records looked at before training
-logger = logging.getLogger(__name__)
 
 
 def _read(path, start):
@@ -297,7 +295,7 @@ class _Documents(grain.DatasetIterator):
         encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects, self.notes)
         new = {what: n for what, n in self.notes.counts.items() if what not in known}
         for line in said(new):  # of a stream each thing is said when it first comes
-            logger.warning("%s: %s, of %d read", s.name, printable(line), len(chunk))
+            warn(f"{s.name}: {line}, of {len(chunk)} read")
         self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
 
     def get_state(self):

@@ -10,7 +10,6 @@ import codecs
 import csv
 import io
 import json
-import logging
 import mmap
 import re
 from bisect import bisect_right
@@ -25,9 +24,8 @@ from sftjax.data.records import failures
 from sftjax.data.records.failures import excerpt, readable, unreadable
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
-logger = logging.getLogger(__name__)
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # A compressed file may grow to so many bytes, and by so many times its size. Text grows 3 to 20
 # times; a file made to fill memory and disks grows a thousand times and more.
@@ -448,12 +446,10 @@ def _read_tsv(path):
     table = _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
     wrapped = [i for i in range(len(table)) if any(map(_is_wrapped, table[i].values()))]
     if wrapped:
-        logger.warning(
-            "fields that are wrapped in quotes are read with their quotes, as others have quotes "
-            "of their own: in %d row%s, first in %s",
-            len(wrapped),
-            "s" * (len(wrapped) > 1),
-            printable(table.where(wrapped[0])),
+        warn(
+            "fields that are wrapped in quotes are read with their quotes, as others have quotes of"
+            f" their own: in {len(wrapped)} row{'s' * (len(wrapped) > 1)}, first in "
+            + table.where(wrapped[0])
         )
     return table
 

@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
 from sftjax.files import finite, read_json
 from sftjax.parallel import processes
-from sftjax.terminal import printable
 from sftjax.training.checkpoint import disk, seal
 from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
 from sftjax.training.checkpoint.disk import check_writable
@@ -37,11 +36,11 @@ from sftjax.training.checkpoint.table import (
     to_table,
 )
 from sftjax.training.identity import check_manifest, make_manifest
+from sftjax.training.log import warn
 
 __all__ = ["CheckpointError", "Checkpointer", "abstract_like", "check_writable", "make_manifest"]
 
 FAILURES = 3  # saves in a row that may fail before the run ends
-logger = logging.getLogger("sftjax")
 
 
 class Checkpointer:
@@ -221,14 +220,10 @@ class Checkpointer:
             return
         if self._failures >= FAILURES:
             self.wait()
-        if jax.process_index() == 0:
-            left = FAILURES - self._failures
-            logger.warning(
-                "%s\nTraining goes on, and the next checkpoint that is due is tried; if %s too, the"
-                " run ends.",
-                printable(self._failed),
-                "it fails" if left == 1 else f"{left} in a row fail",
-            )
+        left = FAILURES - self._failures
+        fails = "it fails" if left == 1 else f"{left} in a row fail"
+        goes_on = "Training goes on, and the next checkpoint that is due is tried"
+        warn(f"{self._failed}\n{goes_on}; if {fails} too, the run ends.")
 
     def _collect(self) -> bool:
         """Take the outcome of the save under way, if there is one. Has it failed?"""
@@ -299,8 +294,8 @@ class Checkpointer:
         errors, warnings = zip(*processes.gather(found), strict=True)
         if any(errors):
             raise CheckpointError(max(errors))
-        if jax.process_index() == 0 and any(warnings):
-            logger.warning("%s", printable(max(warnings)))
+        if any(warnings):
+            warn(max(warnings))
 
     # ---- restoring ----
 
@@ -347,12 +342,9 @@ class Checkpointer:
             problem = seal.damage(folder, jax.process_index(), jax.process_count())
         elif self._companions(step).get("sealed"):
             problem = f"{seal.NAME} is missing"
-        elif jax.process_index() == 0:
-            logger.warning(
-                "checkpoint %s is of an older version, without %s: its files are not verified",
-                printable(folder),
-                seal.NAME,
-            )
+        else:
+            old = f"is of an older version, without {seal.NAME}: its files are not verified"
+            warn(f"checkpoint {folder} {old}")
         return next((text for text in processes.gather(problem) if text), "")
 
     def _read(self, step, abstract_state) -> tuple[Any, dict]:
@@ -389,13 +381,10 @@ class Checkpointer:
         if jax.process_index() == 0:
             for lost, text in sorted(wrong.items()):
                 name = disk.set_aside(self.directory, lost)
-                logger.warning(
-                    "%s",
-                    printable(
-                        f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set"
-                        f" aside as {name}. The newest intact one, of step {step}, is taken:"
-                        f" {lost - step} steps are repeated."
-                    ),
+                warn(
+                    f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set aside"
+                    f" as {name}. The newest intact one, of step {step}, is taken: {lost - step}"
+                    " steps are repeated."
                 )
         multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
 
@@ -410,8 +399,7 @@ class Checkpointer:
             disk.sweep(self.directory)
             for step, text in wrong.items():
                 name = disk.set_aside(self.directory, step)
-                text = f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}"
-                logger.warning("%s", printable(text))
+                warn(f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}")
         multihost_utils.sync_global_devices("sftjax: checkpoint directory is clean")
 
     # ---- which there are ----

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -20,19 +20,7 @@ from ml_collections import ConfigDict, config_dict
 from sftjax.errors import ConfigError
 from sftjax.files import refuse_url, url_problem
 from sftjax.training.config_file import line_of, load
-from sftjax.training.durations import amount, duration, epochs
-
-__all__ = [
-    "ConfigError",
-    "amount",
-    "check",
-    "duration",
-    "epochs",
-    "get_default",
-    "load",
-    "override",
-]
-__all__ += ["parse", "to_dict", "unusual"]
+from sftjax.training.durations import amount, duration, epochs  # noqa: F401 (offered here)
 
 
 def get_default() -> ConfigDict:
@@ -270,16 +258,14 @@ _CHOICES = {
     "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
 }
 CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split()}
-DURATIONS: tuple[str, ...]
-DURATIONS = ("train.duration", "train.log_every", "train.checkpoint_every", "eval.every")
-DURATIONS += ("optim.warmup", "optim.decay_phase")
+DURATIONS = """train.duration train.log_every train.checkpoint_every eval.every
+optim.warmup optim.decay_phase""".split()
 # Keys that name files and folders, several with commas; relative ones are taken from where a run
 # began, also by its resumption elsewhere.
-PATHS: tuple[str, ...]
-PATHS = ("task", "model.path", "data.train", "data.validation", "data.test", "data.tokenizer")
-PATHS += ("data.template", "data.cache_dir")
+PATHS = """task model.path data.train data.validation data.test data.tokenizer data.template
+data.cache_dir""".split()
 # Tuples of names, which may also be written with commas.
-NAMES = (*"data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split(),)
+NAMES = "data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split()
 WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row
 RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.trainable": (bool, "True or False"),
@@ -287,10 +273,8 @@ RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.decay": (float, "a number of 0 or more"),
 }
 # Keys of `data` that an entry of data.sources may set for its rows alone.
-OWN: tuple[str, ...]
-OWN = ("limit", "fields", "roles", "train_on", "stop_token", "reasoning", "system", "overlong")
-OWN += ("template_kwargs", "clean", "split", "augment", "augment_copies", "on_error")
-OWN += ("max_skipped",)
+OWN = """limit fields roles train_on stop_token reasoning system overlong template_kwargs clean
+split augment augment_copies on_error max_skipped""".split()
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -483,3 +467,12 @@ def unusual(config: ConfigDict) -> list[str]:
 def to_dict(config: ConfigDict) -> dict:
     """Plain nested dict (tuples as lists), for config.json."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4} of a nested config."""
+    out = dict[str, Any]()
+    for key, value in config.items():
+        inner = isinstance(value, Mapping)
+        out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return out

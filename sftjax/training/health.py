@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError, DivergenceError, writing
+from sftjax.files import finite
 from sftjax.step import TrainState
 from sftjax.terminal import warn
 from sftjax.training.log import say
@@ -98,10 +99,7 @@ class Health:
         how = self.how[reason]
         if self.streak >= self.most and how != "log" and not self.ill:
             self.ill = (how, self._message(step))
-        found = {"step": step, "reason": reason, "loss": loss, "grad_norm": norm}
-        line = {
-            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in found.items()
-        }
+        line = finite({"step": step, "reason": reason, "loss": loss, "grad_norm": norm})
         line["documents"] = self.feed.documents(step)
         if jax.process_index() == 0:
             with writing("the file", self.path), self.path.open("a", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from sftjax import terminal
 from sftjax.config import ConfigError
+from sftjax.files import finite
 from sftjax.parallel import processes
 from sftjax.training import metrics
 from sftjax.training.trackers import Tracker
@@ -115,8 +116,8 @@ class Log:
 
         None is a number that is not finite.
         """
-        found = [{k: float(v) for k, v in m.items()} for m in jax.device_get(self._window)]
-        return [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in found]
+        window = jax.device_get(self._window)
+        return finite([{k: float(v) for k, v in m.items()} for m in window])
 
     def close(self, rest: bool = True) -> None:
         """Write the lines that are left and close the files.

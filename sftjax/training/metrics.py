@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line, speed and memory."""
 
 import json
-import math
 import resource
 import sys
 import time
@@ -13,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
-from sftjax.files import check_regular, parse_json, write_atomic
+from sftjax.files import check_regular, finite, parse_object, write_atomic
 from sftjax.terminal import printable, show, warn
 from sftjax.training.trackers import Tracker
 
@@ -66,7 +65,7 @@ class Writer:
         if self._file is None:
             return
         values = {name: _number(name, value) for name, value in values.items()}
-        line = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = finite(values)
         with writing("the file", self._file.name):
             self._file.write(json.dumps({"step": int(step), **line}, allow_nan=False) + "\n")
         if self._board:
@@ -166,11 +165,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def _line(text) -> dict | None:
-    try:
-        parsed = parse_json(text)
-    except ValueError:
-        return None
-    if not isinstance(parsed, dict) or type(parsed.get("step")) is not int:
+    parsed = parse_object(text)
+    if type(parsed.get("step")) is not int:
         return None
     plain = (type(v) in (int, float) and abs(v) < 1e300 for v in parsed.values() if v is not None)
     return parsed if all(plain) else None

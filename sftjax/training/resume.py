@@ -11,7 +11,7 @@ import jax
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError
 from sftjax.evaluation.sets import ANSWERS
-from sftjax.files import parse_json, read_json
+from sftjax.files import read_json, read_object
 from sftjax.training.log import warn
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
             f"{e}. Put back an intact copy; or, if this is the config that the run began with,"
             " delete the file: the next start writes it anew."
         ) from None
-    before, now = _flat(old), _flat(new)
+    before, now = config_lib.flat(old), config_lib.flat(new)
     keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     keys = [k for k in keys if _meant(k, before.get(k), began) != _meant(k, now.get(k), began)]
     keys = [k for k in keys if not k.startswith(config_lib.FREE)]
@@ -98,23 +98,7 @@ def _meant(key, value, began):
     return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
 
 
-def _flat(tree, prefix="") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return out
-
-
 # ---- env.json ------------------------------------------------------------------------------
-
-
-def read_environment(file: Path) -> dict[str, Any] | None:
-    """env.json; None where there is none, or none that can be read."""
-    try:
-        found = parse_json(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
@@ -122,12 +106,12 @@ def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
 
     It says which versions differ from the last start's, and sets a file aside that is torn.
     """
-    old = read_environment(file)
-    if old is None and file.exists() and jax.process_index() == 0:
+    old = read_object(file)
+    if not old and file.exists() and jax.process_index() == 0:
         aside = file.with_name(f"{file.name}.damaged")
         os.replace(file, aside)
         warn(f"{file} is damaged; it is set aside as {aside.name}, and written anew")
-    if old is None or not trained:
+    if not old or not trained:
         return new
     starts: Any = old.get("resumed")
     starts = starts if isinstance(starts, list) else []

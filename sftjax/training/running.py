@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sftjax.errors import LockedError, UserError
-from sftjax.files import parse_json, write_atomic
+from sftjax.files import read_object, write_atomic
 from sftjax.parallel import processes
 from sftjax.training import stops
 from sftjax.training.lock import Lock
@@ -44,7 +44,7 @@ class Run:
             problem = processes.gather(problem)[0]
         if problem:
             raise LockedError(problem)
-        self._said: dict[str, Any] = _read(self.workdir / NAME)
+        self._said = read_object(self.workdir / NAME)  # of the last start
         stop.leaving = self._left
 
     @contextlib.contextmanager
@@ -93,11 +93,3 @@ class Run:
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What run.json said at the last start; {} where that can't be read."""
-    with contextlib.suppress(OSError, ValueError):
-        value = parse_json(path.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-    return {}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sftjax import config as config_lib
 from sftjax.errors import ConfigError
 from sftjax.terminal import warn
 
@@ -74,7 +75,7 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
     begun = []
     for name in mine:
         try:
-            begun.append(guarded(name, TRACKERS[name](workdir, key, flat(config))))
+            begun.append(guarded(name, TRACKERS[name](workdir, key, config_lib.flat(config))))
         except ConfigError:
             raise
         except Exception as e:  # whatever a package of others may raise
@@ -116,12 +117,3 @@ def package(name: str) -> Any:
             f"train.trackers={name!r} needs the package {name}, which is not installed: pip install"
             f" 'sftjax[{name}]'"
         ) from None
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 1e-4} of a nested config."""
-    out = dict[str, Any]()
-    for key, value in config.items():
-        inner = isinstance(value, Mapping)
-        out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return out

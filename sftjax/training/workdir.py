@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError, writing
-from sftjax.files import read_json, refuse_url, write_atomic
+from sftjax.files import read_json, read_object, refuse_url, write_atomic
 from sftjax.training import log, resume
 from sftjax.training.identity import make_manifest, sha256, version
 
@@ -90,7 +90,7 @@ def began_in(workdir: Path) -> Path:
 
     Here, for a run that begins, or whose first directory is not there any more.
     """
-    here, found = Path.cwd(), resume.read_environment(workdir / "env.json") or {}
+    here, found = Path.cwd(), read_object(workdir / "env.json")
     if not _trained(workdir) or not isinstance(found.get("directory"), str):
         return here
     first = Path(found["directory"])

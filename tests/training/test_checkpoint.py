@@ -17,15 +17,10 @@ import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sftjax.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    abstract_like,
-    check_writable,
-    disk,
-    make_manifest,
-    seal,
-)
+from sftjax.training.checkpoint import Checkpointer, CheckpointError, disk, seal
+from sftjax.training.checkpoint.disk import check_writable
+from sftjax.training.checkpoint.table import abstract_like
+from sftjax.training.identity import make_manifest
 
 
 @struct.dataclass

@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 from test_checkpoint import assert_same, make_state, raw, run_python, spoiled
 
-from sftjax.training.checkpoint import (
-    Checkpointer,
-    abstract_like,
-)
+from sftjax.training.checkpoint import Checkpointer
+from sftjax.training.checkpoint.table import abstract_like
 
 FULL_DISK = """
 import logging, resource, signal, sys, time

@@ -4,7 +4,6 @@ A split's name is matched by whole parts of a path: "train" is in "train-00000-o
 in "train/0.jsonl", not in "training_notes.jsonl" or "pretrain.jsonl".
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
@@ -12,6 +11,7 @@ from typing import Any
 
 from sftjax.data.records.readers import COMPRESSED, READERS
 from sftjax.errors import DataError
+from sftjax.files import read_object
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 # What `datasets` writes beside the data.
@@ -45,7 +45,7 @@ def data_files(folder: Path) -> list[Path]:
 
 def _saved(folder) -> list[Path] | None:
     """The files that `save_to_disk` names, in order; None of a folder that it did not write."""
-    state = _json(folder / "state.json")
+    state = read_object(folder / "state.json")
     named = state.get("_data_files")
     if not isinstance(named, list):
         return None
@@ -59,14 +59,6 @@ def _saved(folder) -> list[Path] | None:
         problem = f"state.json names {missing[0].name}, which is not there"
         raise DataError(problem, where=folder, kind="no_file")
     return list(dict.fromkeys(files))
-
-
-def _json(path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # --- splits -------------------------------------------------------------------------------------
@@ -109,7 +101,7 @@ def configurations(folder: Path, files: Sequence[Path], guess: bool = False) -> 
     if named:
         return named
     relative = {f: f.relative_to(folder) for f in files}
-    names = [name for name in _json(folder / "dataset_infos.json") if name]
+    names = [name for name in read_object(folder / "dataset_infos.json") if name]
     by_name = {n: [f for f in files if n in relative[f].parts[:-1]] for n in names}
     if len(names) > 1 and all(by_name.values()):
         return {name: {"": own} for name, own in by_name.items()}

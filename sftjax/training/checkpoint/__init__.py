@@ -23,23 +23,15 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
-from sftjax.files import finite, read_json
+from sftjax.files import finite, read_object
 from sftjax.parallel import processes
 from sftjax.training.checkpoint import disk, seal
 from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
-from sftjax.training.checkpoint.disk import check_writable
-from sftjax.training.checkpoint.table import (
-    abstract_like,
-    check_table,
-    from_table,
-    placed,
-    to_table,
-)
-from sftjax.training.identity import check_manifest, make_manifest
+from sftjax.training.checkpoint.table import check_table, from_table, placed, to_table
+from sftjax.training.identity import check_manifest
 from sftjax.training.log import warn
 
-__all__ = ["CheckpointError", "Checkpointer", "abstract_like", "check_writable", "make_manifest"]
-
+EXTRA = "extra/metadata"  # of a checkpoint: what is beside its state
 FAILURES = 3  # saves in a row that may fail before the run ends
 
 
@@ -47,7 +39,7 @@ class Checkpointer:
     """The checkpoints of one run, in one directory on a disk that all processes share.
 
     directory: created when absent; a CheckpointError says when it cannot be written.
-    manifest: see make_manifest; a directory made by another identity raises CheckpointError.
+    manifest: see identity.make_manifest; a directory of another identity raises CheckpointError.
     keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
     besides ("" = none), best_mode: "min" or "max". Use it as a context manager, or call close().
 
@@ -71,7 +63,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self.manifest, self.keep = manifest, keep
         self.best_metric, self._lower = best_metric, best_mode == "min"
-        check_writable(self.directory)
+        disk.check_writable(self.directory)
         if manifest is not None:
             check_manifest(self.directory, manifest)
         self._set_aside_incomplete()
@@ -109,7 +101,7 @@ class Checkpointer:
             return False
         self._check_newer(step)
         table = to_table(state)
-        beside = {"extra/metadata": self._extra(extra), "metrics/metrics": self._metrics(metrics)}
+        beside = {EXTRA: self._extra(extra), "metrics/metrics": self._metrics(metrics)}
         self._agreement, problem = Agreement(), self._begin(step)
         if not problem:
             try:
@@ -305,7 +297,7 @@ class Checkpointer:
         Damaged ones that are newer are said, and renamed (`12.damaged`), never deleted.
 
         abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
-        mesh (see abstract_like). Raises NotFoundError when there is no such checkpoint, and
+        mesh (see table.abstract_like). Raises NotFoundError when there is no such checkpoint, and
         CheckpointError where none is intact, or naming every leaf whose name, shape or dtype is
         another.
         """
@@ -340,7 +332,7 @@ class Checkpointer:
         folder, problem = self.directory / str(step), ""
         if seal.is_sealed(folder):
             problem = seal.damage(folder, jax.process_index(), jax.process_count())
-        elif self._companions(step).get("sealed"):
+        elif read_object(folder / EXTRA).get("sealed"):
             problem = f"{seal.NAME} is missing"
         else:
             old = f"is of an older version, without {seal.NAME}: its files are not verified"
@@ -364,16 +356,9 @@ class Checkpointer:
                 f" {_reason(e)}\nOther complete steps there:"
                 f" {[s for s in self.all_steps() if s != step]}"
             ) from e
-        extra = self._companions(step)
+        extra = read_object(folder / EXTRA)
         extra.pop("sealed", None)
         return from_table(table, abstract_state), extra
-
-    def _companions(self, step) -> dict:
-        """The `extra` of a checkpoint; {} where it is damaged, which is found elsewhere."""
-        with contextlib.suppress(CheckpointError):
-            found = read_json(self.directory / str(step) / "extra" / "metadata", CheckpointError)
-            return found if isinstance(found, dict) else {}
-        return {}
 
     def _go_back(self, wrong: Mapping[int, str], step: int) -> None:
         """Set the damaged ones aside, and say what that costs."""

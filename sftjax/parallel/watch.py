@@ -23,7 +23,7 @@ from sftjax.terminal import show, warn
 
 GRACE = 4.0  # seconds for an error of our own, after another process has left by one
 NAMED = 2.0  # seconds to hear which process is lost, after an error of our own
-JOIN = 60.0  # seconds for all to connect
+JOIN = 60  # seconds for all to connect
 SLOW, LINES = 1.5, 3  # times the median, in so many lines of the log one after the other
 SHARE = 0.1  # of a step's time that the excess has to be
 
@@ -186,9 +186,14 @@ def listen(family: socket.AddressFamily, host: str) -> tuple[socket.socket, int,
     return server, server.getsockname()[1], secrets.token_hex(16)
 
 
-def accept(server: socket.socket, word: str, processes: int) -> dict[int, socket.socket]:
-    """The connections of all other processes. Raises: ProcessError."""
-    peers, deadline = dict[int, socket.socket](), time.monotonic() + JOIN
+def accept(
+    server: socket.socket, word: str, processes: int, seconds: float = JOIN, fix: str = ""
+) -> dict[int, socket.socket]:
+    """The connections of all other processes; each says `word` and its id.
+
+    Raises: ProcessError, with `fix`, where one has not come within `seconds`.
+    """
+    peers, deadline = dict[int, socket.socket](), time.monotonic() + seconds
     with server:
         while len(peers) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -201,12 +206,13 @@ def accept(server: socket.socket, word: str, processes: int) -> dict[int, socket
                     continue  # somebody else's, who says nothing
                 missing = ", ".join(str(id) for id in range(1, processes) if id not in peers)
                 raise ProcessError(
-                    f"process {missing} of {processes} did not connect to process 0 in {JOIN:g} s"
+                    f"after {seconds} s, process {missing} of {processes} has not come{fix}"
                 ) from None
             except (OSError, UnicodeDecodeError):
                 continue
-            if said[:-8] == word and said[-8:].isdecimal():
-                peers[int(said[-8:])] = _kept(peer)
+            id = said[len(word) :]
+            if said.startswith(word) and id.isdecimal() and 0 < int(id) < processes:
+                peers[int(id)] = _kept(peer)
             else:
                 peer.close()
     return peers

@@ -107,10 +107,6 @@ class Log:
         self._left = time.monotonic()
         self._last += self._left - began
 
-    def write(self, step: int, values: Mapping) -> None:
-        """Record {name: number} of one step beside the loop's own lines, at once."""
-        self.writer.write(step, values)
-
     def state(self) -> list[dict[str, float | None]]:
         """The metrics of the steps since the last line, for the checkpoint: a line is of all.
 
@@ -150,9 +146,8 @@ class Log:
         values["data_wait"] = waited / seconds
         # Here alone the loop waits for the devices, and through them for other processes.
         processes.told(values["step_time"], [waited / len(window), own / len(window)])
-        mfu = metrics.mfu(
-            self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count()
-        )
+        kind, n = jax.devices()[0].device_kind, jax.device_count()
+        mfu = metrics.mfu(self.flops, values["step_time"], kind, n)
         values |= {} if mfu is None else {"mfu": mfu}
         values["peak_memory"] = metrics.peak_memory()[0]
         self.writer.write(step, values)

@@ -41,7 +41,7 @@ class Checkpointer:
     directory: created when absent; a CheckpointError says when it cannot be written.
     manifest: see identity.make_manifest; a directory of another identity raises CheckpointError.
     keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
-    besides ("" = none), best_mode: "min" or "max". Use it as a context manager, or call close().
+    besides ("" = none), lower: is less of it better. Use it as a context manager, or call close().
 
     A save that fails (a full disk, a missing permission) is said, and the next one tried; the
     FAILURES-th in a row raises CheckpointError. Process 0 seals what all have written.
@@ -54,15 +54,13 @@ class Checkpointer:
         manifest: Mapping | None = None,
         keep: int = 2,
         best_metric: str = "",
-        best_mode: str = "min",
+        lower: bool = True,
     ) -> None:
-        if keep < 1 or best_mode not in ("min", "max"):
-            raise ConfigError(
-                f"keep={keep}, best_mode={best_mode!r}; expected keep >= 1 and 'min' or 'max'"
-            )
+        if keep < 1:
+            raise ConfigError(f"keep={keep}; expected keep >= 1")
         self.directory = Path(directory).absolute()
         self.manifest, self.keep = manifest, keep
-        self.best_metric, self._lower = best_metric, best_mode == "min"
+        self.best_metric, self._lower = best_metric, lower
         disk.check_writable(self.directory)
         if manifest is not None:
             check_manifest(self.directory, manifest)
@@ -153,11 +151,10 @@ class Checkpointer:
                 self._check_there()
                 for name, value in beside.items():
                     if value is not None:
+                        text = json.dumps(finite(value), allow_nan=False)
                         path = self._saving(step) / name
                         path.parent.mkdir()
-                        path.write_text(
-                            json.dumps(finite(value), allow_nan=False), encoding="utf-8"
-                        )
+                        path.write_text(text, encoding="utf-8")
                 disk.commit(self._saving(step), self.directory / str(step))
                 with contextlib.suppress(OSError):  # the next save deletes what this one could not
                     disk.remove(self.directory, self._unwanted())
@@ -165,15 +162,16 @@ class Checkpointer:
             agreement.wait("committed", 1)
         except Exception as e:
             with contextlib.suppress(Exception):  # the others may be gone
-                agreement.fail(_reason(e))
+                agreement.post("failed", _reason(e) or "it failed")
             if jax.process_index() == 0:
                 disk.sweep(self.directory)  # what it has written may fill the disk
             problem = e
         self._outcome = step, problem
 
     def _unwanted(self) -> list[int]:
-        steps = list(disk.steps(self.directory))
-        best = self._best(self.all_steps())
+        steps, best = list(disk.steps(self.directory)), None
+        if self.best_metric:
+            best = disk.best(self.directory, self.all_steps(), self.best_metric, self._lower)
         return [s for s in steps[: -self.keep] if s != best]
 
     def check(self) -> None:
@@ -291,40 +289,30 @@ class Checkpointer:
 
     # ---- restoring ----
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, extra) of `step`, or of the newest checkpoint whose files are intact.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+        """(state, extra) of the newest checkpoint whose files are intact.
 
         Damaged ones that are newer are said, and renamed (`12.damaged`), never deleted.
 
         abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
-        mesh (see table.abstract_like). Raises NotFoundError when there is no such checkpoint, and
-        CheckpointError where none is intact, or naming every leaf whose name, shape or dtype is
-        another.
+        mesh. Raises NotFoundError when there is no checkpoint, and CheckpointError where none is
+        intact, or naming every leaf whose name, shape or dtype is another.
         """
         self.wait()
-        steps = self.all_steps()
-        if not steps or (step is not None and step not in steps):
-            raise NotFoundError(
-                f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory};"
-                f" complete steps there: {steps or 'none'}"
-            )
-        wrong: dict[int, str] = {}
-        for at in reversed(steps) if step is None else [step]:
-            wrong[at] = self._damage(at)
-            if not wrong[at]:
-                try:
-                    found = self._read(at, abstract_state)
-                except _Damaged as e:
-                    wrong[at] = str(e)
-            if not wrong[at]:
-                del wrong[at]
-                self._go_back(wrong, at)
-                return found
-        if step is not None:
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} is damaged: {wrong[step]}\nMove it away;"
-                f" other complete steps there: {[s for s in steps if s != step]}"
-            )
+        wrong, steps = dict[int, str](), self.all_steps()
+        if not steps:
+            raise NotFoundError(f"no checkpoint in {self.directory}; complete steps there: none")
+        for at in reversed(steps):
+            if text := self._damage(at):
+                wrong[at] = text
+                continue
+            try:
+                found = self._read(at, abstract_state)
+            except _Damaged as e:
+                wrong[at] = str(e)
+                continue
+            self._go_back(wrong, at)
+            return found
         raise disk.none_is_whole(self.directory, wrong)
 
     def _damage(self, step) -> str:
@@ -397,16 +385,6 @@ class Checkpointer:
         """The newest step completely on disk."""
         return max(self.all_steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """The step with the best best_metric among those kept; None when none was evaluated."""
-        self.wait()
-        return self._best(self.all_steps())
-
-    def _best(self, steps) -> int | None:
-        if not self.best_metric:
-            return None
-        return disk.best(self.directory, steps, self.best_metric, self._lower)
-
 
 class _Damaged(Exception):
     """A checkpoint of an older version that can't be read."""
@@ -440,8 +418,5 @@ def _reason(error) -> str:
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     text = (str(error).strip().splitlines() or [""])[0]
-    return (
-        f"{text[:300]}"
-        if isinstance(error, (OSError, CheckpointError))
-        else (f"{type(error).__name__}: {text[:300]}")
-    )
+    named = not isinstance(error, (OSError, CheckpointError))
+    return f"{type(error).__name__}: " * named + text[:300]

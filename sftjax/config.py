@@ -8,7 +8,6 @@ import argparse
 import ast
 import contextlib
 import difflib
-import functools
 import json
 import math
 import re
@@ -215,24 +214,20 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),
     "data.prefetch": (0, 10_000),
-    "train.keep eval.batch_size generate.batch_size": (1, 2**31),
+    "train.keep train.bad_steps loss.chunk_tokens eval.batch_size generate.batch_size": (1, 2**31),
     "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
-    "train.bad_steps": (1, 2**31),
     "data.shuffle_window data.augment_copies data.clean.ngram model.vocab_multiple": (1, 2**31),
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
-    "loss.label_smoothing optim.floor": (0, 1),
+    "loss.label_smoothing optim.floor generate.top_p": (0, 1),
     "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
-    "train.spike": (0, math.inf),
     "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
-    "loss.chunk_tokens": (1, 2**31),
     "mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert": (-1, 2**20),
     "mesh.processes": (1, 2**20),
     "mesh.process_id": (0, 2**20),
     "mesh.timeout train.grace": (1, 10**6),
-    "generate.temperature": (0, math.inf),
+    "generate.temperature train.spike": (0, math.inf),
     "generate.top_k": (0, 2**31),
-    "generate.top_p": (0, 1),
 }
 RANGES = {key: limits for keys, limits in _RANGES.items() for key in keys.split()}
 # Numbers that are allowed, and said: more than this, and why that is worth a line.
@@ -293,10 +288,9 @@ def parse(
     for name, default in flags.items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true")
-            continue
-        kind = type(default) if default is not None else str
-        required = default is None
-        parser.add_argument(f"--{name}", type=kind, default=default, required=required)
+        else:
+            kind = str if default is None else type(default)
+            parser.add_argument(f"--{name}", type=kind, default=default, required=default is None)
     known, rest = parser.parse_known_args(argv)
     for name in ("config", *flags):
         refuse_url(f"--{name}", getattr(known, name), ConfigError)
@@ -311,20 +305,16 @@ def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]
 
     options: the others that there are, for the message of a ConfigError.
     """
-    overridden, i = set[str](), 0
-    while i < len(argv):
-        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", argv[i], re.DOTALL)
+    overridden, words = set[str](), iter(argv)
+    for word in words:
+        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
         if not match:
-            raise ConfigError(f"unknown option {argv[i]}; the options are {', '.join(options)}")
-        value = match[2]
+            raise ConfigError(f"unknown option {word}; the options are {', '.join(options)}")
+        value = next(words, None) if match[2] is None else match[2]
         if value is None:
-            i += 1
-            if i == len(argv):
-                raise ConfigError(f"--config.{match[1]} needs a value")
-            value = argv[i]
+            raise ConfigError(f"--config.{match[1]} needs a value")
         override(config, match[1], value)
         overridden.add(match[1])
-        i += 1
     return overridden
 
 
@@ -456,12 +446,12 @@ def _wrong_rule(rule, name):
 
 def unusual(config: ConfigDict) -> list[str]:
     """A line for each value that is allowed, and that a run rarely has on purpose."""
-    lines = []
-    for key, (most, why) in UNUSUAL.items():
-        value = functools.reduce(getattr, key.split("."), config)
-        if value > most:
-            lines.append(f"{key}={value:g} is more than {most:g}: {why}")
-    return lines
+    values = flat(config.to_dict())
+    return [
+        f"{key}={values[key]:g} is more than {most:g}: {why}"
+        for key, (most, why) in UNUSUAL.items()
+        if values[key] > most
+    ]
 
 
 def to_dict(config: ConfigDict) -> dict:

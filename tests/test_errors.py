@@ -346,6 +346,7 @@ WRONG = [
     ("c.data.max_length = 0", 4, "data.max_length=0: expected"),
     ("c.data.workers = 10**9", 4, "data.workers=1000000000: expected a number from 0 to 1024"),
     ("c.data.temperature = 0.0", 4, "data.temperature=0.0: expected"),
+    ("c.data.shuffle_window = 0", 4, "data.shuffle_window=0: expected a number from 1"),
     ("c.data.clean.near = 2.0", 4, "data.clean.near=2.0: expected a number from 0 to 1"),
     ("c.mesh.process_id = -1", 4, "mesh.process_id=-1: expected a number from 0 to"),
     ("c.mesh.timeout = 10**12", 4, "mesh.timeout=1000000000000: expected"),

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sftjax.config import flat
 from sftjax.errors import DataError, NotFoundError
 from sftjax.evaluation.metrics import METRICS, lower_is_better
 from sftjax.files import read_json, write_atomic
 from sftjax.reports import curves, html
 from sftjax.reports.run import number
 from sftjax.terminal import in_json, printable, show
+from sftjax.training.trackers import flat
 
 # The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so
 # that 200 comparisons of equals stay below 5% too (benchmarks/compare_null.py).

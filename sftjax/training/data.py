@@ -261,11 +261,10 @@ class Feed(Sets):
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
         given = zip(self.sources, amounts, self.stores, strict=True)
-        own = {s.name: tasks.make(s.config, self.task.tokenizer) for s in self.sources}
-        specs = [
-            stream.Spec.of(s, own[s.name], weight, store.report["left_out"])
-            for s, weight, store in given
-        ]
+        specs = []
+        for s, weight, store in given:
+            task = tasks.make(s.config, self.task.tokenizer)
+            specs.append(stream.Spec.of(s, task, weight, store.report["left_out"]))
         d = self.config.data
         host = stream.batches(
             specs,

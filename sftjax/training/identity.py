@@ -85,8 +85,8 @@ def _check(directory, old, new):
         if not lines:
             lines = [f"{k}: {was[k]!r} there, {now[k]!r} now" for k in differing]
             if differing == ["tokenised data"]:
-                lines += ["the files, tokenizer and template are the same: this version of sftjax"]
-                lines[-1] += " makes something else of them"
+                same = "the files, tokenizer and template are the same"
+                lines.append(f"{same}: this version of sftjax makes something else of them")
         text = "\n".join(f"  {line}" for line in lines)
         raise CheckpointError(
             f"{directory} holds checkpoints of another run:\n{text}\n"
@@ -147,7 +147,9 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if np.array_equal(before, after):
         return ""
     parts = []
-    if all(_whole(facts) for facts in (old, new)) and len(was) > 1:
+    # Are they all rows of their files, one file after the other?
+    whole = all(x["rows"] == sum(f["rows"] for f in x["files"]) for x in (old, new))
+    if whole and len(was) > 1:
         apart = _parts(was, before), _parts(now, after)
         for name in sorted(was.keys() & now.keys()):
             if text := compare_rows(apart[0][name], apart[1][name]):
@@ -155,12 +157,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         parts += [f"{name} is new" for name in sorted(now.keys() - was.keys())]
         parts += [f"{name} is not there any more" for name in sorted(was.keys() - now.keys())]
         return "; ".join(parts) or "the same files in another order"
-    names = ", ".join(now)
-    return (
-        f"{names}: {compare_rows(before, after)}"
-        if len(now) == 1
-        else (f"{compare_rows(before, after)} ({_by_file(was, now)})")
-    )
+    text = compare_rows(before, after)
+    return f"{next(iter(now))}: {text}" if len(now) == 1 else f"{text} ({_by_file(was, now)})"
 
 
 def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
@@ -200,11 +198,6 @@ def _rows(facts) -> np.ndarray | None:
         return np.load(Path(facts["store"]) / "rows.npy") if facts["store"] else None
     except (OSError, ValueError):
         return None
-
-
-def _whole(facts) -> bool:
-    """Are a source's rows all rows of its files, one file after the other?"""
-    return facts["rows"] == sum(f["rows"] for f in facts["files"])
 
 
 def _parts(files, rows) -> dict[str, np.ndarray]:

@@ -53,12 +53,11 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
         text = "; ".join(show(k) for k in measures)
         warn(f"evaluation differs from now on, so its metrics may too: {text}")
     if "train.duration" in keys:
-        rates = _rates_that_depend(now)
-        warn(
-            f"the duration is another from now on: {show('train.duration')}"
-            + (f". Its learning rates, by {rates}, are those of such a run" if rates else "")
-            + (" from here on, not those of a run that began so" if rates else "")
-        )
+        text = f"the duration is another from now on: {show('train.duration')}"
+        if rates := _rates_that_depend(now):
+            text += f". Its learning rates, by {rates}, are those of such a run from here on, not"
+            text += " those of a run that began so"
+        warn(text)
 
 
 def _refused(key, before, now) -> str | None:
@@ -79,15 +78,11 @@ def _refused(key, before, now) -> str | None:
 
 def _rates_that_depend(config) -> str:
     """The keys by which the learning rate of a step depends on the number of all steps."""
-    found = []
-    if config["optim.schedule"] in ("linear", "cosine", "wsd"):
-        found.append(f"optim.schedule={config['optim.schedule']}")
-    found += [
-        f"{key}={config[key]}"
-        for key in ("optim.warmup", "optim.decay_phase")
-        if "%" in config[key] and (key == "optim.warmup" or config["optim.schedule"] == "wsd")
-    ]
-    return " and ".join(found)
+    schedule = config["optim.schedule"]
+    keys = ["optim.schedule"] if schedule in ("linear", "cosine", "wsd") else []
+    shares = ("optim.warmup", "optim.decay_phase") if schedule == "wsd" else ("optim.warmup",)
+    keys += [key for key in shares if "%" in config[key]]
+    return " and ".join(f"{key}={config[key]}" for key in keys)
 
 
 def _meant(key, value, began):

@@ -5,6 +5,7 @@ MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sftjax import config as config_lib
+from sftjax.config import flat
 from sftjax.errors import ConfigError
 from sftjax.terminal import warn
 
@@ -75,7 +76,7 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
     begun = []
     for name in mine:
         try:
-            begun.append(guarded(name, TRACKERS[name](workdir, key, config_lib.flat(config))))
+            begun.append(guarded(name, TRACKERS[name](workdir, key, flat(config))))
         except ConfigError:
             raise
         except Exception as e:  # whatever a package of others may raise
@@ -96,16 +97,13 @@ def closing(begun: Sequence[Tracker]) -> Iterator[None]:
 def guarded(name: str, tracker: Tracker) -> Tracker:
     """A tracker whose failure is said, and never ends a run."""
 
-    def of(fn: Callable) -> Callable:
-        def call(*args: Any) -> None:
-            try:
-                fn(*args)
-            except Exception as e:  # whatever a package of others may raise
-                warn(f"{name} did not take a run's numbers: {e}")
+    def call(fn: Callable, *args: Any) -> None:
+        try:
+            fn(*args)
+        except Exception as e:  # whatever a package of others may raise
+            warn(f"{name} did not take a run's numbers: {e}")
 
-        return call
-
-    return Tracker(of(tracker.write), of(tracker.close))
+    return Tracker(*(functools.partial(call, fn) for fn in tracker))
 
 
 def package(name: str) -> Any:

@@ -116,11 +116,8 @@ def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
     And the config.json of a model that has one; besides, by what a difference is explained.
     """
     identity, task = {"tokenised data": feed.identity}, feed.task
-    hashes = {
-        "how rows are read (the chat template, special tokens)": json.dumps(
-            task.key(), sort_keys=True, default=str
-        )
-    }
+    reading = json.dumps(task.key(), sort_keys=True, default=str)
+    hashes = {"how rows are read (the chat template, special tokens)": reading}
     if task.tokenizer is not None:
         hashes["the tokenizer"] = task.tokenizer.backend_tokenizer.to_str()
     if getattr(model, "source", None) is not None:

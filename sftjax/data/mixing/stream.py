@@ -17,7 +17,7 @@ import numpy as np
 from grain import experimental as graph
 from ml_collections import ConfigDict
 
-from sftjax.config import ConfigError
+from sftjax.config import ConfigError, flat
 from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing.mixture import name_seed
 from sftjax.data.packing.pack import Batch
@@ -83,8 +83,6 @@ def identity(spec: str) -> str:
 def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False) -> None:
     """Raises: ConfigError for what a stream can't do. fixed: a task's examples are no documents."""
     d = config.data
-    if d.shuffle_window < 1:
-        raise ConfigError(f"data.shuffle_window={d.shuffle_window}; expected 1 or more rows")
     if not d.streaming:
         return
     text = config.train.duration
@@ -100,19 +98,17 @@ def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False)
         )
     refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
     for source in sources:
-        own = source.config.data
-        refused |= {key: own[key] for key in ("limit", "augment") if own[key]}
-        refused |= {"clean.rules": own.clean.rules} if own.clean.rules else {}
-        refused |= {"split.share": own.split.share} if own.split.share else {}
+        own = flat(source.config.data.to_dict())
+        keys = ("limit", "augment", "clean.rules", "split.share")
+        refused |= {key: own[key] for key in keys if own[key]}
         if len(sources) > 1 and source.weight is None and not source.replay:
             raise ConfigError(
                 f"data.streaming: the size of {source.name!r} is not known; give it a weight"
             )
-    for key in refused:
-        if refused[key]:
-            raise ConfigError(
-                f"data.{key} can't be had with data.streaming; take it out, or tokenise first"
-            )
+    if there := [key for key, value in refused.items() if value]:
+        raise ConfigError(
+            f"data.{there[0]} can't be had with data.streaming; take it out, or tokenise first"
+        )
 
 
 class Spec(NamedTuple):
@@ -276,7 +272,6 @@ class _Documents(grain.DatasetIterator):
                 raise DataError(
                     f"nothing is trained in {chunks * CHUNK} rows one after the other",
                     f"check data.max_length={self.length} with sftjax inspect",
-                    joint=": ",
                     where=self.source.paths,
                     kind="nothing_trained",
                 )

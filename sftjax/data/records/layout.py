@@ -139,15 +139,13 @@ def _of_entry(folder, files, entry) -> Files:
         return {"": [f for f in files if f.relative_to(folder).as_posix().startswith(base)]}
     found: Files = {}
     for one in given if isinstance(given, list) else [given]:
-        split, patterns = ("train", one) if not isinstance(one, dict) else _pair(one)
+        split, patterns = "train", one
+        if isinstance(one, dict):
+            split, patterns = str(one.get("split", "train")), one.get("path", [])
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             own = _matching(folder, files, base + str(pattern))
             found.setdefault(split, []).extend(own)
     return found
-
-
-def _pair(one):
-    return str(one.get("split", "train")), one.get("path", [])
 
 
 def _matching(folder, files, pattern) -> list[Path]:
@@ -186,8 +184,7 @@ def chosen(repo: str, folder: Path, asked: str) -> list[Path]:
             )
         own = named[first]
     else:
-        own = next(iter(named.values()), {"": files})
-        only = next(iter(named), "default")
+        only, own = next(iter(named.items()), ("default", {"": files}))
         if split and first != only:
             problem = f"no configuration {first!r}; its only one is {only!r}"
             raise DataError(problem, where=repo, kind="no_configuration")
@@ -226,10 +223,10 @@ def of_folder(folder: Path) -> list[Path]:
     if len(named) > 1:
         problem = f"{folder} holds several configurations ({_some(named)})"
         fix = "name the folder or the files to use"
-        raise DataError(problem, fix, joint=": ", kind="mixed_splits")
+        raise DataError(problem, fix, kind="mixed_splits")
     if len({split_of(f.relative_to(folder)) for f in files}) > 1:
         problem = f"{folder} holds several splits ({_some(f.name for f in files)})"
-        raise DataError(problem, "name the files to use", joint=": ", kind="mixed_splits")
+        raise DataError(problem, "name the files to use", kind="mixed_splits")
     return files
 
 

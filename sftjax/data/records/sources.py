@@ -107,7 +107,7 @@ def open_source(spec: str, limit: int = 0) -> Source:
         readers += [Nested(reader, lists.strip()) for reader in opened] if lists else opened
     if not readers:
         fix = "set data.train=FILE (JSONL, JSON, Parquet, CSV)"
-        raise DataError("no data file is named", fix, joint=": ", kind="setting")
+        raise DataError("no data file is named", fix, kind="setting")
     return Source(readers, limit)
 
 

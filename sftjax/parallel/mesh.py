@@ -57,8 +57,7 @@ def make_mesh(
 def mesh_shape(sizes: Mapping[str, int] | None, n: int) -> list[int]:
     """The sizes of the five axes over n devices."""
     sizes = dict(sizes or {})
-    unknown = set(sizes) - set(AXES)
-    if unknown:
+    if unknown := set(sizes) - set(AXES):
         raise MeshError(f"unknown mesh axis {sorted(unknown)}; the axes are {', '.join(AXES)}")
     shape = [int(sizes.get(a, 1)) for a in AXES]
     asked = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))

@@ -212,8 +212,7 @@ def _added_text(model, trainable, new) -> str:
         table: [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
         for table in ("embed/w", "head/w")
     }
-    frozen = [table for table, found in parts.items() if found and not any(found)]
-    if frozen:
+    if frozen := [table for table, found in parts.items() if found and not any(found)]:
         text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
     return text
 

@@ -79,8 +79,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _check(directory, old, new):
     was, now = old["identity"], new["identity"]
-    differing = [k for k in sorted(was.keys() & now.keys()) if was[k] != now[k]]
-    if differing:
+    if differing := [k for k in sorted(was.keys() & now.keys()) if was[k] != now[k]]:
         lines = changes(old, new)
         if not lines:
             lines = [f"{k}: {was[k]!r} there, {now[k]!r} now" for k in differing]
@@ -99,8 +98,7 @@ def _check(directory, old, new):
             f" {steps[1]}: train.duration may grow, not shrink. Set it back, or use another"
             " workdir."
         )
-    sets = _compared(old.get("evaluation"), new.get("evaluation"))
-    if sets:
+    if sets := _compared(old.get("evaluation"), new.get("evaluation")):
         text = "evaluation is by other rows from now on, so its metrics may differ: "
         warn(text + "; ".join(sets))
 

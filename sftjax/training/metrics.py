@@ -203,8 +203,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 def peak_memory() -> tuple[int, str]:
     """(bytes, "device"): the most that one has held; else (bytes, "process"), of host memory."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    if peaks:
+    if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
         return max(peaks), "device"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"

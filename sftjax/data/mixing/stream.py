@@ -123,15 +123,6 @@ class Spec(NamedTuple):
     weight: float = 1.0  # its share of the tokens, beside the other weights
     known: Collection[str] = ()  # what is not read, and was said of the sample
 
-    @classmethod
-    def of(
-        cls, source: mix.Share, task: "Task", weight: float, known: Collection[str] = ()
-    ) -> "Spec":
-        """Of a source of the config, see `mix.sources`."""
-        d = source.config.data
-        own = (d.overlong, d.on_error, d.max_skipped)
-        return cls(source.name, d.train, task, *own, weight, known)
-
 
 def batches(
     sources: Sequence[Spec],

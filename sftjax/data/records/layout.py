@@ -82,8 +82,8 @@ def is_of(path: PurePath, split: str) -> bool:
     stem = path.name.partition(".")[0]
     if split in path.parts[:-1] or split_of(path) == split:
         return True
-    if SHARD.fullmatch(stem):
-        return SHARD.fullmatch(stem)[1] == split  # type: ignore[index] # it has matched
+    if shard := SHARD.fullmatch(stem):
+        return shard[1] == split
     edges = ["[^\\W_]" if c.isdigit() else r"[^\W\d_]" for c in (split[0], split[-1])]
     return bool(re.search(rf"(?<!{edges[0]}){re.escape(split)}(?!{edges[1]})", stem))
 
@@ -97,8 +97,7 @@ def configurations(folder: Path, files: Sequence[Path], guess: bool = False) -> 
     They stand in README.md, or in dataset_infos.json and are folders. guess: folders in which
     files have the same names are configurations, too.
     """
-    named = _of_card(folder, files)
-    if named:
+    if named := _of_card(folder, files):
         return named
     relative = {f: f.relative_to(folder) for f in files}
     names = [name for name in read_object(folder / "dataset_infos.json") if name]

@@ -41,8 +41,8 @@ def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Mo
     here.
     """
     m = config.model
-    options = {key: m[key] for key in ("dtype", "remat", "attention", "scan", "vocab_multiple")}
-    model = task.load_model(m, split=tuple(m.split), **options)
+    names = ("dtype", "remat", "attention", "scan", "vocab_multiple")
+    model = task.load_model(m, split=tuple(m.split), **{key: getattr(m, key) for key in names})
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")

@@ -8,11 +8,10 @@ import argparse
 import ast
 import contextlib
 import difflib
-import functools
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -20,27 +19,15 @@ from ml_collections import ConfigDict, config_dict
 from sftjax.errors import ConfigError
 from sftjax.files import refuse_url, url_problem
 from sftjax.training.config_file import line_of, load
-from sftjax.training.durations import amount, duration, epochs
-
-__all__ = [
-    "ConfigError",
-    "amount",
-    "check",
-    "duration",
-    "epochs",
-    "get_default",
-    "load",
-    "override",
-]
-__all__ += ["parse", "to_dict", "unusual"]
+from sftjax.training.durations import amount, duration, epochs  # noqa: F401 (offered here)
 
 
 def get_default() -> ConfigDict:
     """The whole tree, locked: setting a key that is not here is an error."""
     c = ConfigDict()
     c.seed = 0
-    # causal_lm | classification | multi_label | regression | token_labels | extractive_qa |
-    # masked_lm, or your own: "path/to/file.py:ClassName"; sftjax/tasks
+    # causal_lm | classification | multi_label | regression | token_labels | masked_lm, or your own:
+    # "path/to/file.py:ClassName"; sftjax/tasks
     c.task = "causal_lm"
 
     c.model = ConfigDict()
@@ -237,27 +224,22 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),
     "data.prefetch": (0, 10_000),
-    "train.keep eval.batch_size generate.batch_size": (1, 2**31),
+    "train.keep train.bad_steps loss.chunk_tokens eval.batch_size generate.batch_size": (1, 2**31),
     "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
-    "train.bad_steps": (1, 2**31),
     "data.shuffle_window data.augment_copies data.clean.ngram model.vocab_multiple": (1, 2**31),
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
-    "loss.label_smoothing optim.floor": (0, 1),
-    "loss.mask_rate": (1e-6, _BELOW_1),
-    "optim.layer_decay": (1e-6, 1),
+    "loss.label_smoothing optim.floor generate.top_p": (0, 1),
+    "loss.mask_rate optim.layer_decay": (1e-6, 1),
     "loss.focal_gamma loss.huber_delta": (0, math.inf),
     "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
-    "train.spike": (0, math.inf),
     "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
-    "loss.chunk_tokens": (1, 2**31),
     "mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert": (-1, 2**20),
     "mesh.processes": (1, 2**20),
     "mesh.process_id": (0, 2**20),
     "mesh.timeout train.grace": (1, 10**6),
-    "generate.temperature": (0, math.inf),
+    "generate.temperature train.spike": (0, math.inf),
     "generate.top_k": (0, 2**31),
-    "generate.top_p": (0, 1),
 }
 RANGES = {key: limits for keys, limits in _RANGES.items() for key in keys.split()}
 # Numbers that are allowed, and said: more than this, and why that is worth a line.
@@ -284,16 +266,14 @@ _CHOICES = {
     "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
 }
 CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split()}
-DURATIONS: tuple[str, ...]
-DURATIONS = ("train.duration", "train.log_every", "train.checkpoint_every", "eval.every")
-DURATIONS += ("optim.warmup", "optim.decay_phase")
+DURATIONS = """train.duration train.log_every train.checkpoint_every eval.every
+optim.warmup optim.decay_phase""".split()
 # Keys that name files and folders, several with commas; relative ones are taken from where a run
 # began, also by its resumption elsewhere.
-PATHS: tuple[str, ...]
-PATHS = ("task", "model.path", "data.train", "data.validation", "data.test", "data.tokenizer")
-PATHS += ("data.template", "data.cache_dir")
+PATHS = """task model.path data.train data.validation data.test data.tokenizer data.template
+data.cache_dir""".split()
 # Tuples of names, which may also be written with commas.
-NAMES = (*"data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split(),)
+NAMES = "data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split()
 WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row
 RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.trainable": (bool, "True or False"),
@@ -301,10 +281,8 @@ RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.decay": (float, "a number of 0 or more"),
 }
 # Keys of `data` that an entry of data.sources may set for its rows alone.
-OWN: tuple[str, ...]
-OWN = ("limit", "fields", "roles", "train_on", "stop_token", "reasoning", "system", "overlong")
-OWN += ("template_kwargs", "clean", "split", "augment", "augment_copies", "on_error")
-OWN += ("max_skipped",)
+OWN = """limit fields roles train_on stop_token reasoning system overlong template_kwargs clean
+split augment augment_copies on_error max_skipped""".split()
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -323,10 +301,9 @@ def parse(
     for name, default in flags.items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true")
-            continue
-        kind = type(default) if default is not None else str
-        required = default is None
-        parser.add_argument(f"--{name}", type=kind, default=default, required=required)
+        else:
+            kind = str if default is None else type(default)
+            parser.add_argument(f"--{name}", type=kind, default=default, required=default is None)
     known, rest = parser.parse_known_args(argv)
     for name in ("config", *flags):
         refuse_url(f"--{name}", getattr(known, name), ConfigError)
@@ -341,20 +318,16 @@ def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]
 
     options: the others that there are, for the message of a ConfigError.
     """
-    overridden, i = set[str](), 0
-    while i < len(argv):
-        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", argv[i], re.DOTALL)
+    overridden, words = set[str](), iter(argv)
+    for word in words:
+        match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
         if not match:
-            raise ConfigError(f"unknown option {argv[i]}; the options are {', '.join(options)}")
-        value = match[2]
+            raise ConfigError(f"unknown option {word}; the options are {', '.join(options)}")
+        value = next(words, None) if match[2] is None else match[2]
         if value is None:
-            i += 1
-            if i == len(argv):
-                raise ConfigError(f"--config.{match[1]} needs a value")
-            value = argv[i]
+            raise ConfigError(f"--config.{match[1]} needs a value")
         override(config, match[1], value)
         overridden.add(match[1])
-        i += 1
     return overridden
 
 
@@ -486,14 +459,23 @@ def _wrong_rule(rule, name):
 
 def unusual(config: ConfigDict) -> list[str]:
     """A line for each value that is allowed, and that a run rarely has on purpose."""
-    lines = []
-    for key, (most, why) in UNUSUAL.items():
-        value = functools.reduce(getattr, key.split("."), config)
-        if value > most:
-            lines.append(f"{key}={value:g} is more than {most:g}: {why}")
-    return lines
+    values = flat(config.to_dict())
+    return [
+        f"{key}={values[key]:g} is more than {most:g}: {why}"
+        for key, (most, why) in UNUSUAL.items()
+        if values[key] > most
+    ]
 
 
 def to_dict(config: ConfigDict) -> dict:
     """Plain nested dict (tuples as lists), for config.json."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4} of a nested config."""
+    out = dict[str, Any]()
+    for key, value in config.items():
+        inner = isinstance(value, Mapping)
+        out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return out

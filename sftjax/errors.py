@@ -134,17 +134,16 @@ class DataError(UserError, ValueError):
         where: str | Path = "",
         kind: str = "",
         subject: str = "",
-        joint: str = "; ",
     ) -> None:
-        """Take the parts; `joint` stands between the problem and the fix in the message."""
+        """Take the parts."""
         super().__init__(problem)
-        self.problem, self.fix, self.joint = problem, fix, joint
+        self.problem, self.fix = problem, fix
         self.where, self.kind, self.subject = str(where), kind, subject
 
     @property
     def reason(self) -> str:
         """The message without the place."""
-        return f"{self.problem}{self.joint}{self.fix}" if self.fix else self.problem
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem
 
     @property
     def label(self) -> str:

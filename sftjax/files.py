@@ -1,5 +1,6 @@
 """Files that are read with a limit, and text files that are written whole or not at all."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -128,6 +129,21 @@ def read_json(path: Path | str, error: type[UserError]) -> Any:
         return parse_json(text)
     except ValueError as e:
         raise error(f"{path} is not valid JSON: {e}") from None
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that a text holds; {} of any other text."""
+    with contextlib.suppress(ValueError):
+        value = parse_json(text)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The JSON object that a file holds; {} where it holds none, or can't be read."""
+    with contextlib.suppress(UserError):
+        return parse_object(read_text(path, UserError, JSON_BYTES))
+    return {}
 
 
 def finite(value: Any) -> Any:

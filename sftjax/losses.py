@@ -116,16 +116,11 @@ def _focal(logits, targets, o):
     return (1 - p) ** o.focal_gamma * _cross_entropy(logits, targets, o)
 
 
-def _bce(logits, targets, o):
-    return optax.sigmoid_binary_cross_entropy(logits, targets)
-
-
-def _binary_focal(logits, targets, o):
-    return optax.sigmoid_focal_loss(logits, targets, gamma=o.focal_gamma)
-
-
 LABEL = {"cross_entropy": _cross_entropy, "focal": _focal}  # of logits [..., C], targets [...]
-LABELS = {"bce": _bce, "focal": _binary_focal}  # of logits and targets [..., C], the same
+LABELS: dict[str, Callable] = {  # of logits and targets [..., C], the same
+    "bce": lambda x, t, o: optax.sigmoid_binary_cross_entropy(x, t),
+    "focal": lambda x, t, o: optax.sigmoid_focal_loss(x, t, gamma=o.focal_gamma),
+}
 NUMBER: dict[str, Callable] = {  # of two numbers
     "mse": lambda y, t, o: (y - t) ** 2,
     "mae": lambda y, t, o: jnp.abs(y - t),
@@ -140,15 +135,23 @@ def _loss_of(table, kind, options):
     return functools.partial(table[kind], o=Options(**options))
 
 
-def _read(model, params, batch, rng):
-    """float32 logits [B, S, C], 0 where nothing is read, and weights [B, S]."""
+def read(
+    model: "base.Model", params: Any, batch: dict, rng: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """float32 logits [B, S, C] of a head of classes, and the weights float32 [B, S]."""
     hidden, _ = model.outputs(params, batch, rng)
     logits = model.class_logits(params, hidden, rng, batch["segments"])
     return logits, batch["weights"].astype(jnp.float32)
 
 
-def _summed(batch, losses, weights, sources, **metrics: Any) -> Loss:
-    """The Loss of losses [B, S] with their weights."""
+def summed(
+    batch: dict,
+    losses: jax.Array,
+    weights: jax.Array,
+    sources: Sequence[str] = (),
+    **metrics: Any,
+) -> Loss:
+    """The Loss of losses float32 [B, S] with their weights [B, S]; sources as of causal_lm."""
     losses = jnp.where(weights != 0, losses, 0.0) * weights
     metrics = token_counts(batch) | metrics
     if sources:
@@ -177,7 +180,7 @@ def classification(
     loss_of = _loss_of(LABEL, kind, options)
 
     def loss_fn(params, batch, rng):
-        logits, weights = _read(model, params, batch, rng)
+        logits, weights = read(model, params, batch, rng)
         targets = batch["targets"]
         if class_weights:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
@@ -187,7 +190,7 @@ def classification(
         given = jnp.where(jnp.all(jnp.isfinite(logits), -1), given, -1)
         hits = jnp.sum(trained & (given == targets), dtype=jnp.float32)
         accuracy = (hits, jnp.sum(trained, dtype=jnp.float32))
-        loss = _summed(batch, losses, weights, sources, accuracy=accuracy)
+        loss = summed(batch, losses, weights, sources, accuracy=accuracy)
         if not predictions:
             return loss
         out = {"wanted": targets, "given": given, "weights": batch["weights"]}
@@ -215,12 +218,12 @@ def multi_label(
     loss_of = _loss_of(LABELS, kind, options)
 
     def loss_fn(params, batch, rng):
-        logits, weights = _read(model, params, batch, rng)
+        logits, weights = read(model, params, batch, rng)
         wanted = _labels_of(batch["targets"], batch["segments"], logits.shape[-1])
         losses = loss_of(jnp.where(weights[..., None] != 0, logits, 0.0), wanted)
         if class_weights:
             losses = losses * jnp.asarray(class_weights, jnp.float32)
-        loss = _summed(batch, jnp.mean(losses, -1), weights, sources)
+        loss = summed(batch, jnp.mean(losses, -1), weights, sources)
         if not predictions:
             return loss
         out = {"wanted": wanted, "scores": jax.nn.sigmoid(logits), "weights": batch["weights"]}
@@ -259,10 +262,10 @@ def regression(
 
     def loss_fn(params, batch, rng, model_state=None):
         mean, std = (0.0, 1.0) if model_state is None else (model_state[k] for k in ("mean", "std"))
-        logits, weights = _read(model, params, batch, rng)
+        logits, weights = read(model, params, batch, rng)
         given, wanted = logits[..., 0], (batch["targets"] - mean) / std
         given, wanted = (jnp.where(weights != 0, x, 0.0) for x in (given, wanted))
-        loss = _summed(batch, loss_of(given, wanted), weights, sources)
+        loss = summed(batch, loss_of(given, wanted), weights, sources)
         loss = dataclasses.replace(loss, state=model_state)
         if not predictions:
             return loss
@@ -270,41 +273,6 @@ def regression(
         return loss, out | {"weights": batch["weights"]}
 
     return loss_fn
-
-
-SPAN_START, SPAN_END, IN_SPAN = 1, 2, 4  # bits of a target
-
-
-def span(model: "base.Model", *, sources: Sequence[str] = ()) -> Callable[..., Any]:
-    """Cross-entropy of where an answer begins and ends, over the documents of a Batch.
-
-    A target has the bits IN_SPAN at the tokens of a document between which the choice is, and
-    SPAN_START and SPAN_END at those that are right. A document's loss is the mean of the two, and
-    its weight stands at one of its tokens. sources: as of classification.
-    """
-
-    def loss_fn(params, batch, rng):
-        logits, weights = _read(model, params, batch, rng)
-        targets, segments = batch["targets"], batch["segments"]
-        logits = jnp.where((targets & IN_SPAN)[..., None] != 0, logits, -1e30)
-        lse = jax.vmap(_log_sum_exp)(logits, segments)  # [B, S, 2], of each token's document
-        right = jnp.stack([targets & SPAN_START, targets & SPAN_END], -1) != 0
-        at_right = jnp.sum(jnp.where(right, lse - logits, 0.0), -1) / 2
-        losses = jax.vmap(_over_document)(at_right, segments)
-        return _summed(batch, losses, weights, sources)
-
-    return loss_fn
-
-
-def _log_sum_exp(x, segments):
-    n = len(segments) + 1
-    top = jax.ops.segment_max(x, segments, n)[segments]
-    top = jax.lax.stop_gradient(top)
-    return top + jnp.log(jax.ops.segment_sum(jnp.exp(x - top), segments, n)[segments])
-
-
-def _over_document(x, segments):
-    return jax.ops.segment_sum(x, segments, len(segments) + 1)[segments]
 
 
 def masked_lm(

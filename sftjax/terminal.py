@@ -6,6 +6,7 @@ order than it has. All of that is shown as its escape. Only this file prints.
 """
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -53,3 +54,8 @@ def columns(rows: Iterable[Sequence[object]], right: Container[int] = ()) -> str
 def show(text: object = "", file: TextIO | None = None) -> None:
     """Print a text of anybody's, at once. file: None = standard output."""
     print(printable(text), file=file or sys.stdout, flush=True)
+
+
+def warn(text: object) -> None:
+    """Log a warning, which is a line on standard error unless the program has it otherwise."""
+    logging.getLogger("sftjax").warning("%s", printable(text))

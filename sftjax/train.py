@@ -97,7 +97,7 @@ def train(
             manifest=manifest,
             keep=config.train.keep,
             best_metric=config.eval.best,
-            best_mode="min" if lower else "max",
+            lower=lower,
         )
         checkpoints.check_space(target, config.train.export)
         if checkpoints.latest_step() is None:
@@ -133,7 +133,7 @@ def train(
         at = (step, extra.get("log", ()))
         log = Log(config.train, workdir, feed, lr, flops, *at, health.see, told)
         early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
-        run.begin(step, feed.steps, config.eval.best, lower)
+        run.say(state="running", step=step, steps=feed.steps, best=config.eval.best, lower=lower)
         stop.hold(step)  # from here on a signal waits for the end of a step
         for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
@@ -153,7 +153,7 @@ def train(
             if evaluator.measures and feed.due(step, config.eval.every, "eval.every"):
                 with log.pause():
                     values = evaluator.losses(state.all_params, state.model_state)
-                log.write(step, values)
+                log.writer.write(step, values)
                 early_stop.update(values)
                 extra["early_stop"] = early_stop.state
             stopping = stop.due(step)
@@ -170,7 +170,7 @@ def train(
         log.close(rest=not stop.asked)
         if stop.asked:
             checkpoints.wait()
-        run.end(step)
+        run.say(step=step)
         stop.release(step, feed.steps, checkpoints.latest_step())
         health.finish(step, checkpoints)
 

@@ -53,8 +53,7 @@ def test_the_parts_of_a_bad_row(record, kind, subject, problem, fix):
     assert (e.where, e.kind, e.subject) == ("d.jsonl:7", kind, subject)
     assert e.problem.startswith(problem) and e.fix.startswith(fix) and bool(e.fix) == bool(fix)
     assert (
-        str(e) == f"d.jsonl:7: {e.reason}"
-        and e.reason == f"{e.problem}{e.joint * bool(fix)}{e.fix}"
+        str(e) == f"d.jsonl:7: {e.reason}" and e.reason == f"{e.problem}{'; ' * bool(fix)}{e.fix}"
     )
     assert e.kind in errors.KINDS
 
@@ -94,14 +93,14 @@ def test_a_users_own_error():
     e = DataError("the label is not one of mine")
     assert (e.where, e.kind, e.problem, e.fix) == ("", "", "the label is not one of mine", "")
     assert str(e) == e.reason == e.problem and e.label == "another reason"
-    e = DataError("no label", "write one", where="d.csv:3", kind="no_label", joint=": ")
-    assert str(e) == "d.csv:3: no label: write one" and e.label == "no label"
+    e = DataError("no label", "write one", where="d.csv:3", kind="no_label")
+    assert str(e) == "d.csv:3: no label; write one" and e.label == "no label"
     assert DataError("x", kind="no_label", subject="'y'").label == "no label: 'y'"
 
 
 def test_the_parts_survive_a_pickle():
     """Loader processes hand their errors to the run."""
-    e = DataError("no label", "write one", where="d:3", kind="no_label", subject="'x'", joint=": ")
+    e = DataError("no label", "write one", where="d:3", kind="no_label", subject="'x'")
     again = pickle.loads(pickle.dumps(e))
     assert vars(again) == vars(e) and str(again) == str(e)
 
@@ -346,6 +345,7 @@ WRONG = [
     ("c.data.max_length = 0", 4, "data.max_length=0: expected"),
     ("c.data.workers = 10**9", 4, "data.workers=1000000000: expected a number from 0 to 1024"),
     ("c.data.temperature = 0.0", 4, "data.temperature=0.0: expected"),
+    ("c.data.shuffle_window = 0", 4, "data.shuffle_window=0: expected a number from 1"),
     ("c.data.clean.near = 2.0", 4, "data.clean.near=2.0: expected a number from 0 to 1"),
     ("c.mesh.process_id = -1", 4, "mesh.process_id=-1: expected a number from 0 to"),
     ("c.mesh.timeout = 10**12", 4, "mesh.timeout=1000000000000: expected"),

@@ -90,7 +90,7 @@ def test_lines_of_a_run(capsys, caplog, tmp_path):
     show(EVIL)
     heads.report(tmp_path / EVIL.replace("\0", ""), [EVIL], [], 0)
     writer = metrics.Writer(tmp_path, 3, 0, False)
-    writer.say(EVIL)
+    writer.write(1, {EVIL: 1.0})
     writer.close()
     out = capsys.readouterr()
     assert out.out.count(r"\x1b]52") == 2 and r"\x1b]52" in out.err

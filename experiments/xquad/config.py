@@ -13,7 +13,7 @@ FIXTURES = os.environ.get("SFTJAX_FIXTURES", "../shared/fixtures")
 
 def get_config(data="runs/xquad_data"):
     c = get_default()
-    c.task = "extractive_qa"
+    c.task = "experiments/xquad/task.py:ExtractiveQA"
     c.model.path = f"{FIXTURES}/minilm-l6"
     c.model.dtype = "float32"
     c.model.attention = "xla"

@@ -102,7 +102,6 @@ def split(
             f"data.split.share={share}: of {len(source)} rows with {len(side_of)} different "
             f"{group_by or 'prompt'}s {'all' if sides.any() else 'none'} fall to validation",
             "set another share, or give data.validation",
-            joint=": ",
             kind="setting",
         )
     return Subset(source, np.flatnonzero(~sides)), Subset(source, np.flatnonzero(sides))

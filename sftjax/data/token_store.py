@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from sftjax.data.records.notes import Notes, said
 from sftjax.data.records.protocols import RecordSource, RejectSink
 from sftjax.data.records.rejects import Rejects, check
 from sftjax.errors import DataError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
@@ -37,7 +36,6 @@ COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 BUILDING = ".building-"  # prefix of a store being written
 STALE = 3600  # seconds
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
-logger = logging.getLogger(__name__)
 
 
 class TokenStore:
@@ -81,9 +79,8 @@ class TokenStore:
             for name, (_, shape) in self.columns.items()
         )
 
-    def __reduce__(
-        self,
-    ) -> tuple[type, tuple[Path]]:  # worker processes map the files anew instead of copying them
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        # Worker processes map the files anew instead of copying them.
         return TokenStore, (self.folder,)
 
 
@@ -126,7 +123,7 @@ def build_store(
         _write_atomically(folder, source, task, *settings)
     store = TokenStore(folder)
     for warning in [*said(store.report["left_out"]), *task.warnings(store.report)]:
-        logger.warning("%s", printable(warning))
+        warn(warning)
     return store
 
 
@@ -223,7 +220,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-class _Hashing(RecordSource):
+class _Hashing:
     """A source that hashes its records as they are read, to say later which were edited.
 
     hashes: uint32 [rows]; 0 of what could not be read.
@@ -241,17 +238,8 @@ class _Hashing(RecordSource):
         self.hashes[i] = zlib.crc32(json.dumps(record, default=str).encode())
         return record
 
-    def where(self, i: int) -> str:
-        """The place of row `i`."""
-        return self.source.where(i)
-
-    def unread(self, i: int) -> Sequence[str]:
-        """As of the source."""
-        return getattr(self.source, "unread", lambda i: ())(i)
-
-    def fingerprint(self) -> str:
-        """The source's own."""
-        return self.source.fingerprint()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
 
 
 def _chunks(total):
@@ -320,7 +308,6 @@ class Tally:
                     f"{n} tokens, more than data.max_length={self.max_length}",
                     "raise it, or set data.overlong to truncate_end, truncate_prompt, drop or "
                     "split",
-                    joint=": ",
                     where=where,
                     kind="too_long",
                 )

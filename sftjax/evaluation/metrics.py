@@ -189,15 +189,21 @@ def _bins(wanted, scores) -> list[tuple[float, float, float]]:
     return [(float(x.mean()), float(confidence[x].mean()), float(right[x].mean())) for x in picked]
 
 
-def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+def _per_label(wanted, given, names, **how: Any) -> dict[str, dict]:
+    from sklearn.metrics import precision_recall_fscore_support
 
-    every: Any = range(len(names))
-    found = precision_recall_fscore_support(wanted, given, labels=every, zero_division=0.0)
-    each = {
+    found = precision_recall_fscore_support(wanted, given, average=None, zero_division=0.0, **how)
+    return {
         name: dict(precision=float(p), recall=float(r), f1=float(f), n=int(n))
         for name, p, r, f, n in zip(names, *found, strict=True)
     }
+
+
+def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
+    from sklearn.metrics import confusion_matrix
+
+    every: Any = range(len(names))
+    each = _per_label(wanted, given, names, labels=every)
     rows = confusion_matrix(wanted, given, labels=every).tolist()
     tables: dict[str, Any] = {"confusion": {"labels": list(names), "rows": rows}, "per_label": each}
     if scores is not None and np.isfinite(scores).all():
@@ -232,11 +238,8 @@ def multi_labels(
         spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
     usual = np.broadcast_to(wanted.mean(0) >= 0.5, wanted.shape)
     shown = _multi_values(wanted, usual, None)
-    each = {
-        name: dict(zip(("precision", "recall", "f1", "n"), one, strict=True))
-        for name, one in zip(names, _each(wanted, given), strict=True)
-    }
-    rows, tables = {"accuracy": hits}, {"per_label": each}
+    tables = {"per_label": _per_label(wanted.astype(int), given.astype(int), names)}
+    rows = {"accuracy": hits}
     return Measured(n, values, spread, {"each label's majority": shown}, tables, rows)
 
 
@@ -251,14 +254,6 @@ def _multi_values(wanted, given, scores) -> dict[str, float]:
     if scores is not None and both.any():
         values["auroc"] = float(sk.roc_auc_score(wanted[:, both], scores[:, both]))
     return values
-
-
-def _each(wanted, given) -> list[tuple[float, float, float, int]]:
-    from sklearn.metrics import precision_recall_fscore_support
-
-    w, g = wanted.astype(int), given.astype(int)
-    found = precision_recall_fscore_support(w, g, average=None, zero_division=0.0)
-    return [(float(p), float(r), float(f), int(n)) for p, r, f, n in zip(*found, strict=True)]
 
 
 # ---- numbers -------------------------------------------------------------------------------

@@ -28,15 +28,8 @@ def config(hf: dict) -> Config:
         bias=hf.get("classifier_bias", False),
     )
     heads = ("document", "token", "span", "vocabulary")
-    return Config(
-        vocab=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        kv_heads=hf["num_attention_heads"],
-        head_dim=bert.head_dim(hf),
-        mlp=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 8192),
+    return bert.config(
+        {"max_position_embeddings": 8192} | hf,
         kinds=_kinds(hf),
         norm_bias=hf.get("norm_bias", False),
         norm_eps=hf.get("norm_eps", 1e-5),
@@ -49,10 +42,10 @@ def config(hf: dict) -> Config:
         mlp_bias=hf.get("mlp_bias", False),
         gated=True,
         activation=hf.get("hidden_activation", "gelu"),
-        init_std=hf.get("initializer_range", 0.02),
         poolers=tuple((head, pooler) for head in heads),
         pooling="mean" if pooling == "mean" else "first",
         vocab_bias=hf.get("decoder_bias", True),
+        dropout=0.0,
         head_dropout=hf.get("classifier_dropout") or 0.0,
     )
 

@@ -1,64 +1,30 @@
 """The names of a model's tensors in Hugging Face files, by the tables of the families."""
 
 import difflib
+import importlib
 from collections.abc import Container, Iterator
 from types import ModuleType
 
 import jax
 
 from sftjax.errors import ModelError
-from sftjax.families import (
-    bert,
-    distilbert,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    iquest,
-    llama,
-    mistral,
-    mixtral,
-    modernbert,
-    olmo2,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    roberta,
-    smollm3,
-)
 from sftjax.hf import heads
 from sftjax.hf.layout import Layout
 from sftjax.models import base, decoder
 from sftjax.params import Param
 
+# By model_type: each is a module of sftjax.families, as a rule of the same name.
+MODULES = {
+    "gemma3_text": "gemma3",
+    "iquestcoder": "llama",
+    "iquestloopcoder": "iquest",
+    "xlm-roberta": "roberta",
+}
+TYPES = """bert distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite iquestcoder
+iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe roberta smollm3
+xlm-roberta""".split()
 FAMILIES = {
-    "bert": bert,
-    "distilbert": distilbert,
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3_text": gemma3,
-    "gpt2": gpt2,
-    "gpt_neox": gpt_neox,
-    "gpt_oss": gpt_oss,
-    "granite": granite,
-    "iquestcoder": llama,
-    "iquestloopcoder": iquest,
-    "llama": llama,
-    "mistral": mistral,
-    "mixtral": mixtral,
-    "modernbert": modernbert,
-    "olmo2": olmo2,
-    "phi3": phi3,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3_moe,
-    "roberta": roberta,
-    "smollm3": smollm3,
-    "xlm-roberta": roberta,
+    name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES
 }
 
 

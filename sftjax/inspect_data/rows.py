@@ -94,7 +94,7 @@ def parts_of(
             parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
     if not parts:
         problem, fix = f"data.{set} is empty", "give a file, a glob or a hub data set id"
-        raise DataError(problem, fix, joint=": ", kind="setting")
+        raise DataError(problem, fix, kind="setting")
     return parts
 
 

@@ -1,4 +1,5 @@
 """The mesh of devices: its axes, what lies where, and what crosses it."""
+# ruff: noqa: F401 (its names are offered here)
 
 from sftjax.errors import MeshError
 from sftjax.parallel.batches import abstract_batch, check_batch, local_rows, put_batch, row_parts
@@ -19,29 +20,3 @@ from sftjax.parallel.mesh import (
     spec,
     two_factors,
 )
-
-__all__ = [
-    "AXES",
-    "RULES",
-    "MeshError",
-    "abstract_batch",
-    "axis_size",
-    "check_batch",
-    "constrain",
-    "local_rows",
-    "make_mesh",
-    "manual_axes",
-    "mesh_shape",
-    "mesh_text",
-    "named",
-    "param_shardings",
-    "part",
-    "places",
-    "put_batch",
-    "row_parts",
-    "shard_map",
-    "spec",
-    "spread",
-    "two_factors",
-    "unspread",
-]

@@ -45,22 +45,25 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
     Not always a range: on a TPU slice the mesh may alternate between hosts.
     """
-    sharding = named(mesh, "batch", None)
-    parts: Any = sharding.addressable_devices_indices_map((batch_size, 1)).values()
-    return sorted({row for part in parts for row in range(*part[0].indices(batch_size))})
+    return _rows(mesh, batch_size).get(jax.process_index(), [])
 
 
 def row_parts(mesh: Mesh, batch_size: int) -> list[list[int]]:
     """The rows of a global batch in parts; each process reads one, several may read the same."""
+    parts = sorted({tuple(own) for own in _rows(mesh, batch_size).values()})
+    if sum(map(len, parts)) != batch_size:
+        raise MeshError("data.streaming: processes share some rows of a batch; choose another mesh")
+    return [list(part) for part in parts]
+
+
+def _rows(mesh, batch_size) -> dict[int, list[int]]:
+    """The rows of a global batch that each process's devices hold, ascending."""
     rows: dict[int, set[int]] = {}
     layout: Mapping[Any, Any] = named(mesh, "batch", None).devices_indices_map((batch_size, 1))
     for device, part in layout.items():
         own = rows.setdefault(device.process_index, set())
         own.update(range(*part[0].indices(batch_size)))
-    parts = sorted({tuple(sorted(own)) for own in rows.values()})
-    if sum(map(len, parts)) != batch_size:
-        raise MeshError("data.streaming: processes share some rows of a batch; choose another mesh")
-    return [list(part) for part in parts]
+    return {process: sorted(own) for process, own in rows.items()}
 
 
 def put_batch(

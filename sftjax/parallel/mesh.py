@@ -62,8 +62,7 @@ def mesh_text(sizes: Mapping[str, int], joint: str = " x ") -> str:
 def mesh_shape(sizes: Mapping[str, int] | None, n: int) -> list[int]:
     """The sizes of the five axes over n devices."""
     sizes = dict(sizes or {})
-    unknown = set(sizes) - set(AXES)
-    if unknown:
+    if unknown := set(sizes) - set(AXES):
         raise MeshError(f"unknown mesh axis {sorted(unknown)}; the axes are {', '.join(AXES)}")
     shape = [int(sizes.get(a, 1)) for a in AXES]
     asked = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
@@ -80,24 +79,24 @@ def mesh_shape(sizes: Mapping[str, int] | None, n: int) -> list[int]:
 
 def _arrange(shape, devices) -> np.ndarray:
     tpu = devices[0].platform == "tpu"  # elsewhere each host may call itself a slice
-    slices = {getattr(d, "slice_index", 0) for d in devices} if tpu else {0}
-    if len(slices) > 1:
-        if shape[0] % len(slices):
-            raise MeshError(
-                f"mesh data={shape[0]} does not divide over {len(slices)} slices; only the data"
-                " axis may cross slices"
-            )
-        inner = [shape[0] // len(slices), *two_factors(shape[1]), *shape[2:]]
-        outer = [len(slices), *(1 for _ in inner[1:])]
-        grid = mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, allow_split_physical_axes=True
+    if not tpu:
+        return np.array(devices).reshape(shape)
+    n = len({getattr(d, "slice_index", 0) for d in devices})
+    if shape[0] % n:
+        raise MeshError(
+            f"mesh data={shape[0]} does not divide over {n} slices; only the data axis may cross"
+            " slices"
         )
-        return grid.reshape(shape)
-    if tpu:  # each of the two parts of fsdp along lines of chips; see parallel.gather
-        sizes = [shape[0], *two_factors(shape[1]), *shape[2:]]
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return grid.reshape(shape)
-    return np.array(devices).reshape(shape)
+    # Each of the two parts of fsdp along lines of chips; see parallel.gather.
+    sizes, split = [shape[0] // n, *two_factors(shape[1]), *shape[2:]], True
+    if n == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+    else:
+        outer = [n, *(1 for _ in sizes[1:])]
+        grid = mesh_utils.create_hybrid_device_mesh(
+            sizes, outer, devices, allow_split_physical_axes=split
+        )
+    return grid.reshape(shape)
 
 
 def two_factors(n: int) -> tuple[int, int]:
@@ -106,17 +105,13 @@ def two_factors(n: int) -> tuple[int, int]:
     return a, n // a
 
 
-def spec(
-    axes: Sequence[str | None],
-    rules: Mapping[str, str | tuple[str, ...] | None] | None = None,
-) -> P:
+def spec(axes: Sequence[str | None]) -> P:
     """The PartitionSpec of logical `axes`. Two dimensions on one mesh axis are an error."""
-    rules = rules or RULES
     used, out, split = dict[str, str | None](), [], set(manual_axes())
     for axis in axes:
-        if axis is not None and axis not in rules:
-            raise MeshError(f"unknown logical axis {axis!r}; the table has {', '.join(rules)}")
-        mesh_axes = rules[axis] if axis is not None else None
+        if axis is not None and axis not in RULES:
+            raise MeshError(f"unknown logical axis {axis!r}; the table has {', '.join(RULES)}")
+        mesh_axes = RULES[axis] if axis is not None else None
         for m in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
             if m in used:
                 raise MeshError(

@@ -198,7 +198,6 @@ def _meet(address, processes, me, timeout):
 
 
 def _wait_for_all(family, address, processes, timeout):
-    peers, deadline = dict[int, Any](), time.monotonic() + timeout
     try:
         server = socket.create_server(address, family=family)
     except OSError as e:
@@ -211,32 +210,10 @@ def _wait_for_all(family, address, processes, timeout):
         raise ProcessError(
             f"mesh.coordinator: {_written(*address)} can't be opened: {e.strerror or e}; {fix}"
         ) from None
-    with server:
-        while len(peers) < processes - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                peer, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, processes)) - set(peers))
-                raise ProcessError(
-                    f"after {timeout} s, process {', '.join(map(str, missing))} of {processes} has"
-                    " not come. Start every process with the same mesh.coordinator and"
-                    " mesh.processes, each with its own mesh.process_id (0 is the coordinator)."
-                ) from None
-            number = _number(peer)
-            if 0 < number < processes:
-                peers[number] = peer
-            else:  # somebody else's connection
-                peer.close()
-        for peer in peers.values():
-            peer.sendall(b"go")
-            peer.close()
-
-
-def _number(peer) -> int:
-    """The process id that a connection gives; -1 for one that gives none."""
-    peer.settimeout(5)
-    try:
-        return int(peer.recv(8))
-    except (ValueError, OSError):
-        return -1
+    fix = (
+        ". Start every process with the same mesh.coordinator and mesh.processes, each with its own"
+        " mesh.process_id (0 is the coordinator)."
+    )
+    for peer in watch.accept(server, "", processes, timeout, fix).values():
+        peer.sendall(b"go")
+        peer.close()

@@ -8,7 +8,6 @@ times as well, so that a slow host can be named.
 
 import atexit
 import contextlib
-import logging
 import os
 import secrets
 import selectors
@@ -20,11 +19,11 @@ import time
 from collections.abc import Iterator
 
 from sftjax.errors import ProcessError, UserError
-from sftjax.terminal import printable, show
+from sftjax.terminal import show, warn
 
 GRACE = 4.0  # seconds for an error of our own, after another process has left by one
 NAMED = 2.0  # seconds to hear which process is lost, after an error of our own
-JOIN = 60.0  # seconds for all to connect
+JOIN = 60  # seconds for all to connect
 SLOW, LINES = 1.5, 3  # times the median, in so many lines of the log one after the other
 SHARE = 0.1  # of a step's time that the excess has to be
 
@@ -141,12 +140,11 @@ class Watch:
             slow = slow_ones(line)
             self._slow = {id: self._slow.get(id, 0) + 1 for id in slow}
         for id in (id for id, lines in self._slow.items() if lines == LINES):
-            logging.getLogger("sftjax").warning(
-                "process %d of %d, on %s, is slow: in %d lines of the log its own part of a step"
-                " took %.3g s of %.3g s, and the others waited for it. See whether its data, its"
-                " processors or its disk are slower.",
-                *(id, len(self.hosts), printable(self.hosts[id]), LINES, max(line[id][1:])),
-                line[id][0],
+            took = f"{max(line[id][1:]):.3g} s of {line[id][0]:.3g} s"
+            warn(
+                f"process {id} of {len(self.hosts)}, on {self.hosts[id]}, is slow: in {LINES} lines"
+                f" of the log its own part of a step took {took}, and the others waited for it. See"
+                " whether its data, its processors or its disk are slower."
             )
 
     def _leave(self):
@@ -188,9 +186,14 @@ def listen(family: socket.AddressFamily, host: str) -> tuple[socket.socket, int,
     return server, server.getsockname()[1], secrets.token_hex(16)
 
 
-def accept(server: socket.socket, word: str, processes: int) -> dict[int, socket.socket]:
-    """The connections of all other processes. Raises: ProcessError."""
-    peers, deadline = dict[int, socket.socket](), time.monotonic() + JOIN
+def accept(
+    server: socket.socket, word: str, processes: int, seconds: float = JOIN, fix: str = ""
+) -> dict[int, socket.socket]:
+    """The connections of all other processes; each says `word` and its id.
+
+    Raises: ProcessError, with `fix`, where one has not come within `seconds`.
+    """
+    peers, deadline = dict[int, socket.socket](), time.monotonic() + seconds
     with server:
         while len(peers) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -203,12 +206,13 @@ def accept(server: socket.socket, word: str, processes: int) -> dict[int, socket
                     continue  # somebody else's, who says nothing
                 missing = ", ".join(str(id) for id in range(1, processes) if id not in peers)
                 raise ProcessError(
-                    f"process {missing} of {processes} did not connect to process 0 in {JOIN:g} s"
+                    f"after {seconds} s, process {missing} of {processes} has not come{fix}"
                 ) from None
             except (OSError, UnicodeDecodeError):
                 continue
-            if said[:-8] == word and said[-8:].isdecimal():
-                peers[int(said[-8:])] = _kept(peer)
+            id = said[len(word) :]
+            if said.startswith(word) and id.isdecimal() and 0 < int(id) < processes:
+                peers[int(id)] = _kept(peer)
             else:
                 peer.close()
     return peers

@@ -24,12 +24,11 @@ TASKS = {
     "multi_label": "sftjax.tasks.classification:MultiLabel",
     "regression": "sftjax.tasks.regression:Regression",
     "token_labels": "sftjax.tasks.token_labels:TokenLabels",
-    "extractive_qa": "sftjax.tasks.extractive_qa:ExtractiveQA",
     "masked_lm": "sftjax.tasks.masked_lm:MaskedLM",
 }
 
 # By a config.json's problem_type.
-PROBLEMS = {"regression": "regression", "multi_label_classification": "multi_label"}
+PROBLEMS: dict = {"regression": "regression", "multi_label_classification": "multi_label"}
 # Keys of the config's section `eval` that only a task which generates reads, as they come.
 ASKING = dict(metrics=("exact_match",), answer="", choices="", draws=1, shots=0)
 
@@ -59,11 +58,15 @@ def of_head(hf: dict) -> str:
     kind = kind_of(hf)
     if kind == "document":
         one = hf.get("num_labels", len(hf.get("id2label") or (0, 0))) == 1
-        problem = "regression" if one else hf.get("problem_type")
-        return PROBLEMS.get(problem or "", "classification")
+        return PROBLEMS.get("regression" if one else hf.get("problem_type"), "classification")
     if kind == "vocabulary" and MASKED in str(hf.get("architectures")):
         return "masked_lm"
-    return {"token": "token_labels", "span": "extractive_qa"}.get(kind, "causal_lm")
+    if kind == "span":
+        raise ConfigError(
+            "the model has a head of spans: give --config, a file that names the task which reads"
+            " it, such as experiments/xquad/config.py"
+        )
+    return "token_labels" if kind == "token" else "causal_lm"
 
 
 def _users(name) -> type[Task]:

@@ -12,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import losses
-from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
@@ -69,7 +68,6 @@ class Labels:
             raise DataError(
                 f"label {value!r} is unknown; expected one of {expected}",
                 "correct the row, or name the label in data.labels",
-                joint=": ",
                 where=where,
                 kind="unknown_label",
             )
@@ -80,6 +78,7 @@ class Classification(Texts):
     """labels: see Labels; of the others see Texts."""
 
     head: str = "document"
+    cleaned: ClassVar[bool] = True  # cleaning and splitting read a text and one label
     options: ClassVar[tuple[str, ...]] = (
         *("kind", "focal_gamma", "label_smoothing", "class_weights", "chunk_tokens"),
     )
@@ -98,22 +97,16 @@ class Classification(Texts):
     @classmethod
     def arguments(cls, config: ConfigDict) -> dict[str, Any]:
         """The model's labels where data.labels names none, and the token that it reads."""
-        model = read_model(config.model, labels=None)
-        given = config.data.labels or stored_labels(model.source.config, cls.head)
-        if not given:
+        hf = read_model(config.model).source.config
+        if not (given := config.data.labels or stored_labels(hf, cls.head)):
             raise ConfigError(NEEDED)
-        own = {"labels": given, "reads": model.reads}
-        return super().arguments(config) | own
+        return super().arguments(config) | {"labels": given}
 
     # ---- data ----
 
     def read_wanted(self, record: dict, where: str) -> Any:
         """The index of the record's label."""
         return self.labels.index(self.field(record, "label", where), where)
-
-    def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The label at the token that the class is read from."""
-        return self.once(n, wanted)
 
     def note(self, wanted: Any) -> str:
         """The label's name."""
@@ -133,7 +126,7 @@ class Classification(Texts):
 
     def prepared(self, source: Source | None) -> tuple[Any, Task, dict]:
         """The source as Pairs of a text and its label's name."""
-        if self.names["pair"]:
+        if self.names["pair"] or not self.cleaned:
             return super().prepared(source)
         return Pairs(source, self), self.canonical(), {}
 
@@ -210,23 +203,14 @@ class Classification(Texts):
         loss_fn = losses.classification(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for labels, and the confusion matrix (rows: wanted, columns: given).
 
         An answer that is not finite is wrong, and counted as "not_finite".
         """
-        return self._scores(predictions, errors=False)
-
-    def final_scores(
-        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
-    ) -> Scores:
-        """The same, with standard errors, and what the most frequent label scores."""
-        return self._scores(predictions, errors=True, groups=groups)
-
-    def _scores(self, predictions, errors, groups=None) -> Scores:
         real = predictions["weights"] > 0
         wanted, given, scores = (predictions[k][real] for k in ("wanted", "given", "scores"))
-        found = metrics.labels(wanted, given, self.labels.names, scores, groups, errors)
+        found = metrics.labels(wanted, given, self.labels.names, scores, **how)
         right = np.take_along_axis(scores, wanted[:, None], 1)[:, 0]
         rows = {**found.rows, "loss": -np.log(np.maximum(right, 1e-38))}
         return Scores(found.values, found.tables, found.errors, found.baselines, rows)
@@ -246,6 +230,7 @@ class Classification(Texts):
 class MultiLabel(Classification):
     """Any number of labels for a text: a list of them, or one text of names with commas."""
 
+    cleaned = False
     options = ("kind", "focal_gamma", "class_weights", "chunk_tokens")
     metrics = ("f1", "f1_micro", "accuracy")
 
@@ -266,7 +251,7 @@ class MultiLabel(Classification):
 
         Of a document with more labels than tokens the last labels are lost; see `examples`.
         """
-        weights, targets = self.once(n, 0)
+        weights, targets = super().placed(n, 0)
         some = [i + 1 for i in wanted][:n]
         targets[: len(some)] = some
         return weights, targets
@@ -288,10 +273,6 @@ class MultiLabel(Classification):
         """The labels of a document, from its arrays [n]."""
         return (targets[targets > 0] - 1).tolist()
 
-    def prepared(self, source: Source | None) -> Any:
-        """Raise DataError, because cleaning reads one label."""
-        return super(Classification, self).prepared(source)
-
     def load_model(self, section: ConfigDict, **changes: Any) -> Model:
         """As of Classification; an export says that its labels are not one of several."""
         return super().load_model(section, problem="multi_label_classification", **changes)
@@ -307,10 +288,11 @@ class MultiLabel(Classification):
         loss_fn = losses.multi_label(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
-    def _scores(self, predictions, errors, groups=None) -> Scores:
+    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+        """What is measured of labels of which a row has any number."""
         real = predictions["weights"] > 0
         wanted, scores = (predictions[k][real] for k in ("wanted", "scores"))
-        found = metrics.multi_labels(wanted > 0, scores, self.labels.names, groups, errors)
+        found = metrics.multi_labels(wanted > 0, scores, self.labels.names, **how)
         return Scores.of(found)
 
 
@@ -337,7 +319,7 @@ class LabelTally(Tally):
         )
 
 
-class Pairs(RecordSource):
+class Pairs:
     """The records of a source as {"prompt": text, "completion": name of the label}."""
 
     def __init__(self, source: Source | None, task: Classification) -> None:
@@ -352,14 +334,8 @@ class Pairs(RecordSource):
         label = self.task.labels.names[self.task.read_wanted(record, where)]
         return {"prompt": self.task.read(record, where)[0], "completion": label}
 
-    def where(self, i: int) -> str:
-        """The file and row of record i, for errors."""
-        return self.source.where(i)
-
-    @property
-    def readers(self) -> list:
-        """The readers of the source's files."""
-        return self.source.readers
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
 
     def fingerprint(self) -> str:
         """That of the source, and the settings with which it is read."""

@@ -28,19 +28,11 @@ class MaskedLM(Texts):
             raise ConfigError("task='masked_lm' reads texts alone: leave data.fields.label empty")
         return super().arguments(config)
 
-    def read_wanted(self, record: dict, where: str) -> None:
-        """Nothing besides the text."""
-        return
-
     def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
         """Weight 1 at all tokens of the text itself; the targets are the tokens, in the loss."""
         weights, (before, after) = np.ones(n, np.float32), self.special_ends
         weights[:before] = weights[n - after :] = 0.0
         return weights, np.zeros(n, np.int32)
-
-    def note(self, wanted: Any) -> str:
-        """Nothing."""
-        return ""
 
     def load_model(self, section: ConfigDict, **changes: Any) -> Model:
         """The encoder of model.path with its head of the vocabulary."""

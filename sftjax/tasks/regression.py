@@ -35,11 +35,6 @@ class Regression(Texts):
     metrics = ("mae", "rmse", "r2", "pearson", "spearman")
     mean, std = 0.0, 1.0  # of the training rows' numbers, once they are known
 
-    @classmethod
-    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
-        """As of Texts, and the token that the model reads."""
-        return super().arguments(config) | {"reads": read_model(config.model).reads}
-
     def read_wanted(self, record: dict, where: str) -> float:
         """The record's number."""
         given = self.field(record, "label", where)
@@ -54,10 +49,6 @@ class Regression(Texts):
                 kind="wrong_value",
             )
         return number
-
-    def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The number at the token that the document is read from."""
-        return self.once(n, wanted)
 
     def tally(self, max_length: int, overlong: str) -> "NumberTally":
         """A Tally that sums the numbers too."""
@@ -103,17 +94,8 @@ class Regression(Texts):
         loss_fn = losses.regression(model, predictions=True, **own)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for numbers."""
-        return self._scores(predictions)
-
-    def final_scores(
-        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
-    ) -> Scores:
-        """The same, with standard errors, and what the mean scores."""
-        return self._scores(predictions, groups=groups, errors=True)
-
-    def _scores(self, predictions, **how: Any) -> Scores:
         real = predictions["weights"] > 0
         wanted, given = (predictions[k][real] for k in ("wanted", "given"))
         return Scores.of(metrics.numbers(wanted, given, **how))

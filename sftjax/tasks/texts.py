@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sftjax.data.masking.conversation import Asked, read_field
 from sftjax.data.packing.pack import TokenRows
 from sftjax.errors import ConfigError, DataError
-from sftjax.tasks.base import Task
+from sftjax.tasks.base import Scores, Task, read_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,8 @@ class Texts(Task[Labelled]):
                 " truncate_end, truncate_prompt, drop or error"
             )
         fields = config.data.fields
-        return {"names": {k: fields[k] for k in (*cls.usual, "pair") if k in fields}}
+        names = {k: fields[k] for k in (*cls.usual, "pair") if k in fields}
+        return {"names": names, "reads": read_model(config.model).reads}
 
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
@@ -93,16 +94,18 @@ class Texts(Task[Labelled]):
     # ---- what a task of this kind says ----
 
     def read_wanted(self, record: dict, where: str) -> Any:
-        """What is wanted of a record. Raises: DataError."""
-        raise NotImplementedError
+        """What is wanted of a record; None for nothing. Raises: DataError."""
 
     def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Weights and targets [n] of a document of n tokens."""
-        raise NotImplementedError
+        """Weights and targets [n] of a document of n tokens: by default it has one target."""
+        weights, targets = np.zeros(n, np.float32), np.zeros(n, np.dtype(self.target))
+        at = 0 if self.reads == "first" else n - 1
+        weights[at], targets[at] = 1.0, wanted
+        return weights, targets
 
     def note(self, wanted: Any) -> str:
         """What is wanted, for people to read."""
-        return str(wanted)
+        return "" if wanted is None else str(wanted)
 
     # ---- data ----
 
@@ -146,7 +149,6 @@ class Texts(Task[Labelled]):
                 f"no {kind}: none of the fields {asked}; the row has"
                 f" {', '.join(map(repr, record)) or 'none'}",
                 f"set data.fields.{kind}",
-                joint=": ",
                 where=where,
                 kind="missing_field",
                 subject=repr(kind),
@@ -204,9 +206,18 @@ class Texts(Task[Labelled]):
             pieces.append((example.tokens[at], weights, targets, *types))
         return pieces
 
-    def once(self, n: int, value: float) -> tuple[np.ndarray, np.ndarray]:
-        """Weights and targets [n] with a value at the token that a document is read from."""
-        weights, targets = np.zeros(n, np.float32), np.zeros(n, np.dtype(self.target))
-        at = 0 if self.reads == "first" else n - 1
-        weights[at], targets[at] = 1.0, value
-        return weights, targets
+    # ---- evaluation ----
+
+    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+        """What a set scores. how: groups and errors, as of evaluation.metrics."""
+        raise NotImplementedError
+
+    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+        """See scores."""
+        return self.scores(predictions)
+
+    def final_scores(
+        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
+    ) -> Scores:
+        """The same, with standard errors and baselines."""
+        return self.scores(predictions, groups=groups, errors=True)

@@ -24,7 +24,7 @@ class TokenLabels(Classification):
 
     head = "token"
     usual: ClassVar = {"text": WORDS, "label": TAGS}
-    whole = False
+    whole = cleaned = False
     metrics = ("seqeval_f1", "accuracy")
 
     @classmethod
@@ -102,10 +102,6 @@ class TokenLabels(Classification):
         """The arrays of each piece that has a word."""
         return [x for x in super().cut(example, max_length, overlong) if np.any(x[1])]
 
-    def prepared(self, source: Any) -> Any:
-        """Raise DataError, because cleaning reads one label of a text."""
-        return super(Classification, self).prepared(source)
-
     # ---- evaluation ----
 
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
@@ -119,7 +115,8 @@ class TokenLabels(Classification):
 
         return more
 
-    def _scores(self, predictions, errors, groups=None) -> Scores:
+    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+        """The F1 of entities, and what labels of words score."""
         documents = np.cumsum(predictions["first"].ravel()) - 1
         real = predictions["weights"].ravel() > 0
         wanted, given = (predictions[k].ravel()[real] for k in ("wanted", "given"))
@@ -128,7 +125,7 @@ class TokenLabels(Classification):
         w, g = (
             [list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given)
         )
-        tags = metrics.tags(w, g, groups, errors)
+        tags = metrics.tags(w, g, **how)
         found = metrics.labels(wanted, given, self.labels.names)
         values = {"accuracy": found.values["accuracy"], "f1_words": found.values["f1"]}
         baselines = {**tags.baselines, **found.baselines}

@@ -41,17 +41,8 @@ def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Mo
     here.
     """
     m = config.model
-    if m.init not in ("pretrained", "random"):
-        raise ConfigError(f"model.init={m.init!r}; expected 'pretrained' or 'random'")
-    model = task.load_model(
-        m,
-        dtype=m.dtype,
-        remat=m.remat,
-        attention=m.attention,
-        scan=m.scan,
-        split=tuple(m.split),
-        vocab_multiple=m.vocab_multiple,
-    )
+    names = ("dtype", "remat", "attention", "scan", "vocab_multiple")
+    model = task.load_model(m, split=tuple(m.split), **{key: getattr(m, key) for key in names})
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
@@ -93,11 +84,11 @@ def _with_rows(model, tokenizer, added):
 
 def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
     """Tree of parameter dtypes, by the config's section `model`: param_dtype or frozen_dtype."""
-    m = section
     stored = hf.stored_dtypes(model) if from_files(model) else {}
 
     def one(name, on):
-        return jnp.dtype(m.param_dtype if on else m.frozen_dtype or stored.get(name, m.param_dtype))
+        own = section.param_dtype
+        return jnp.dtype(own if on else section.frozen_dtype or stored.get(name, own))
 
     return params_lib.map_named(one, trainable)
 
@@ -143,23 +134,18 @@ def abstract_state(
         dtypes(section, model, trainable),
         is_leaf=params_lib.is_param,
     )
-    model_state = None
-    if model.state is not None:
-        model_state = params_lib.shapes(model.state)
+    model_state = None if model.state is None else params_lib.shapes(model.state)
     state = jax.eval_shape(lambda p, s: _create(p, trainable, tx, 0, s), shapes, model_state)
-    by_name = {
-        name: (p.shape, s)
-        for (name, p), s in zip(
-            params_lib.flatten(model.abstract).items(), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    pairs = zip(params_lib.flatten(model.abstract).items(), jax.tree.leaves(shardings), strict=True)
+    by_name = {name: (p.shape, s) for (name, p), s in pairs}
 
     def place(name, x):
-        for tail in _tails(name):
-            shape, s = by_name.get(tail, (None, None))
-            if shape == x.shape:
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+        parts = name.split("/")
+        tails = ("/".join(parts[i:]) for i in range(len(parts)))
+        known = (by_name.get(tail, (None, None)) for tail in tails)
+        replicated = NamedSharding(mesh, P())
+        sharding = next((s for shape, s in known if shape == x.shape), replicated)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return params_lib.map_named(place, state)
 
@@ -183,11 +169,6 @@ def make_step(
         out_shardings=(shardings_of(target), None),
         compiler_options=xla_flags.options(platform, device),
     )
-
-
-def _tails(name):
-    parts = name.split("/")
-    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def _create(params, trainable, tx, seed, model_state=None):
@@ -231,8 +212,7 @@ def _added_text(model, trainable, new) -> str:
         table: [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
         for table in ("embed/w", "head/w")
     }
-    frozen = [table for table, found in parts.items() if found and not any(found)]
-    if frozen:
+    if frozen := [table for table, found in parts.items() if found and not any(found)]:
         text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
     return text
 
@@ -328,8 +308,7 @@ def export(directory: Path | str, task: "Task", model: Model, state: TrainState)
         params = task.exported(state.all_params, state.model_state)
         hf.save_pretrained(directory, model, params, task.tokenizer, stop_ids=task.stop_ids)
     else:
-        name = type(model).__name__
-        say("export", f"none: {name} has no save(directory, params, model_state)")
+        say("export", f"none: {type(model).__name__} has no save(directory, params, model_state)")
 
 
 def compiled_text(compiled: jax.stages.Compiled, seconds: float) -> str:

@@ -2,15 +2,14 @@
 
 import ast
 import contextlib
-import importlib.util
 import os
 import traceback
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from sftjax.errors import ConfigError
+from sftjax.files import load_python
 
 
 def load(spec: str) -> ConfigDict:
@@ -24,10 +23,8 @@ def load(spec: str) -> ConfigDict:
             f"--config={spec}: {path} is not a Python file; a config is a file NAME.py with a"
             " function get_config(arg='')"
         )
-    module_spec: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
     with _blamed(path):
-        module_spec.loader.exec_module(module)
+        module = load_python(path, "--config")
     make = getattr(module, "get_config", None)
     if not callable(make):
         raise ConfigError(f"{path} has no function get_config(arg='')")

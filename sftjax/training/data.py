@@ -228,7 +228,16 @@ class Feed(Sets):
                     f"the data stood at {state} at step {start}, and would now at"
                     f" {self.position(start)}: use another workdir"
                 )
-            host = ((batch, None) for batch in self._indexed(start, prefetch))
+            rows = data_lib.loader(
+                self.rows,
+                self.batch_size,
+                local=parallel.local_rows(self.mesh, self.batch_size),
+                start_step=start,
+                stop_step=self.steps,
+                workers=self.config.data.workers,
+                prefetch=prefetch,
+            )
+            host = ((batch, None) for batch in rows)
         on_device = ((self.put(batch, self.batch_size), state) for batch, state in host)
         ready = deque(itertools.islice(on_device, prefetch))
         while ready:
@@ -237,17 +246,6 @@ class Feed(Sets):
             ready.extend(itertools.islice(on_device, 1))
             self.wait = time.monotonic() - began
             yield batch
-
-    def _indexed(self, start, prefetch):
-        return data_lib.loader(
-            self.rows,
-            self.batch_size,
-            local=parallel.local_rows(self.mesh, self.batch_size),
-            start_step=start,
-            stop_step=self.steps,
-            workers=self.config.data.workers,
-            prefetch=prefetch,
-        )
 
     def _stream(self, start, state, prefetch):
         """(batch of this process, (its part, the stream's state after it)) of each step."""
@@ -261,11 +259,11 @@ class Feed(Sets):
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
         given = zip(self.sources, amounts, self.stores, strict=True)
-        own = {s.name: tasks.make(s.config, self.task.tokenizer) for s in self.sources}
-        specs = [
-            stream.Spec.of(s, own[s.name], weight, store.report["left_out"])
-            for s, weight, store in given
-        ]
+        specs = []
+        for s, weight, store in given:
+            d, task = s.config.data, tasks.make(s.config, self.task.tokenizer)
+            own = (d.overlong, d.on_error, d.max_skipped, weight, store.report["left_out"])
+            specs.append(stream.Spec(s.name, d.train, task, *own))
         d = self.config.data
         host = stream.batches(
             specs,

@@ -57,5 +57,5 @@ def amount(text: str | float, what: str) -> tuple[float, str]:
 
 def epochs(text: str | float) -> float | None:
     """The number in a duration of epochs; None for another unit."""
-    match = _DURATION.fullmatch(str(text))
-    return float(match[1]) if match and match[2].rstrip("s") == "epoch" else None
+    n, unit = amount(text, "duration")
+    return n if unit == "epochs" else None

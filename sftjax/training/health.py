@@ -8,7 +8,6 @@ interval late: the step is counted, its documents are written to suspects.jsonl,
 
 import dataclasses
 import json
-import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,9 @@ from ml_collections import ConfigDict
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError, DivergenceError, writing
+from sftjax.files import finite
 from sftjax.step import TrainState
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 from sftjax.training.log import say
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 WINDOW, FEWEST = 128, 32  # losses that a spike is held against, at most and at least
 ROLLBACKS = 3  # in one run
 SHOWN = 10  # bad steps that have a line each; the others are counted
-logger = logging.getLogger(__name__)
 
 
 class Health:
@@ -100,10 +99,7 @@ class Health:
         how = self.how[reason]
         if self.streak >= self.most and how != "log" and not self.ill:
             self.ill = (how, self._message(step))
-        found = {"step": step, "reason": reason, "loss": loss, "grad_norm": norm}
-        line = {
-            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in found.items()
-        }
+        line = finite({"step": step, "reason": reason, "loss": loss, "grad_norm": norm})
         line["documents"] = self.feed.documents(step)
         if jax.process_index() == 0:
             with writing("the file", self.path), self.path.open("a", encoding="utf-8") as file:
@@ -111,7 +107,7 @@ class Health:
             if self.state["skipped"] + self.state["spikes"] <= SHOWN:
                 name = "not finite" if reason == "nonfinite" else "a spike"
                 text = f"step {step} is {name}: loss {loss:.4g}, gradient norm {norm:.4g}; {what}"
-                logger.warning("%s; its documents are in %s", text, printable(self.path))
+                warn(f"{text}; its documents are in {self.path}")
 
     def mend(
         self, state: TrainState, step: int, target: TrainState, checkpoints: "Checkpointer"
@@ -159,7 +155,7 @@ class Health:
             if not names:
                 return True
             what = f"{', '.join(names[:3])} of its state"
-        logger.warning("no checkpoint of step %d: %s is not finite", step, printable(what))
+        warn(f"no checkpoint of step {step}: {what} is not finite")
         return False
 
     def check(self, state: TrainState, what: str) -> None:
@@ -188,7 +184,7 @@ def end(message: str, checkpoints: "Checkpointer") -> NoReturn:
     try:
         checkpoints.wait()
     except CheckpointError as e:
-        logger.warning("%s", printable(str(e)))
+        warn(e)
     raise DivergenceError(message)
 
 

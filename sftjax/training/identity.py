@@ -8,7 +8,6 @@ said.
 import hashlib
 import importlib.metadata
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ import numpy as np
 
 from sftjax.errors import CheckpointError
 from sftjax.files import read_json, write_atomic
-from sftjax.terminal import printable
-
-logger = logging.getLogger("sftjax")
+from sftjax.training.log import warn
 
 
 def make_manifest(config: Mapping, identity: Mapping, **facts: Any) -> dict:
@@ -82,14 +79,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _check(directory, old, new):
     was, now = old["identity"], new["identity"]
-    differing = [k for k in sorted(was.keys() & now.keys()) if was[k] != now[k]]
-    if differing:
+    if differing := [k for k in sorted(was.keys() & now.keys()) if was[k] != now[k]]:
         lines = changes(old, new)
         if not lines:
             lines = [f"{k}: {was[k]!r} there, {now[k]!r} now" for k in differing]
             if differing == ["tokenised data"]:
-                lines += ["the files, tokenizer and template are the same: this version of sftjax"]
-                lines[-1] += " makes something else of them"
+                same = "the files, tokenizer and template are the same"
+                lines.append(f"{same}: this version of sftjax makes something else of them")
         text = "\n".join(f"  {line}" for line in lines)
         raise CheckpointError(
             f"{directory} holds checkpoints of another run:\n{text}\n"
@@ -102,10 +98,9 @@ def _check(directory, old, new):
             f" {steps[1]}: train.duration may grow, not shrink. Set it back, or use another"
             " workdir."
         )
-    sets = _compared(old.get("evaluation"), new.get("evaluation"))
-    if sets and jax.process_index() == 0:
+    if sets := _compared(old.get("evaluation"), new.get("evaluation")):
         text = "evaluation is by other rows from now on, so its metrics may differ: "
-        logger.warning("%s", printable(text + "; ".join(sets)))
+        warn(text + "; ".join(sets))
 
 
 def _number(value) -> int:
@@ -150,7 +145,9 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if np.array_equal(before, after):
         return ""
     parts = []
-    if all(_whole(facts) for facts in (old, new)) and len(was) > 1:
+    # Are they all rows of their files, one file after the other?
+    whole = all(x["rows"] == sum(f["rows"] for f in x["files"]) for x in (old, new))
+    if whole and len(was) > 1:
         apart = _parts(was, before), _parts(now, after)
         for name in sorted(was.keys() & now.keys()):
             if text := compare_rows(apart[0][name], apart[1][name]):
@@ -158,12 +155,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         parts += [f"{name} is new" for name in sorted(now.keys() - was.keys())]
         parts += [f"{name} is not there any more" for name in sorted(was.keys() - now.keys())]
         return "; ".join(parts) or "the same files in another order"
-    names = ", ".join(now)
-    return (
-        f"{names}: {compare_rows(before, after)}"
-        if len(now) == 1
-        else (f"{compare_rows(before, after)} ({_by_file(was, now)})")
-    )
+    text = compare_rows(before, after)
+    return f"{next(iter(now))}: {text}" if len(now) == 1 else f"{text} ({_by_file(was, now)})"
 
 
 def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
@@ -203,11 +196,6 @@ def _rows(facts) -> np.ndarray | None:
         return np.load(Path(facts["store"]) / "rows.npy") if facts["store"] else None
     except (OSError, ValueError):
         return None
-
-
-def _whole(facts) -> bool:
-    """Are a source's rows all rows of its files, one file after the other?"""
-    return facts["rows"] == sum(f["rows"] for f in facts["files"])
 
 
 def _parts(files, rows) -> dict[str, np.ndarray]:

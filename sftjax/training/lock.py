@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sftjax.errors import LockedError, writing
-from sftjax.files import parse_json
+from sftjax.files import parse_object
 from sftjax.terminal import show
 
 RENEW = 10.0  # seconds between two renewals
@@ -43,7 +43,7 @@ class Lock:
         self.path = workdir / NAME
         self._file, flocked = _open(self.path)
         try:
-            left = _parsed(self._file.read())
+            left = parse_object(self._file.read())
             if left and (_machine() != left.get("machine") or not flocked):
                 _check_left(self.path, left)
             if left:
@@ -83,7 +83,7 @@ def _open(path: Path) -> tuple[TextIO, bool]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             flocked = True
         except BlockingIOError:
-            holder = _parsed(file.read())
+            holder = parse_object(file.read())
             file.close()
             raise _locked(path, holder) from None
         except OSError:
@@ -120,14 +120,6 @@ def _locked(path: Path, holder: dict) -> LockedError:
     )
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """What a lock file says; {} if it says nothing that we understand."""
-    with contextlib.suppress(ValueError):
-        value = parse_json(text)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
 def whose(lock: dict[str, Any]) -> str:
     """The process that a lock names: "process 71 on host a, started 2026-01-31 12:00:00"."""
     if not lock:
@@ -145,7 +137,8 @@ def holder(workdir: Path) -> tuple[dict[str, Any], bool]:
     """
     path = workdir / NAME
     try:
-        lock, age = _parsed(path.read_text("utf-8", "replace")), time.time() - path.stat().st_mtime
+        lock = parse_object(path.read_text("utf-8", "replace"))
+        age = time.time() - path.stat().st_mtime
     except OSError:
         return {}, False
     here = _lives_here(lock)

@@ -11,9 +11,10 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from sftjax import terminal
 from sftjax.config import ConfigError
+from sftjax.files import finite
 from sftjax.parallel import processes
-from sftjax.terminal import show
 from sftjax.training import metrics
 from sftjax.training.trackers import Tracker
 
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
 def say(what: str, text: str) -> None:
     """One labelled line (or several, aligned) on standard output, from process 0 only."""
     if jax.process_index() == 0:
-        show(f"{what:<10}" + text.replace("\n", "\n" + " " * 10))
+        terminal.show(f"{what:<10}" + text.replace("\n", "\n" + " " * 10))
+
+
+def warn(text: object) -> None:
+    """A warning, from process 0 only."""
+    if jax.process_index() == 0:
+        terminal.warn(text)
 
 
 class Log:
@@ -100,17 +107,13 @@ class Log:
         self._left = time.monotonic()
         self._last += self._left - began
 
-    def write(self, step: int, values: Mapping) -> None:
-        """Record {name: number} of one step beside the loop's own lines, at once."""
-        self.writer.write(step, values)
-
     def state(self) -> list[dict[str, float | None]]:
         """The metrics of the steps since the last line, for the checkpoint: a line is of all.
 
         None is a number that is not finite.
         """
-        found = [{k: float(v) for k, v in m.items()} for m in jax.device_get(self._window)]
-        return [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in found]
+        window = jax.device_get(self._window)
+        return finite([{k: float(v) for k, v in m.items()} for m in window])
 
     def close(self, rest: bool = True) -> None:
         """Write the lines that are left and close the files.
@@ -143,9 +146,8 @@ class Log:
         values["data_wait"] = waited / seconds
         # Here alone the loop waits for the devices, and through them for other processes.
         processes.told(values["step_time"], [waited / len(window), own / len(window)])
-        mfu = metrics.mfu(
-            self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count()
-        )
+        kind, n = jax.devices()[0].device_kind, jax.device_count()
+        mfu = metrics.mfu(self.flops, values["step_time"], kind, n)
         values |= {} if mfu is None else {"mfu": mfu}
         values["peak_memory"] = metrics.peak_memory()[0]
         self.writer.write(step, values)

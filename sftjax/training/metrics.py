@@ -1,8 +1,7 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line, speed and memory."""
 
 import json
-import logging
-import math
+import re
 import resource
 import sys
 import time
@@ -14,8 +13,8 @@ import jax
 from tqdm import tqdm
 
 from sftjax.errors import MetricError, writing
-from sftjax.files import check_regular, parse_json, write_atomic
-from sftjax.terminal import printable, show
+from sftjax.files import check_regular, finite, parse_object, write_atomic
+from sftjax.terminal import printable, show, warn
 from sftjax.training.trackers import Tracker
 
 # ---- writing -------------------------------------------------------------------------------
@@ -27,7 +26,7 @@ class Writer:
     metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null, as
     JSON has neither. start_step: the step a resumed run goes on from; what a killed run wrote of
     later steps is dropped, so that no step appears twice. Processes other than 0 write nothing.
-    The progress line is a bar on a terminal, else one plain line per write; progress=False: none.
+    The progress line is a bar on a terminal, else one plain line per write.
     """
 
     def __init__(
@@ -36,25 +35,26 @@ class Writer:
         total_steps: int,
         process_index: int = 0,
         tensorboard: bool = True,
-        progress: bool = True,
         start_step: int = 0,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self._total, self._start = total_steps, start_step
         self._file = self._board = self._bar = None
-        self._progress, self._trackers = progress and process_index == 0, trackers
+        self._trackers = trackers
         if process_index != 0:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(path, start_step)
+        if path.exists():  # also without what is no line of ours
+            kept = [line for line, at in read_lines(path) if at["step"] <= start_step]
+            write_atomic(path, "".join(kept))
         self._file = path.open("a", 1, encoding="utf-8")  # by lines: a killed run keeps them
         if tensorboard:
             from sftjax.training.tensorboard import Board  # slow to import, not always wanted
 
             self._board = Board(Path(workdir) / "tensorboard", start_step + 1)
         self._started = time.monotonic()
-        if self._progress and sys.stderr.isatty():
+        if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -67,7 +67,7 @@ class Writer:
         if self._file is None:
             return
         values = {name: _number(name, value) for name, value in values.items()}
-        line = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = finite(values)
         with writing("the file", self._file.name):
             self._file.write(json.dumps({"step": int(step), **line}, allow_nan=False) + "\n")
         if self._board:
@@ -75,21 +75,13 @@ class Writer:
                 self._board.add(name, value, int(step))
         for tracker in self._trackers:
             tracker.write(int(step), {k: v for k, v in line.items() if v is not None})
-        if self._progress:
-            self._show(int(step), values)
+        self._show(int(step), values)
 
     def flush(self) -> None:
         """Have everything in the files: what is killed after this has no gap before it."""
         for written in (self._board, self._file):
             if written is not None:
                 written.flush()
-
-    def say(self, text: str) -> None:
-        """A message on stderr that does not tear the progress bar."""
-        if self._bar is not None:
-            self._bar.write(printable(text), file=sys.stderr)
-        elif self._progress:
-            show(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the progress line and close the files; nothing is written after it."""
@@ -107,10 +99,10 @@ class Writer:
     def _show(self, step, values):
         text = progress_text(values) + self._eta(step)
         if self._bar is None:
-            self.say(f"step {step}/{self._total}  {text}")
-            return
-        self._bar.n = step
-        self._bar.set_postfix_str(printable(text))  # also redraws
+            show(f"step {step}/{self._total}  {text}", file=sys.stderr)
+        else:
+            self._bar.n = step
+            self._bar.set_postfix_str(printable(text))  # also redraws
 
     def _eta(self, step):
         done, left = step - self._start, self._total - step
@@ -138,14 +130,6 @@ def _number(name, value):
         raise MetricError(f"metric {name!r} is {value!r}; expected one number") from e
 
 
-def _drop_after(path, step):
-    """Rewrite metrics.jsonl without later steps, and without what is no line of ours."""
-    if not path.exists():
-        return
-    kept = [line for line, at in read_lines(path) if at["step"] <= step]
-    write_atomic(path, "".join(kept))
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(text, object) of every whole line of a metrics.jsonl: a step, and numbers or nulls.
 
@@ -162,21 +146,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
             else:
                 yield line, parsed
     if damaged:
-        logging.getLogger("sftjax").warning(
-            "%s: %d line%s damaged and left out, first line %d",
-            printable(path),
-            len(damaged),
-            "s are" if len(damaged) > 1 else " is",
-            damaged[0],
-        )
+        lines = f"{len(damaged)} line{'s are' if len(damaged) > 1 else ' is'}"
+        warn(f"{path}: {lines} damaged and left out, first line {damaged[0]}")
 
 
 def _line(text) -> dict | None:
-    try:
-        parsed = parse_json(text)
-    except ValueError:
-        return None
-    if not isinstance(parsed, dict) or type(parsed.get("step")) is not int:
+    parsed = parse_object(text)
+    if type(parsed.get("step")) is not int:
         return None
     plain = (type(v) in (int, float) and abs(v) < 1e300 for v in parsed.values() if v is not None)
     return parsed if all(plain) else None
@@ -184,27 +160,23 @@ def _line(text) -> dict | None:
 
 # ---- speed and memory ----------------------------------------------------------------------
 
-# Peak dense bf16 TFLOP/s of one JAX device, by a part of its device_kind; the first match counts.
+# Peak dense bf16 TFLOP/s of one JAX device, by parts of its device_kind; the first match counts.
 PEAK_TFLOPS = (
-    ("tpu v6 lite", 918),
-    ("tpu v6e", 918),
-    ("tpu v5 lite", 197),
-    ("tpu v5e", 197),
+    ("tpu v6 lite|tpu v6e", 918),
+    ("tpu v5 lite|tpu v5e", 197),
     ("tpu v5", 459),  # v5p
     ("tpu v4", 275),
-    ("tpu7x", 1153.5),  # a chip has 2307 and is two devices to JAX
-    ("tpu v7x", 1153.5),
+    ("tpu7x|tpu v7x", 1153.5),  # a chip has 2307 and is two devices to JAX
     ("b200", 2250),
-    ("h200", 989),
-    ("h100", 989),
+    ("h200|h100", 989),
     ("a100", 312),
 )
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak dense bf16 FLOP/s of one device of this jax device_kind; None when unknown."""
-    for part, tflops in PEAK_TFLOPS:
-        if part in device_kind.lower():
+    for parts, tflops in PEAK_TFLOPS:
+        if re.search(parts, device_kind.lower()):
             return tflops * 1e12
     return None
 
@@ -231,8 +203,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 def peak_memory() -> tuple[int, str]:
     """(bytes, "device"): the most that one has held; else (bytes, "process"), of host memory."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    if peaks:
+    if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
         return max(peaks), "device"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"

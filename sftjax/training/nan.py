@@ -7,7 +7,7 @@ for a step whose update was skipped. That step's state is still there, as it was
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,29 +24,22 @@ CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 OWN = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
-class Finding(NamedTuple):
-    """An operation with a result that is not finite, and in words what and where."""
-
-    what: str  # "nan" or "inf"
-    text: str
-
-
-def first_operations(fn: Callable[..., Any], *args: Any) -> list[Finding]:
-    """The first operation of fn(*args) that makes an inf, and the first that makes a nan.
+def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
+    """{"inf": the first operation of fn(*args) that makes one, in words; "nan": the same}.
 
     An inf counts where no input has one: what is masked with -inf is no mistake. Loops and
     branches are gone through; a shard_map or a kernel is one operation. Both where there are both,
     in the order in which they come.
     """
     closed = jax.make_jaxpr(fn)(*args)
-    found = dict[str, Finding]()
+    found = dict[str, str]()
     for eqn, inputs, outputs in _run(closed, jax.tree.leaves(args), []):
         what = _made(inputs, outputs)
         if what and what not in found:
-            found[what] = Finding(what, _text(eqn, what, inputs, outputs))
+            found[what] = _text(eqn, what, inputs, outputs)
         if what == "nan":
             break
-    return list(found.values())
+    return found
 
 
 def check(
@@ -66,7 +59,7 @@ def check(
         return
     before = dataclasses.replace(state, step=state.step - 1)
     run = functools.partial(train_step, loss_fn=loss_fn, tx=tx)
-    lines = [finding.text for finding in first_operations(run, before, batch)]
+    lines = first_operations(run, before, batch).values()
     if lines:
         title = f"step {step}: the first operations whose results are not finite"
     else:
@@ -117,12 +110,8 @@ def _bind(eqn, inputs) -> list:
 def _scan(eqn, inputs, results) -> Iterator[tuple[Any, list, list]]:
     p, stacked = eqn.params, list[list]()
     # By their shapes: the parameters that count them have names that changed with JAX 0.12.
-    inner, outer = ([v.aval.shape for v in side] for side in (p["jaxpr"].jaxpr.invars, eqn.invars))
-    rest = sum(a == b for a, b in zip(inner, outer, strict=True))  # before what is scanned over
-    inner, outer = (
-        [v.aval.shape for v in side] for side in (p["jaxpr"].jaxpr.outvars, eqn.outvars)
-    )
-    carried = sum(a == b for a, b in zip(inner, outer, strict=True))
+    rest = _alike(p["jaxpr"].jaxpr.invars, eqn.invars)  # before what is scanned over
+    carried = _alike(p["jaxpr"].jaxpr.outvars, eqn.outvars)
     consts, carry, xs = inputs[: rest - carried], inputs[rest - carried : rest], inputs[rest:]
     order = range(p["length"])
     for i in reversed(order) if p["reverse"] else order:
@@ -132,6 +121,11 @@ def _scan(eqn, inputs, results) -> Iterator[tuple[Any, list, list]]:
         stacked.append(out[carried:])
     stacked = stacked[::-1] if p["reverse"] else stacked
     results.extend([*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))])
+
+
+def _alike(inner, outer) -> int:
+    """How many variables of a loop have the shape that they have in its body."""
+    return sum(a.aval.shape == b.aval.shape for a, b in zip(inner, outer, strict=True))
 
 
 # ---- words ---------------------------------------------------------------------------------
@@ -158,11 +152,9 @@ def _text(eqn, what, inputs, outputs) -> str:
     ranges = [
         f"{float(jnp.min(x)):.4g} to {float(jnp.max(x)):.4g}" for x in _floats(inputs) if x.size
     ]
-    scope = str(eqn.source_info.name_stack)
+    scope = f" in {eqn.source_info.name_stack}" if str(eqn.source_info.name_stack) else ""
     given = f"; its inputs are {', '.join(ranges)}" if ranges else ""
-    return (
-        f"  {eqn.primitive.name} at {_line(eqn)}{f' in {scope}' if scope else ''}: {counted}{given}"
-    )
+    return f"  {eqn.primitive.name} at {_line(eqn)}{scope}: {counted}{given}"
 
 
 def _line(eqn) -> str:

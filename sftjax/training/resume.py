@@ -1,7 +1,6 @@
 """What may differ between a run and its resumption: keys, versions, evaluation sets."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,20 +11,13 @@ import jax
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError
 from sftjax.evaluation.sets import ANSWERS
-from sftjax.files import parse_json, read_json
-from sftjax.terminal import printable
+from sftjax.files import read_json, read_object
+from sftjax.training.log import warn
 
 if TYPE_CHECKING:
     from sftjax.training.data import Feed
 
-logger = logging.getLogger("sftjax")
 MOST = 10  # lines of keys that differ
-
-
-def warn(text: str) -> None:
-    """A line on standard error, from process 0 only."""
-    if jax.process_index() == 0:
-        logger.warning("%s", printable(text))
 
 
 def check_config(file: Path, new: Mapping, began: Path) -> None:
@@ -43,7 +35,7 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
             f"{e}. Put back an intact copy; or, if this is the config that the run began with,"
             " delete the file: the next start writes it anew."
         ) from None
-    before, now = _flat(old), _flat(new)
+    before, now = config_lib.flat(old), config_lib.flat(new)
     keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     keys = [k for k in keys if _meant(k, before.get(k), began) != _meant(k, now.get(k), began)]
     keys = [k for k in keys if not k.startswith(config_lib.FREE)]
@@ -61,12 +53,11 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
         text = "; ".join(show(k) for k in measures)
         warn(f"evaluation differs from now on, so its metrics may too: {text}")
     if "train.duration" in keys:
-        rates = _rates_that_depend(now)
-        warn(
-            f"the duration is another from now on: {show('train.duration')}"
-            + (f". Its learning rates, by {rates}, are those of such a run" if rates else "")
-            + (" from here on, not those of a run that began so" if rates else "")
-        )
+        text = f"the duration is another from now on: {show('train.duration')}"
+        if rates := _rates_that_depend(now):
+            text += f". Its learning rates, by {rates}, are those of such a run from here on, not"
+            text += " those of a run that began so"
+        warn(text)
 
 
 def _refused(key, before, now) -> str | None:
@@ -87,15 +78,11 @@ def _refused(key, before, now) -> str | None:
 
 def _rates_that_depend(config) -> str:
     """The keys by which the learning rate of a step depends on the number of all steps."""
-    found = []
-    if config["optim.schedule"] in ("linear", "cosine", "wsd"):
-        found.append(f"optim.schedule={config['optim.schedule']}")
-    found += [
-        f"{key}={config[key]}"
-        for key in ("optim.warmup", "optim.decay_phase")
-        if "%" in config[key] and (key == "optim.warmup" or config["optim.schedule"] == "wsd")
-    ]
-    return " and ".join(found)
+    schedule = config["optim.schedule"]
+    keys = ["optim.schedule"] if schedule in ("linear", "cosine", "wsd") else []
+    shares = ("optim.warmup", "optim.decay_phase") if schedule == "wsd" else ("optim.warmup",)
+    keys += [key for key in shares if "%" in config[key]]
+    return " and ".join(f"{key}={config[key]}" for key in keys)
 
 
 def _meant(key, value, began):
@@ -106,23 +93,7 @@ def _meant(key, value, began):
     return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
 
 
-def _flat(tree, prefix="") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return out
-
-
 # ---- env.json ------------------------------------------------------------------------------
-
-
-def read_environment(file: Path) -> dict[str, Any] | None:
-    """env.json; None where there is none, or none that can be read."""
-    try:
-        found = parse_json(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
@@ -130,12 +101,12 @@ def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
 
     It says which versions differ from the last start's, and sets a file aside that is torn.
     """
-    old = read_environment(file)
-    if old is None and file.exists() and jax.process_index() == 0:
+    old = read_object(file)
+    if not old and file.exists() and jax.process_index() == 0:
         aside = file.with_name(f"{file.name}.damaged")
         os.replace(file, aside)
         warn(f"{file} is damaged; it is set aside as {aside.name}, and written anew")
-    if old is None or not trained:
+    if not old or not trained:
         return new
     starts: Any = old.get("resumed")
     starts = starts if isinstance(starts, list) else []

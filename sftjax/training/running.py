@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sftjax.errors import LockedError, UserError
-from sftjax.files import parse_json, write_atomic
+from sftjax.files import read_object, write_atomic
 from sftjax.parallel import processes
 from sftjax.training import stops
 from sftjax.training.lock import Lock
@@ -44,7 +44,7 @@ class Run:
             problem = processes.gather(problem)[0]
         if problem:
             raise LockedError(problem)
-        self._said: dict[str, Any] = _read(self.workdir / NAME)
+        self._said = read_object(self.workdir / NAME)  # of the last start
         stop.leaving = self._left
 
     @contextlib.contextmanager
@@ -57,7 +57,7 @@ class Run:
             raise
 
     def __enter__(self) -> Self:
-        self._say(state="starting", error="")
+        self.say(state="starting", error="")
         return self
 
     def __exit__(
@@ -65,39 +65,24 @@ class Run:
     ) -> None:
         with contextlib.suppress(OSError):  # the error that ended the run is the one to be seen
             if e is None:
-                self._say(state="finished")
+                self.say(state="finished")
             elif isinstance(e, KeyboardInterrupt):  # Stopped is one
-                self._say(state="stopped", error=str(e).partition(";")[0])
+                self.say(state="stopped", error=str(e).partition(";")[0])
             else:
-                self._say(state="failed", error=f"{type(e).__name__}: {e}"[:2000])
+                self.say(state="failed", error=f"{type(e).__name__}: {e}"[:2000])
         self._release()
 
-    def begin(self, step: int, steps: int, best: str, lower: bool) -> None:
-        """The loop begins after `step` of `steps`; best: eval.best, lower: is less of it better."""
-        self._say(state="running", step=step, steps=steps, best=best, lower=lower)
-
-    def end(self, step: int) -> None:
-        """The loop has ended after `step`."""
-        self._say(step=step)
-
-    def _left(self, reason: str) -> None:
-        """The process ends at once."""
-        self._say(state="stopped", error=reason.partition(";")[0])
-        self._release()
-
-    def _say(self, **values: Any) -> None:
+    def say(self, **values: Any) -> None:
+        """Set values of run.json, those that the class names."""
         self._said |= values | dict(written=time.time())
         if self._lock is not None:
             write_atomic(self.workdir / NAME, json.dumps(self._said, indent=1) + "\n")
 
+    def _left(self, reason: str) -> None:
+        """The process ends at once."""
+        self.say(state="stopped", error=reason.partition(";")[0])
+        self._release()
+
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What run.json said at the last start; {} where that can't be read."""
-    with contextlib.suppress(OSError, ValueError):
-        value = parse_json(path.read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-    return {}

@@ -5,19 +5,19 @@ MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from sftjax.config import flat
 from sftjax.errors import ConfigError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
-logger = logging.getLogger(__name__)
 PROJECT = "sftjax"
 
 
@@ -80,7 +80,7 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
         except ConfigError:
             raise
         except Exception as e:  # whatever a package of others may raise
-            logger.warning("%s does not begin, and gets no numbers: %s", name, printable(str(e)))
+            warn(f"{name} does not begin, and gets no numbers: {e}")
     return begun
 
 
@@ -97,16 +97,13 @@ def closing(begun: Sequence[Tracker]) -> Iterator[None]:
 def guarded(name: str, tracker: Tracker) -> Tracker:
     """A tracker whose failure is said, and never ends a run."""
 
-    def of(fn: Callable) -> Callable:
-        def call(*args: Any) -> None:
-            try:
-                fn(*args)
-            except Exception as e:  # whatever a package of others may raise
-                logger.warning("%s did not take a run's numbers: %s", name, printable(str(e)))
+    def call(fn: Callable, *args: Any) -> None:
+        try:
+            fn(*args)
+        except Exception as e:  # whatever a package of others may raise
+            warn(f"{name} did not take a run's numbers: {e}")
 
-        return call
-
-    return Tracker(of(tracker.write), of(tracker.close))
+    return Tracker(*(functools.partial(call, fn) for fn in tracker))
 
 
 def package(name: str) -> Any:
@@ -118,12 +115,3 @@ def package(name: str) -> Any:
             f"train.trackers={name!r} needs the package {name}, which is not installed: pip install"
             f" 'sftjax[{name}]'"
         ) from None
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 1e-4} of a nested config."""
-    out = dict[str, Any]()
-    for key, value in config.items():
-        inner = isinstance(value, Mapping)
-        out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return out

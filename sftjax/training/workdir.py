@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import platform
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError, writing
-from sftjax.files import read_json, refuse_url, write_atomic
-from sftjax.terminal import printable
-from sftjax.training import resume
+from sftjax.files import read_json, read_object, refuse_url, write_atomic
+from sftjax.training import log, resume
 from sftjax.training.identity import make_manifest, sha256, version
 
 if TYPE_CHECKING:
@@ -92,7 +90,7 @@ def began_in(workdir: Path) -> Path:
 
     Here, for a run that begins, or whose first directory is not there any more.
     """
-    here, found = Path.cwd(), resume.read_environment(workdir / "env.json") or {}
+    here, found = Path.cwd(), read_object(workdir / "env.json")
     if not _trained(workdir) or not isinstance(found.get("directory"), str):
         return here
     first = Path(found["directory"])
@@ -108,9 +106,8 @@ def _trained(workdir):
 
 def warn(config: ConfigDict) -> None:
     """Say on standard error what of a config a run rarely has on purpose."""
-    if jax.process_index() == 0:
-        for line in config_lib.unusual(config):
-            logging.getLogger("sftjax").warning("%s", printable(line))
+    for line in config_lib.unusual(config):
+        log.warn(line)
 
 
 def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
@@ -119,11 +116,8 @@ def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
     And the config.json of a model that has one; besides, by what a difference is explained.
     """
     identity, task = {"tokenised data": feed.identity}, feed.task
-    hashes = {
-        "how rows are read (the chat template, special tokens)": json.dumps(
-            task.key(), sort_keys=True, default=str
-        )
-    }
+    reading = json.dumps(task.key(), sort_keys=True, default=str)
+    hashes = {"how rows are read (the chat template, special tokens)": reading}
     if task.tokenizer is not None:
         hashes["the tokenizer"] = task.tokenizer.backend_tokenizer.to_str()
     if getattr(model, "source", None) is not None:

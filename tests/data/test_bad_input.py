@@ -51,8 +51,8 @@ ROWS = [
     (b'{"prompt": True}', "malformed JSON at column 12: Expecting value"),
     (b'{"a": 1} {"b": 2}', "malformed JSON at column 10: Extra data"),
     (b"what is two?", "malformed JSON at column 1: Expecting value, near 'what is two?'"),
-    (b'{"prompt": "\xff"}', "not UTF-8 at byte 12: save the file as UTF-8"),
-    ("{}".encode("utf-16"), "not UTF-8 at byte 0: save the file as UTF-8"),
+    (b'{"prompt": "\xff"}', "not UTF-8 at byte 12; save the file as UTF-8"),
+    ("{}".encode("utf-16"), "not UTF-8 at byte 0; save the file as UTF-8"),
     (b"[" * 100_000, "JSON that can't be read: maximum recursion depth exceeded"),
     (b'{"n": ' + b"1" * 5000 + b"}", "JSON that can't be read: Exceeds the limit (4300 digits)"),
     (b"[1, 2]", "the row is '[1, 2]' (list), expected an object such as {"),
@@ -62,7 +62,7 @@ ROWS = [
     # --- no known form ---
     ({}, f"{NO_FORM} (none); expected messages (or conversations) | prompt + completion"),
     ({"question": "a", "answer": "b"}, f"{NO_FORM} 'question', 'answer'; expected messages"),
-    ({"Prompt": "a", "Completion": "b"}, "or say which are which: data.fields.prompt=NAME"),
+    ({"Prompt": "a", "Completion": "b"}, "; say which are which: data.fields.prompt=NAME"),
     ({"text": None}, f"{NO_FORM} 'text'; expected"),
     # --- prompt and completion ---
     ({"prompt": "a"}, "field 'completion' is missing; the row has 'prompt'; set data.fields.*"),
@@ -155,7 +155,7 @@ FILES = [
     ("d.jsonl", b"", ": the file is empty"),
     ("d.jsonl", b"\n \n\t\n", ": the file holds no row"),
     ("d.jsonl", b'{"prompt": "a"}\r{"prompt": "b"}', ":1: malformed JSON at column 17: Extra data"),
-    ("d.jsonl", b"\x1f\x8b\x08\x00\n", ":1: not UTF-8 at byte 1: save the file as UTF-8"),
+    ("d.jsonl", b"\x1f\x8b\x08\x00\n", ":1: not UTF-8 at byte 1; save the file as UTF-8"),
     ("d.txt", b"a", ": unknown kind of file '.txt'; known: .jsonl, .ndjson, .json, .parquet"),
     ("d", b"a", ": unknown kind of file ''; known: .jsonl"),
     ("d.json", b"[]", ": the file holds no row"),
@@ -165,7 +165,7 @@ FILES = [
     ("d.json", b'[{"a": 1},\n]', ":1: malformed JSON at column 10: Illegal trailing comma before"),
     ("d.json", b'[{"a": 1},\n}', ":2: malformed JSON at column 1: Expecting value"),
     ("d.json", b"[1]", ":1: the row is '1' (int), expected an object such as"),
-    ("d.json", b"\xff", ": not UTF-8 at byte 0: save the file as UTF-8"),
+    ("d.json", b"\xff", ": not UTF-8 at byte 0; save the file as UTF-8"),
     ("d.json", b"[" * 100_000, ": JSON that can't be read: maximum recursion depth exceeded"),
     ("d.json", b'{"a": 1}\n{"b": ', ":2: malformed JSON at column 7: Expecting value"),
     ("d.parquet", b"PAR1", ": not a readable Parquet file: "),
@@ -258,7 +258,7 @@ def test_paths(tmp_path):
             open_source(spec)
     with pytest.raises(DataError, match="no data file in this folder"):
         open_source(tmp_path)
-    with pytest.raises(DataError, match="no data file is named: set data.train=FILE"):
+    with pytest.raises(DataError, match="no data file is named; set data.train=FILE"):
         open_source(" , ")
 
 

@@ -163,7 +163,7 @@ def test_overlong_rows_are_counted(tmp_path):
     split = build(tmp_path, records, overlong="split")
     assert split.report["documents"] > 5 and split.report["dropped"] == {}
     assert split.lengths.max() <= 64
-    with pytest.raises(DataError, match=r"d.jsonl:4: \d+ tokens, more than data.max_length=64: ra"):
+    with pytest.raises(DataError, match=r"d.jsonl:4: \d+ tokens, more than data.max_length=64; ra"):
         build(tmp_path, records, overlong="error")
     with pytest.raises(DataError, match="data.overlong='cut': expected truncate_end | drop"):
         build(tmp_path, records, overlong="cut")
@@ -256,7 +256,7 @@ def test_totals_and_blank_rows():
         rows[-1]
     with pytest.raises(TypeError):
         Rows(docs, 5, "none", 0, 1.5)
-    with pytest.raises(DataError, match="a document of 5 tokens is longer than a row of 4: build"):
+    with pytest.raises(DataError, match="a document of 5 tokens is longer than a row of 4; build"):
         Rows(docs, 4)
     assert Rows(docs, 4, "bfd_split").per_epoch == 4
 

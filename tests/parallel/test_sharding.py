@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -253,16 +254,20 @@ def test_loading_needs_its_own_shards_and_little_more_than_the_largest_tensor(la
     assert m["own"] * 0.95 < m["peak"] < m["own"] + 1.2 * m["largest"], m
 
 
+class Device(NamedTuple):
+    id: int
+    process_index: int
+
+
 def test_local_rows_of_hosts_that_alternate_along_the_mesh(monkeypatch):
     """On a TPU slice the mesh order is not the order of hosts; each reads exactly its own rows."""
     mesh = make_mesh({"fsdp": 8})
-    mine = mesh.devices.reshape(-1)[::2]  # as if every other device were another host's
-
     whole = parallel.named(mesh, "batch", None).devices_indices_map((16, 1))
 
-    class Layout:
-        def addressable_devices_indices_map(self, shape):
-            return {d: whole[d] for d in mine}
+    class Layout:  # as if every other device were another host's
+        def devices_indices_map(self, shape):
+            devices = enumerate(mesh.devices.reshape(-1))
+            return {Device(n, process_index=n % 2): whole[d] for n, d in devices}
 
     monkeypatch.setattr(batches, "named", lambda *_: Layout())
     assert parallel.local_rows(mesh, 16) == [0, 1, 4, 5, 8, 9, 12, 13]

@@ -14,14 +14,15 @@ from sftjax import losses, tasks
 from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
 from sftjax.errors import ConfigError
+from sftjax.files import load_python
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.losses import IN_SPAN, SPAN_END, SPAN_START
 from sftjax.tasks.classification import Classification, MultiLabel
-from sftjax.tasks.extractive_qa import ExtractiveQA
 from sftjax.tasks.masked_lm import MaskedLM
 from sftjax.tasks.regression import Regression
 from sftjax.tasks.token_labels import TokenLabels
 
+qa = load_python(str(every.REPO / "experiments" / "xquad" / "task.py"), "task")
+IN_SPAN, SPAN_START, SPAN_END = qa.IN_SPAN, qa.SPAN_START, qa.SPAN_END
 LABELS = ("red", "green", "blue")
 
 
@@ -107,9 +108,9 @@ def test_a_span_is_chosen_among_the_tokens_of_its_own_document():
         z = logits[row]
         lse = np.log(np.exp(z[places]).sum(0))
         expected += (lse[0] - z[start, 0] + lse[1] - z[end, 1]) / 2
-    loss = losses.span(Head(logits))(1.0, given, None)
+    loss = qa.span(Head(logits))(1.0, given, None)
     np.testing.assert_allclose(loss.sum, expected, rtol=1e-5)
-    grad = jax.grad(lambda p: losses.span(Head(logits))(p, given, None).sum)(1.0)
+    grad = jax.grad(lambda p: qa.span(Head(logits))(p, given, None).sum)(1.0)
     assert np.isfinite(grad)
 
 
@@ -201,7 +202,7 @@ def asked(context, answers, question="which ?"):
 
 
 def test_an_answer_is_pointed_to_in_every_window_that_has_it():
-    task = ExtractiveQA(make_tokenizer())
+    task = qa.ExtractiveQA(make_tokenizer())
     context = " ".join(f"w{i}" for i in range(12))
     start = context.index("w10")
     given = asked(context, {"text": ["w10"], "answer_start": [start]})
@@ -235,7 +236,7 @@ def test_an_answer_is_pointed_to_in_every_window_that_has_it():
 )
 def test_an_answer_that_is_not_where_it_should_be(answers, message):
     with pytest.raises(DataError, match=message):
-        ExtractiveQA(make_tokenizer()).examples([asked("a b", answers)], ["f:1"])
+        qa.ExtractiveQA(make_tokenizer()).examples([asked("a b", answers)], ["f:1"])
 
 
 def test_a_masked_language_model_hides_no_special_token_and_takes_an_encoder(tmp_path):

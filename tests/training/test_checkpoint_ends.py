@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,12 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoint import assert_same, make_state, raw, run_python, spoiled
+from test_checkpoint import abstract_like, assert_same, make_state, raw, run_python, spoiled
 
-from sftjax.training.checkpoint import (
-    Checkpointer,
-    abstract_like,
-)
+from sftjax.training.checkpoint import Checkpointer
 
 FULL_DISK = """
 import logging, resource, signal, sys, time
@@ -85,12 +83,14 @@ def test_kill_9_leaves_complete_checkpoints(tmp_path):
         time.sleep(random.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with Checkpointer(tmp_path) as ckpt:
+        copied = Path(shutil.copytree(tmp_path, f"{tmp_path}-{reached}"))
+        with Checkpointer(copied) as ckpt:
             reached, steps = ckpt.latest_step(), ckpt.all_steps()
-            for step in steps:
-                got, extra = ckpt.restore(abstract_like(make_state()), step)
+            for step in reversed(steps):
+                got, extra = ckpt.restore(abstract_like(make_state()))
                 assert_same(got, make_state(step))
                 assert extra == {"row": step * 10}
+                shutil.rmtree(copied / str(step))
 
 
 FAULTS = """

@@ -11,8 +11,8 @@ from sftjax.data import build_store, open_source
 from sftjax.data.token_store import facts_of
 from sftjax.errors import CheckpointError
 from sftjax.tasks.causal_lm import CausalLM
-from sftjax.training.checkpoint import Checkpointer, make_manifest
-from sftjax.training.identity import check_manifest, compare, compare_rows
+from sftjax.training.checkpoint import Checkpointer
+from sftjax.training.identity import check_manifest, compare, compare_rows, make_manifest
 
 TASK = CausalLM(make_tokenizer())
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(30)]

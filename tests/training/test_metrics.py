@@ -28,7 +28,7 @@ def read(workdir):
 
 
 def test_one_json_object_a_line_also_for_nan_and_arrays(tmp_path):
-    with Writer(tmp_path, 10, tensorboard=False, progress=False) as writer:
+    with Writer(tmp_path, 10, tensorboard=False) as writer:
         writer.write(1, {"loss": jnp.float32(0.5), "tokens": 7, "lr": np.float64(0.25)})
         writer.write(2, {"loss": float("nan"), "a": float("inf"), "b": -math.inf})
         with pytest.raises(TypeError, match="metric 'bad' is .* expected one number"):
@@ -40,12 +40,12 @@ def test_one_json_object_a_line_also_for_nan_and_arrays(tmp_path):
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):
-    with Writer(tmp_path, 10, tensorboard=False, progress=False) as writer:
+    with Writer(tmp_path, 10, tensorboard=False) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": step})
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 6, "lo')  # torn by a kill
-    with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=3) as writer:
+    with Writer(tmp_path, 10, tensorboard=False, start_step=3) as writer:
         for step in range(4, 7):
             writer.write(step, {"loss": -step})
     assert [(x["step"], x["loss"]) for x in read(tmp_path)] == [
@@ -65,7 +65,7 @@ def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog):
         f.write("\n".join([*junk, good]))
     assert [x for x, _ in read_lines(path)] == [good]
     assert "11 lines are damaged and left out, first line 1" in caplog.text
-    with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=1):
+    with Writer(tmp_path, 10, tensorboard=False, start_step=1):
         pass
     assert path.read_text() == good
     path.unlink()
@@ -77,13 +77,12 @@ def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog):
 def test_only_process_0_writes(tmp_path, capsys):
     with Writer(tmp_path / "run", 10, process_index=1) as writer:
         writer.write(1, {"loss": 0.5})
-        writer.say("hello")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
 
 
 def test_tensorboard_has_the_values(tmp_path):
-    with Writer(tmp_path, 10, progress=False) as writer:
+    with Writer(tmp_path, 10) as writer:
         writer.write(3, {"val/loss": 0.5})
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"val/loss" in events.read_bytes()
@@ -111,10 +110,8 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal)
     with Writer(tmp_path, 200, tensorboard=False, start_step=100) as writer:
         writer.write(110, {"loss": 1.25})
-        writer.say("a message")
     shown = terminal.getvalue()
     assert "step 110/200 |" in shown and "loss 1.2500" in shown
-    assert "a message\n" in shown
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_peak_bytes_counts_donated_memory_once():
 KILLED = """
 import os, signal, sys
 from sftjax.training.metrics import Writer
-writer = Writer(sys.argv[1], 99, progress=False, start_step=int(sys.argv[2]))
+writer = Writer(sys.argv[1], 99, start_step=int(sys.argv[2]))
 for step in range(int(sys.argv[2]) + 1, int(sys.argv[3]) + 1):
     writer.write(step, {"loss": step / 8})
 writer.flush()  # as at a checkpoint
@@ -198,11 +195,11 @@ def events_of(file):
     "junk", [b"\xff\xfe\x00junk\n", b"[]\n", b"5\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\n"]
 )
 def test_junk_in_metrics_jsonl_is_left_out_and_said(tmp_path, caplog, junk):
-    with Writer(tmp_path, 10, tensorboard=False, progress=False) as writer:
+    with Writer(tmp_path, 10, tensorboard=False) as writer:
         writer.write(1, {"loss": 1})
     with open(tmp_path / "metrics.jsonl", "ab") as f:
         f.write(junk + junk + b'{"step": 2, "loss": 2}\n{"step": 3, "lo')
-    with Writer(tmp_path, 10, tensorboard=False, progress=False, start_step=2) as writer:
+    with Writer(tmp_path, 10, tensorboard=False, start_step=2) as writer:
         writer.write(3, {"loss": 3})
     assert [x["step"] for x in read(tmp_path)] == [1, 2, 3]
     assert "metrics.jsonl: 2 lines are damaged and left out" in caplog.text

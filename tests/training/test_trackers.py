@@ -18,7 +18,7 @@ CONFIG = {"optim": {"lr": 0.5, "name": "adamw"}, "seed": 3, "eval": {"metrics": 
 
 def write(workdir, names, first, last):
     started = trackers.start(names, workdir, CONFIG)
-    options = dict(progress=False, start_step=first, trackers=started)
+    options = dict(start_step=first, trackers=started)
     with trackers.closing(started), Writer(workdir, 9, **options) as writer:
         for step in range(first + 1, last + 1):
             writer.write(step, {"loss": step / 8, "bad": float("nan")})

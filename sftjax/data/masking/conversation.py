@@ -44,12 +44,20 @@ KNOWN_FORMS = (
 class Reading(NamedTuple):
     """A record as it was read."""
 
-    chat: dict[str, Any]  # as `to_conversation` returns it
+    # dict(messages=[{role, content, ...}], tools=list or None, options=dict for the template,
+    # kind="chat" | "pair" | "segments" | "text"). A pair is one prompt and completion in text; it
+    # may be rendered as a chat or run together. Text and segments are messages of role "text".
+    chat: dict[str, Any]
     read: set[str]  # the fields asked for
     left_out: list[str]  # what was not read, in words
 
 
-def to_conversation(
+def to_conversation(record: dict[str, Any], **form: Any) -> dict[str, Any]:
+    """The conversation of a record; `form` and what is raised are as of `read_record`."""
+    return read_record(record, **form).chat
+
+
+def read_record(
     record: dict[str, Any],
     *,
     fields: Mapping[str, str] | None = None,
@@ -57,7 +65,7 @@ def to_conversation(
     system: str = "",
     template_kwargs: Mapping[str, Any] | None = None,
     where: str = "",
-) -> dict[str, Any]:
+) -> Reading:
     r"""Bring a record of any known form into one form.
 
     Args:
@@ -73,26 +81,8 @@ def to_conversation(
       template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
       where: file and row, for errors.
 
-    Returns: dict(messages=[{role, content, ...}], tools=list or None, options=dict for the
-      template, kind="chat" | "pair" | "segments" | "text"). A pair is one prompt and completion
-      in text, which may be rendered as a chat or run together. Text and segments are messages of
-      role "text".
     Raises: DataError.
     """
-    form: Any = dict(fields=fields, roles=roles, system=system, template_kwargs=template_kwargs)
-    return read_record(record, where=where, **form).chat
-
-
-def read_record(
-    record: dict[str, Any],
-    *,
-    fields: Mapping[str, str] | None = None,
-    roles: Mapping[str, str] | None = None,
-    system: str = "",
-    template_kwargs: Mapping[str, Any] | None = None,
-    where: str = "",
-) -> Reading:
-    """As `to_conversation`, with what was read and what was not."""
     record = Asked(record)
     fields = {key: name for key, name in dict(fields or {}).items() if name}
     if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
@@ -150,14 +140,8 @@ def last_turn(messages: Sequence[dict[str, Any]]) -> int:
     return max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
 
 
-def without_reasoning(
-    messages: Sequence[dict[str, Any]], start: int, stop: int
-) -> list[dict[str, Any]]:
-    """`messages`, of which those in [start, stop) lose their reasoning."""
-    return [_answer_only(m) if start <= i < stop else m for i, m in enumerate(messages)]
-
-
-def _answer_only(message):
+def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message, without the reasoning of an assistant's."""
     if message["role"] != "assistant":
         return message
     answer = after_thinking(message["content"])
@@ -201,7 +185,6 @@ def _read_form(record, fields, roles, where):
     raise DataError(
         f"no known form in the fields {_names(record)}; expected {KNOWN_FORMS}",
         "say which are which: data.fields.prompt=NAME data.fields.completion=NAME",
-        joint=", or ",
         where=where,
         kind="no_form",
     )

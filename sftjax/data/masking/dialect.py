@@ -14,16 +14,9 @@ USER, ANSWER = dict(role="user", content=U), dict(role="assistant", content=A)
 AGAIN = [dict(role="user", content=B), dict(role="assistant", content=C)]
 FUNCTION = {"name": N, "arguments": {"x": A}}
 THINKING = [USER, ANSWER | {"reasoning_content": T}]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": N,
-            "description": T,
-            "parameters": {"type": "object", "properties": {"x": {"type": "string"}}},
-        },
-    }
-]
+PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
+TOOL = {"name": N, "description": T, "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": TOOL}]
 IDS = ("c", "sftjaxcid", "call_sftjax0123456789abcdef")  # some templates want nine characters
 Render = Callable[[list[dict[str, Any]], bool, Any], str]
 

@@ -7,11 +7,10 @@ and no token is judged by its id.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,16 +18,10 @@ import numpy as np
 from sftjax.data.masking import left_out
 from sftjax.data.masking.conversation import last_turn, read_record, without_reasoning
 from sftjax.data.masking.messages import ROLES
-from sftjax.data.masking.template import (
-    Case,
-    ChatTemplate,
-    after_empty_think,
-    load_template,
-)
+from sftjax.data.masking.template import Case, ChatTemplate, after_empty_think, load_template
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 PART = 250  # records rendered, and then tokenised, together
@@ -173,7 +166,6 @@ def _check_unicode(texts, wheres):
                 f"half of a surrogate pair, {text[error.start]!r}, is no character, and no "
                 "tokenizer reads it",
                 "repair the text, which was cut there, or drop the row",
-                joint=": ",
                 where=where,
                 kind="surrogate",
             ) from None
@@ -214,11 +206,11 @@ def conversation_of(
 ) -> dict[str, Any]:
     """As of to_conversation, with left_out, and without the reasoning that is dropped."""
     chat, _, unread = read_record(record, where=where, **forms)
-    messages = chat["messages"]
-    border = last_turn(messages)
-    for span, part in ((0, border), "history"), ((border, len(messages)), "last"):
-        if reasoning[part] == "drop":
-            messages = without_reasoning(messages, *span)
+    border = last_turn(chat["messages"])
+    messages = [
+        without_reasoning(m) if reasoning["last" if i >= border else "history"] == "drop" else m
+        for i, m in enumerate(chat["messages"])
+    ]
     return chat | {"messages": messages, "left_out": unread}
 
 
@@ -289,7 +281,6 @@ def check_template(template: ChatTemplate, where: str) -> None:
         raise DataError(
             "a chat, but the tokenizer has no chat template",
             "set data.template=FILE to a Jinja chat template, or use prompt and completion in text",
-            joint=": ",
             where=where,
             kind="no_template",
         )
@@ -317,10 +308,8 @@ def _spans(case, regions, weights, policy):
         with_end = end and policy.stop_token != "none" and (with_end or policy.stop_token == "all")
         if weights[i]:
             thought = after_empty_think(case.text, region)
-            if (
-                thought < answer
-                and policy.reasoning["last" if i >= border else "history"] == "keep"
-            ):
+            part = "last" if i >= border else "history"
+            if thought < answer and policy.reasoning[part] == "keep":
                 start = answer
             elif policy.reasoning["empty"] != "train":
                 start = thought
@@ -334,7 +323,7 @@ def raw_text(messages: Sequence[dict[str, Any]], where: str) -> str:
     """The messages run together, as without a template. Raises: DataError for a system's."""
     if messages[0]["role"] in ("system", "developer"):
         problem, fix = "a system message needs a chat template", "set data.template=FILE"
-        raise DataError(problem, fix, joint=": ", where=where, kind="system_unused")
+        raise DataError(problem, fix, where=where, kind="system_unused")
     return "".join(m["content"] for m in messages)
 
 
@@ -349,13 +338,13 @@ def _raw_spans(messages, kind, weights):
 
 def _encoded(template, text, spans, kind, encoding, where):
     ids = encoding.ids
-    tokens, weights = np.array(ids, np.int32), token_weights(Offsets(encoding), spans)
+    tokens = np.array(ids, np.int32)
+    weights = token_weights(len(ids), encoding.token_to_chars, spans)
     bos = template.tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         raise DataError(
             f"the text begins with {template.tokenizer.bos_token!r} twice",
             f"take it out of the template or the first message; the text begins {text[:80]!r}",
-            joint=": ",
             where=where,
             kind="double_bos",
         )
@@ -387,31 +376,18 @@ def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int
     return full[:start], full[start + len(plain) :] if eos is None else [eos]
 
 
-class Offsets:
-    """The (start, stop) characters of an encoding's tokens: a few are asked for, not all."""
-
-    def __init__(self, encoding: "Encoding") -> None:
-        self.encoding = encoding
-
-    def __len__(self) -> int:
-        return len(self.encoding)
-
-    def __getitem__(self, i: int) -> tuple[int, int]:
-        span: Any = self.encoding.token_to_chars(i)  # None of no token: the text is all there is
-        return span
-
-
 def token_weights(
-    offsets: Offsets | Sequence[tuple[int, int]], spans: Iterable[tuple[int, int, float]]
+    n: int, chars: Callable[[int], Any], spans: Iterable[tuple[int, int, float]]
 ) -> np.ndarray:
-    """The weight of each token: that of the span with which its characters overlap, else 0.
+    """The weight of each token, float32 [n]: of the span that its characters overlap, else 0.
 
     Args:
-      offsets: (start, stop) characters of each token, ascending.
+      n: the number of tokens.
+      chars: gives the (start, stop) characters of a token, ascending; few are asked for.
       spans: (start, stop, weight), ascending.
     """
-    weights = np.zeros(len(offsets), np.float32)
+    weights = np.zeros(n, np.float32)
     for start, stop, weight in spans:
-        first = bisect_right(offsets, start, key=itemgetter(1))
-        weights[first : bisect_left(offsets, stop, key=itemgetter(0))] = weight
+        first = bisect_right(range(n), start, key=lambda i: chars(i)[1])
+        weights[first : bisect_left(range(n), stop, key=lambda i: chars(i)[0])] = weight
     return weights

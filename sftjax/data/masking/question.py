@@ -73,7 +73,7 @@ def question(
     kind = kind_of(chat, template)
     if kind in ("text", "segments"):
         problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
-        raise DataError(problem, fix, joint=": ", where=where, kind="no_prompt")
+        raise DataError(problem, fix, where=where, kind="no_prompt")
     asked = "".join(m["content"] or "" for m in chat["messages"][:-1][-1:])
     if shots:
         before = [conversation_of(shot, f"an example before {where}", reasoning, policy)

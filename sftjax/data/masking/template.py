@@ -260,10 +260,9 @@ class ChatTemplate:
         own = f" (the tokenizer has others, by name: {', '.join(sorted(others))})" * bool(others)
         return DataError(
             f"the trained turns can't be found in what the chat template made of them: {why}",
-            f"Set data.template=FILE to a template that keeps the text{own}, or put "
+            f"set data.template=FILE to a template that keeps the text{own}, or put "
             "{% generation %} ... {% endgeneration %} around the assistant's turn. The rendering: "
             f"{case.text!r}",
-            joint=". ",
             where=case.where,
             kind="turn_not_found",
         )

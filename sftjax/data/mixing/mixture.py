@@ -234,10 +234,8 @@ class Mixture(Rows):
 
     def _begun(self, plan) -> np.ndarray:
         """How many documents of each source begin in a plan: int [sources]."""
-        return self._tally(plan.doc[plan.start == 0])
-
-    def _tally(self, docs) -> np.ndarray:
-        return np.bincount(self.store.owner(docs), minlength=len(self.names))
+        owners = self.store.owner(plan.doc[plan.start == 0])
+        return np.bincount(owners, minlength=len(self.names))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cycles": [], "_held": 0, "_place": None}

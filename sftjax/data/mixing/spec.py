@@ -62,10 +62,10 @@ def _source(config, i, entry) -> Share:
         raise ConfigError(f"{what}: set a 'name' of letters, digits, _ and -; {name!r} is none")
     source = Share(name, _alone(config, what, entry), entry.get("weight"))
     source = source._replace(count=entry.get("count", 0), replay=entry.get("replay", 0.0))
-    given = [k for k in ("weight", "count", "replay") if getattr(source, k)]
+    amounts = dict(weight=source.weight or 0, count=source.count, replay=source.replay)
+    given = [key for key, amount in amounts.items() if amount]
     if len(given) > 1:
         raise ConfigError(f"{what} has {given[0]} and {given[1]}; a source has one of them")
-    amounts = {"weight": source.weight or 0, "count": source.count, "replay": source.replay}
     _check_amounts(what, amounts)
     return source
 
@@ -141,8 +141,6 @@ def _phase(config, i, entry, sources, stores):
     if both := weights.keys() & counts.keys():
         raise ConfigError(f"{what}: {min(both)!r} has a weight and a count; keep one of them")
     if len(unset := [name for name, w in weights.items() if w is None]) == len(weights):
-        if temperature <= 0:
-            raise ConfigError(f"data.temperature={temperature}; expected more than 0")
         by_name = {s.name: t for s, t in zip(sources, tokens, strict=True)}
         weights = {name: float(by_name[name]) ** (1 / temperature) for name in weights}
     elif unset:

@@ -6,7 +6,6 @@ records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
@@ -18,7 +17,7 @@ import numpy as np
 from grain import experimental as graph
 from ml_collections import ConfigDict
 
-from sftjax.config import ConfigError
+from sftjax.config import ConfigError, flat
 from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing.mixture import name_seed
 from sftjax.data.packing.pack import Batch
@@ -29,7 +28,7 @@ from sftjax.data.records.rejects import Rejects
 from sftjax.data.records.sources import Source, find_files
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
 if TYPE_CHECKING:
     from sftjax.tasks import Task
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 BINS = 256  # rows packed at a time
 EMPTY = 100  # chunks of CHUNK rows without a document, after which the run ends
 SAMPLE = 2000  # records looked at before training
-logger = logging.getLogger(__name__)
 
 
 def _read(path, start):
@@ -102,19 +100,17 @@ def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False)
         )
     refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
     for source in sources:
-        own = source.config.data
-        refused |= {key: own[key] for key in ("limit", "augment") if own[key]}
-        refused |= {"clean.rules": own.clean.rules} if own.clean.rules else {}
-        refused |= {"split.share": own.split.share} if own.split.share else {}
+        own = flat(source.config.data.to_dict())
+        keys = ("limit", "augment", "clean.rules", "split.share")
+        refused |= {key: own[key] for key in keys if own[key]}
         if len(sources) > 1 and source.weight is None and not source.replay:
             raise ConfigError(
                 f"data.streaming: the size of {source.name!r} is not known; give it a weight"
             )
-    for key in refused:
-        if refused[key]:
-            raise ConfigError(
-                f"data.{key} can't be had with data.streaming; take it out, or tokenise first"
-            )
+    if there := [key for key, value in refused.items() if value]:
+        raise ConfigError(
+            f"data.{there[0]} can't be had with data.streaming; take it out, or tokenise first"
+        )
 
 
 class Spec(NamedTuple):
@@ -128,15 +124,6 @@ class Spec(NamedTuple):
     max_skipped: float = 0.01  # of CHUNK rows
     weight: float = 1.0  # its share of the tokens, beside the other weights
     known: Collection[str] = ()  # what is not read, and was said of the sample
-
-    @classmethod
-    def of(
-        cls, source: mix.Share, task: "Task", weight: float, known: Collection[str] = ()
-    ) -> "Spec":
-        """Of a source of the config, see `mix.sources`."""
-        d = source.config.data
-        own = (d.overlong, d.on_error, d.max_skipped)
-        return cls(source.name, d.train, task, *own, weight, known)
 
 
 def batches(
@@ -278,7 +265,6 @@ class _Documents(grain.DatasetIterator):
                 raise DataError(
                     f"nothing is trained in {chunks * CHUNK} rows one after the other",
                     f"check data.max_length={self.length} with sftjax inspect",
-                    joint=": ",
                     where=self.source.paths,
                     kind="nothing_trained",
                 )
@@ -297,7 +283,7 @@ class _Documents(grain.DatasetIterator):
         encoded = encode_rows(chunk, range(len(chunk)), s.task, rejects, self.notes)
         new = {what: n for what, n in self.notes.counts.items() if what not in known}
         for line in said(new):  # of a stream each thing is said when it first comes
-            logger.warning("%s: %s, of %d read", s.name, printable(line), len(chunk))
+            warn(f"{s.name}: {line}, of {len(chunk)} read")
         self.documents = s.task.tally(self.length, s.overlong).fit(encoded)
 
     def get_state(self):

@@ -223,7 +223,6 @@ def make_batch(
         raise DataError(
             f"row {r} has {used[r]} tokens, but length is {length}",
             "raise the length, or place the documents with pack(lengths, length, strategy)",
-            joint=": ",
             kind="too_long",
         )
     batch = blank_batch(len(rows), length, pad_id)

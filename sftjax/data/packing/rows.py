@@ -5,6 +5,7 @@ every host reads its own rows, the number of steps is known before training, and
 index.
 """
 
+import functools
 import math
 import multiprocessing
 import operator
@@ -77,7 +78,6 @@ class Rows:
                 f"a document of {longest} tokens is longer than a row of {length}",
                 f"build the store with max_length={length}, or set data.packing to bfd_split or "
                 "wrapped",
-                joint=": ",
                 kind="setting",
             )
         self.per_epoch = self._count_rows()
@@ -191,7 +191,8 @@ def loader(
     if not local or min(local) < 0 or max(local) >= batch_size:
         raise ValueError(f"local rows {local} are not within a batch of {batch_size}")
     steps = grain.MapDataset.range(start_step, max(stop_step, start_step))
-    batches = steps.map(_Read(rows, batch_size, local))
+    read = functools.partial(_read, rows=rows, batch_size=batch_size, local=local)
+    batches = steps.map(read)
     options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
     batches = batches.to_iter_dataset(options)
     if workers:
@@ -222,12 +223,6 @@ def _end_with(process):
     os._exit(0)
 
 
-class _Read:
-    """Step -> batch. A class, not a closure: worker processes get it pickled."""
-
-    def __init__(self, rows: Rows, batch_size: int, local: Sequence[int]) -> None:
-        self.rows, self.batch_size, self.local = rows, batch_size, local
-
-    def __call__(self, step: int) -> Batch:
-        first = int(step) * self.batch_size
-        return self.rows.batch([first + at for at in self.local])
+def _read(step, rows, batch_size, local) -> Batch:
+    """The batch of a step. No closure: worker processes get it pickled."""
+    return rows.batch([int(step) * batch_size + at for at in local])

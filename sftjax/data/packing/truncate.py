@@ -1,6 +1,7 @@
 """Documents longer than a row may be, and what lengths there are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +22,11 @@ def fit(
       overlong: "truncate_end" | "truncate_prompt" | "drop" | "split" | "error" (as "drop").
       bos: the id that begins a text; truncate_prompt keeps it.
     """
-    pieces = [(tokens, weights)]
+    kept: list[Any] = [slice(None)]
     if max_length and len(tokens) > max_length:
-        pieces = _CUTS[overlong](tokens, weights, max_length, bos)
+        kept = _CUTS[overlong](tokens, weights, max_length, bos)
+    pieces = [(tokens[at], weights[at]) for at in kept]
     return [piece for piece in pieces if piece[1][1:].any()]
-
-
-def _drop(tokens, weights, limit, bos):
-    return []
-
-
-def _truncate_end(tokens, weights, limit, bos):
-    return [(tokens[:limit], weights[:limit])]
 
 
 def _truncate_prompt(tokens, weights, limit, bos):
@@ -43,21 +37,17 @@ def _truncate_prompt(tokens, weights, limit, bos):
     kept = int(tokens[0] == bos)
     too_many = max(trained[-1] + 1, limit) - limit
     cut = min(too_many, trained[0] - 1)  # one stays before the first trained token, to predict it
-    left = np.r_[:kept, kept + cut : cut + limit]
-    return [(tokens[left], weights[left])]
+    return [np.r_[:kept, kept + cut : cut + limit]]
 
 
-def _split(tokens, weights, limit, bos):
-    starts = range(0, len(tokens), limit)
-    return [(tokens[at : at + limit], weights[at : at + limit]) for at in starts]
-
-
-_CUTS = dict(
-    truncate_end=_truncate_end,
+_CUTS: dict[str, Callable[..., list]] = dict(  # to the places of each piece
+    truncate_end=lambda tokens, weights, limit, bos: [slice(limit)],
     truncate_prompt=_truncate_prompt,
-    drop=_drop,
-    split=_split,
-    error=_drop,  # the caller has raised
+    drop=lambda *_: [],
+    split=lambda tokens, weights, limit, bos: [
+        slice(at, at + limit) for at in range(0, len(tokens), limit)
+    ],
+    error=lambda *_: [],  # the caller has raised
 )
 OVERLONG = tuple(_CUTS)
 

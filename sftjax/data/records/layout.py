@@ -4,7 +4,6 @@ A split's name is matched by whole parts of a path: "train" is in "train-00000-o
 in "train/0.jsonl", not in "training_notes.jsonl" or "pretrain.jsonl".
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
@@ -12,6 +11,7 @@ from typing import Any
 
 from sftjax.data.records.readers import COMPRESSED, READERS
 from sftjax.errors import DataError
+from sftjax.files import read_object
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 # What `datasets` writes beside the data.
@@ -45,7 +45,7 @@ def data_files(folder: Path) -> list[Path]:
 
 def _saved(folder) -> list[Path] | None:
     """The files that `save_to_disk` names, in order; None of a folder that it did not write."""
-    state = _json(folder / "state.json")
+    state = read_object(folder / "state.json")
     named = state.get("_data_files")
     if not isinstance(named, list):
         return None
@@ -59,14 +59,6 @@ def _saved(folder) -> list[Path] | None:
         problem = f"state.json names {missing[0].name}, which is not there"
         raise DataError(problem, where=folder, kind="no_file")
     return list(dict.fromkeys(files))
-
-
-def _json(path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # --- splits -------------------------------------------------------------------------------------
@@ -90,8 +82,8 @@ def is_of(path: PurePath, split: str) -> bool:
     stem = path.name.partition(".")[0]
     if split in path.parts[:-1] or split_of(path) == split:
         return True
-    if SHARD.fullmatch(stem):
-        return SHARD.fullmatch(stem)[1] == split  # type: ignore[index] # it has matched
+    if shard := SHARD.fullmatch(stem):
+        return shard[1] == split
     edges = ["[^\\W_]" if c.isdigit() else r"[^\W\d_]" for c in (split[0], split[-1])]
     return bool(re.search(rf"(?<!{edges[0]}){re.escape(split)}(?!{edges[1]})", stem))
 
@@ -105,11 +97,10 @@ def configurations(folder: Path, files: Sequence[Path], guess: bool = False) -> 
     They stand in README.md, or in dataset_infos.json and are folders. guess: folders in which
     files have the same names are configurations, too.
     """
-    named = _of_card(folder, files)
-    if named:
+    if named := _of_card(folder, files):
         return named
     relative = {f: f.relative_to(folder) for f in files}
-    names = [name for name in _json(folder / "dataset_infos.json") if name]
+    names = [name for name in read_object(folder / "dataset_infos.json") if name]
     by_name = {n: [f for f in files if n in relative[f].parts[:-1]] for n in names}
     if len(names) > 1 and all(by_name.values()):
         return {name: {"": own} for name, own in by_name.items()}
@@ -147,15 +138,13 @@ def _of_entry(folder, files, entry) -> Files:
         return {"": [f for f in files if f.relative_to(folder).as_posix().startswith(base)]}
     found: Files = {}
     for one in given if isinstance(given, list) else [given]:
-        split, patterns = ("train", one) if not isinstance(one, dict) else _pair(one)
+        split, patterns = "train", one
+        if isinstance(one, dict):
+            split, patterns = str(one.get("split", "train")), one.get("path", [])
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             own = _matching(folder, files, base + str(pattern))
             found.setdefault(split, []).extend(own)
     return found
-
-
-def _pair(one):
-    return str(one.get("split", "train")), one.get("path", [])
 
 
 def _matching(folder, files, pattern) -> list[Path]:
@@ -194,8 +183,7 @@ def chosen(repo: str, folder: Path, asked: str) -> list[Path]:
             )
         own = named[first]
     else:
-        own = next(iter(named.values()), {"": files})
-        only = next(iter(named), "default")
+        only, own = next(iter(named.items()), ("default", {"": files}))
         if split and first != only:
             problem = f"no configuration {first!r}; its only one is {only!r}"
             raise DataError(problem, where=repo, kind="no_configuration")
@@ -234,10 +222,10 @@ def of_folder(folder: Path) -> list[Path]:
     if len(named) > 1:
         problem = f"{folder} holds several configurations ({_some(named)})"
         fix = "name the folder or the files to use"
-        raise DataError(problem, fix, joint=": ", kind="mixed_splits")
+        raise DataError(problem, fix, kind="mixed_splits")
     if len({split_of(f.relative_to(folder)) for f in files}) > 1:
         problem = f"{folder} holds several splits ({_some(f.name for f in files)})"
-        raise DataError(problem, "name the files to use", joint=": ", kind="mixed_splits")
+        raise DataError(problem, "name the files to use", kind="mixed_splits")
     return files
 
 

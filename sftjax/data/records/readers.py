@@ -10,7 +10,6 @@ import codecs
 import csv
 import io
 import json
-import logging
 import mmap
 import re
 from bisect import bisect_right
@@ -22,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from sftjax.data.records import failures
-from sftjax.data.records.failures import excerpt, readable, unreadable
+from sftjax.data.records.failures import excerpt, readable
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
-logger = logging.getLogger(__name__)
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # A compressed file may grow to so many bytes, and by so many times its size. Text grows 3 to 20
 # times; a file made to fill memory and disks grows a thousand times and more.
@@ -95,12 +93,8 @@ def parse_line(line: bytes, where: str) -> Any:
     """The value of one line of JSON. Raises: DataError."""
     try:
         return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
-    except json.JSONDecodeError as error:
-        raise failures.malformed(where, error) from None
-    except UnicodeDecodeError as error:
-        raise failures.not_utf8(where, error) from None
-    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
-        raise failures.not_read(where, error) from None
+    except (ValueError, RecursionError) as error:  # also a number too long, or nested too deeply
+        raise failures.not_json(where, error) from None
 
 
 @contextmanager
@@ -116,14 +110,12 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     import pyarrow as pa
 
     limited: Any = _Limited  # typeshed has a reader of its own
-    try:
-        with (
-            pa.input_stream(path, compression=compression) as stream,
-            io.BufferedReader(limited(path, stream), 1 << 20) as file,
-        ):
-            yield file
-    except OSError as error:
-        raise unreadable(path, compression, error) from None
+    with (
+        readable(path, compression),
+        pa.input_stream(path, compression=compression) as stream,
+        io.BufferedReader(limited(path, stream), 1 << 20) as file,
+    ):
+        yield file
 
 
 class _Limited(io.RawIOBase):
@@ -192,21 +184,18 @@ def _read_json(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
         data = loads(text)
-    except UnicodeDecodeError as error:
-        raise failures.not_utf8(path, error) from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them
-        raise failures.malformed(f"{path}:{error.lineno}", error) from None
+        raise failures.not_json(f"{path}:{error.lineno}", error) from None
     except (ValueError, RecursionError) as error:
-        raise failures.not_read(path, error) from None
+        raise failures.not_json(path, error) from None
     lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
             "expected a list of objects, or an object with one list such as "
             f'{{"data": [...]}}; found {excerpt(data)}',
-            "One object per line belongs in .jsonl",
-            joint=". ",
+            "one object per line belongs in .jsonl",
             where=path,
             kind="bad_table",
         )
@@ -394,15 +383,11 @@ def _check_growth(path, metadata):
         raise _grown(path, f"{size:,} bytes", PARQUET_GROWTH)
 
 
-@contextmanager
 def _arrow(path, what):
     """Arrow's errors of a file as errors of the data."""
     import pyarrow as pa
 
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a name may be no text
-        raise unreadable(path, what, error) from None
+    return readable(path, what, (pa.ArrowException, OSError, UnicodeDecodeError))  # of names, too
 
 
 def _read_table(path, **dialect: Any):
@@ -448,12 +433,10 @@ def _read_tsv(path):
     table = _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
     wrapped = [i for i in range(len(table)) if any(map(_is_wrapped, table[i].values()))]
     if wrapped:
-        logger.warning(
-            "fields that are wrapped in quotes are read with their quotes, as others have quotes "
-            "of their own: in %d row%s, first in %s",
-            len(wrapped),
-            "s" * (len(wrapped) > 1),
-            printable(table.where(wrapped[0])),
+        warn(
+            "fields that are wrapped in quotes are read with their quotes, as others have quotes of"
+            f" their own: in {len(wrapped)} row{'s' * (len(wrapped) > 1)}, first in "
+            + table.where(wrapped[0])
         )
     return table
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,16 @@ def check(on_error: str, max_skipped: float) -> None:
         raise DataError(problem, kind="setting")
 
 
+@dataclass
 class Rejects:
-    """The rows of a source that can't be used, as JSON lines: row, file, kind, reason, record.
+    """The rows of a source that can't be used, as JSON lines: row, file, kind, reason, record."""
 
-    counts: how many of each kind, by the kind in words (DataError.label).
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        kept: Path | None,
-        source: RecordSource,
-        on_error: str,
-        max_skipped: float,
-    ) -> None:
-        """Begin with no row, and so without the file `path`; `kept`: its place after too many rows.
-
-        on_error: "raise" | "skip"; max_skipped: the share of rows past which it raises after all.
-        """
-        self.path, self.kept, self.source = path, kept, source
-        self.on_error, self.max_skipped = on_error, max_skipped
-        self.counts = Counter[str]()
+    path: Path | None  # the file, made with its first line
+    kept: Path | None  # its place after too many rows
+    source: RecordSource
+    on_error: str  # "raise" | "skip"
+    max_skipped: float  # the share of rows past which it raises after all
+    counts: Counter[str] = field(default_factory=Counter)  # by the kind in words (DataError.label)
 
     def add(self, row: int, error: DataError) -> None:
         """Raises: DataError as the settings want it, and if the error is of no single row."""
@@ -67,7 +57,6 @@ class Rejects:
                 f"{self.max_skipped:g} allows ({counts}); the last one was {error}\nThey are in "
                 f"{self.kept}",
                 "repair them, or raise data.max_skipped",
-                joint=": ",
                 kind="too_many_rejects",
             )
 

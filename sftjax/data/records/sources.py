@@ -107,7 +107,7 @@ def open_source(spec: str, limit: int = 0) -> Source:
         readers += [Nested(reader, lists.strip()) for reader in opened] if lists else opened
     if not readers:
         fix = "set data.train=FILE (JSONL, JSON, Parquet, CSV)"
-        raise DataError("no data file is named", fix, joint=": ", kind="setting")
+        raise DataError("no data file is named", fix, kind="setting")
     return Source(readers, limit)
 
 
@@ -120,8 +120,7 @@ def _find(part) -> list[Path]:
         return layout.of_folder(path)
     if path.exists():
         return [path]
-    found = sorted(glob.glob(str(path), recursive=True))
-    if found:
+    if found := sorted(glob.glob(str(path), recursive=True)):
         return [Path(f) for f in found]
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.+-]+(/[\w.+-]+)?)?", part)
     if is_hub_id and kind(path) not in READERS:

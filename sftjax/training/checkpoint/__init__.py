@@ -23,34 +23,25 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sftjax.errors import CheckpointError, ConfigError, NotFoundError
-from sftjax.files import finite, read_json
+from sftjax.files import finite, read_object
 from sftjax.parallel import processes
-from sftjax.terminal import printable
 from sftjax.training.checkpoint import disk, seal
 from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
-from sftjax.training.checkpoint.disk import check_writable
-from sftjax.training.checkpoint.table import (
-    abstract_like,
-    check_table,
-    from_table,
-    placed,
-    to_table,
-)
-from sftjax.training.identity import check_manifest, make_manifest
+from sftjax.training.checkpoint.table import check_table, from_table, placed, to_table
+from sftjax.training.identity import check_manifest
+from sftjax.training.log import warn
 
-__all__ = ["CheckpointError", "Checkpointer", "abstract_like", "check_writable", "make_manifest"]
-
+EXTRA = "extra/metadata"  # of a checkpoint: what is beside its state
 FAILURES = 3  # saves in a row that may fail before the run ends
-logger = logging.getLogger("sftjax")
 
 
 class Checkpointer:
     """The checkpoints of one run, in one directory on a disk that all processes share.
 
     directory: created when absent; a CheckpointError says when it cannot be written.
-    manifest: see make_manifest; a directory made by another identity raises CheckpointError.
+    manifest: see identity.make_manifest; a directory of another identity raises CheckpointError.
     keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
-    besides ("" = none), best_mode: "min" or "max". Use it as a context manager, or call close().
+    besides ("" = none), lower: is less of it better. Use it as a context manager, or call close().
 
     A save that fails (a full disk, a missing permission) is said, and the next one tried; the
     FAILURES-th in a row raises CheckpointError. Process 0 seals what all have written.
@@ -63,16 +54,14 @@ class Checkpointer:
         manifest: Mapping | None = None,
         keep: int = 2,
         best_metric: str = "",
-        best_mode: str = "min",
+        lower: bool = True,
     ) -> None:
-        if keep < 1 or best_mode not in ("min", "max"):
-            raise ConfigError(
-                f"keep={keep}, best_mode={best_mode!r}; expected keep >= 1 and 'min' or 'max'"
-            )
+        if keep < 1:
+            raise ConfigError(f"keep={keep}; expected keep >= 1")
         self.directory = Path(directory).absolute()
         self.manifest, self.keep = manifest, keep
-        self.best_metric, self._lower = best_metric, best_mode == "min"
-        check_writable(self.directory)
+        self.best_metric, self._lower = best_metric, lower
+        disk.check_writable(self.directory)
         if manifest is not None:
             check_manifest(self.directory, manifest)
         self._set_aside_incomplete()
@@ -110,7 +99,7 @@ class Checkpointer:
             return False
         self._check_newer(step)
         table = to_table(state)
-        beside = {"extra/metadata": self._extra(extra), "metrics/metrics": self._metrics(metrics)}
+        beside = {EXTRA: self._extra(extra), "metrics/metrics": self._metrics(metrics)}
         self._agreement, problem = Agreement(), self._begin(step)
         if not problem:
             try:
@@ -162,11 +151,10 @@ class Checkpointer:
                 self._check_there()
                 for name, value in beside.items():
                     if value is not None:
+                        text = json.dumps(finite(value), allow_nan=False)
                         path = self._saving(step) / name
                         path.parent.mkdir()
-                        path.write_text(
-                            json.dumps(finite(value), allow_nan=False), encoding="utf-8"
-                        )
+                        path.write_text(text, encoding="utf-8")
                 disk.commit(self._saving(step), self.directory / str(step))
                 with contextlib.suppress(OSError):  # the next save deletes what this one could not
                     disk.remove(self.directory, self._unwanted())
@@ -174,15 +162,16 @@ class Checkpointer:
             agreement.wait("committed", 1)
         except Exception as e:
             with contextlib.suppress(Exception):  # the others may be gone
-                agreement.fail(_reason(e))
+                agreement.post("failed", _reason(e) or "it failed")
             if jax.process_index() == 0:
                 disk.sweep(self.directory)  # what it has written may fill the disk
             problem = e
         self._outcome = step, problem
 
     def _unwanted(self) -> list[int]:
-        steps = list(disk.steps(self.directory))
-        best = self._best(self.all_steps())
+        steps, best = list(disk.steps(self.directory)), None
+        if self.best_metric:
+            best = disk.best(self.directory, self.all_steps(), self.best_metric, self._lower)
         return [s for s in steps[: -self.keep] if s != best]
 
     def check(self) -> None:
@@ -221,14 +210,10 @@ class Checkpointer:
             return
         if self._failures >= FAILURES:
             self.wait()
-        if jax.process_index() == 0:
-            left = FAILURES - self._failures
-            logger.warning(
-                "%s\nTraining goes on, and the next checkpoint that is due is tried; if %s too, the"
-                " run ends.",
-                printable(self._failed),
-                "it fails" if left == 1 else f"{left} in a row fail",
-            )
+        left = FAILURES - self._failures
+        fails = "it fails" if left == 1 else f"{left} in a row fail"
+        goes_on = "Training goes on, and the next checkpoint that is due is tried"
+        warn(f"{self._failed}\n{goes_on}; if {fails} too, the run ends.")
 
     def _collect(self) -> bool:
         """Take the outcome of the save under way, if there is one. Has it failed?"""
@@ -299,45 +284,35 @@ class Checkpointer:
         errors, warnings = zip(*processes.gather(found), strict=True)
         if any(errors):
             raise CheckpointError(max(errors))
-        if jax.process_index() == 0 and any(warnings):
-            logger.warning("%s", printable(max(warnings)))
+        if any(warnings):
+            warn(max(warnings))
 
     # ---- restoring ----
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, extra) of `step`, or of the newest checkpoint whose files are intact.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+        """(state, extra) of the newest checkpoint whose files are intact.
 
         Damaged ones that are newer are said, and renamed (`12.damaged`), never deleted.
 
         abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
-        mesh (see abstract_like). Raises NotFoundError when there is no such checkpoint, and
-        CheckpointError where none is intact, or naming every leaf whose name, shape or dtype is
-        another.
+        mesh. Raises NotFoundError when there is no checkpoint, and CheckpointError where none is
+        intact, or naming every leaf whose name, shape or dtype is another.
         """
         self.wait()
-        steps = self.all_steps()
-        if not steps or (step is not None and step not in steps):
-            raise NotFoundError(
-                f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory};"
-                f" complete steps there: {steps or 'none'}"
-            )
-        wrong: dict[int, str] = {}
-        for at in reversed(steps) if step is None else [step]:
-            wrong[at] = self._damage(at)
-            if not wrong[at]:
-                try:
-                    found = self._read(at, abstract_state)
-                except _Damaged as e:
-                    wrong[at] = str(e)
-            if not wrong[at]:
-                del wrong[at]
-                self._go_back(wrong, at)
-                return found
-        if step is not None:
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} is damaged: {wrong[step]}\nMove it away;"
-                f" other complete steps there: {[s for s in steps if s != step]}"
-            )
+        wrong, steps = dict[int, str](), self.all_steps()
+        if not steps:
+            raise NotFoundError(f"no checkpoint in {self.directory}; complete steps there: none")
+        for at in reversed(steps):
+            if text := self._damage(at):
+                wrong[at] = text
+                continue
+            try:
+                found = self._read(at, abstract_state)
+            except _Damaged as e:
+                wrong[at] = str(e)
+                continue
+            self._go_back(wrong, at)
+            return found
         raise disk.none_is_whole(self.directory, wrong)
 
     def _damage(self, step) -> str:
@@ -345,14 +320,11 @@ class Checkpointer:
         folder, problem = self.directory / str(step), ""
         if seal.is_sealed(folder):
             problem = seal.damage(folder, jax.process_index(), jax.process_count())
-        elif self._companions(step).get("sealed"):
+        elif read_object(folder / EXTRA).get("sealed"):
             problem = f"{seal.NAME} is missing"
-        elif jax.process_index() == 0:
-            logger.warning(
-                "checkpoint %s is of an older version, without %s: its files are not verified",
-                printable(folder),
-                seal.NAME,
-            )
+        else:
+            old = f"is of an older version, without {seal.NAME}: its files are not verified"
+            warn(f"checkpoint {folder} {old}")
         return next((text for text in processes.gather(problem) if text), "")
 
     def _read(self, step, abstract_state) -> tuple[Any, dict]:
@@ -372,16 +344,9 @@ class Checkpointer:
                 f" {_reason(e)}\nOther complete steps there:"
                 f" {[s for s in self.all_steps() if s != step]}"
             ) from e
-        extra = self._companions(step)
+        extra = read_object(folder / EXTRA)
         extra.pop("sealed", None)
         return from_table(table, abstract_state), extra
-
-    def _companions(self, step) -> dict:
-        """The `extra` of a checkpoint; {} where it is damaged, which is found elsewhere."""
-        with contextlib.suppress(CheckpointError):
-            found = read_json(self.directory / str(step) / "extra" / "metadata", CheckpointError)
-            return found if isinstance(found, dict) else {}
-        return {}
 
     def _go_back(self, wrong: Mapping[int, str], step: int) -> None:
         """Set the damaged ones aside, and say what that costs."""
@@ -389,13 +354,10 @@ class Checkpointer:
         if jax.process_index() == 0:
             for lost, text in sorted(wrong.items()):
                 name = disk.set_aside(self.directory, lost)
-                logger.warning(
-                    "%s",
-                    printable(
-                        f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set"
-                        f" aside as {name}. The newest intact one, of step {step}, is taken:"
-                        f" {lost - step} steps are repeated."
-                    ),
+                warn(
+                    f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set aside"
+                    f" as {name}. The newest intact one, of step {step}, is taken: {lost - step}"
+                    " steps are repeated."
                 )
         multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
 
@@ -410,8 +372,7 @@ class Checkpointer:
             disk.sweep(self.directory)
             for step, text in wrong.items():
                 name = disk.set_aside(self.directory, step)
-                text = f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}"
-                logger.warning("%s", printable(text))
+                warn(f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}")
         multihost_utils.sync_global_devices("sftjax: checkpoint directory is clean")
 
     # ---- which there are ----
@@ -423,16 +384,6 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest step completely on disk."""
         return max(self.all_steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """The step with the best best_metric among those kept; None when none was evaluated."""
-        self.wait()
-        return self._best(self.all_steps())
-
-    def _best(self, steps) -> int | None:
-        if not self.best_metric:
-            return None
-        return disk.best(self.directory, steps, self.best_metric, self._lower)
 
 
 class _Damaged(Exception):
@@ -467,8 +418,5 @@ def _reason(error) -> str:
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     text = (str(error).strip().splitlines() or [""])[0]
-    return (
-        f"{text[:300]}"
-        if isinstance(error, (OSError, CheckpointError))
-        else (f"{type(error).__name__}: {text[:300]}")
-    )
+    named = not isinstance(error, (OSError, CheckpointError))
+    return f"{type(error).__name__}: " * named + text[:300]

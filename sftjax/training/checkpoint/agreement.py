@@ -25,14 +25,10 @@ class Agreement:
         self._client = distributed.global_state.client if jax.process_count() > 1 else None
 
     def post(self, what: str, text: str = "-") -> None:
-        """Say that this process has come so far."""
+        """Say that this process has come so far, or that it "failed", and why."""
         if self._client is not None:
             key = f"{self._prefix}/{what}/{jax.process_index()}"
             self._client.key_value_set(key, text, allow_overwrite=True)
-
-    def fail(self, problem: str) -> None:
-        """Say that this process could not do its part."""
-        self.post("failed", problem or "it failed")
 
     def wait(self, what: str, count: int, timeout: float = TIMEOUT) -> None:
         """Until `count` processes have said so. Raises: CheckpointError if one has failed."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sftjax.errors import CheckpointError
-from sftjax.files import read_json
+from sftjax.files import read_object
 from sftjax.training.checkpoint import seal
 
 PARTS = ("state/_METADATA", "extra/metadata")
@@ -40,9 +40,8 @@ def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int
 
 def _measured(folder: Path, metric: str) -> float:
     """NaN where the metric was not measured, as of a run that tracked another one."""
-    with contextlib.suppress(CheckpointError, TypeError, ValueError):
-        found = read_json(folder / "metrics" / "metrics", CheckpointError)
-        return float(dict(found).get(metric, math.nan))
+    with contextlib.suppress(TypeError, ValueError):
+        return float(read_object(folder / "metrics" / "metrics").get(metric, math.nan))
     return math.nan
 
 

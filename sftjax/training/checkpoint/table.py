@@ -17,13 +17,6 @@ from sftjax import params as params_lib
 from sftjax.errors import CheckpointError
 
 
-def abstract_like(state: Any) -> Any:
-    """The restore target of a concrete state: shapes, dtypes and shardings, no values."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-
-
 def to_table(tree: Any) -> dict[str, Any]:
     """{name: array or ShapeDtypeStruct}; Orbax takes no PRNG keys and no arrays of size 0."""
     table = {}

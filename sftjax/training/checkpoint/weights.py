@@ -50,14 +50,9 @@ def read(directory: Path, step: int, target: Mapping[str, Any]) -> dict[str, Any
             stored = orbax.metadata(folder / "state").item_metadata
             found = {k: v for k, v in dict(stored).items() if k.startswith(WEIGHTS)}
             check_table(folder, found, wanted)
-            table = orbax.restore(
-                folder / "state",
-                args=ocp.args.PyTreeRestore(
-                    places,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(places),
-                    partial_restore=True,
-                ),
-            )
+            how = ocp.checkpoint_utils.construct_restore_args(places)
+            args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
+            table = orbax.restore(folder / "state", args=args)
         except (OSError, ValueError) as e:
             reason = (str(e).strip().splitlines() or [""])[0]
             raise CheckpointError(f"checkpoint {folder} cannot be read: {reason:.300}") from e

@@ -183,14 +183,14 @@ def test_template_from_a_file(tmp_path):
 
 
 def test_a_chat_without_a_template_is_refused():
-    assert "the tokenizer has no chat template: set data.template=FILE" in fails(TWO_TURNS, PLAIN)
+    assert "the tokenizer has no chat template; set data.template=FILE" in fails(TWO_TURNS, PLAIN)
     pair = {"prompt": "x", "completion": "y", "system": "s"}
     assert "a system message needs a chat template" in fails(pair, PLAIN)
 
 
 def test_double_bos_is_refused():
     twice = make_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML)
-    assert "the text begins with '<s>' twice: take it out of the template" in fails(
+    assert "the text begins with '<s>' twice; take it out of the template" in fails(
         TWO_TURNS, twice
     )
     once = encode(TWO_TURNS, make_tokenizer("{{ bos_token }}" + CHATML, bos=True))
@@ -238,9 +238,9 @@ def test_tool_calls_are_trained():
 
 def test_tokens_that_overlap_a_span_are_trained():
     offsets = [(0, 2), (2, 5), (5, 5), (5, 7), (7, 9)]
-    weights = token_weights(offsets, [(3, 7, 1.0)])
+    weights = token_weights(5, offsets.__getitem__, [(3, 7, 1.0)])
     assert weights.tolist() == [0, 1, 1, 1, 0]
-    assert token_weights([], [(0, 1, 1.0)]).tolist() == []
+    assert token_weights(0, [].__getitem__, [(0, 1, 1.0)]).tolist() == []
 
 
 def test_a_batch_is_its_rows():

@@ -105,7 +105,7 @@ def test_an_empty_think_block_is_trained_only_if_asked():
 
 def test_reasoning_that_the_template_leaves_out_is_not_lost_silently():
     record = {M: [user("q"), assistant("a", reasoning_content="why")]}
-    message = "it leaves out the reasoning of message 2, as data.reasoning.last=drop would. Set da"
+    message = "it leaves out the reasoning of message 2, as data.reasoning.last=drop would; set da"
     assert message in fails(record)
     assert trained(record, reasoning=dict(last="drop")) == ["a" + END]
     assert trained(record, reasoning=dict(last="keep")) == ["a" + END]

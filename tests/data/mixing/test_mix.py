@@ -278,7 +278,6 @@ def test_wrong_sources(entries, data, message):
     [
         (names("a", b=dict(weight=1)), {}, "data.sources: 'a' has no weight, but others do"),
         (names(a=dict(weight=1), b=dict(weight=1)), dict(temperature=2.0), "but data.sources sets"),
-        (names("a", "b"), dict(temperature=0.0), "data.temperature=0.0; expected more than 0"),
         (names(a=dict(weight=0), b=dict(weight=0)), {}, "no source but those for replay gives any"),
         (names("a", "b"), dict(phases=(dict(until="3"),)), r"phases\[0\]: every phase but the la"),
         (names("a", "b"), dict(phases=({}, {})), r"phases\[0\]: every phase but the last has an"),

@@ -213,5 +213,5 @@ def test_a_piece_of_a_document_is_shifted_inside_the_piece():
 
 
 def test_a_row_that_does_not_fit():
-    with pytest.raises(ValueError, match="row 1 has 3 tokens, but length is 2: raise the length"):
+    with pytest.raises(ValueError, match="row 1 has 3 tokens, but length is 2; raise the length"):
         make_batch(docs_of([1, 2], [3, 4, 5]), 2)

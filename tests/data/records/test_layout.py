@@ -112,13 +112,13 @@ def test_metadata_beside_the_data_is_no_data(tmp_path):
 
 def test_splits_are_told_by_folders_too(tmp_path):
     fill(tmp_path, ["train/0.jsonl", "test/0.jsonl"])
-    assert "several splits (0.jsonl): name the files to use" in refused(tmp_path)
+    assert "several splits (0.jsonl); name the files to use" in refused(tmp_path)
 
 
 def test_a_clone_of_several_configurations_asks_for_one(tmp_path):
     fill(tmp_path, [f"main/{TRAIN}", f"socratic/{TRAIN}"])
     (tmp_path / "dataset_infos.json").write_text('{"main": {}, "socratic": {}}')
-    assert "holds several configurations (main, socratic): name the folder" in refused(tmp_path)
+    assert "holds several configurations (main, socratic); name the folder" in refused(tmp_path)
     assert found(tmp_path / "main") == [f"main/{TRAIN}"]
 
 

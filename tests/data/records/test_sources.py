@@ -83,7 +83,7 @@ BAD_FILES = [
     ("a.jsonl", '{"prompt": "one" "x": 2}', """near '{"prompt": "one" "x": 2}'"""),
     ("a.jsonl", "[1, 2]\n", r"a.jsonl:1: the row is '[1, 2]' (list), expected an object such as"),
     ("a.jsonl", '"text"\n', "a.jsonl:1: the row is 'text' (str), expected an object"),
-    ("a.jsonl", b'{"x": "\xff"}\n', "a.jsonl:1: not UTF-8 at byte 7: save the file as UTF-8"),
+    ("a.jsonl", b'{"x": "\xff"}\n', "a.jsonl:1: not UTF-8 at byte 7; save the file as UTF-8"),
     ("a.json", '{"x": 1', "a.json:1: malformed JSON at column 8"),
     (
         "a.json",
@@ -114,7 +114,7 @@ def test_absent(tmp_path):
     for spec in ("data/none.jsonl", f"{tmp_path}/none.jsonl", "none.parquet", f"{tmp_path}/*.csv"):
         with pytest.raises(DataError, match="no such file; check data.train"):
             open_source(spec)
-    with pytest.raises(DataError, match="no data file is named: set data.train=FILE"):
+    with pytest.raises(DataError, match="no data file is named; set data.train=FILE"):
         open_source("")
     with pytest.raises(DataError, match="no data file in this folder"):
         open_source(tmp_path)
@@ -123,7 +123,7 @@ def test_absent(tmp_path):
 def test_a_folder_of_several_splits_is_refused(tmp_path):
     for name in ("train.jsonl", "test.jsonl"):
         write(tmp_path / name, "{}\n")
-    with pytest.raises(DataError, match=r"several splits \(test.jsonl, train.jsonl\): name the"):
+    with pytest.raises(DataError, match=r"several splits \(test.jsonl, train.jsonl\); name the"):
         open_source(tmp_path)
 
 

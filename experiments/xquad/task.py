@@ -1,5 +1,7 @@
 """Extractive question answering: where in a context the answer to a question begins and ends.
 
+It is a task of its own in a file, as one of yours would be.
+
 A record has a question, a context and answers as SQuAD has them: {"text": [...], "answer_start":
 [...]}, or a list of {"text", "answer_start"}; none of them for a question without an answer. With
 data.overlong="split" a long context is cut into windows that overlap; a window without the answer
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,7 +22,6 @@ from sftjax.data.records.sources import Source
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.evaluation.generation import BUCKET
-from sftjax.losses import IN_SPAN, SPAN_END, SPAN_START
 from sftjax.models.base import Model
 from sftjax.parallel import processes
 from sftjax.tasks.base import EvalFn, LossFn, read_model
@@ -29,6 +31,41 @@ from sftjax.tasks.texts import Labelled, Texts
 CONTEXTS, ANSWERS = ("context", "passage", "text"), ("answers", "answer")
 OVERLAP = 3  # a window shares this part of its tokens, a third, with the one before
 LONGEST = 30  # tokens of an answer, at most
+
+
+SPAN_START, SPAN_END, IN_SPAN = 1, 2, 4  # bits of a target
+
+
+def span(model, sources=()):
+    """Cross-entropy of where an answer begins and ends, over the documents of a Batch.
+
+    A target has the bits IN_SPAN at the tokens of a document between which the choice is, and
+    SPAN_START and SPAN_END at those that are right. A document's loss is the mean of the two, and
+    its weight stands at one of its tokens. sources: as of classification.
+    """
+
+    def loss_fn(params, batch, rng):
+        logits, weights = losses.read(model, params, batch, rng)
+        targets, segments = batch["targets"], batch["segments"]
+        logits = jnp.where((targets & IN_SPAN)[..., None] != 0, logits, -1e30)
+        lse = jax.vmap(_log_sum_exp)(logits, segments)  # [B, S, 2], of each token's document
+        right = jnp.stack([targets & SPAN_START, targets & SPAN_END], -1) != 0
+        at_right = jnp.sum(jnp.where(right, lse - logits, 0.0), -1) / 2
+        each = jax.vmap(_over_document)(at_right, segments)
+        return losses.summed(batch, each, weights, sources)
+
+    return loss_fn
+
+
+def _log_sum_exp(x, segments):
+    n = len(segments) + 1
+    top = jax.ops.segment_max(x, segments, n)[segments]
+    top = jax.lax.stop_gradient(top)
+    return top + jnp.log(jax.ops.segment_sum(jnp.exp(x - top), segments, n)[segments])
+
+
+def _over_document(x, segments):
+    return jax.ops.segment_sum(x, segments, len(segments) + 1)[segments]
 
 
 class Wanted(NamedTuple):
@@ -157,12 +194,12 @@ class ExtractiveQA(Texts):
         return read_model(section, head="span", **changes)
 
     def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.span."""
-        return losses.span(model, sources=sources)
+        """See span."""
+        return span(model, sources=sources)
 
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
         """The same loss."""
-        loss_fn = losses.span(model)
+        loss_fn = span(model)
         return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
 
     # ---- answers ----

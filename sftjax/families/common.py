@@ -95,11 +95,9 @@ EXPECTED = [
 # laid out, layer by layer and name by name, before the weights' files could contradict it.
 MOST = {"num_hidden_layers": 2**12, "n_layer": 2**12, "loop_num": 2**10, "num_labels": 2**20}
 MOST |= dict.fromkeys(("num_experts", "num_local_experts", "n_layers"), 2**12)
-MOST |= dict.fromkeys(
-    ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "n_heads"), 2**16
-)
-MOST |= dict.fromkeys("hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim".split(),
-                      2**24)  # fmt: skip
+_WIDTHS = "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim"
+MOST |= dict.fromkeys("num_attention_heads n_head num_key_value_heads head_dim".split(), 2**16)
+MOST |= dict.fromkeys([*_WIDTHS.split(), "n_heads"], 2**24)
 MOST |= dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 2**31)
 PARAMETERS = 10**13  # of a whole model
 _FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}

@@ -61,7 +61,7 @@ def causal_lm(
             model.head(params),
             batch["targets"],
             weights,
-            bias=model.vocab_bias(params),
+            bias=model.vocab_bias(params) if hasattr(model, "vocab_bias") else None,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             dft=dft,

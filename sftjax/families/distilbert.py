@@ -25,7 +25,7 @@ def config(hf: dict) -> Config:
     named = {name: hf[own] for name, own in FIELDS.items() if own in hf}
     masked = Pooler(hf.get("activation", "gelu"), norm=True)
     return bert.config(
-        {"classifier_dropout": 0.2} | hf | named,
+        {"classifier_dropout": 0.2} | hf | {"intermediate_size": 3072} | named,
         token_types=0,
         norm_eps=1e-12,
         poolers=(("document", Pooler("relu")), ("vocabulary", masked)),

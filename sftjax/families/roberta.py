@@ -17,7 +17,7 @@ def config(hf: dict) -> Config:
     """encoder.Config from the fields of a Hugging Face config.json."""
     pad = hf.get("pad_token_id")
     first = (pad if type(pad) is int and pad >= 0 else 1) + 1  # rows before it are never read
-    if hf.get("max_position_embeddings", 514) <= first:
+    if hf.get("max_position_embeddings", 512) <= first:
         raise ModelError(
             f"max_position_embeddings={hf['max_position_embeddings']}: positions begin at {first},"
             " after pad_token_id"
@@ -26,7 +26,7 @@ def config(hf: dict) -> Config:
     return bert.config(
         hf,
         first_position=first,
-        max_positions=hf.get("max_position_embeddings", 514) - first,
+        max_positions=hf.get("max_position_embeddings", 512) - first,
         poolers=(("", Pooler()), ("document", document), ("vocabulary", Pooler("gelu", True))),
     )
 

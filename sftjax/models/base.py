@@ -21,7 +21,7 @@ class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.
 
     Every model has this. One with a vocabulary head (config.head == "vocabulary") has `head`,
-    `vocab_bias`, `logits` and `logit_options` as well, see decoder.Model.
+    `logits` and `logit_options` as well, see decoder.Model, and perhaps a `vocab_bias`.
     """
 
     @property

@@ -426,10 +426,6 @@ class Model(base.Body):
         w = params["embed" if self.config.tied else "head"]["w"]
         return weight.as_stored(w, ("vocab", "embed"))
 
-    def vocab_bias(self, params: dict[str, Any]) -> jax.Array | None:
-        """Return None, because these heads add nothing to their logits."""
-        return None
-
     @property
     def logit_options(self) -> dict:
         """How logits follow from hidden states and head; see ops.cross_entropy."""

@@ -89,11 +89,12 @@ def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Tas
                 f"eval.{key}={value!r} is of answers that are generated, and task={config.task!r}"
                 " generates none; leave it out"
             )
-    for key, plain in get_default().loss.items():
-        if task.options is not None and key not in task.options and config.loss[key] != plain:
-            raise ConfigError(
-                f"loss.{key}={config.loss[key]!r} is not of task={config.task!r}, of which"
-                f" {', '.join(f'loss.{k}' for k in task.options)} may be set"
-            )
+    if task.options is not None:
+        for key, plain in get_default().loss.items():
+            if (value := getattr(config.loss, key)) != plain and key not in task.options:
+                raise ConfigError(
+                    f"loss.{key}={value!r} is not of task={config.task!r}, of which"
+                    f" {', '.join(f'loss.{k}' for k in task.options)} may be set"
+                )
     task.beside = tuple(filter(None, (config.eval.choices, config.eval.group)))
     return task

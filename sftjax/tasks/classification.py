@@ -203,7 +203,7 @@ class Classification(Texts):
         loss_fn = losses.classification(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
-    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for labels, and the confusion matrix (rows: wanted, columns: given).
 
         An answer that is not finite is wrong, and counted as "not_finite".
@@ -288,7 +288,7 @@ class MultiLabel(Classification):
         loss_fn = losses.multi_label(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
-    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What is measured of labels of which a row has any number."""
         real = predictions["weights"] > 0
         wanted, scores = (predictions[k][real] for k in ("wanted", "scores"))

@@ -62,6 +62,6 @@ class MaskedLM(Texts):
             raise ConfigError("task='masked_lm': the tokenizer has no mask token")
         return found
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
+    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """The perplexity; the accuracy is a metric of the loss."""
         return Scores({"perplexity": perplexity(loss)})

@@ -94,7 +94,7 @@ class Regression(Texts):
         loss_fn = losses.regression(model, predictions=True, **own)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
-    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for numbers."""
         real = predictions["weights"] > 0
         wanted, given = (predictions[k][real] for k in ("wanted", "given"))

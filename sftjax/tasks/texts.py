@@ -208,16 +208,16 @@ class Texts(Task[Labelled]):
 
     # ---- evaluation ----
 
-    def scores(self, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What a set scores. how: groups and errors, as of evaluation.metrics."""
-        raise NotImplementedError
+        return Scores({})
 
     def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
         """See scores."""
-        return self.scores(predictions)
+        return self.scores(loss, predictions)
 
     def final_scores(
         self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
     ) -> Scores:
         """The same, with standard errors and baselines."""
-        return self.scores(predictions, groups=groups, errors=True)
+        return self.scores(loss, predictions, groups=groups, errors=True)

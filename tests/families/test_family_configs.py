@@ -49,6 +49,8 @@ OLD = [
     ("granite", dict(rope_theta=1e7, logits_scaling=8.0, embedding_multiplier=12)),
     ("mixtral", dict(rope_theta=1e6, sliding_window=None, output_router_logits=False)),
     ("gpt_oss", dict(rope_theta=150000, rope_scaling=YARN | {"rope_type": "yarn"})),
+    ("modernbert", dict(global_rope_theta=1e5, local_rope_theta=5e3, local_attention=16)),
+    ("modernbert", dict(global_attn_every_n_layers=2, classifier_pooling="mean")),
     ("gpt2", dict(n_ctx=1024, n_inner=None, activation_function="gelu_new")),
 ]
 

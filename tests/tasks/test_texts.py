@@ -124,7 +124,7 @@ def test_hidden_tokens_are_chosen_anew_in_training_and_by_a_hash_in_evaluation()
             seen.append(np.asarray(batch["tokens"]))
             return model.outputs(params, batch)
 
-        head, vocab_bias, logit_options = model.head, model.vocab_bias, model.logit_options
+        head, logit_options = model.head, model.logit_options
 
     params = tiny.params(model)
     n = 2000

@@ -7,7 +7,15 @@ from sklearn import metrics as sk
 
 from sftjax.errors import ConfigError
 from sftjax.evaluation import metrics
-from sftjax.evaluation.metrics import bootstrap, labels, numbers, standard_error, tags, texts
+from sftjax.evaluation.metrics import (
+    bootstrap,
+    labels,
+    multi_labels,
+    numbers,
+    standard_error,
+    tags,
+    texts,
+)
 from sftjax.evaluation.text_scores import lead as lead_of
 
 rng = np.random.default_rng(0)
@@ -173,6 +181,54 @@ def test_entities_are_seqevals():
     assert tags(wanted, wanted).values == {"seqeval_f1": 1.0}
     assert tags(wanted, [["B-PER", "O", "O"], ["B-LOC"]]).values == {"seqeval_f1": 0.5}
     assert tags([["O"]], [["O"]]).values == {"seqeval_f1": 0.0} and tags([], []).n == 0
+
+
+def test_entities_of_random_tags_are_seqevals():
+    seqeval = pytest.importorskip("seqeval.metrics", reason="the extra `metrics`")
+    rng = np.random.default_rng(0)
+    names = np.array(["O", "B-a", "I-a", "B-b", "I-b"])
+    lengths = rng.integers(1, 9, 40)
+    wanted, given = ([list(names[rng.integers(0, 5, n)]) for n in lengths] for _ in range(2))
+    given = [w if i % 3 else g for i, (w, g) in enumerate(zip(wanted, given, strict=True))]
+    found = tags(wanted, given, errors=True)
+    lists = [[list(map(str, one)) for one in some] for some in (wanted, given)]
+    assert found.values["seqeval_f1"] == pytest.approx(seqeval.f1_score(*lists), abs=1e-12)
+    report = seqeval.classification_report(*lists, output_dict=True)
+    for kind, one in found.tables["per_entity"].items():
+        theirs = {k: report[kind][k] for k in ("precision", "recall")} | {
+            "f1": report[kind]["f1-score"]
+        }
+        assert {k: one[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
+        assert one["n"] == report[kind]["support"]
+    assert 0 < found.errors["seqeval_f1"] < 0.2 and len(found.rows["accuracy"]) == 40
+    assert tags(wanted, given, groups=[0] * 40, errors=True).errors == {}
+
+
+def test_several_labels_are_sklearns():
+    rng = np.random.default_rng(0)
+    wanted, scores = rng.random((50, 4)) < 0.3, rng.random((50, 4))
+    wanted[:, 3] = False  # a label that nobody has
+    found = multi_labels(wanted, scores, "abcd", errors=True)
+    given = scores >= 0.5
+    assert found.values["accuracy"] == pytest.approx(sk.accuracy_score(wanted, given))
+    for name, average in [("f1", "macro"), ("f1_micro", "micro")]:
+        expected = sk.f1_score(wanted, given, average=average, zero_division=0.0)
+        assert found.values[name] == pytest.approx(expected, abs=1e-12)
+    assert found.values["auroc"] == pytest.approx(sk.roc_auc_score(wanted[:, :3], scores[:, :3]))
+    assert found.tables["per_label"]["d"]["n"] == 0 and set(found.errors) == {*found.values} - {
+        "auroc"
+    }
+    [(name, base)] = found.baselines.items()
+    assert name == "each label's majority" and base["f1_micro"] == 0.0
+    scores[7] = np.nan
+    lost = multi_labels(wanted, scores, "abcd")
+    assert lost.values["not_finite"] == 1.0 and "auroc" not in lost.values
+    assert multi_labels(wanted[:0], scores[:0], "abcd").n == 0
+
+
+def test_the_best_of_several_references_counts():
+    found = texts(["exact_match", "token_f1"], [("a b", "c"), ("d",)], ["c", "e"])
+    assert found.values == {"exact_match": 0.5, "token_f1": 0.5}
 
 
 def test_a_users_function(tmp_path):

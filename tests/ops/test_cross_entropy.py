@@ -64,6 +64,32 @@ def test_x1_value_and_gradients_equal_the_plain_loss_in_float64(options, chunk_t
     np.testing.assert_array_equal(frozen_head, grads[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"vocab": 61, "label_smoothing": 0.1}, {"softcap": 4.0}])
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "tensor": 2}])
+def test_a_bias_of_the_vocabulary_and_its_gradient(options, sizes):
+    h, w, targets, weights = (x[:, :32] if x.shape[1] == S else x for x in inputs())
+    b = np.random.default_rng(1).normal(size=V).astype(np.float32)
+    vocab, softcap = options.get("vocab", V), options.get("softcap", 0.0)
+
+    def exact(h, w, b):
+        logits = jnp.einsum("bsd,vd->bsv", h, w[:vocab]) + b[:vocab]
+        logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+        smooth = options.get("label_smoothing", 0.0)
+        return jnp.sum(token_loss(logits, targets, label_smoothing=smooth) * weights)
+
+    def fused(h, w, b):
+        return linear_cross_entropy(h, w, targets, weights, bias=b, chunk_tokens=12, **options)[0]
+
+    with jax.enable_x64(True):
+        reference = jax.jit(jax.value_and_grad(exact, (0, 1, 2)))(*map(jnp.float64, (h, w, b)))
+    mesh = parallel.make_mesh(sizes, jax.devices()[: 4 if sizes else 1])
+    with jax.set_mesh(mesh):
+        value, grads = jax.jit(jax.value_and_grad(fused, (0, 1, 2)))(h, w, b)
+    np.testing.assert_allclose(value, reference[0], rtol=3e-6)
+    for ours, theirs in zip(grads, reference[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
 def test_x2_the_weighted_sum_and_the_normaliser_divide_as_they_should():
     h, w, targets, weights = inputs()
     total = linear_cross_entropy(h, w, targets, weights)[0]

@@ -302,9 +302,10 @@ def test_a_stopped_run_with_a_damaged_checkpoint_resumes_bit_equal(case, ran, tm
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, tmp_path):
+@pytest.mark.parametrize("name, lr", [("adamw", 1e30), ("sgd", 1e25)])
+def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, tmp_path, name, lr):
     config = case[1].copy_and_resolve_references()
-    config.optim.lr = 1e30
+    config.optim.name, config.optim.lr = name, lr
     with pytest.raises(DivergenceError, match="is not finite in"):
         train_lib.train(config, tmp_path)
     assert not (tmp_path / "export").exists() and not (tmp_path / "result.json").exists()

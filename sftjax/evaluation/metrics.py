@@ -413,10 +413,9 @@ def tags(
     }
     spread = bootstrap(f1, len(wanted), groups) if errors else {}
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
-    nothing = {"always O": {"seqeval_f1": 0.0}}
-    return Measured(
-        len(wanted), f1(), spread, nothing, {"per_entity": each}, {"accuracy": np.array(same)}
-    )
+    rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
+    tables, baselines = {"per_entity": each}, {"always O": {"seqeval_f1": 0.0}}
+    return Measured(len(wanted), f1(), spread, baselines, tables, rows)
 
 
 def package(name: str) -> Any:

@@ -99,7 +99,8 @@ def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, P
                     f"--model={path} is no model: it has no config.json; give a Hugging Face"
                     " directory, an export, or the workdir of a run"
                 )
-            config.update(task=tasks.of_head(read_json(file, ConfigError)))
+            if not any(word.startswith("--config.task") for word in argv):
+                config.update(task=tasks.of_head(read_json(file, ConfigError)))
             c = hf.load_model(folder).config
             if c.learned_positions:  # a longer row can't be measured
                 config.data.max_length = min(config.data.max_length, c.max_positions)

@@ -63,8 +63,8 @@ def of_head(hf: dict) -> str:
         return "masked_lm"
     if kind == "span":
         raise ConfigError(
-            "the model has a head of spans: give --config, a file that names the task which reads"
-            " it, such as experiments/xquad/config.py"
+            "the model has a head of spans: name the task that reads it, such as"
+            " --config.task=experiments/xquad/task.py:ExtractiveQA"
         )
     return "token_labels" if kind == "token" else "causal_lm"
 

@@ -86,7 +86,7 @@ class Classification(Texts):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: "PreTrainedTokenizerBase | None",
         labels: Mapping[Any, str] | Sequence[str],
         names: Mapping[str, str] | None = None,
         reads: str = "first",

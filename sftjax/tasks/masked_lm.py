@@ -57,8 +57,9 @@ class MaskedLM(Texts):
 
     @property
     def _mask_id(self) -> int:
-        found = self.tokenizer.mask_token_id
-        if found is None:
+        if self.tokenizer is None:
+            return 0  # of a plan, whose program is that of any id
+        if (found := self.tokenizer.mask_token_id) is None:
             raise ConfigError("task='masked_lm': the tokenizer has no mask token")
         return found
 

@@ -45,7 +45,7 @@ class Labelled(NamedTuple):
 
 
 class Texts(Task[Labelled]):
-    """tokenizer: a fast one; its special tokens surround each text as it wants them.
+    """tokenizer: a fast one, whose special tokens surround each text; None to read no text.
 
     names: the record's own names of what is in `usual` ("" = found by their usual ones; several
     with "|": the first that a record has); with a name of "pair" a document is two texts. reads:
@@ -59,14 +59,14 @@ class Texts(Task[Labelled]):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: "PreTrainedTokenizerBase | None",
         names: Mapping[str, str] | None = None,
         reads: str = "first",
     ) -> None:
         self.tokenizer, self.reads = tokenizer, reads
         self.names = dict.fromkeys((*self.usual, "pair"), "") | dict(names or {})
         pairs = bool(self.names["pair"]) or "question" in self.usual
-        self.typed = pairs and "token_type_ids" in tokenizer.model_input_names
+        self.typed = pairs and "token_type_ids" in getattr(tokenizer, "model_input_names", ())
         self.layout = TokenRows(shifted=False, target=self.target, types=self.typed)
         columns = {"tokens": "int32", "weights": "float32", "targets": np.dtype(self.target).name}
         columns |= {"types": "uint8"} if self.typed else {}
@@ -87,8 +87,6 @@ class Texts(Task[Labelled]):
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
         """The task of a config."""
-        if tokenizer is None:
-            raise ConfigError(f"task={config.task!r} reads texts: data.tokenizer is missing")
         return cls(tokenizer, **cls.arguments(config))
 
     # ---- what a task of this kind says ----

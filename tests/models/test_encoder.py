@@ -114,7 +114,9 @@ def test_golden_numbers_of_real_weights_whose_files_come_back_bit_equal(fixtures
     )
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head", [h if h == "vocabulary" else pytest.param(h, marks=pytest.mark.slow) for h in HEADS]
+)
 @pytest.mark.parametrize("name", BODIES)
 def test_golden_logits_of_every_head_on_every_encoder(name, head, tmp_path):
     model, params = headed(name, head, tmp_path)

@@ -178,7 +178,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("multi_label", "custom, of spans", "masked_lm")  # as the others go, so do these
+PARAMS = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request, tmp_path_factory):
     """(name, config): six steps of eight rows, a checkpoint after every third."""
     where = tmp_path_factory.mktemp("case")

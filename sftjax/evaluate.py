@@ -99,12 +99,12 @@ def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, P
                     f"--model={path} is no model: it has no config.json; give a Hugging Face"
                     " directory, an export, or the workdir of a run"
                 )
-            if not any(word.startswith("--config.task") for word in argv):
-                config.update(task=tasks.of_head(read_json(file, ConfigError)))
             c = hf.load_model(folder).config
             if c.learned_positions:  # a longer row can't be measured
                 config.data.max_length = min(config.data.max_length, c.max_positions)
     overridden = config_lib.override_all(config, argv, OPTIONS)
+    if not is_run and not spec and "task" not in overridden:
+        config.update(task=tasks.of_head(read_json(file, ConfigError)))
     config_lib.check(config, spec, overridden)
     return config, run if is_run else None
 

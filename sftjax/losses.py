@@ -145,11 +145,7 @@ def read(
 
 
 def summed(
-    batch: dict,
-    losses: jax.Array,
-    weights: jax.Array,
-    sources: Sequence[str] = (),
-    **metrics: Any,
+    batch: dict, losses: jax.Array, weights: jax.Array, sources: Sequence[str], **metrics: Any
 ) -> Loss:
     """The Loss of losses float32 [B, S] with their weights [B, S]; sources as of causal_lm."""
     losses = jnp.where(weights != 0, losses, 0.0) * weights

@@ -92,7 +92,7 @@ class ExtractiveQA(Texts):
 
     usual: ClassVar = {"question": ("question", "query"), "text": CONTEXTS, "label": ANSWERS}
     whole = False
-    options = ("chunk_tokens",)
+    options = ()
     generates = True  # data.test is questions, whose answers are texts
 
     def __init__(

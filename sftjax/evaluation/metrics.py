@@ -388,7 +388,8 @@ def tags(
     if not wanted:
         return Measured(0, {})
     of = package("seqeval.metrics.sequence_labeling").get_entities
-    found = [[set(of(list(map(str, one)))) for one in some] for some in (wanted, given)]
+    with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'
+        found = [[set(of(list(map(str, one)))) for one in some] for some in (wanted, given)]
     kinds = sorted({kind for some in found for one in some for kind, _, _ in one})
     # counts [rows, kinds]: of entities that are right, given, wanted
     right, there, all_ = (

@@ -63,14 +63,18 @@ OTHERS = r"cls\..*|qa_outputs\..*|classifier\..*|(bert\.)?pooler\..*"
 
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
-    vocabulary = c.head == "vocabulary"
-    pooler = "cls.predictions.transform.dense" if vocabulary else "bert.pooler.dense"
-    rows = body("bert.") + (common.linear(pooler, "pooler", "p d -> d p") if c.pooler else [])
-    if vocabulary:
-        rows += common.layer_norm("cls.predictions.transform.LayerNorm", "pooler_norm")
-        rows.append(("cls.predictions.bias", "vocab_bias/b", "v -> v"))
-        rows += [("cls.predictions.decoder.weight", "head/w", "v d -> v d")] * (not c.tied)
-    return rows + score(c)
+    if c.head == "vocabulary":
+        own = "transform.dense transform.LayerNorm bias decoder.weight"
+        return body("bert.") + masked(c, *(f"cls.predictions.{x}" for x in own.split()))
+    pooler = common.linear("bert.pooler.dense", "pooler", "p d -> d p") if c.pooler else []
+    return body("bert.") + pooler + score(c)
+
+
+def masked(c: Config, dense: str, norm: str, bias: str, head: str) -> list[tuple]:
+    """The rows of a head of the vocabulary, by the names of its four parts."""
+    rows = common.linear(dense, "pooler", "p d -> d p") + common.layer_norm(norm, "pooler_norm")
+    rows.append((bias, "vocab_bias/b", "v -> v"))
+    return rows + [(head, "head/w", "v d -> v d")] * (not c.tied)
 
 
 def body(prefix: str) -> list[tuple]:

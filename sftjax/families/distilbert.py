@@ -49,10 +49,8 @@ def names(c: Config) -> list[tuple]:
     for name in ("q", "k", "v"):
         rows += bert.vectors(f"{block}attention.{name}_lin", name)
     if c.head == "vocabulary":
-        rows += common.linear("vocab_transform", "pooler", "p d -> d p")
-        rows += common.layer_norm("vocab_layer_norm", "pooler_norm")
-        rows.append(("vocab_projector.bias", "vocab_bias/b", "v -> v"))
-        rows += [("vocab_projector.weight", "head/w", "v d -> v d")] * (not c.tied)
+        own = "transform layer_norm projector.bias projector.weight"
+        rows += bert.masked(c, *(f"vocab_{x}" for x in own.split()))
     elif c.head == "document":
         rows += common.linear("pre_classifier", "pooler", "p d -> d p")
     return rows + bert.score(c)

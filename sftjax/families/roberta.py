@@ -17,16 +17,13 @@ def config(hf: dict) -> Config:
     """encoder.Config from the fields of a Hugging Face config.json."""
     pad = hf.get("pad_token_id")
     first = (pad if type(pad) is int and pad >= 0 else 1) + 1  # rows before it are never read
-    if hf.get("max_position_embeddings", 512) <= first:
-        raise ModelError(
-            f"max_position_embeddings={hf['max_position_embeddings']}: positions begin at {first},"
-            " after pad_token_id"
-        )
+    if (size := hf.get("max_position_embeddings", 512)) <= first:
+        raise ModelError(f"max_position_embeddings={size}: positions begin at {first}")
     document = Pooler(drop_before=True)
     return bert.config(
         hf,
         first_position=first,
-        max_positions=hf.get("max_position_embeddings", 512) - first,
+        max_positions=size - first,
         poolers=(("", Pooler()), ("document", document), ("vocabulary", Pooler("gelu", True))),
     )
 
@@ -38,10 +35,8 @@ def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     rows = bert.body("roberta.")
     if c.head == "vocabulary":
-        rows += common.linear("lm_head.dense", "pooler", "p d -> d p")
-        rows += common.layer_norm("lm_head.layer_norm", "pooler_norm")
-        rows.append(("lm_head.bias", "vocab_bias/b", "v -> v"))
-        rows += [("lm_head.decoder.weight", "head/w", "v d -> v d")] * (not c.tied)
+        own = "dense layer_norm bias decoder.weight"
+        rows += bert.masked(c, *(f"lm_head.{x}" for x in own.split()))
     elif c.head == "document":
         rows += common.linear("classifier.dense", "pooler", "p d -> d p")
         rows += common.linear("classifier.out_proj", "score", "c d -> c d")

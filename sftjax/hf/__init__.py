@@ -1,4 +1,5 @@
 """Hugging Face directories in and out."""
+# ruff: noqa: F401 (its names are offered here)
 
 from sftjax.hf.directory import (
     FAMILIES,
@@ -11,15 +12,3 @@ from sftjax.hf.directory import (
     stored_dtypes,
     with_dtypes,
 )
-
-__all__ = [
-    "FAMILIES",
-    "Origin",
-    "load_model",
-    "load_params",
-    "load_pretrained",
-    "resolve",
-    "save_pretrained",
-    "stored_dtypes",
-    "with_dtypes",
-]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sftjax.config import ConfigError, get_default
 from sftjax.files import load_python
 from sftjax.hf.heads import MASKED, kind_of
-from sftjax.tasks.base import Example, Scores, Task
+from sftjax.tasks.base import Example, Scores, Task  # noqa: F401 (offered here)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +31,6 @@ TASKS = {
 PROBLEMS: dict = {"regression": "regression", "multi_label_classification": "multi_label"}
 # Keys of the config's section `eval` that only a task which generates reads, as they come.
 ASKING = dict(metrics=("exact_match",), answer="", choices="", draws=1, shots=0)
-
-__all__ = ["TASKS", "Example", "Scores", "Task", "find", "make", "of_head"]
 
 
 def find(name: str) -> type[Task]:
@@ -89,6 +87,9 @@ def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Tas
                 f"eval.{key}={value!r} is of answers that are generated, and task={config.task!r}"
                 " generates none; leave it out"
             )
+    for key, kind in {"focal_gamma": "focal", "huber_delta": "huber"}.items():
+        if config.loss[key] != get_default().loss[key] and config.loss.kind != kind:
+            raise ConfigError(f"loss.{key} is of loss.kind={kind!r}, and that is not set")
     if task.options is not None:
         for key, plain in get_default().loss.items():
             if (value := getattr(config.loss, key)) != plain and key not in task.options:

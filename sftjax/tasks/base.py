@@ -109,7 +109,7 @@ class Task(Generic[E]):
 
     layout: Layout = CAUSAL
     columns: Mapping[str, tuple[str, tuple[int, ...] | None]] = {}
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
     lower: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     counts: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...] | None] = None

@@ -79,10 +79,8 @@ class Classification(Texts):
 
     head: str = "document"
     cleaned: ClassVar[bool] = True  # cleaning and splitting read a text and one label
-    options: ClassVar[tuple[str, ...]] = (
-        *("kind", "focal_gamma", "label_smoothing", "class_weights", "chunk_tokens"),
-    )
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+    options: ClassVar[tuple[str, ...]] = ("kind", "focal_gamma", "label_smoothing", "class_weights")
+    metrics: tuple[str, ...] = ("accuracy", "f1")
 
     def __init__(
         self,
@@ -140,15 +138,19 @@ class Classification(Texts):
         shares = self.facts(report)["labels"]
         return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {shares}"
 
+    def labelled(self, report: dict) -> int:
+        """How many labels a store has, at least 1; of several labels a text: how many texts."""
+        return max(sum(report["labels"].values()), 1)
+
     def facts(self, report: dict) -> dict[str, str]:
-        """Each label's share of the documents."""
-        total = max(report["documents"], 1)
+        """Each label's share of what is labelled."""
+        total = self.labelled(report)
         shares = (f"{name} {n / total:.1%}" for name, n in report["labels"].items())
         return {"labels": ", ".join(shares)}
 
     def warnings(self, report: dict) -> Iterable[str]:
         """Of labels without an example, and of one that most examples have."""
-        counts, total = report["labels"], max(report["documents"], 1)
+        counts, total = report["labels"], self.labelled(report)
         if absent := [name for name, n in counts.items() if not n]:
             yield f"no example has the label {', '.join(absent)}: see data.labels"
         name, n = max(counts.items(), key=lambda x: x[1])
@@ -231,8 +233,12 @@ class MultiLabel(Classification):
     """Any number of labels for a text: a list of them, or one text of names with commas."""
 
     cleaned = False
-    options = ("kind", "focal_gamma", "class_weights", "chunk_tokens")
+    options = ("kind", "focal_gamma", "class_weights")
     metrics = ("f1", "f1_micro", "accuracy")
+
+    def labelled(self, report: dict) -> int:
+        """As of Classification."""
+        return max(report["documents"], 1)
 
     def read_wanted(self, record: dict, where: str) -> tuple[int, ...]:
         """The indices of the record's labels."""
@@ -244,7 +250,15 @@ class MultiLabel(Classification):
                 where=where,
                 kind="wrong_type",
             )
-        return tuple(sorted({self.labels.index(x, where) for x in given if x != ""}))
+        found = sorted(self.labels.index(x, where) for x in given if x != "")
+        if len(set(found)) < len(found):
+            raise DataError(
+                f"the labels {given!r:.200} name one twice; a 0 or 1 for each label is not read",
+                "list the names, or the numbers, of those that the text has",
+                where=where,
+                kind="wrong_value",
+            )
+        return tuple(found)
 
     def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
         """Each label's index + 1 at a token of its own, from the first on.

@@ -18,15 +18,9 @@ class MaskedLM(Texts):
 
     usual: ClassVar = {"text": TEXTS}
     whole = False
+    cuttable = True
     options = ("mask_rate", "chunk_tokens")
     metrics = ("perplexity", "accuracy")
-
-    @classmethod
-    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
-        """As of Texts."""
-        if config.data.fields.pair or config.data.fields.label:
-            raise ConfigError("task='masked_lm' reads texts alone: leave data.fields.label empty")
-        return super().arguments(config)
 
     def placed(self, n: int, wanted: Any) -> tuple[np.ndarray, np.ndarray]:
         """Weight 1 at all tokens of the text itself; the targets are the tokens, in the loss."""

@@ -17,6 +17,7 @@ from sftjax import losses
 from sftjax.data.token_store import Tally
 from sftjax.errors import DataError
 from sftjax.evaluation import metrics
+from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
 from sftjax.params import Param
 from sftjax.tasks.base import EvalFn, LossFn, Scores, read_model
@@ -31,7 +32,7 @@ class Regression(Texts):
 
     usual: ClassVar = {"text": TEXTS, "label": NUMBERS}
     target = np.float32
-    options = ("kind", "huber_delta", "chunk_tokens")
+    options = ("kind", "huber_delta")
     metrics = ("mae", "rmse", "r2", "pearson", "spearman")
     mean, std = 0.0, 1.0  # of the training rows' numbers, once they are known
 
@@ -67,12 +68,14 @@ class Regression(Texts):
         """The body of model.path with a head of one number, and its model_state."""
         own = dict(labels=("number",), head="document", problem="regression")
         model: Any = read_model(section, **own, **changes)
-        # The numbers are known when this is drawn, and not before.
-        told: dict[str, Callable] = {
-            "mean": lambda key, shape, dtype: jnp.full(shape, self.mean, dtype),
-            "std": lambda key, shape, dtype: jnp.full(shape, self.std, dtype),
-        }
-        state = {name: Param((), (), init) for name, init in told.items()}
+        # A head that the files hold gives the number itself, and goes on doing so. Else the units
+        # are known when this is drawn, and not before.
+        own_head = section.init != "random" and stored_labels(model.source.config)
+
+        def drawn(name: str, plain: float) -> Callable:
+            return lambda _, *of: jnp.full(of[0], plain if own_head else getattr(self, name), of[1])
+
+        state = {k: Param((), (), drawn(k, v)) for k, v in {"mean": 0.0, "std": 1.0}.items()}
         return dataclasses.replace(model, state=state)
 
     def exported(self, params: Any, model_state: Any) -> Any:

@@ -55,6 +55,7 @@ class Texts(Task[Labelled]):
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXTS, "label": LABELS}
     target: ClassVar[type] = np.int32
     whole: ClassVar[bool] = True  # what is wanted is of a whole document, which may not be split
+    cuttable: ClassVar[bool] = False  # may packing cut a document in two; else by overlong alone
     counts = ("cells", "tokens", "trained_tokens")
 
     def __init__(
@@ -80,7 +81,15 @@ class Texts(Task[Labelled]):
                 "data.overlong='split' would give the pieces of a text its label; set"
                 " truncate_end, truncate_prompt, drop or error"
             )
-        fields = config.data.fields
+        d, fields = config.data, config.data.fields
+        if not cls.cuttable and "wrapped" in (d.packing, d.eval_packing):
+            raise ConfigError(
+                "data.packing='wrapped' and data.eval_packing='wrapped' cut a text in two, and what"
+                " is wanted of it stands in one part; set bfd or none"
+            )
+        known = {*cls.usual} | ({"pair"} if cls.whole else set())
+        if wrong := [k for k in ("label", "pair") if fields[k] and k not in known]:
+            raise ConfigError(f"data.fields.{wrong[0]} is nothing that task={config.task!r} reads")
         names = {k: fields[k] for k in (*cls.usual, "pair") if k in fields}
         return {"names": names, "reads": read_model(config.model).reads}
 
@@ -180,8 +189,12 @@ class Texts(Task[Labelled]):
         if not max_length or n <= max_length:
             return [places]
         room = max_length - before - after
-        if overlong not in ("truncate_end", "truncate_prompt") or room < 1:
+        if overlong not in ("truncate_end", "truncate_prompt", "split") or room < 1:
             return []
+        if overlong == "split":  # each piece with the special tokens
+            first, inner, last = np.split(places, [before, n - after])
+            parts = (inner[i : i + room] for i in range(0, len(inner), room))
+            return [np.concatenate([first, part, last]) for part in parts]
         cut = slice(before + room, n - after)
         if overlong == "truncate_prompt":
             cut = slice(before, n - after - room)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from sftjax.errors import DataError
 from sftjax.evaluation import metrics
@@ -25,13 +24,16 @@ class TokenLabels(Classification):
     head = "token"
     usual: ClassVar = {"text": WORDS, "label": TAGS}
     whole = cleaned = False
+    cuttable = True
     metrics = ("seqeval_f1", "accuracy")
 
-    @classmethod
-    def arguments(cls, config: ConfigDict) -> dict[str, Any]:
-        """As of Classification. Raises: ConfigError where there is no seqeval to score with."""
-        metrics.package("seqeval.metrics")
-        return super().arguments(config)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        # Parts of speech are no entities.
+        self.entities = all(x == "O" or x[1:2] == "-" for x in self.labels.names)
+        self.metrics = TokenLabels.metrics if self.entities else ("accuracy", "f1_words")
+        if self.entities:
+            metrics.package("seqeval.metrics")  # said now where it is missing
 
     def read_words(self, record: dict, where: str) -> list[str]:
         """The record's words."""
@@ -88,16 +90,6 @@ class TokenLabels(Classification):
         if example.wanted:
             yield "words without a token, which are not trained"
 
-    def kept(self, example: Labelled, max_length: int, overlong: str) -> list[np.ndarray]:
-        """As of Texts; split cuts a long text into pieces, each with its special tokens."""
-        n, (before, after) = len(example.tokens), self.special_ends
-        room = max_length - before - after
-        if overlong != "split" or not max_length or n <= max_length or room < 1:
-            return super().kept(example, max_length, overlong)
-        ends, inner = (np.arange(before), np.arange(n - after, n)), np.arange(before, n - after)
-        parts = (inner[i : i + room] for i in range(0, len(inner), room))
-        return [np.concatenate([ends[0], part, ends[1]]) for part in parts]
-
     def cut(self, example: Labelled, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of each piece that has a word."""
         return [x for x in super().cut(example, max_length, overlong) if np.any(x[1])]
@@ -121,13 +113,16 @@ class TokenLabels(Classification):
         real = predictions["weights"].ravel() > 0
         wanted, given = (predictions[k].ravel()[real] for k in ("wanted", "given"))
         starts = np.flatnonzero(np.diff(documents[real], prepend=-1))
-        names = np.array(["O" if "O" in self.labels.names else "", *self.labels.names])
+        names = np.array(["O", *self.labels.names])  # the first of what is not finite
         w, g = (
             [list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given)
         )
-        tags = metrics.tags(w, g, **how)
+        tags = metrics.tags(w, g, **how) if self.entities else metrics.Measured(0, {})
         found = metrics.labels(wanted, given, self.labels.names)
         values = {"accuracy": found.values["accuracy"], "f1_words": found.values["f1"]}
-        baselines = {**tags.baselines, **found.baselines}
+        values |= {k: v for k, v in found.values.items() if k == "not_finite"}
+        [(usual, shown)] = found.baselines.items()
+        shown = {"accuracy": shown["accuracy"], "f1_words": shown["f1"]}
+        baselines = {usual: shown | tags.baselines.get(usual, {})}
         tables = {"confusion": found.tables["confusion"], **tags.tables}
         return Scores(tags.values | values, tables, tags.errors, baselines, tags.rows)

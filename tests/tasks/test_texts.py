@@ -168,6 +168,8 @@ def test_labels_of_a_text_that_has_several():
     assert wanted == [(0, 2), (0, 1), (), ()]
     with pytest.raises(DataError, match="f:1: the labels are 3, expected a list of them"):
         task.examples([{"text": "a", "label": 3}], ["f:1"])
+    with pytest.raises(DataError, match="name one twice; a 0 or 1 for each label is not read"):
+        task.examples([{"text": "a b c", "label": [0, 1, 0]}], ["f:1"])
     with pytest.raises(DataError, match="label 'pink' is unknown"):
         task.examples([{"text": "a", "label": ["pink"]}], ["f:1"])
     with pytest.raises(DataError, match="3 labels for a text of 1 tokens"):
@@ -195,6 +197,66 @@ def test_each_label_stands_at_its_words_first_token():
     ]:
         with pytest.raises(DataError, match=message):
             task.examples([record], ["f:1"])
+
+
+def report_of(task, rows):
+    tally = task.tally(64, "truncate_end")
+    examples = task.examples(rows, [f"f:{i}" for i in range(len(rows))])
+    tally.count(tally.fit([("f:1", one) for one in examples]))
+    return tally.report({})
+
+
+def test_shares_are_of_what_is_labelled():
+    words = TokenLabels(make_tokenizer(), ("O", "B-x"))
+    rows = [{"tokens": ["a", "b", "c", "d"], "tags": ["O", "O", "O", "B-x"]}] * 3
+    assert words.facts(report_of(words, rows)) == {"labels": "O 75.0%, B-x 25.0%"}
+    several = MultiLabel(make_tokenizer(), LABELS)
+    rows = [{"text": "a b c", "label": ["red", "blue"]}, {"text": "a b c", "label": ["red"]}]
+    found = several.facts(report_of(several, rows))
+    assert found == {"labels": "red 100.0%, green 0.0%, blue 50.0%"}
+
+
+def test_parts_of_speech_are_no_entities():
+    task = TokenLabels(make_tokenizer(), ("NOUN", "VERB"))
+    first = np.array([True, False, True])
+    found = task.final_scores(0.0, dict(
+        first=first, weights=np.ones(3), wanted=np.array([0, 1, 0]), given=np.array([0, 1, -1]),
+    ))  # fmt: skip
+    assert task.metrics == ("accuracy", "f1_words") and "seqeval_f1" not in found.values
+    assert found.values["accuracy"] == pytest.approx(2 / 3) and found.values["not_finite"] == 1.0
+    entities = TokenLabels(make_tokenizer(), ("O", "B-x"))
+    given = dict(
+        first=first, weights=np.ones(3), wanted=np.array([0, 1, 0]), given=np.zeros(3, int)
+    )
+    assert entities.final_scores(0.0, given).baselines["always O"] == {
+        "accuracy": pytest.approx(2 / 3), "f1_words": pytest.approx(0.4), "seqeval_f1": 0.0,
+    }  # fmt: skip
+
+
+def test_a_long_text_is_cut_into_pieces_where_all_of_it_is_read():
+    task = MaskedLM(make_tokenizer())
+    [one] = task.examples([{"text": " ".join(f"w{i}" for i in range(20))}], ["f:1"])
+    pieces = task.cut(one, 16, "split")
+    assert len(pieces) > 2 and all(len(p[0]) <= 16 for p in pieces)
+    np.testing.assert_array_equal(np.concatenate([p[0] for p in pieces]), one.tokens)
+
+
+@pytest.mark.parametrize(
+    "task, key, value, message",
+    [
+        ("regression", "data.packing", "wrapped", "cut a text in two"),
+        ("token_labels", "data.fields.pair", "other", "data.fields.pair is nothing that task='to"),
+        ("masked_lm", "data.fields.label", "label", "data.fields.label is nothing that task='mas"),
+        ("regression", "loss.focal_gamma", "1.0", "loss.focal_gamma is of loss.kind='focal'"),
+        ("multi_label", "loss.chunk_tokens", "8", "loss.chunk_tokens=8 is not of task='multi_lab"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_harm(tmp_path, task, key, value, message):
+    config = config_lib.get_default()
+    every.CASES[task][0](config, tmp_path)
+    config_lib.override(config, key, value)
+    with pytest.raises(ConfigError, match=message):
+        tasks.make(config, load_tokenizer(config))
 
 
 def asked(context, answers, question="which ?"):
@@ -275,3 +337,10 @@ def test_an_export_of_a_regression_gives_numbers_in_their_own_units(tmp_path):
         logits = model.class_logits(params, hidden, segments=given["segments"])
         found.append(float(logits[0, 0, 0]))
     assert all(95 < x < 112 for x in found)
+    # A run that begins with this head goes on in the same units.
+    config.model.path, config.model.init = str(tmp_path / "run" / "export"), "pretrained"
+    config.train.duration, config.train.export = "1 steps", False
+    again = train_lib.train(config, tmp_path / "again")
+    for name in ("mae", "rmse"):
+        value = again["before"]["losses"][f"validation/{name}"]
+        assert value == pytest.approx(after[f"validation/{name}"], rel=1e-3)

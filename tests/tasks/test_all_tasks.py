@@ -306,7 +306,9 @@ def test_a_stopped_run_with_a_damaged_checkpoint_resumes_bit_equal(case, ran, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, lr", [("adamw", 1e30), ("sgd", 1e25)])
+@pytest.mark.parametrize(
+    "name, lr", [("adamw", 1e30), pytest.param("sgd", 1e25, marks=pytest.mark.long)]
+)
 def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, tmp_path, name, lr):
     config = case[1].copy_and_resolve_references()
     config.optim.name, config.optim.lr = name, lr

@@ -36,6 +36,8 @@ def causal_lm(
 ) -> Callable[..., Any]:
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
+    Of an encoder-decoder, over the targets of a Batch of pairs; see packing.pairs.
+
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
     its length. dft: weigh each token's loss by its own probability (Dynamic Fine-Tuning).
     load_balance: coefficient of a mixture of experts' load-balancing loss, which is a metric in any
@@ -50,12 +52,13 @@ def causal_lm(
 
     def loss_fn(params, batch, rng) -> Any:
         weights = batch["weights"].astype(jnp.float32)
+        segments = batch.get("target_segments", batch["segments"])
         if normalise == "documents":
-            weights = _per_document(weights, batch["segments"])
+            weights = _per_document(weights, segments)
         hidden, routing = model.outputs(params, batch, rng)
         groups, n_groups = (batch["sources"], len(sources)) if sources else (None, 0)
         if documents:
-            groups, n_groups = _places(batch["segments"]), weights.size
+            groups, n_groups = _places(segments), weights.size
         total, hits, *by_source = linear_cross_entropy(
             hidden,
             model.head(params),
@@ -83,7 +86,7 @@ def causal_lm(
         loss = Loss(total, weight, metrics)
         if not documents:
             return loss
-        held: Any = (by_source[0], weights, batch["segments"] > 0)
+        held: Any = (by_source[0], weights, segments > 0)
         sums = (held[0], *(group_sums(jnp.float32(x), groups, n_groups) for x in held[1:]))
         names = ("losses", "weights", "tokens")
         return loss, {k: v.reshape(weights.shape) for k, v in zip(names, sums, strict=True)}
@@ -312,11 +315,12 @@ def token_counts(
 
     {} for a batch that does not say which of its positions hold tokens.
     """
-    if "segments" not in batch:
+    held = [batch[name] for name in ("segments", "target_segments") if name in batch]
+    if not held:
         return {}
     return {
-        "cells": (jnp.float32(batch["segments"].size), None),
-        "tokens": (jnp.sum(batch["segments"] > 0, dtype=jnp.float32), None),
+        "cells": (jnp.float32(sum(x.size for x in held)), None),
+        "tokens": (sum(jnp.sum(x > 0, dtype=jnp.float32) for x in held), None),
         "trained_tokens": (jnp.sum(batch["weights"] != 0, dtype=jnp.float32), None),
     }
 

@@ -82,7 +82,12 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
     """Of tokens int32 [B, P], right-padded, lengths [B]: (ids [B, new], count of ids kept [B])."""
     B, P = tokens.shape
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
-    cache, last = _prefill(model, params, tokens, lengths, model.init_cache(B, P + new))
+    if model.config.cross:  # the tokens are a source, and the answer begins at position 1
+        cache, last = model.begin(params, tokens, lengths, new)
+        first = jnp.ones_like(lengths)
+    else:
+        cache, last = _prefill(model, params, tokens, lengths, model.init_cache(B, P + new))
+        first = lengths
 
     def pick(last, i):
         key = jax.random.fold_in(rng, i)
@@ -100,7 +105,7 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
         out = out.at[:, i].set(jnp.where(keep, token, 0))
         done, count = done | stop, count + keep
         # A finished row goes on with its last token, outside its document: nobody reads it.
-        where = (lengths + i)[:, None], jnp.ones((B, 1), jnp.int32)
+        where = (first + i)[:, None], jnp.ones((B, 1), jnp.int32)
         hidden, cache = model.decode(params, cache, token[:, None], *where)
         return i + 1, hidden[:, 0], done, count, out, cache
 
@@ -152,7 +157,8 @@ def generate(
         raise DataError(problem, kind="empty_text")
     if prompts:
         what = f"a prompt of {max(sizes)} tokens and {max_new_tokens} new ones"
-        model.check_length(max(sizes) + max_new_tokens, what)
+        join = max if model.config.cross else sum
+        model.check_length(join((max(sizes), max_new_tokens)), what)
     size, batches = in_batches(sizes, batch_size, mesh)
     answers: list[list[int]] = [[]] * len(prompts)
     stop = tuple(sorted(set(stop_ids)))

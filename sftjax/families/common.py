@@ -28,7 +28,9 @@ EXPECTED = [
         " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size n_layers n_heads dim"
         " hidden_dim local_attention global_attn_every_n_layers"
         " type_vocab_size sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
-        " num_labels?",
+        " num_labels? d_model d_kv d_ff num_layers num_decoder_layers? num_heads encoder_layers"
+        " decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim"
+        " decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance",
     ),
     (
         "a whole number",
@@ -49,25 +51,25 @@ EXPECTED = [
     (
         "a number from 0 to below 1",
         lambda x: _number(x) and 0 <= x < 1,
-        "hidden_dropout_prob classifier_dropout? dropout seq_classif_dropout",
+        "hidden_dropout_prob classifier_dropout? dropout seq_classif_dropout dropout_rate",
     ),
     (
         "a number of 0 or more",
         lambda x: _number(x) and x >= 0,
-        "initializer_range mscale? mscale_all_dim?",
+        "initializer_range init_std mscale? mscale_all_dim?",
     ),
     (
         "true or false",
         lambda x: type(x) is bool,
         "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob"
         " use_sliding_window? truncate? is_decoder? add_cross_attention? norm_bias classifier_bias"
-        " decoder_bias sinusoidal_pos_embds",
+        " decoder_bias sinusoidal_pos_embds scale_embedding?",
     ),
     (
         "a name",
         lambda x: isinstance(x, str),
         "model_type hidden_act? hidden_activation? activation_function type rope_type activation"
-        " classifier_activation classifier_pooling",
+        " classifier_activation classifier_pooling feed_forward_proj",
     ),
     (
         "a list of names",
@@ -77,7 +79,7 @@ EXPECTED = [
     (
         "a token's id, or a list of them",
         lambda x: all(type(y) is int and abs(y) < 2**63 for y in _entries(x)),
-        "bos_token_id? eos_token_id? pad_token_id?",
+        "bos_token_id? eos_token_id? pad_token_id? decoder_start_token_id?",
     ),
     (
         "a list of numbers",
@@ -94,9 +96,18 @@ EXPECTED = [
 # The most that a size may be. No model comes near; what a config.json asks for beyond it would be
 # laid out, layer by layer and name by name, before the weights' files could contradict it.
 MOST = {"num_hidden_layers": 2**12, "n_layer": 2**12, "loop_num": 2**10, "num_labels": 2**20}
-MOST |= dict.fromkeys(("num_experts", "num_local_experts", "n_layers"), 2**12)
-_WIDTHS = "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim"
-MOST |= dict.fromkeys("num_attention_heads n_head num_key_value_heads head_dim".split(), 2**16)
+MOST |= dict.fromkeys(
+    "num_experts num_local_experts n_layers num_layers num_decoder_layers encoder_layers"
+    " decoder_layers relative_attention_num_buckets".split(),
+    2**12,
+)
+_WIDTHS = "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim d_model"
+_WIDTHS += " d_ff encoder_ffn_dim decoder_ffn_dim"
+MOST |= dict.fromkeys(
+    "num_attention_heads n_head num_key_value_heads head_dim d_kv num_heads encoder_attention_heads"
+    " decoder_attention_heads".split(),
+    2**16,
+)
 MOST |= dict.fromkeys([*_WIDTHS.split(), "n_heads"], 2**24)
 MOST |= dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 2**31)
 PARAMETERS = 10**13  # of a whole model

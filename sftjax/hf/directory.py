@@ -328,7 +328,8 @@ def _compare(model, reader, path) -> list[str]:
     head = ends(model)[1]
     others = heads.others(model, family_of(model.source.config), head)
     wrong = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in reader.entries]
-    left_out, tied = [], _tied(model) and head in reader.entries
+    left_out, copies = [], _copies(model, reader)
+    zeros = re.compile(getattr(family_of(model.source.config), "ZEROS", "$"))
     for name in reader.entries:
         found = list(reader.shape(name))
         if name in expected:
@@ -337,7 +338,10 @@ def _compare(model, reader, path) -> list[str]:
                 wrong.append(f"{name} has shape {found}, the config asks for {asked}")
         elif others.fullmatch(name):
             left_out.append(name)
-        elif not (tied and name == head) and not IGNORED.fullmatch(name):
+        elif zeros.fullmatch(name):
+            if reader.read(name, ()).any():
+                wrong.append(f"{name} is not 0: sftjax has no such parameter")
+        elif name not in copies and not IGNORED.fullmatch(name):
             wrong.append(f"unexpected {name} {found}")
     if wrong:
         shown = wrong if len(wrong) < 10 else [*wrong[:8], f"... and {len(wrong) - 8} more"]
@@ -350,18 +354,23 @@ def _tied(model) -> bool:
     return model.config.tied and model.config.head == "vocabulary"
 
 
+def _copies(model, reader) -> list[str]:
+    """The tensors of the files that repeat the embedding: a tied head, and others of its family."""
+    copies = re.compile(getattr(family_of(model.source.config), "COPIES", "$"))
+    return [n for n in reader.entries if copies.fullmatch(n) or (_tied(model) and n == ends(model)[1])]
+
+
 def _check_tied(model, reader, path, step=4096):
-    """A tied model's file may repeat the embedding as its head; it must be the same."""
-    embed, head = ends(model)
-    if not _tied(model) or embed not in reader.entries or head not in reader.entries:
-        return
-    for i in range(0, reader.shape(embed)[0], step):
-        a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, head))
-        if not np.array_equal(a, b):
-            raise WeightsError(
-                f"{path}: config.json says tie_word_embeddings, but {head} differs from {embed}"
-                f" in rows {i} to {i + len(a) - 1}; set tie_word_embeddings to false"
-            )
+    """What repeats the embedding in the files must be the same."""
+    embed = ends(model)[0]
+    for name in _copies(model, reader) if embed in reader.entries else ():
+        for i in range(0, reader.shape(embed)[0], step):
+            a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, name))
+            if not np.array_equal(a, b):
+                raise WeightsError(
+                    f"{path}: {name} is to repeat {embed}, but differs from it in rows {i} to"
+                    f" {i + len(a) - 1}; where config.json says tie_word_embeddings, set it to false"
+                )
 
 
 # ---- weights out ---------------------------------------------------------------------------

@@ -20,15 +20,17 @@ ENDINGS = {
     "span": "ForQuestionAnswering",
 }
 MASKED = "ForMaskedLM"
+VOCABULARY = (MASKED, "ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "ForPreTraining")
 SPAN = ("start", "end")  # the rows of a head of spans
 # The first part of transformers' class names.
 PREFIXES = {
-    "bert": "Bert", "distilbert": "DistilBert", "gemma": "Gemma", "gemma2": "Gemma2",
+    "bart": "Bart", "bert": "Bert", "distilbert": "DistilBert", "gemma": "Gemma", "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss",
     "granite": "Granite", "iquestcoder": "IQuestCoder", "iquestloopcoder": "IQuestLoopCoder",
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "modernbert": "ModernBert",
     "olmo2": "Olmo2", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
-    "roberta": "Roberta", "smollm3": "SmolLM3", "xlm-roberta": "XLMRoberta",
+    "roberta": "Roberta", "smollm3": "SmolLM3", "t5": "T5",
+    "xlm-roberta": "XLMRoberta",
 }  # fmt: skip
 # Of every decoder, by the head.
 SCORES = {
@@ -50,7 +52,7 @@ def kind_of(hf: dict) -> str:
         for kind, ending in ENDINGS.items():
             if name.endswith(ending):
                 return kind
-        if name.endswith((MASKED, "ForCausalLM", "LMHeadModel", "ForPreTraining")):
+        if name.endswith(VOCABULARY):
             return "vocabulary"
     return ""
 

@@ -20,8 +20,8 @@ MODULES = {
     "iquestloopcoder": "iquest",
     "xlm-roberta": "roberta",
 }
-TYPES = """bert distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite iquestcoder
-iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe roberta smollm3
+TYPES = """bart bert distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite iquestcoder
+iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe roberta smollm3 t5
 xlm-roberta""".split()
 FAMILIES = {
     name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES
@@ -60,10 +60,12 @@ def tensors(
     out the first part of the names ("transformer.h.0..." is "h.0..."). as_read=False: the names
     that transformers gives them today.
     """
-    c, known = model.config, model.source.dtypes if as_read else {}
+    known = model.source.dtypes if as_read else {}
     for name, path, text, *part in names(model):
-        layout = Layout.of(text, *part)
-        if not path.startswith("layers/"):
+        layout, c = Layout.of(text, *part), model.config
+        if path.startswith("encoder/"):
+            c = c.encoder
+        if "layers/" not in path:
             one = in_files(name, known)
             if path == "embed/w" and c.tied and one not in known:
                 head = ends(model)[1]  # safetensors keep one name of a tensor that two share

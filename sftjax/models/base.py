@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sftjax.errors import ConfigError, ModelError
 from sftjax.ops import weight
 
+PLACES = ("positions", "segments")
 
 class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.

@@ -72,6 +72,9 @@ class Config:
     attn_scale: float = 0.0  # of the scores; 0 = head_dim ** -0.5
     attn_softcap: float = 0.0
     sinks: bool = False
+    buckets: int = 0  # of distances, for each of which a head adds a number to its scores
+    furthest: int = 128  # the distance from which on all are in one bucket
+    cross: bool = False  # each layer also attends to a source; see encoder_decoder.py
     mlp_bias: bool = False
     gated: bool = True
     activation: str = "silu"
@@ -263,7 +266,7 @@ def forward(
     else:
         x = weight.rows(params["embed"]["w"], tokens, config.dtype)
         x = _embedded(config, params, x, positions)
-        slot, cache = cache["slot"], _write_places(cache, positions, segments)
+        slot, cache = cache["slot"], write_places(cache, positions, segments)
         where = {"positions": positions, "segments": segments}
         where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
         ctx = {"slot": slot, "where": where, "angles": _angles(config, **where)}
@@ -325,7 +328,7 @@ def run_layers(
     seeds = ctx.pop("seeds", None)
     for loop in range(config.loops):
         for name in stacks(config):
-            first = kept[f"0/{name}"] if loop else None
+            first = kept[f"0/{name}"] if loop else (cache or {}).get("first", {}).get(name)
             kv = None if cache is None else cache["kv"][f"{loop}/{name}"]
             at = 1 + loop * config.layers + int(name.split("-")[0])
             own = None if seeds is None else seeds[at : at + stacks(config)[name]]
@@ -369,8 +372,10 @@ def init_cache(config: Config, batch: int, length: int) -> dict:
     return {"kv": kv, "kv_positions": empty, "kv_segments": empty, "slot": jnp.int32(0)}
 
 
-def _write_places(cache, positions, segments):
-    """Record which tokens come next. Slots of padding (segment 0) stay empty."""
+def write_places(
+    cache: dict[str, Any], positions: jax.Array, segments: jax.Array
+) -> dict[str, Any]:
+    """Record which tokens come next, int32 [B, S]. Slots of padding (segment 0) stay empty."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache["slot"], axis=1)
     return cache | {
         "kv_positions": put(cache["kv_positions"], positions),

@@ -53,6 +53,26 @@ def train_flops(
     return flops
 
 
+def cross_flops(
+    config: decoder.Config,
+    trainable: dict,
+    abstract: dict,
+    source: float,
+    target: float,
+    pairs: float,
+) -> float:
+    """What attention from `target` to `source` tokens adds to train_flops of the target's.
+
+    There every matrix counts for each token of the target; those of these keys and values read the
+    source's. pairs: of a token of a target and one of its source.
+    """
+    on, total = params_lib.flatten(trainable), 0.0
+    for key, p in _matrices(abstract["layers"], "layers/"):
+        if "/cross/k/" in key or "/cross/v/" in key:
+            total += params_lib.count(p) * (4 + 2 * on[key]) * (source - target)
+    return total + 12 * config.heads * config.head_dim * config.layers * pairs
+
+
 def _seen(c, tokens, pairs) -> float:
     """All pairs that see each other: in both directions, each but a token with itself is two."""
     return pairs if c.causal else 2 * pairs - tokens

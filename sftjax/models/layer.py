@@ -74,12 +74,18 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
 
     q = {"heads": c.heads, "head_dim": c.head_dim}
     kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-    attn = {
-        "q": linear(tuple(q) * c.qkv_bias, ("embed",), embed=c.width, **q),
-        "k": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
-        "v": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
-        "o": linear(("embed",) * c.out_bias, tuple(q), **q, embed=c.width),
-    }
+
+    def attention() -> dict[str, Any]:
+        return {
+            "q": linear(tuple(q) * c.qkv_bias, ("embed",), embed=c.width, **q),
+            "k": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
+            "v": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
+            "o": linear(("embed",) * c.out_bias, tuple(q), **q, embed=c.width),
+        }
+
+    attn = attention()
+    if c.buckets:
+        attn["distances"] = Param((n, c.heads, c.buckets), ("layers", "heads", None), zeros)
     if c.qk_norm != "none":
         for name, sizes in (("q_norm", q), ("k_norm", kv)):
             sizes = sizes if c.qk_norm == "all" else {"head_dim": c.head_dim}
@@ -98,15 +104,16 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
     if c.experts:
         bias = ("choice",) * c.mlp_bias
         mlp["router"] = linear(bias, ("embed",), embed=c.width, choice=c.experts)
-    names = NORMS[c.norms]
-    out = {f"{half}{n}_norm": norm_params(c, lead) for half in ("attn", "mlp") for n in names}
+    names, parts = NORMS[c.norms], {"attn": attn, "mlp": mlp}
+    parts |= {"cross": attention()} if c.cross else {}
+    out = {f"{part}{n}_norm": norm_params(c, lead) for part in parts for n in names}
     if not kind.attn_norm:
         del out["attn_norm"]
-    return out | {"attn": attn, "mlp": mlp}
+    return out | parts
 
 
 @functools.lru_cache(maxsize=64)
-def _axes(config):
+def axes_of(config: "Config") -> dict[str, Any]:
     """The logical axes of a layer's parameters: a tree of tuples."""
     return jax.tree.map(
         lambda p: p.axes[1:], abstract(config, 1, config.kinds[0]), is_leaf=is_param
@@ -138,7 +145,7 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
-SITES = ("attn", "mlp")  # of dropout in a layer
+SITES = ("attn", "mlp", "cross")  # of dropout in a layer
 LEAST = ("full", "offload")  # of memory: these work off an MLP in slices
 
 
@@ -196,8 +203,9 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     if kv is not None:
         kv, (k, v) = kv.add(k, v, ctx["slot"])
 
-    how = dict(softcap=config.attn_softcap, scale=config.attn_scale or None, sinks=p.get("sinks"))
-    how |= dict(causal=config.causal, backend=config.attention)
+    how = _how(config) | dict(softcap=config.attn_softcap, causal=config.causal)
+    how |= dict(sinks=p.get("sinks"), from_cache=kv is not None)
+    how |= dict(distances=p.get("distances"), furthest=config.furthest)
     attend: Callable = functools.partial(attention, q, **ctx["where"], **how)
 
     if first is None:
@@ -206,6 +214,31 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
         own = attend(k, v, window=config.loop_window)
         out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
     return project("bsnh,nhd->bsd", out, p["o"]), (k, v) if kv is None else kv
+
+
+def _how(config):
+    return dict(scale=config.attn_scale or None, backend=config.attention)
+
+
+@jax.named_scope("cross")
+def _cross(config, axes, p, x, ctx, known):
+    """Attention of x [B, S, D] to the source that ctx holds; the same shape.
+
+    known: the source's keys and values as a cache holds them, when decoding.
+    """
+    p, source = gather_for_use(p, axes, config.dtype), ctx["source"]
+    q = constrain(project("bsd,dnh->bsnh", x, p["q"]), "batch", "seq", "heads", None)
+    k, v = known or source_keys(p, source["hidden"])
+    mine = {name: ctx["where"][name] for name in ("segments", "positions")}
+    theirs = {f"kv_{name}": source[name] for name in mine}
+    how = _how(config) | dict(causal=False, from_cache=known is not None)
+    return project("bsnh,nhd->bsd", attention(q, k, v, **mine, **theirs, **how), p["o"])
+
+
+def source_keys(p: dict[str, Any], hidden: jax.Array) -> Pair:
+    """Keys and values [B, T, K, H] for cross attention to a source's hidden states [B, T, D]."""
+    k, v = (project("bsd,dkh->bskh", hidden, p[name]) for name in "kv")
+    return tuple(constrain(x, "batch", "seq", "kv_heads", None) for x in (k, v))  # type: ignore
 
 
 def _mix(p, q, first, own):
@@ -279,12 +312,21 @@ def apply(
     first: tuple[jax.Array, jax.Array] | None,
     seed: jax.Array | None,
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, dict[str, jax.Array] | None]]:
-    """(x, (keys and values where they are kept, routing sums)). seed: of dropout, or None."""
-    axes = _axes(config)
+    """(x, (keys and values where they are kept, routing sums)). seed: of dropout, or None.
+
+    first: keys and values that the layer reads besides: those of the first of several passes, or,
+    when decoding from a source, the source's.
+    """
+    axes = axes_of(config)
     x = checkpoint_name(x, "layer")
     h = norm(config, x, p.get("attn_norm"))
-    h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, first)
+    earlier = None if config.cross else first
+    h, kv_out = _attention(config, kind, axes["attn"], p["attn"], h, ctx, kv, earlier)
     y = checkpoint_name(_add(config, "attn", p, ctx, x, h, seed), "layer")
+    if config.cross:
+        h = norm(config, y, p.get("cross_norm"))
+        h = _cross(config, axes["cross"], p["cross"], h, ctx, first)
+        y = checkpoint_name(_add(config, "cross", p, ctx, y, h, seed), "layer")
     h = norm(config, x if config.parallel else y, p.get("mlp_norm"))
     h, routing = _mlp(config, axes["mlp"], p["mlp"], h, ctx)
     y = _add(config, "mlp", p, ctx, y, h, seed)

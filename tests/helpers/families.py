@@ -158,7 +158,25 @@ ENCODERS = {
         attention_bias=True, classifier_bias=True, decoder_bias=False, classifier_pooling="mean",
     ),
 }  # fmt: skip
-ALL = CASES | ENCODERS
+T5 = dict(
+    vocab_size=64, d_model=32, d_kv=10, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12, dropout_rate=0.1,
+    pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    architectures=["T5ForConditionalGeneration"],
+)  # fmt: skip
+BART = dict(
+    vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, max_position_embeddings=128,
+    dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True, pad_token_id=1,
+    bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    architectures=["BartForConditionalGeneration"],
+)  # fmt: skip
+PAIRED = {
+    "t5": case("t5", T5),
+    "t5-gated": case("t5", T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": case("bart", BART),
+}
+ALL = CASES | ENCODERS | PAIRED
 
 
 # Every encoder, and the labels of the heads of classes that it is tested with.

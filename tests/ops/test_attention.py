@@ -27,6 +27,9 @@ GRID = {
     "bidirectional in a window": (2, 2, 8, 600, [500, 60], {"causal": False, "window": 50}),
     "scale": (2, 1, 8, 64, [40, 20], {"scale": 0.7}),
     "documents in any order": (4, 2, 8, 640, [200, 150, 250], {"shuffle": "documents"}),
+    "distances": (4, 2, 8, 300, [260, 30], {"distances": 32, "furthest": 128}),
+    "distances both ways": (2, 2, 8, 300, [260, 30],
+                            {"distances": 32, "furthest": 128, "causal": False}),
     "tokens in any order": (2, 1, 8, 300, [200, 80], {"shuffle": "tokens", "window": 20}),
 }  # fmt: skip
 
@@ -49,16 +52,32 @@ def inputs(case):
         rng.normal(size=(2, length, n, width)) for n in (heads, kv_heads, kv_heads, heads)
     )
     sinks = rng.normal(size=heads) if options.pop("sinks", False) else None
-    return (q, k, v, sinks), g * (segments > 0)[..., None, None], segments, positions, options
+    buckets = options.pop("distances", 0)
+    table = rng.normal(size=(heads, buckets)) if buckets else None
+    args, g = (q, k, v, sinks, table), g * (segments > 0)[..., None, None]
+    return args, g, segments, positions, options
 
 
-def reference(q, k, v, sinks, *, segments, positions, causal=True, window=0, softcap=0, scale=None):
+def t5_bucket(behind, buckets, furthest, causal):
+    """The bucket of a distance by T5's formula, in float64."""
+    n = buckets if causal else buckets // 2
+    d = np.maximum(behind, 0) if causal else np.abs(behind)
+    with np.errstate(divide="ignore"):
+        wide = n // 2 + np.floor(np.log2(d / (n // 2)) / np.log2(furthest / (n // 2)) * (n - n // 2))
+    found = np.where(d < n // 2, d, np.minimum(wide, n - 1)).astype(int)
+    return found if causal else found + n * (behind < 0)
+
+
+def reference(q, k, v, sinks, table, *, segments, positions, causal=True, window=0, softcap=0,
+              scale=None, furthest=0):  # fmt: skip
     """The definition, in the inputs' dtype; padding gives 0."""
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     s = jnp.einsum("bsnh,btnh->bnst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     s = softcap * jnp.tanh(s / softcap) if softcap else s
     behind = positions[:, :, None] - positions[:, None]
+    if table is not None:
+        s += jnp.moveaxis(table[:, t5_bucket(behind, table.shape[1], furthest, causal)], 0, 1)
     seen = (segments[:, :, None] == segments[:, None]) & (segments[:, :, None] > 0)
     seen &= (behind >= 0) | (not causal)
     seen &= ((behind if causal else abs(behind)) < window) | (not window)
@@ -76,7 +95,7 @@ def runs(backend):
 
 @functools.cache  # for every backend
 def in_float64(case):
-    """(value, gradients of q, k, v, sinks) by the definition."""
+    """(value, gradients of q, k, v, sinks, distances) by the definition."""
     args, g, segments, positions, options = inputs(case)
     where = dict(segments=segments, positions=positions, **options)
 
@@ -96,11 +115,13 @@ def in_float64(case):
 def test_value_and_gradients_equal_float64(backend, case):
     runs(backend)
     args, g, segments, positions, options = inputs(case)
+    if args[-1] is not None and "distances" not in BACKENDS[backend].features:
+        pytest.skip(f"{backend} has no distances")
     where = dict(segments=segments, positions=positions, **options)
     expected = in_float64(case)
 
-    def run(q, k, v, sinks):
-        return attention(q, k, v, sinks=sinks, backend=backend, **where)
+    def run(q, k, v, sinks, distances):
+        return attention(q, k, v, sinks=sinks, distances=distances, backend=backend, **where)
 
     @jax.jit
     def both(args, g):
@@ -108,10 +129,11 @@ def test_value_and_gradients_equal_float64(backend, case):
         return out * (segments > 0)[..., None, None], *vjp(g)
 
     ours = both(jax.tree.map(jnp.float32, args), jnp.float32(g))
-    for name, a, b in zip(("value", "q", "k", "v", "sinks"), ours, expected, strict=True):
+    for name, a, b in zip(("value", *"qkv", "sinks", "distances"), ours, expected, strict=True):
         if b is not None:
             error = np.abs(a - b).max() / max(np.abs(b).max(), 1)  # q's gradient may be 0
-            assert error < 2e-6, f"{name}: {error}"
+            # A distance's gradient is a sum over all pairs of tokens so far apart.
+            assert error < (2e-5 if name == "distances" else 2e-6), f"{name}: {error}"
 
 
 def np_or_none(x):
@@ -121,7 +143,7 @@ def np_or_none(x):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_c12_other_documents_are_bit_equal(backend):
     runs(backend)
-    (q, k, v, _), g, segments, positions, _ = inputs("rows apart")
+    (q, k, v, *_), g, segments, positions, _ = inputs("rows apart")
     q, k, v, g = map(jnp.float32, (q, k, v, g))
     touched = (segments == 1)[..., None, None]
 

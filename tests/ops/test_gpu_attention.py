@@ -10,6 +10,7 @@ import sftjax
 from benchmarks.gpu import stand_in
 from sftjax import parallel
 from sftjax.ops import attention as attention_lib
+from sftjax.ops.attention.asked import Extra
 from sftjax.ops.attention.triton import NOBODY, Blocks, How, block_map, ranges, triton
 
 SMALL = (Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 4, 2))  # many blocks a row
@@ -28,7 +29,7 @@ def value_and_grads(fn, arrays, cotangent, where, causal, window, softcap, sinks
 
     def loss(q, k, v, sinks):
         o = attention_lib.Options(causal, window, softcap, q.shape[-1] ** -0.5)
-        out = fn(q, k, v, sinks if uses_sinks else None, places, o, **more)
+        out = fn(q, k, v, Extra(sinks if uses_sinks else None), places, o, **more)
         return jnp.sum(out * cotangent), out
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)

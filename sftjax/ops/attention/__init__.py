@@ -15,25 +15,25 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.errors import ConfigError
 from sftjax.ops.attention import blockwise, splash, triton
-from sftjax.ops.attention.asked import NEG_INF, Options, Where
+from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket
 from sftjax.parallel import RULES, shard_map, spec
 
 
 def xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
+    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
 ) -> jax.Array:
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     B, S, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, S, K, N // K, H)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * o.scale
-    probs = _probs(scores, sinks, where, o).astype(v.dtype)
+    probs = _probs(scores, extra, where, o).astype(v.dtype)
     out = jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
     return checkpoint_name(out, "attention")
 
 
 def cached(
-    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
+    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
 ) -> jax.Array:
     """As xla, with k [B, K, H, T] and v [B, K, T, H]: products of matrices as they lie."""
     B, S, N, H = q.shape
@@ -41,20 +41,24 @@ def cached(
     G = N // K
     q = q.reshape(B, S, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * S, H)
     scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * o.scale
-    probs = _probs(scores.reshape(B, K, G, S, T), sinks, where, o).astype(v.dtype)
+    probs = _probs(scores.reshape(B, K, G, S, T), extra, where, o).astype(v.dtype)
     out = jnp.matmul(probs.reshape(B, K, G * S, T), v)
     return out.reshape(B, K, G, S, H).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
-def _probs(scores, sinks, where, o):
+def _probs(scores, extra, where, o):
     """The softmax of scaled scores [B, K, G, S, T]."""
     T = scores.shape[-1]
     if o.softcap:
         scores = o.softcap * jnp.tanh(scores / o.softcap)
+    if extra.distances is not None:
+        table = extra.distances.astype(jnp.float32).reshape(*scores.shape[1:3], -1)
+        ahead = where.q_pos[:, :, None] - where.kv_pos[:, None]
+        scores += jnp.moveaxis(table[:, :, bucket(ahead, table.shape[-1], o)], 2, 0)
     seen = mask(where, o.causal, o.window)  # [B, S, T]
     scores = jnp.where(seen[:, None, None], scores, NEG_INF)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    if extra.sinks is not None:
+        sink = extra.sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
     return jax.nn.softmax(scores, axis=-1)[..., :T]
 
@@ -76,15 +80,18 @@ class Backend:
 
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    features: frozenset = frozenset({"segments", "window", "softcap", "sinks", "bidirectional"})
+    features: frozenset = frozenset(
+        {"segments", "window", "softcap", "sinks", "bidirectional", "distances", "cross"}
+    )
     multiple: int = 1  # of which a shard's part of a row has to be
 
 
+KERNEL = Backend.features - {"distances", "cross"}  # of our kernels
 BACKENDS = {
     "xla": Backend(xla),
     "blockwise": Backend(blockwise.blockwise),
-    "splash": Backend(splash.splash, platforms=("tpu",), multiple=128),
-    "triton": Backend(triton.triton, platforms=("gpu",)),
+    "splash": Backend(splash.splash, ("tpu",), KERNEL, multiple=128),
+    "triton": Backend(triton.triton, ("gpu",), KERNEL),
 }
 
 
@@ -131,34 +138,43 @@ def attention(
     softcap: float = 0.0,
     scale: float | None = None,
     sinks: jax.Array | None = None,
+    distances: jax.Array | None = None,
+    furthest: int = 0,
     backend: str = "blockwise",
+    from_cache: bool = False,
 ) -> jax.Array:
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 
-    With kv_segments k is [B, K, H, T] and v [B, K, T, H], as a cache holds them.
+    from_cache: k is [B, K, H, T] and v [B, K, T, H], as a cache holds them.
     segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
     None). window: a query sees itself and window-1 keys before it, and as many after it where not
     causal; 0 = all. softcap: 0 = none.
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
-    softmax and gives nothing.
+    softmax and gives nothing. distances [N, buckets]: what is added to a score by the distance of
+    its key, in buckets as T5's up to `furthest`; not together with a softcap.
     """
-    o = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
-    if kv_segments is not None:  # decoding: k [B, K, H, T] and v [B, K, T, H] are the cache's
-        kv_positions = positions if kv_positions is None else kv_positions
-        where = Where(segments, kv_segments, positions, kv_positions)
-        return cached(q, k, v, sinks, where, o)
-    run, seg, pos = functools.partial(BACKENDS[backend].fn, o=o), segments, positions
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, extra = Options(causal, window, softcap, scale, furthest), Extra(sinks, distances)
+    kv_segments = segments if kv_segments is None else kv_segments
+    kv_positions = positions if kv_positions is None else kv_positions
+    where = Where(segments, kv_segments, positions, kv_positions)
+    if from_cache:
+        return cached(q, k, v, extra, where, o)
+    run = functools.partial(BACKENDS[backend].fn, o=o)
     if jax.sharding.get_abstract_mesh().empty:
-        return run(q, k, v, sinks, Where(seg, seg, pos, pos))
+        return run(q, k, v, extra, where)
     rows = spec(("batch", "seq"))
     heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
-    specs = (heads, keys, keys, rows, rows, spec(("heads",)) if sinks is not None else None)
-    return shard_map(functools.partial(_shard, run), specs, heads)(q, k, v, seg, pos, sinks)
+    each = Extra(*(None if x is None else spec(("heads",)) for x in extra))
+    return shard_map(functools.partial(_shard, run), (heads, keys, keys, each, rows), heads)(
+        q, k, v, extra, where
+    )
 
 
-def _shard(run, q, k, v, seg, pos, sinks):
+def _shard(run, q, k, v, extra, where):
     """One device's rows, heads and queries, with the keys of the whole `context` axis."""
     k, v, kv_seg, kv_pos = (
-        jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True) for x in (k, v, seg, pos)
+        jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True)
+        for x in (k, v, where.kv_seg, where.kv_pos)
     )
-    return run(q, k, v, sinks, Where(seg, kv_seg, pos, kv_pos))
+    return run(q, k, v, extra, where._replace(kv_seg=kv_seg, kv_pos=kv_pos))

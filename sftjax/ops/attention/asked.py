@@ -1,5 +1,6 @@
 """What every backend of attention is asked: which keys a query sees, and what its scores are."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,3 +25,30 @@ class Options(NamedTuple):
     window: int
     softcap: float
     scale: float
+    furthest: int = 0  # the distance from which on all are in one bucket
+
+
+class Extra(NamedTuple):
+    """Arrays that the scores are made with, beside queries and keys; see ops.attention.attention.
+
+    sinks [N]. distances [N, buckets]: what is added to a score by how far the key lies away.
+    """
+
+    sinks: jax.Array | None = None
+    distances: jax.Array | None = None
+
+
+def bucket(ahead: jax.Array, buckets: int, o: Options) -> jax.Array:
+    """Which bucket of T5's a distance is in: int32, of `ahead`, how far the key lies behind.
+
+    Half of the buckets hold one distance each, the others ever more, up to o.furthest (Raffel et
+    al. 2020, arXiv 1910.10683). Where a query sees both sides, each has half of the buckets.
+    """
+    n = buckets if o.causal else buckets // 2
+    one = n // 2
+    ratio = math.log(o.furthest / one) / (n - one)
+    # The first distance of each of the wider buckets: compared, so that no rounding decides.
+    starts = [math.ceil(one * math.exp(ratio * i) - 1e-9) for i in range(1, n - one)]
+    d = jnp.maximum(ahead, 0) if o.causal else jnp.abs(ahead)
+    found = jnp.minimum(d, one) + sum((d >= start).astype(jnp.int32) for start in starts)
+    return found if o.causal else found + n * (ahead < 0)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sftjax.ops.attention.asked import NEG_INF, Options, Where
+from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket
 
 BLOCK = 128  # queries, and keys, in a block
 # Rows no longer than so many blocks are taken all at once: there is little to skip in them, and
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
 
 def blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
+    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
 ) -> jax.Array:
     """Softmax attention of tokens in any order; see ops.attention.attention. Padding gives 0."""
     B, S, N, _ = q.shape
@@ -50,11 +50,13 @@ def blockwise(
     q_seg, q_pos = (_cut(x, rows, sizes[0]) for x in (where.q_seg, where.q_pos))
     kv_seg, kv_pos = (_cut(x, rows, sizes[1]) for x in (where.kv_seg, where.kv_pos))
     places = _places(o, q_seg, q_pos, kv_seg, kv_pos)
-    if sinks is not None:  # a score of each query of a block
-        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(K, N // K), sizes[0], axis=1)
+    extra = Extra(*(x if x is None else x.astype(jnp.float32) for x in extra))
+    if extra.sinks is not None:  # a score of each query of a block
+        sinks = jnp.repeat(extra.sinks.reshape(K, N // K), sizes[0], axis=1)
+        extra = extra._replace(sinks=sinks)
     q = _heads(_cut(q, rows, sizes[0]), K)
     k, v = (_heads(_cut(x, rows, sizes[1]), K) for x in (k, v))
-    return _whole(_attend(o, q, k, v, sinks, places), N, B, S)
+    return _whole(_attend(o, q, k, v, extra, places), N, B, S)
 
 
 def _cut(x, rows, size):
@@ -122,7 +124,7 @@ def _before(a, b):
 # ---- one block of queries with one of keys ---------------------------------------------------
 
 
-def _scores(o, q, k, mine, theirs):
+def _scores(o, q, k, distances, mine, theirs):
     """float32 [r, k, q, t]; NEG_INF where a query does not see a key."""
     s = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * o.scale
     if o.softcap:
@@ -136,6 +138,9 @@ def _scores(o, q, k, mine, theirs):
         seen &= (ahead if o.causal else jnp.abs(ahead)) < o.window
     r, K, Q, t = s.shape
     s = s.reshape(r, K, -1, seen.shape[1], t)  # the query heads of k apart
+    if distances is not None:
+        table = distances.reshape(*s.shape[1:3], -1)
+        s += jnp.moveaxis(table[:, :, bucket(ahead, table.shape[-1], o)], 2, 0)
     return jnp.where(seen[:, None, None], s, NEG_INF).reshape(r, K, Q, t)
 
 
@@ -153,11 +158,11 @@ def _block(p: Places, at):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(o, q, k, v, sinks, places):
-    return _forward(o, q, k, v, sinks, places)[0]
+def _attend(o, q, k, v, extra, places):
+    return _forward(o, q, k, v, extra, places)[0]
 
 
-def _forward(o, q, k, v, sinks, places):
+def _forward(o, q, k, v, extra, places):
     """Of q [g, i, r, k, q, h], k and v [g, j, r, k, t, h] what has the shape of q."""
 
     def block(at):
@@ -167,7 +172,8 @@ def _forward(o, q, k, v, sinks, places):
         def visit(n, state):
             top, total, out = state
             j = places.order[g, i, n]
-            s = _scores(o, qi, k[g, j], mine, (places.kv_seg[g, j], places.kv_pos[g, j]))
+            theirs = places.kv_seg[g, j], places.kv_pos[g, j]
+            s = _scores(o, qi, k[g, j], extra.distances, mine, theirs)
             new = jnp.maximum(top, s.max(-1))
             p, keep = jnp.exp(s - new[..., None]), jnp.exp(top - new)
             out = out * keep[..., None] + _dot("rkqt,rkth->rkqh", p.astype(v.dtype), v[g, j])
@@ -175,8 +181,8 @@ def _forward(o, q, k, v, sinks, places):
 
         shape = qi.shape[:-1]
         top, total = jnp.full(shape, FLOOR), jnp.zeros(shape)
-        if sinks is not None:
-            top, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape)
+        if extra.sinks is not None:
+            top, total = jnp.broadcast_to(extra.sinks, shape), jnp.ones(shape)
         state = (top, total, jnp.zeros(qi.shape))
         top, total, out = jax.lax.fori_loop(0, places.met[g, i], visit, state)
         total = jnp.where(total > 0, total, 1.0)
@@ -185,11 +191,11 @@ def _forward(o, q, k, v, sinks, places):
     out, lse = jax.lax.map(block, jnp.arange(places.met.size))
     out, lse = (x.reshape(*places.met.shape, *x.shape[1:]) for x in (out, lse))
     out, lse = checkpoint_name((out, lse), "attention")
-    return out, (q, k, v, sinks, places, out, lse)
+    return out, (q, k, v, extra, places, out, lse)
 
 
 def _backward(o, saved, do):
-    q, k, v, sinks, places, out, lse = saved
+    q, k, v, extra, places, out, lse = saved
     delta = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), -1)  # [g, i, r, k, q]
 
     def block(carry, at):
@@ -197,27 +203,43 @@ def _backward(o, saved, do):
         qi, doi, lsei, deltai = q[g, i], do[g, i], lse[g, i, ..., None], delta[g, i, ..., None]
 
         def visit(n, carry):
-            dq, dk, dv = carry
+            dq, dk, dv, ddistances = carry
             j = places.order[g, i, n]
-            s = _scores(o, qi, k[g, j], mine, (places.kv_seg[g, j], places.kv_pos[g, j]))
+            theirs = places.kv_seg[g, j], places.kv_pos[g, j]
+            s = _scores(o, qi, k[g, j], extra.distances, mine, theirs)
             p = jnp.exp(s - lsei)
-            ds = p * (_dot("rkqh,rkth->rkqt", doi, v[g, j]) - deltai) * o.scale
+            ds = p * (_dot("rkqh,rkth->rkqt", doi, v[g, j]) - deltai)
+            if ddistances is not None:
+                ddistances += _by_bucket(o, ds, mine[1], theirs[1], ddistances.shape)
+            ds = ds * o.scale
             if o.softcap:  # p is 0 where s is no score
                 ds = ds * (1 - jnp.where(s > NEG_INF, s / o.softcap, 0.0) ** 2)
             p, ds = p.astype(q.dtype), ds.astype(q.dtype)
             dq = dq + _dot("rkqt,rkth->rkqh", ds, k[g, j])
             dk = dk.at[g, j].add(_dot("rkqt,rkqh->rkth", ds, qi))
-            return dq, dk, dv.at[g, j].add(_dot("rkqt,rkqh->rkth", p, doi))
+            return dq, dk, dv.at[g, j].add(_dot("rkqt,rkqh->rkth", p, doi)), ddistances
 
         dq, *carry = jax.lax.fori_loop(0, places.met[g, i], visit, (jnp.zeros(qi.shape), *carry))
         return tuple(carry), dq.astype(q.dtype)
 
-    carry = (jnp.zeros(k.shape), jnp.zeros(v.shape))
-    (dk, dv), dq = jax.lax.scan(block, carry, jnp.arange(places.met.size))
+    zeros = [None if x is None else jnp.zeros(x.shape) for x in (k, v, extra.distances)]
+    (dk, dv, ddistances), dq = jax.lax.scan(block, tuple(zeros), jnp.arange(places.met.size))
     dsinks = None
-    if sinks is not None:
-        dsinks = -jnp.sum(jnp.exp(sinks - lse) * delta, (0, 1, 2))
-    return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None
+    if extra.sinks is not None:
+        dsinks = -jnp.sum(jnp.exp(extra.sinks - lse) * delta, (0, 1, 2))
+    dextra = Extra(dsinks, ddistances)
+    return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), dextra, None
+
+
+def _by_bucket(o, ds, q_pos, kv_pos, shape):
+    """The sums of ds [r, k, q, t] over the pairs of each head in each bucket: `shape` [N, buckets].
+
+    A product with ones and zeros: a scattered sum would take the pairs one after the other.
+    """
+    r, K, _, t = ds.shape
+    own = bucket(q_pos[:, :, None] - kv_pos[:, None], shape[1], o)
+    own = jax.nn.one_hot(own, shape[1])
+    return _dot("rkgqt,rqtb->kgb", ds.reshape(r, K, -1, q_pos.shape[1], t), own).reshape(shape)
 
 
 _attend.defvjp(_forward, _backward)

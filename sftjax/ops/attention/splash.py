@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from sftjax import parallel
 from sftjax.errors import ConfigError
-from sftjax.ops.attention.asked import Options, Where
+from sftjax.ops.attention.asked import Extra, Options, Where
 
 INTERPRET = False  # run the kernels as plain JAX, on any platform: for tests
 LANES = 128  # a block is a multiple of it
@@ -81,7 +81,7 @@ def _kernel(places, shards, length, heads, head_dim, causal, window, softcap):
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, where: Where, o: Options
+    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
 ) -> jax.Array:
     """A backend of ops.attention, for one device's part of the mesh. S and T multiples of LANES."""
     T, shards = k.shape[1], k.shape[1] // q.shape[1]
@@ -94,7 +94,7 @@ def splash(
     q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(o.scale, q.dtype), k, v))  # [B, N, S, H]
 
     def row(q, k, v, q_seg, kv_seg):
-        return run(q, k, v, kernel.SegmentIds(q_seg, kv_seg), sinks=sinks)
+        return run(q, k, v, kernel.SegmentIds(q_seg, kv_seg), sinks=extra.sinks)
 
     return jax.vmap(row)(q, k, v, q_seg, kv_seg).swapaxes(1, 2)
 

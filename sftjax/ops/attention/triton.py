@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from sftjax import parallel
 from sftjax.errors import ConfigError
-from sftjax.ops.attention.asked import NEG_INF, Options, Where
+from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where
 
 LOG2E = math.log2(math.e)
 LOWEST = NEG_INF / 2  # where the running maximum starts: what is masked is 0 beside it, never 1
@@ -365,7 +365,7 @@ def triton(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    sinks: jax.Array | None,
+    extra: Extra,
     where: Where,
     o: Options,
     sizes: tuple[Blocks, ...] | None = None,
@@ -390,7 +390,7 @@ def triton(
         _pad(kv_pos, k_rows),
     )
     how = How(o.causal, o.window, float(o.softcap), float(o.scale), sizes)
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    sinks = None if extra.sinks is None else extra.sinks.astype(jnp.float32)
     out = _attention(
         how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, padded
     )

@@ -1,0 +1,246 @@
+"""The encoder-decoder: layers that read a source in both directions, and layers that write a target.
+
+Both are stacks of layer.py. A layer of the decoder attends to the target before it, and then to the
+encoder's output. Segments say which is whose: a token of a target sees the source of its own
+segment, so that sources and targets packed into two rows are as each pair in rows of its own.
+
+Dropout acts on the embeddings and on what each part of a layer adds. That of attention
+probabilities and inside an MLP is not applied: blockwise attention never forms the former.
+
+Letters of shapes: B rows, S tokens of a source's row, T of a target's, D width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sftjax.errors import ConfigError, ModelError
+from sftjax.models import base, decoder, flops, layer
+from sftjax.ops import weight
+from sftjax.parallel import spread, unspread
+from sftjax.params import Param, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(decoder.Config):
+    """decoder.Config is that of the decoder; these are the encoder's, and what both share."""
+
+    kinds: tuple[decoder.Kind, ...] = (decoder.Kind(rope=None),)
+    cross: bool = True
+    encoder_layers: int = 0
+    encoder_heads: int = 0
+    encoder_mlp: int = 0
+    embed_norm: bool = False  # the embeddings are normalised
+    final_norm: bool = True  # and the output of the last layer
+    first_position: int = 0  # the row of the table of positions that a first token reads
+    start_id: int = 0  # the token before a target
+
+    @cached_property
+    def encoder(self) -> "Config":
+        """The encoder's own config."""
+        sizes = dict(heads=self.encoder_heads, kv_heads=self.encoder_heads, mlp=self.encoder_mlp)
+        own = dict(layers=self.encoder_layers, head_dim=self.head_dim, cross=False, causal=False)
+        if self.learned_positions:  # BART's heads share the width
+            own["head_dim"] = self.width // self.encoder_heads
+        return dataclasses.replace(self, **sizes, **own, head="", classes=0, split=())
+
+
+def abstract(c: Config) -> dict:
+    """The tree of Params: the decoder's, with the encoder's under "encoder"."""
+    tree = _side(c)
+    return tree | {"encoder": {k: v for k, v in _side(c.encoder).items() if k != "embed"}}
+
+
+def _side(c):
+    tree = decoder.abstract(c)
+    if not c.final_norm:
+        del tree["norm"]
+    if c.embed_norm:
+        tree["embed_norm"] = layer.norm_params(c, ((), ()))
+    if c.learned_positions:
+        table = tree["positions"]["w"]
+        size = (c.first_position + c.max_positions, c.width)
+        tree["positions"]["w"] = dataclasses.replace(table, shape=size)
+    if c.buckets:  # one table for all layers
+        for stack in tree["layers"].values():
+            del stack["attn"]["distances"]
+        normal = jax.nn.initializers.normal(c.width**-0.5)
+        tree["distances"] = {"w": Param((c.heads, c.buckets), ("heads", None), normal)}
+    return tree
+
+
+def _with_embed(tree):
+    return tree["encoder"] | {"embed": tree["embed"]}
+
+
+def _layers(c, p):
+    """The parameters of the layers as layer.py takes them, each with the table of distances."""
+    if not c.buckets:
+        return p["layers"]
+    table = p["distances"]["w"]
+    return {
+        name: stack | {"attn": stack["attn"] | {"distances": jnp.stack([table] * n)}}
+        for (name, n), stack in zip(decoder.stacks(c).items(), p["layers"].values(), strict=True)
+    }
+
+
+def _embed(c, p, embed, tokens, positions, rng):
+    """(x, what the layers are told) of tokens and positions, in the context axis's order."""
+    where = p | {"embed": embed}
+    x = decoder.embed(c, where, tokens, positions["positions"] + c.first_position)
+    x = layer.norm(c, x, p.get("embed_norm"))
+    ctx = decoder.context(c, **positions, rng=rng)
+    return decoder.drop_embedding(c, ctx, x), ctx
+
+
+def encode(
+    c: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    rng: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """{"hidden" [B, S, D], "positions", "segments"} of a source, in the context axis's order.
+
+    tokens, positions, segments: int32 [B, S].
+    """
+    tokens, positions, segments = map(spread, (tokens, positions, segments))
+    where, own = {"positions": positions, "segments": segments}, params["encoder"]
+    x, ctx = _embed(c.encoder, own, params["embed"], tokens, where, rng)
+    x, _, _ = decoder.run_layers(c.encoder, _layers(c.encoder, own), ctx, x)
+    return {"hidden": layer.norm(c, x, own.get("norm"))} | where
+
+
+def before(targets: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
+    """int32 [B, T]: what the decoder reads, the token before each target; start_id at position 0."""
+    moved = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.where(positions == 0, start_id, moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(base.Body):
+    """An encoder-decoder with a head of the vocabulary; see base.Model."""
+
+    config: Config
+    reads: ClassVar[str] = "last"
+
+    @cached_property
+    def abstract(self) -> dict:
+        """Return the tree of Params, with nodes in place of those that `nodes` matches."""
+        if self.config.classes:
+            raise ModelError(
+                f"an encoder-decoder has no head of classes here, and head={self.config.head!r} is"
+                " asked for; write the classes as text with task='seq2seq'"
+            )
+        return replace(abstract(self.config), self.nodes)
+
+    def outputs(
+        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        """(hidden [B, T, D] of the targets, None) of a Batch dict; rng None: without dropout.
+
+        tokens, positions, segments: int32 [B, S] of the sources; targets, target_positions,
+        target_segments: int32 [B, T]. Positions and segments default to one pair a row.
+        """
+        c, targets = self.config, batch["targets"]
+        own = {"tokens": targets}
+        own |= {k: batch[f"target_{k}"] for k in base.PLACES if f"target_{k}" in batch}
+        positions, segments = base.places(own)
+        rngs = (None, None) if rng is None else jax.random.split(rng)
+        source = encode(c, params, batch["tokens"], *base.places(batch), rng=rngs[0])
+        tokens, positions, segments = map(
+            spread, (before(targets, positions, c.start_id), positions, segments)
+        )
+        where = {"positions": positions, "segments": segments}
+        x, ctx = _embed(c, params, params["embed"], tokens, where, rngs[1])
+        x, _, _ = decoder.run_layers(c, _layers(c, params), ctx | {"source": source}, x)
+        return unspread(layer.norm(c, x, params.get("norm"))), None
+
+    @property
+    def attention_features(self) -> set[str]:
+        """What the model asks of an attention backend; see ops.attention.Backend."""
+        return {"cross", "bidirectional"} | ({"distances"} if self.config.buckets else set())
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raise ConfigError where learned positions do not reach so far."""
+        if self.config.learned_positions and length > self.config.max_positions:
+            raise ConfigError(f"{what}: the model has {self.config.max_positions} positions")
+
+    def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
+        """See flops.train_flops; of `tokens`, the `trained` ones are the targets'.
+
+        pairs: of a source's tokens; a target has its share of them.
+        """
+        c, tree = self.config, self.abstract
+        source_of, target_of = (
+            flops.train_flops(config, side(trainable), side(tree))
+            for config, side in [(c.encoder, _with_embed), (c, dict)]
+        )
+
+        def count(tokens, trained, pairs):
+            source = tokens - trained
+            share, across = trained / max(source, 1), functools.partial(flops.cross_flops, c)
+            return (
+                source_of(source, 0, pairs)
+                + target_of(trained, trained, lambda window: share**2 * pairs(window))
+                + across(trainable, tree, source, trained, 2 * share * pairs(0))
+            )
+
+        return count
+
+    # The head and how logits follow from it are the decoder's.
+    head = decoder.Model.head
+    logit_options = decoder.Model.logit_options
+    logits = decoder.Model.logits
+
+    def begin(
+        self, params: dict[str, Any], tokens: jax.Array, lengths: jax.Array, new: int
+    ) -> tuple[dict[str, Any], jax.Array]:
+        """(cache for `new` tokens, hidden [B, D] from which the first is drawn) of sources.
+
+        tokens: int32 [B, S], right-padded; lengths: int32 [B].
+        """
+        c, (rows, n) = self.config, tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(n), tokens.shape)
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        source = encode(c, params, tokens, positions, segments)
+        cache = decoder.init_cache(c, rows, new + 1)
+        cache["source"] = {k: v for k, v in source.items() if k != "hidden"}
+        axes = layer.axes_of(c)["cross"]
+
+        def keys(stack):
+            p = weight.gather_for_use(stack["cross"], axes, c.dtype)
+            k, v = layer.source_keys(p, source["hidden"])
+            return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+
+        cache["first"] = {
+            name: jax.lax.map(keys, stack) for name, stack in params["layers"].items()
+        }
+        start = jnp.full((rows, 1), c.start_id, jnp.int32)
+        hidden, cache = self.decode(params, cache, start, start * 0, start * 0 + 1)
+        return cache, hidden[:, 0]
+
+    def decode(
+        self,
+        params: dict[str, Any],
+        cache: dict[str, Any],
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """(hidden [B, T, D], cache) with the tokens [B, T] of a target appended to the cache."""
+        c = self.config
+        slot, cache = cache["slot"], decoder.write_places(cache, positions, segments)
+        x = decoder.embed(c, params, tokens, positions + c.first_position)
+        x = layer.norm(c, x, params.get("embed_norm"))
+        where = {"positions": positions, "segments": segments}
+        where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
+        ctx = {"slot": slot, "where": where, "angles": {}, "source": cache["source"]}
+        x, kept, _ = decoder.run_layers(c, _layers(c, params), ctx, x, cache)
+        return layer.norm(c, x, params.get("norm")), cache | {"kv": kept}

@@ -80,6 +80,7 @@ def get_default() -> ConfigDict:
     # train | keep (in the text, not trained) | drop (taken out before rendering; not of empty)
     c.data.reasoning = ConfigDict(dict(history="train", last="train", empty="keep"))
     c.data.max_length = 1024  # tokens in a row
+    c.data.max_target_length = 0  # seq2seq: and of targets in a row; 0 = max_length
     c.data.overlong = "truncate_end"  # truncate_end | truncate_prompt | drop | split | error
     c.data.packing = "bfd"  # bfd | bfd_split | wrapped | none
     c.data.buckets = ()  # none: a batch is as wide as the first of (256, 512) that holds its rows
@@ -187,6 +188,8 @@ def get_default() -> ConfigDict:
     c.generate.max_new_tokens = 64
     c.generate.batch_size = 64
     c.generate.temperature = 0.0  # 0 = greedy
+    c.generate.beams = 1  # of a beam search; 1 = none
+    c.generate.length_penalty = 1.0  # beams: the power of its length that divides an answer's score
     c.generate.top_k = 0  # 0 = all
     c.generate.top_p = 1.0
     return c.lock()
@@ -219,7 +222,7 @@ MEASURES = ("eval.", "generate.", "data.validation", "data.test", "data.eval_pac
 _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never moves
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
-    "data.limit data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
+    "data.limit data.max_target_length data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
     "eval.shots": (0, 1000),
     "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),
@@ -240,6 +243,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mesh.timeout train.grace": (1, 10**6),
     "generate.temperature train.spike": (0, math.inf),
     "generate.top_k": (0, 2**31),
+    "generate.beams": (1, 1000),
+    "generate.length_penalty": (-100, 100),
 }
 RANGES = {key: limits for keys, limits in _RANGES.items() for key in keys.split()}
 # Numbers that are allowed, and said: more than this, and why that is worth a line.

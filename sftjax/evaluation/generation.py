@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from sftjax import parallel
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.errors import DataError, ModelError
+from sftjax.evaluation.beams import check, search
 from sftjax.ops import rope
 from sftjax.parallel import processes
 
@@ -77,8 +78,8 @@ def _prefill(model, params, tokens, lengths, cache):
     return jax.lax.fori_loop(0, -(-jnp.max(lengths) // part), body, (cache, start))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
-def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k, top_p):
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _run(model, params, tokens, lengths, rng, stop_ids, new, how):
     """Of tokens int32 [B, P], right-padded, lengths [B]: (ids [B, new], count of ids kept [B])."""
     B, P = tokens.shape
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
@@ -88,10 +89,13 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, temperature, top_k,
     else:
         cache, last = _prefill(model, params, tokens, lengths, model.init_cache(B, P + new))
         first = lengths
+    beams, penalty, *drawn = how
+    if beams > 1:
+        return search(model, params, cache, last, first, stops, new, beams, penalty)
 
     def pick(last, i):
         key = jax.random.fold_in(rng, i)
-        return sample(model.logits(params, last), key, temperature, top_k, top_p)
+        return sample(model.logits(params, last), key, *drawn)
 
     def going(carry):
         i, _, done, *_ = carry
@@ -132,6 +136,8 @@ def generate(
     *,
     stop_ids: Iterable[int] = (),
     max_new_tokens: int = 64,
+    beams: int = 1,
+    length_penalty: float = 1.0,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -143,7 +149,7 @@ def generate(
     """A list of int lists: the tokens generated for each prompt, without the stop token.
 
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
-    after max_new_tokens. said: called after each batch with the number of prompts that are
+    after max_new_tokens. beams: of a beam search, see beams.py. said: called after each batch with the number of prompts that are
     answered, and of all. Every process must call this with the same prompts.
     """
     if not hasattr(model, "decode") or getattr(model.config, "classes", 0) > 0:
@@ -151,6 +157,7 @@ def generate(
             "generate: this model has no vocabulary head to draw tokens from; take the directory of"
             " a causal language model"
         )
+    check(beams, temperature)
     sizes = [len(prompt) for prompt in prompts]
     if 0 in sizes:
         problem = f"prompt {sizes.index(0)} is empty; a prompt needs at least one token"
@@ -172,7 +179,7 @@ def generate(
             lengths[j] = sizes[i]
         key = jax.random.fold_in(jax.random.key(seed), at * size)
         arrays = (replicated(mesh, x) for x in (tokens, lengths, key))
-        drawn = (max_new_tokens, temperature, top_k, top_p)
+        drawn = (max_new_tokens, (beams, length_penalty, temperature, top_k, top_p))
         program = (model, size, width, stop, drawn)
         with contextlib.nullcontext() if program in _COMPILED else _COMPILING:
             found = _run(model, params, *arrays, stop, *drawn)

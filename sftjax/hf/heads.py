@@ -20,7 +20,8 @@ ENDINGS = {
     "span": "ForQuestionAnswering",
 }
 MASKED = "ForMaskedLM"
-VOCABULARY = (MASKED, "ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "ForPreTraining")
+PAIRED = "ForConditionalGeneration"
+VOCABULARY = (MASKED, PAIRED, "ForCausalLM", "LMHeadModel", "ForPreTraining")
 SPAN = ("start", "end")  # the rows of a head of spans
 # The first part of transformers' class names.
 PREFIXES = {

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sftjax.config import ConfigError, get_default
 from sftjax.files import load_python
-from sftjax.hf.heads import MASKED, kind_of
+from sftjax.hf.heads import MASKED, PAIRED, kind_of
 from sftjax.tasks.base import Example, Scores, Task  # noqa: F401 (offered here)
 
 if TYPE_CHECKING:
@@ -25,10 +25,13 @@ TASKS = {
     "regression": "sftjax.tasks.regression:Regression",
     "token_labels": "sftjax.tasks.token_labels:TokenLabels",
     "masked_lm": "sftjax.tasks.masked_lm:MaskedLM",
+    "seq2seq": "sftjax.tasks.seq2seq:Seq2Seq",
 }
 
 # By a config.json's problem_type.
 PROBLEMS: dict = {"regression": "regression", "multi_label_classification": "multi_label"}
+# By the ending of the name of an architecture with a head of the vocabulary.
+WRITERS = {MASKED: "masked_lm", PAIRED: "seq2seq"}
 # Keys of the config's section `eval` that only a task which generates reads, as they come.
 ASKING = dict(metrics=("exact_match",), answer="", choices="", draws=1, shots=0)
 
@@ -57,8 +60,9 @@ def of_head(hf: dict) -> str:
     if kind == "document":
         one = hf.get("num_labels", len(hf.get("id2label") or (0, 0))) == 1
         return PROBLEMS.get("regression" if one else hf.get("problem_type"), "classification")
-    if kind == "vocabulary" and MASKED in str(hf.get("architectures")):
-        return "masked_lm"
+    if kind == "vocabulary":
+        said = str(hf.get("architectures"))
+        return next((task for ending, task in WRITERS.items() if ending in said), "causal_lm")
     if kind == "span":
         raise ConfigError(
             "the model has a head of spans: name the task that reads it, such as"

@@ -24,11 +24,11 @@ from sftjax.data.packing.truncate import fit
 from sftjax.data.records.notes import Notes, said, unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
-from sftjax.errors import ConfigError, writing
-from sftjax.evaluation import metrics
-from sftjax.evaluation.answers import Asking, answered, with_choices
+from sftjax.errors import ConfigError
+from sftjax.evaluation.answers import Asking, with_choices
 from sftjax.models.base import Model
-from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, counted, perplexity, read_model
+from sftjax.tasks.answering import Answering
+from sftjax.tasks.base import LossFn, counted, read_model
 from sftjax.terminal import printable
 
 if TYPE_CHECKING:
@@ -41,15 +41,11 @@ READING = ("fields", "roles")  # of a policy: what says how to read a record
 FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
 
 
-class CausalLM(Task[chat.Encoded]):
+class CausalLM(Answering[chat.Encoded]):
     """policy: the keywords of `data.encode`: what is trained of a record, and how it is read."""
 
     columns = COLUMNS
-    metrics = ("perplexity", "accuracy")
-    counts = ("cells", "tokens", "trained_tokens")
     options = (*"normalise label_smoothing z_loss dft load_balance chunk_tokens".split(),)
-    cut_at = ""  # where an answer ends, in the text
-    generates = True
 
     def __init__(
         self,
@@ -177,37 +173,7 @@ class CausalLM(Task[chat.Encoded]):
         own = {k: options[k] for k in self.options if k in options}
         return losses.causal_lm(model, **own, sources=sources)
 
-    def eval_fn(self, model: "decoder.Model", options: dict) -> EvalFn:
-        """The token-weighted loss, whatever the weighting of training, and the accuracy.
-
-        The predictions are the sums of each document's losses and weights.
-        """
-        chunk = options.get("chunk_tokens", losses.CHUNK_TOKENS)
-        loss_fn = losses.causal_lm(model, accuracy=True, chunk_tokens=chunk, documents=True)
-        return lambda params, batch, model_state=None: loss_fn(params, batch, None)
-
     # ---- evaluation ----
-
-    def held(self, predictions: dict[str, Any], final: bool) -> dict[str, np.ndarray]:
-        """At the end the sums of each document there is; before, nothing."""
-        found = super().held(predictions, final) if final else {}
-        return {k: v[found["tokens"] > 0] for k, v in found.items()}
-
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """The perplexity; the accuracy is a metric of the loss."""
-        return Scores({"perplexity": perplexity(loss)})
-
-    def final_scores(
-        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
-    ) -> Scores:
-        """The same, with the mean loss of each document and the standard error of the whole."""
-        held = predictions["tokens"] > 0
-        total, weight = (predictions[k][held].astype(np.float64) for k in ("losses", "weights"))
-        rows = {"loss": total / np.where(weight > 0, weight, 1), "weight": weight}
-        # Of a ratio of sums over documents, which are drawn; not of tokens, which are not.
-        off = (total - loss * weight) * len(total) / max(weight.sum(), 1e-38)
-        errors = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
-        return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
 
     def questions(
         self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
@@ -232,56 +198,12 @@ class CausalLM(Task[chat.Encoded]):
             found = with_choices(found, self.asking, given, [*map(source.where, range(len(found)))])
         return found
 
-    def answers(
-        self,
-        model: "decoder.Model",
-        params: Any,
-        questions: list,
-        groups: Sequence | None = None,
-        **options: Any,
-    ) -> dict:
-        """What the texts score by eval.metrics, see evaluation.answers.answered."""
-        options |= dict(stop_ids=self.stop_ids, cut_at=self.cut_at, groups=groups)
-        return answered(model, params, questions, self.asking, self.tokenizer, **options)
-
     @functools.cached_property
     def stop_ids(self) -> list[int]:
         """Token ids that end a turn of the template, or a text."""
         return stop_ids(self.tokenizer, self.policy.get("template"))
 
     # ---- for people ----
-
-    def shown(self, result: dict, questions: list, n: int) -> str:
-        """The first n questions with the answers before and after, and the one that is wanted."""
-        lines, before, after = [], result["before"], result["after"]
-        for i, asked in enumerate(questions[:n]):
-            prompt = self.tokenizer.decode(asked.prompt, skip_special_tokens=True)
-            lines += [
-                f"  prompt  {_line(prompt)}",
-                f"  before  {_line(before['answers'][i])}",
-                f"  after   {_line(after['answers'][i])}",
-                f"  wanted  {_line(asked.answer)}",
-                "",
-            ]
-        return "\n".join(lines)
-
-    def write_answers(self, path: Path, questions: list, before: dict, after: dict) -> None:
-        """A JSON line for each question: prompt, reference, and the answers before and after.
-
-        Of several draws an answer is a list.
-        """
-        with writing("the directory", path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with writing("the file", path), open(path, "w", encoding="utf-8") as f:
-            rows = zip(questions, before["answers"], after["answers"], strict=True)
-            for asked, old, new in rows:
-                row = {
-                    "prompt": self.tokenizer.decode(asked.prompt),
-                    "reference": asked.answer,
-                    "before": old,
-                    "after": new,
-                }
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def try_it(self, section: ConfigDict, export: Path) -> str:
         """The command that asks the export the first question of data.test; "" without one."""
@@ -373,10 +295,3 @@ def mark_spans(
         pieces += [text[at:start], before, text[start:stop], after]
         at = stop
     return "".join(pieces) + text[at:]
-
-
-def _line(answer, most=100):
-    """On one line; of several draws the first."""
-    text = answer if isinstance(answer, str) else answer[0]
-    text = text.strip().replace("\n", "\\n")
-    return text if len(text) <= most else text[: most - 3] + "..."

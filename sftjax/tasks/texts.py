@@ -184,14 +184,22 @@ class Texts(Task[Labelled]):
 
     def kept(self, example: Labelled, max_length: int, overlong: str) -> list[np.ndarray]:
         """A long text loses words at its end or its beginning, never its special tokens."""
-        n, (before, after) = len(example.tokens), self.special_ends
-        places = np.arange(n)
-        if not max_length or n <= max_length:
+        return self.places(len(example.tokens), max_length, overlong, self.special_ends)
+
+    def places(
+        self, n: int, most: int, overlong: str, ends: tuple[int, int]
+    ) -> list[np.ndarray]:
+        """The places, of n tokens, of each piece of at most `most` of them (0 = all).
+
+        ends: how many tokens at the beginning and at the end each piece has.
+        """
+        places, (before, after) = np.arange(n), ends
+        if not most or n <= most:
             return [places]
-        room = max_length - before - after
+        room = most - before - after
         if overlong not in ("truncate_end", "truncate_prompt", "split") or room < 1:
             return []
-        if overlong == "split":  # each piece with the special tokens
+        if overlong == "split":
             first, inner, last = np.split(places, [before, n - after])
             parts = (inner[i : i + room] for i in range(0, len(inner), room))
             return [np.concatenate([first, part, last]) for part in parts]

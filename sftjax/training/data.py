@@ -45,7 +45,7 @@ class Feed(Sets):
         super().__init__(config, task, cache, mesh)
         self.sources = mix.sources(config)
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
-        stream.check(config, self.sources, task.layout.fixed)
+        stream.check(config, self.sources, hasattr(task.layout, "document"))
         self.notes = list[str]()
         self.stores: list[TokenStore] = []
         self.records = list[RecordSource]()  # what each store was made of
@@ -108,11 +108,13 @@ class Feed(Sets):
         self.epochs = self.steps * size / rows.per_epoch if exact is None else exact
         if phases:
             rows.ends = self._phase_ends(phases)
-        shares = [np.full(len(s), s.report["trained_tokens"] / len(s)) for s in self.stores]
-        trained = np.concatenate(shares)
+        tokens, trained = (
+            np.concatenate([np.full(len(s), s.report[count] / len(s)) for s in self.stores])
+            for count in ("tokens", "trained_tokens")
+        )
         # Model FLOPs count pairs of tokens that see each other, inside documents.
         self.per_row: dict[str, Any] = {
-            "tokens": rows.mean(lengths),
+            "tokens": rows.mean(tokens),
             "trained": rows.mean(trained),
             "pairs": lambda window: rows.mean(_pairs(lengths, window)),
         }

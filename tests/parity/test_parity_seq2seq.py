@@ -109,18 +109,29 @@ def test_packed_pairs_are_as_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_greedy_text_equals_transformers(tmp_path, name):
+@pytest.mark.parametrize("beams, penalty", [(1, 1.0), (3, 1.0), (4, 2.0), (2, -1.0)])
+def test_text_equals_transformers(tmp_path, name, beams, penalty):
     path = write(name, tmp_path)
     model, params = sftjax.load_pretrained(path)
     reference, b = theirs(path), batch(model.config.vocab)
     prompts = [row[:n].tolist() for row, n in zip(b["tokens"], LENGTHS, strict=True)]
-    eos = json.loads((path / "config.json").read_text())["eos_token_id"]
-    ours = generation.generate(model, params, prompts, stop_ids=[eos], max_new_tokens=10)
+    config = json.loads((path / "config.json").read_text())
+    # A token that is often drawn ends an answer, so that answers of several lengths compete.
+    free = generation.generate(model, params, prompts, max_new_tokens=8)
+    eos = free[0][5]
+    options = dict(beams=beams, length_penalty=penalty)
+    ours = generation.generate(
+        model, params, prompts, stop_ids=[eos], max_new_tokens=10, **options
+    )
     for prompt, mine in zip(prompts, ours, strict=True):
-        out = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=10, do_sample=False, num_beams=1
-        )[0, 1:].tolist()
-        assert mine == (out[: out.index(eos)] if eos in out else out)
+        how = transformers.GenerationConfig(
+            max_new_tokens=10, num_beams=beams, length_penalty=penalty, eos_token_id=eos,
+            pad_token_id=config["pad_token_id"], decoder_start_token_id=model.config.start_id,
+            early_stopping=False,
+        )  # fmt: skip
+        out = reference.generate(torch.tensor([prompt]), generation_config=how)[0, 1:].tolist()
+        out = out[: out.index(eos)] if eos in out else out
+        assert mine == out[: len(mine) + 1]
 
 
 @pytest.mark.parametrize("name", PAIRED)

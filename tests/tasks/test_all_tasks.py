@@ -142,6 +142,22 @@ def spans(c, where):
     c.eval.metrics = ("squad_em", "token_f1")
 
 
+T5 = dict(
+    model_type="t5", architectures=["T5ForConditionalGeneration"], vocab_size=512, d_model=32,
+    d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.1, pad_token_id=0,
+    relative_attention_num_buckets=8, relative_attention_max_distance=16,
+)  # fmt: skip
+
+
+def pairs(c, where):
+    """Sources of several words, and their first word as the target."""
+    c.task, c.data.max_target_length = "seq2seq", 24
+    c.model.path, c.model.init = model(where / "model", T5), "random"
+    for name, n in {"train": 200, "validation": 21, "test": 3}.items():
+        rows = [{"text": r["text"], "target": r["text"].split()[0]} for r in reviews(n, seed=n)]
+        c.data[name] = write(where / f"{name}.jsonl", [r | {"extra": 1} for r in rows])
+
+
 # case -> (what it sets in a config, a record that is none, what the error names)
 CASES = {
     "multi_label": (
@@ -171,6 +187,7 @@ CASES = {
         {"text": " "},
         "text",
     ),
+    "seq2seq": (pairs, {"text": "", "target": "a"}, "text"),
     "causal_lm": (causal, {"prompt": "a", "completion": ""}, "completion"),
     "classification": (classes, {"text": "a", "label": "odd"}, "odd"),
     "classification bert": (functools.partial(classes, config=BERT), {"label": "bad"}, "text"),
@@ -362,7 +379,7 @@ def test_a_stream_has_documents_or_is_refused(case, tmp_path):
     config.data.streaming, config.train.duration = True, "2 steps"
     mesh = parallel.make_mesh(dict(data=1), jax.devices()[:1])
     task = make(config)
-    if task.layout.fixed:
+    if not hasattr(task.layout, "document"):
         with pytest.raises(config_lib.ConfigError, match="data.streaming packs documents"):
             feed_lib.Feed(config, task, tmp_path, mesh)
         return

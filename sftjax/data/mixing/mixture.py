@@ -155,10 +155,12 @@ class Mixture(Rows):
         batch["sources"] = np.zeros(batch["weights"].shape, np.int32)
         for b, r in enumerate(indices):
             if r < self.total:
-                docs, start, stop = np.array(self.pieces(int(r))).T
-                owners = np.repeat(self.store.owner(docs), stop - start)
-                cells = () if self.layout.fixed else slice(len(owners))
-                batch["sources"][b, ...][cells] = owners
+                owners = self.store.owner(np.array(self.pieces(int(r))).T[0])
+                if self.layout.fixed:
+                    batch["sources"][b] = owners[0]
+                else:
+                    segments = batch.get("target_segments", batch["segments"])[b]
+                    batch["sources"][b] = np.append(0, owners)[segments]
         return batch
 
     def _cycle(self, r) -> Cycle:

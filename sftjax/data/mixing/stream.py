@@ -80,8 +80,8 @@ def identity(spec: str) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
 
 
-def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False) -> None:
-    """Raises: ConfigError for what a stream can't do. fixed: a task's examples are no documents."""
+def check(config: ConfigDict, sources: Sequence[mix.Share], streams: bool = True) -> None:
+    """Raises: ConfigError for what a stream can't do. streams: a task's examples are documents."""
     d = config.data
     if d.shuffle_window < 1:
         raise ConfigError(f"data.shuffle_window={d.shuffle_window}; expected 1 or more rows")
@@ -93,10 +93,10 @@ def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False)
             f"train.duration={text!r}: a stream has no end, so max_steps is required: write "
             "'1000 steps', or '5e6 tokens'"
         )
-    if fixed:
+    if not streams:
         raise ConfigError(
-            "data.streaming packs documents, and the examples of this task have one shape; set "
-            "data.streaming=False"
+            "data.streaming packs documents, and the examples of this task have one shape, or are"
+            " pairs; set data.streaming=False"
         )
     refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
     for source in sources:

@@ -1,0 +1,199 @@
+"""Sequence to sequence: an encoder-decoder reads a source and writes a target of its own.
+
+Summaries, translations, questions answered as text. Sources and targets are packed into rows of
+their own; see packing.pairs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sftjax import losses
+from sftjax.data.masking.question import Question
+from sftjax.data.packing.pairs import PairRows
+from sftjax.data.records.sources import Source
+from sftjax.data.token_store import Tally
+from sftjax.errors import ConfigError, DataError
+from sftjax.evaluation.answers import Asking
+from sftjax.models.base import Model
+from sftjax.tasks.answering import Answering
+from sftjax.tasks.base import LossFn, read_model
+from sftjax.tasks.texts import TEXTS, Texts
+from sftjax.terminal import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TARGETS = ("target", "summary", "answer", "completion", "output", "response")
+
+
+class Pair(NamedTuple):
+    """A source and its target, as token ids."""
+
+    source: np.ndarray  # int32 [s]
+    target: np.ndarray  # int32 [t], ending with the end of a text
+    arrays: tuple[np.ndarray, ...]  # as of PairRows.example
+    text: str
+    spans: Sequence[tuple[int, int]]  # the characters of the target
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [s + t]: of both."""
+        return np.concatenate([self.source, self.target])
+
+    @property
+    def weights(self) -> np.ndarray:
+        """float32 [s + t]: 1 where trained."""
+        return np.repeat(np.float32([0, 1]), [len(self.source), len(self.target)])
+
+
+class Seq2Seq(Answering[Pair], Texts):
+    """names: as of Texts, the target's under "label"; sizes: the most tokens of both in a row."""
+
+    usual: ClassVar = {"text": ("source", *TEXTS, "document", "article"), "label": TARGETS}
+    options = ("normalise", "label_smoothing", "z_loss", "chunk_tokens")
+    columns: Mapping[str, Any] = {"tokens": ("int32", None), "targets": ("int32", None)}
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        names: Mapping[str, str] | None = None,
+        sizes: tuple[int, int] = (1024, 1024),
+        asking: Asking = Asking(),  # noqa: B008, it is a constant
+    ) -> None:
+        super().__init__(tokenizer, names)
+        self.layout, self.columns, self.asking = PairRows(*sizes), type(self).columns, asking
+        if tokenizer is not None and tokenizer.eos_token_id is None:
+            raise ConfigError("task='seq2seq': the tokenizer has no eos_token, which ends a target")
+
+    @classmethod
+    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
+        """The task of a config."""
+        d, asking, names = config.data, Asking.of(config), cls.arguments(config)["names"]
+        if names.pop("pair"):
+            raise ConfigError("data.fields.pair is nothing that task='seq2seq' reads")
+        if config.eval.shots or "choice" in asking.metrics:
+            raise ConfigError("eval.shots and the metric 'choice' are those of task='causal_lm'")
+        return cls(tokenizer, names, (d.max_length, d.max_target_length or d.max_length), asking)
+
+    # ---- data ----
+
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Pair]:
+        """Each record's source and target, tokenised."""
+        rows = list(zip(records, wheres, strict=True))
+        texts, wanted = ([self.text(row, kind, where) for row, where in rows] for kind in KINDS)
+        sources = self.tokenizer(texts)["input_ids"]
+        targets = self.tokenizer(text_target=wanted)["input_ids"]
+        out, eos = [], self.tokenizer.eos_token_id
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            ids = [np.int32(source), np.int32(target + [eos] * (target[-1:] != [eos]))]
+            shown = f"{texts[i]} → {wanted[i]}"
+            span = (len(shown) - len(wanted[i]), len(shown))
+            out.append(Pair(*ids, self.layout.example(*ids), shown, [span]))
+        return out
+
+    def key(self) -> list:
+        """As of Texts, with what a target takes of a row."""
+        return [*super().key(), self.layout.source, self.layout.target]
+
+    def kept(self, example: Pair, max_length: int, overlong: str) -> list[np.ndarray]:
+        """A long source or target loses words at its end or beginning, never its special tokens."""
+        sides, ends = (example.source, example.target), [self.special_ends] * 2
+        if example.target[-1] == self.tokenizer.eos_token_id:
+            ends[1] = (ends[1][0], max(ends[1][1], 1))
+        most, found, first = self.layout.target, [], 0
+        for ids, own, n in zip(sides, ends, (max_length, most if max_length else 0), strict=True):
+            places = self.places(len(ids), n, overlong, own)
+            if not places:
+                return []
+            found.append(first + places[0])
+            first += len(ids)
+        return [np.concatenate(found)]
+
+    def cut(self, example: Pair, max_length: int, overlong: str) -> list[tuple]:
+        """The arrays of what is kept of a pair."""
+        n, pieces = len(example.source), []
+        for at in self.kept(example, max_length, overlong):
+            source, target = example.tokens[at[at < n]], example.tokens[at[at >= n]]
+            pieces.append(self.layout.example(source, target))
+        return pieces
+
+    def tally(self, max_length: int, overlong: str) -> Tally:
+        """A Tally that counts the tokens of both."""
+        return PairTally(self, max_length, overlong)
+
+    def summary(self, report: dict) -> str:
+        """The numbers of pairs and of tokens."""
+        sources = report["tokens"] - report["trained_tokens"]
+        return (
+            f"{report['examples']:,} pairs, {sources:,} tokens of sources and"
+            f" {report['trained_tokens']:,} of targets"
+        )
+
+    # ---- model and loss ----
+
+    def load_model(self, section: ConfigDict, **changes: Any) -> Model:
+        """The encoder-decoder of model.path."""
+        model = read_model(section, head="vocabulary", **changes)
+        if not model.config.cross:
+            raise ConfigError(
+                f"model.path={section.path}: task='seq2seq' takes an encoder-decoder such as T5 or"
+                " BART, and this is none; train a decoder with task='causal_lm'"
+            )
+        return model
+
+    def loss_fn(self, model: Any, options: dict, sources: Sequence[str] = ()) -> LossFn:
+        """losses.causal_lm of the targets."""
+        own = {k: options[k] for k in self.options if k in options}
+        return losses.causal_lm(model, **own, sources=sources)
+
+    # ---- evaluation ----
+
+    def questions(
+        self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
+    ) -> list[Question]:
+        """The source of each record, cut as in training."""
+        found, long, most = list[Question](), 0, self.layout.source
+        wheres = [source.where(i) for i in range(len(source))]
+        records = [source[i] for i in range(len(source))]
+        for record, where, pair in zip(
+            records, wheres, self.examples(records, wheres), strict=True
+        ):
+            places = self.places(len(pair.source), most, "truncate_end", self.special_ends)
+            if not places:
+                problem = f"data.max_length={most} leaves no room for a source"
+                raise DataError(problem, "raise it", where=where, kind="too_long")
+            long += len(places[0]) < len(pair.source)
+            text, wanted = (self.text(record, kind, where) for kind in KINDS)
+            lead = self.special_ends[0]
+            found.append(Question(pair.source[places[0]], wanted, text, text, lead))
+        if long:
+            warn(f"of {len(found)} questions {long} are cut to data.max_length={most} tokens")
+        return found
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The end of a text."""
+        return [] if self.tokenizer is None else [self.tokenizer.eos_token_id]
+
+
+KINDS = ("text", "label")
+
+
+class PairTally(Tally):
+    """Counts the tokens of sources and targets, not what they take of a row."""
+
+    tokens = 0
+
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """Count the documents of a chunk."""
+        super().count(pieces)
+        self.tokens += sum(int(np.count_nonzero(x >= 0)) for piece in pieces for x in piece)
+
+    def report(self, skipped: Mapping[str, int]) -> dict[str, Any]:
+        """All counts, as JSON holds them."""
+        share = self.trained / max(self.tokens, 1)
+        own = dict(tokens=self.tokens, targets=self.trained, trained_fraction=share)
+        return super().report(skipped) | own

@@ -222,7 +222,8 @@ MEASURES = ("eval.", "generate.", "data.validation", "data.test", "data.eval_pac
 _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never moves
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
-    "data.limit data.max_target_length data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
+    "data.limit data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
+    "data.max_target_length": (0, 2**31),
     "eval.shots": (0, 1000),
     "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),

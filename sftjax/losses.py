@@ -320,7 +320,7 @@ def token_counts(
         return {}
     return {
         "cells": (jnp.float32(sum(x.size for x in held)), None),
-        "tokens": (sum(jnp.sum(x > 0, dtype=jnp.float32) for x in held), None),
+        "tokens": (sum((jnp.sum(x > 0, dtype=jnp.float32) for x in held), jnp.float32(0)), None),
         "trained_tokens": (jnp.sum(batch["weights"] != 0, dtype=jnp.float32), None),
     }
 

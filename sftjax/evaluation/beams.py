@@ -5,7 +5,6 @@ kept with its log-likelihood divided by the power `length_penalty` of its length
 when none of those that go on, at their length now, can be better than all that are kept.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -37,17 +36,17 @@ def check(beams: int, temperature: float) -> None:
 
 
 def _take(x, index):
-    """x [B, n, ...] at index [B, m]."""
+    """What x [B, n, ...] has at index [B, m]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def _rows(cache, change):
     """The cache with `change` done to the rows of each array: change(array, axis of the rows)."""
-    axes = {"kv": 1, "first": 1}
-    return {
-        name: jax.tree.map(lambda x, a=axes.get(name, 0): change(x, a) if x.ndim else x, part)
-        for name, part in cache.items()
-    }
+
+    def of(axis, part):
+        return jax.tree.map(lambda x: change(x, axis) if x.ndim else x, part)
+
+    return {k: of(1 if k in ("kv", "first") else 0, part) for k, part in cache.items()}
 
 
 def search(

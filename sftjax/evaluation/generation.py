@@ -149,8 +149,9 @@ def generate(
     """A list of int lists: the tokens generated for each prompt, without the stop token.
 
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
-    after max_new_tokens. beams: of a beam search, see beams.py. said: called after each batch with the number of prompts that are
-    answered, and of all. Every process must call this with the same prompts.
+    after max_new_tokens. beams: of a beam search, see beams.py. said: called after each batch with
+    the number of prompts that are answered, and of all. Every process must call this with the same
+    prompts.
     """
     if not hasattr(model, "decode") or getattr(model.config, "classes", 0) > 0:
         raise ModelError(

@@ -27,7 +27,7 @@ EXPECTED = [
         " head_dim? intermediate_size max_position_embeddings original_max_position_embeddings?"
         " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size n_layers n_heads dim"
         " hidden_dim local_attention global_attn_every_n_layers"
-        " type_vocab_size sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
+        " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
         " num_labels? d_model d_kv d_ff num_layers num_decoder_layers? num_heads encoder_layers"
         " decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim"
         " decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance",
@@ -35,8 +35,8 @@ EXPECTED = [
     (
         "a whole number",
         lambda x: type(x) is int and 0 <= x < 2**63,
-        "sliding_window? max_window_layers num_experts num_local_experts num_experts_per_tok"
-        " moe_intermediate_size",
+        "type_vocab_size sliding_window? max_window_layers num_experts num_local_experts"
+        " num_experts_per_tok moe_intermediate_size",
     ),
     (
         "a positive number",
@@ -51,7 +51,8 @@ EXPECTED = [
     (
         "a number from 0 to below 1",
         lambda x: _number(x) and 0 <= x < 1,
-        "hidden_dropout_prob classifier_dropout? dropout seq_classif_dropout dropout_rate",
+        "hidden_dropout_prob pooler_dropout cls_dropout? classifier_dropout? dropout"
+        " seq_classif_dropout dropout_rate",
     ),
     (
         "a number of 0 or more",
@@ -101,7 +102,9 @@ MOST |= dict.fromkeys(
     " decoder_layers relative_attention_num_buckets".split(),
     2**12,
 )
-_WIDTHS = "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim d_model"
+_WIDTHS = (
+    "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim d_model"
+)
 _WIDTHS += " d_ff encoder_ffn_dim decoder_ffn_dim"
 MOST |= dict.fromkeys(
     "num_attention_heads n_head num_key_value_heads head_dim d_kv num_heads encoder_attention_heads"

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Container
 
 from sftjax.errors import ModelError
-from sftjax.families import common
 from sftjax.models.encoder_decoder import Config, Model
 
 __all__ = ["COPIES", "Config", "Model", "as_stored", "config", "names"]

@@ -357,7 +357,8 @@ def _tied(model) -> bool:
 def _copies(model, reader) -> list[str]:
     """The tensors of the files that repeat the embedding: a tied head, and others of its family."""
     copies = re.compile(getattr(family_of(model.source.config), "COPIES", "$"))
-    return [n for n in reader.entries if copies.fullmatch(n) or (_tied(model) and n == ends(model)[1])]
+    head = ends(model)[1] if _tied(model) else None
+    return [n for n in reader.entries if n == head or copies.fullmatch(n)]
 
 
 def _check_tied(model, reader, path, step=4096):
@@ -369,7 +370,7 @@ def _check_tied(model, reader, path, step=4096):
             if not np.array_equal(a, b):
                 raise WeightsError(
                     f"{path}: {name} is to repeat {embed}, but differs from it in rows {i} to"
-                    f" {i + len(a) - 1}; where config.json says tie_word_embeddings, set it to false"
+                    f" {i + len(a) - 1}; where config.json has tie_word_embeddings, set it to false"
                 )
 
 

@@ -25,7 +25,8 @@ VOCABULARY = (MASKED, PAIRED, "ForCausalLM", "LMHeadModel", "ForPreTraining")
 SPAN = ("start", "end")  # the rows of a head of spans
 # The first part of transformers' class names.
 PREFIXES = {
-    "bart": "Bart", "bert": "Bert", "distilbert": "DistilBert", "gemma": "Gemma", "gemma2": "Gemma2",
+    "bart": "Bart", "bert": "Bert", "deberta-v2": "DebertaV2", "distilbert": "DistilBert",
+    "gemma": "Gemma", "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss",
     "granite": "Granite", "iquestcoder": "IQuestCoder", "iquestloopcoder": "IQuestLoopCoder",
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "modernbert": "ModernBert",

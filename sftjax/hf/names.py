@@ -15,14 +15,15 @@ from sftjax.params import Param
 
 # By model_type: each is a module of sftjax.families, as a rule of the same name.
 MODULES = {
+    "deberta-v2": "deberta",
     "gemma3_text": "gemma3",
     "iquestcoder": "llama",
     "iquestloopcoder": "iquest",
     "xlm-roberta": "roberta",
 }
-TYPES = """bart bert distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite iquestcoder
-iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe roberta smollm3 t5
-xlm-roberta""".split()
+TYPES = """bart bert deberta-v2 distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite
+iquestcoder iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe
+roberta smollm3 t5 xlm-roberta""".split()
 FAMILIES = {
     name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES
 }

@@ -18,6 +18,7 @@ from sftjax.ops import weight
 
 PLACES = ("positions", "segments")
 
+
 class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.
 
@@ -111,6 +112,7 @@ class Body:
             "softcap": c.attn_softcap,
             "sinks": c.sinks,
             "bidirectional": not c.causal,
+            "relative": c.relative,
         }
         return {name for name, on in used.items() if on}
 

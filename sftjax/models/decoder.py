@@ -24,6 +24,7 @@ from sftjax.ops.rope import Rope
 from sftjax.parallel import RULES, constrain, manual_axes, part, shard_map, spec, spread, unspread
 from sftjax.params import Param, is_param, replace
 
+SHARED = ("distances", "relative")  # parameters of attention that all layers have as one
 PERIOD = 8  # the longest alternation of kinds that is looked for
 
 
@@ -73,6 +74,7 @@ class Config:
     attn_softcap: float = 0.0
     sinks: bool = False
     buckets: int = 0  # of distances, for each of which a head adds a number to its scores
+    relative: int = 0  # DeBERTa's embeddings of distances
     furthest: int = 128  # the distance from which on all are in one bucket
     cross: bool = False  # each layer also attends to a source; see encoder_decoder.py
     mlp_bias: bool = False
@@ -160,6 +162,32 @@ def abstract(config: Config) -> dict:
     elif c.head and not c.tied:
         tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, head)}
     return tree
+
+
+def share(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of Params with what all layers have as one: a table of distances."""
+    layers = dict(tree["layers"])
+    for name in SHARED:
+        if name not in next(iter(layers.values()))["attn"]:
+            continue
+        for stack, own in layers.items():
+            attn = dict(own["attn"])
+            p = attn.pop(name)
+            layers[stack] = own | {"attn": attn}
+        one = dataclasses.replace(p, shape=p.shape[1:], axes=p.axes[1:])
+        tree = tree | {name: {"w": one}}
+    return tree | {"layers": layers}
+
+
+def with_shared(config: Config, params: dict[str, Any], **tables: jax.Array) -> dict[str, Any]:
+    """The parameters of the layers, each with what all share; tables: in place of params' own."""
+    tables = {name: params[name]["w"] for name in SHARED if name in params} | tables
+    out = {}
+    for name, n in stacks(config).items():
+        own = params["layers"][name]
+        each = {k: jnp.broadcast_to(w, (n, *w.shape)) for k, w in tables.items()}
+        out[name] = own | {"attn": own["attn"] | each}
+    return out
 
 
 # ---- forward -------------------------------------------------------------------------------

@@ -75,7 +75,10 @@ def abstract(c: Config) -> dict:
     """The tree of Params."""
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     tree = decoder.abstract(dataclasses.replace(c, classes=0))
+    tree = decoder.share(c, tree)
     tree["embed_norm"] = layer.norm_params(c, ((), ()))
+    if c.relative:
+        tree["relative_norm"] = layer.norm_params(c, ((), ()))
     if c.first_position:
         table = tree["positions"]["w"]
         size = (c.first_position + c.max_positions, c.width)
@@ -115,7 +118,11 @@ def forward(
     x = layer.norm(config, x, params["embed_norm"])
     ctx = decoder.context(config, positions, segments, rng)
     x = decoder.drop_embedding(config, ctx, x)
-    x, _, _ = decoder.run_layers(config, params["layers"], ctx, x)
+    layers = params["layers"]
+    if config.relative:
+        table = layer.norm(config, params["relative"]["w"], params["relative_norm"])
+        layers = decoder.with_shared(config, params, relative=table)
+    x, _, _ = decoder.run_layers(config, layers, ctx, x)
     return unspread(layer.norm(config, x, params.get("norm")))
 
 

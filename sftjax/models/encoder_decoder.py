@@ -1,4 +1,4 @@
-"""The encoder-decoder: layers that read a source in both directions, and layers that write a target.
+"""The encoder-decoder: layers that read a source both ways, and layers that write a target.
 
 Both are stacks of layer.py. A layer of the decoder attends to the target before it, and then to the
 encoder's output. Segments say which is whose: a token of a target sees the source of its own
@@ -23,7 +23,7 @@ from sftjax.errors import ConfigError, ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
 from sftjax.parallel import spread, unspread
-from sftjax.params import Param, replace
+from sftjax.params import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Config(decoder.Config):
     @cached_property
     def encoder(self) -> "Config":
         """The encoder's own config."""
-        sizes = dict(heads=self.encoder_heads, kv_heads=self.encoder_heads, mlp=self.encoder_mlp)
-        own = dict(layers=self.encoder_layers, head_dim=self.head_dim, cross=False, causal=False)
+        sizes: dict[str, Any] = dict(
+            heads=self.encoder_heads, kv_heads=self.encoder_heads, mlp=self.encoder_mlp
+        )
+        sizes |= dict(layers=self.encoder_layers, cross=False, causal=False)
         if self.learned_positions:  # BART's heads share the width
-            own["head_dim"] = self.width // self.encoder_heads
-        return dataclasses.replace(self, **sizes, **own, head="", classes=0, split=())
+            sizes["head_dim"] = self.width // self.encoder_heads
+        return dataclasses.replace(self, **sizes, head="", classes=0, split=())
 
 
 def abstract(c: Config) -> dict:
@@ -66,27 +68,11 @@ def _side(c):
         table = tree["positions"]["w"]
         size = (c.first_position + c.max_positions, c.width)
         tree["positions"]["w"] = dataclasses.replace(table, shape=size)
-    if c.buckets:  # one table for all layers
-        for stack in tree["layers"].values():
-            del stack["attn"]["distances"]
-        normal = jax.nn.initializers.normal(c.width**-0.5)
-        tree["distances"] = {"w": Param((c.heads, c.buckets), ("heads", None), normal)}
-    return tree
+    return decoder.share(c, tree)
 
 
 def _with_embed(tree):
     return tree["encoder"] | {"embed": tree["embed"]}
-
-
-def _layers(c, p):
-    """The parameters of the layers as layer.py takes them, each with the table of distances."""
-    if not c.buckets:
-        return p["layers"]
-    table = p["distances"]["w"]
-    return {
-        name: stack | {"attn": stack["attn"] | {"distances": jnp.stack([table] * n)}}
-        for (name, n), stack in zip(decoder.stacks(c).items(), p["layers"].values(), strict=True)
-    }
 
 
 def _embed(c, p, embed, tokens, positions, rng):
@@ -113,12 +99,12 @@ def encode(
     tokens, positions, segments = map(spread, (tokens, positions, segments))
     where, own = {"positions": positions, "segments": segments}, params["encoder"]
     x, ctx = _embed(c.encoder, own, params["embed"], tokens, where, rng)
-    x, _, _ = decoder.run_layers(c.encoder, _layers(c.encoder, own), ctx, x)
+    x, _, _ = decoder.run_layers(c.encoder, decoder.with_shared(c.encoder, own), ctx, x)
     return {"hidden": layer.norm(c, x, own.get("norm"))} | where
 
 
 def before(targets: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
-    """int32 [B, T]: what the decoder reads, the token before each target; start_id at position 0."""
+    """int32 [B, T]: the token before each target; start_id before the first."""
     moved = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     return jnp.where(positions == 0, start_id, moved)
 
@@ -159,7 +145,7 @@ class Model(base.Body):
         )
         where = {"positions": positions, "segments": segments}
         x, ctx = _embed(c, params, params["embed"], tokens, where, rngs[1])
-        x, _, _ = decoder.run_layers(c, _layers(c, params), ctx | {"source": source}, x)
+        x, _, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx | {"source": source}, x)
         return unspread(layer.norm(c, x, params.get("norm"))), None
 
     @property
@@ -242,5 +228,5 @@ class Model(base.Body):
         where = {"positions": positions, "segments": segments}
         where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
         ctx = {"slot": slot, "where": where, "angles": {}, "source": cache["source"]}
-        x, kept, _ = decoder.run_layers(c, _layers(c, params), ctx, x, cache)
+        x, kept, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx, x, cache)
         return layer.norm(c, x, params.get("norm")), cache | {"kv": kept}

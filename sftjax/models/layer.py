@@ -85,7 +85,10 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
 
     attn = attention()
     if c.buckets:
-        attn["distances"] = Param((n, c.heads, c.buckets), ("layers", "heads", None), zeros)
+        wide = jax.nn.initializers.normal(c.width**-0.5)
+        attn["distances"] = Param((n, c.heads, c.buckets), ("layers", "heads", None), wide)
+    if c.relative:
+        attn["relative"] = Param((n, c.relative, c.width), ("layers", None, "embed"), normal)
     if c.qk_norm != "none":
         for name, sizes in (("q_norm", q), ("k_norm", kv)):
             sizes = sizes if c.qk_norm == "all" else {"head_dim": c.head_dim}
@@ -206,6 +209,8 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     how = _how(config) | dict(softcap=config.attn_softcap, causal=config.causal)
     how |= dict(sinks=p.get("sinks"), from_cache=kv is not None)
     how |= dict(distances=p.get("distances"), furthest=config.furthest)
+    if config.relative:  # with the layer's own matrices
+        how["relative"] = tuple(project("rd,dkh->rkh", p["relative"], p[x]) for x in "kq")
     attend: Callable = functools.partial(attention, q, **ctx["where"], **how)
 
     if first is None:

@@ -46,10 +46,10 @@ class Pair(NamedTuple):
     @property
     def weights(self) -> np.ndarray:
         """float32 [s + t]: 1 where trained."""
-        return np.repeat(np.float32([0, 1]), [len(self.source), len(self.target)])
+        return np.repeat(np.array([0, 1], np.float32), [len(self.source), len(self.target)])
 
 
-class Seq2Seq(Answering[Pair], Texts):
+class Seq2Seq(Answering[Any], Texts):
     """names: as of Texts, the target's under "label"; sizes: the most tokens of both in a row."""
 
     usual: ClassVar = {"text": ("source", *TEXTS, "document", "article"), "label": TARGETS}
@@ -64,7 +64,8 @@ class Seq2Seq(Answering[Pair], Texts):
         asking: Asking = Asking(),  # noqa: B008, it is a constant
     ) -> None:
         super().__init__(tokenizer, names)
-        self.layout, self.columns, self.asking = PairRows(*sizes), type(self).columns, asking
+        self.columns, self.asking = type(self).columns, asking
+        self.layout: Any = PairRows(*sizes)
         if tokenizer is not None and tokenizer.eos_token_id is None:
             raise ConfigError("task='seq2seq': the tokenizer has no eos_token, which ends a target")
 
@@ -80,15 +81,16 @@ class Seq2Seq(Answering[Pair], Texts):
 
     # ---- data ----
 
-    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Pair]:
-        """Each record's source and target, tokenised."""
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Any]:
+        """The Pair of each record: its source and target, tokenised."""
         rows = list(zip(records, wheres, strict=True))
         texts, wanted = ([self.text(row, kind, where) for row, where in rows] for kind in KINDS)
         sources = self.tokenizer(texts)["input_ids"]
         targets = self.tokenizer(text_target=wanted)["input_ids"]
         out, eos = [], self.tokenizer.eos_token_id
         for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            ids = [np.int32(source), np.int32(target + [eos] * (target[-1:] != [eos]))]
+            target = target + [eos] * (target[-1:] != [eos])
+            ids = np.array(source, np.int32), np.array(target, np.int32)
             shown = f"{texts[i]} → {wanted[i]}"
             span = (len(shown) - len(wanted[i]), len(shown))
             out.append(Pair(*ids, self.layout.example(*ids), shown, [span]))
@@ -98,7 +100,7 @@ class Seq2Seq(Answering[Pair], Texts):
         """As of Texts, with what a target takes of a row."""
         return [*super().key(), self.layout.source, self.layout.target]
 
-    def kept(self, example: Pair, max_length: int, overlong: str) -> list[np.ndarray]:
+    def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
         """A long source or target loses words at its end or beginning, never its special tokens."""
         sides, ends = (example.source, example.target), [self.special_ends] * 2
         if example.target[-1] == self.tokenizer.eos_token_id:
@@ -112,7 +114,7 @@ class Seq2Seq(Answering[Pair], Texts):
             first += len(ids)
         return [np.concatenate(found)]
 
-    def cut(self, example: Pair, max_length: int, overlong: str) -> list[tuple]:
+    def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what is kept of a pair."""
         n, pieces = len(example.source), []
         for at in self.kept(example, max_length, overlong):

@@ -186,9 +186,7 @@ class Texts(Task[Labelled]):
         """A long text loses words at its end or its beginning, never its special tokens."""
         return self.places(len(example.tokens), max_length, overlong, self.special_ends)
 
-    def places(
-        self, n: int, most: int, overlong: str, ends: tuple[int, int]
-    ) -> list[np.ndarray]:
+    def places(self, n: int, most: int, overlong: str, ends: tuple[int, int]) -> list[np.ndarray]:
         """The places, of n tokens, of each piece of at most `most` of them (0 = all).
 
         ends: how many tokens at the beginning and at the end each piece has.

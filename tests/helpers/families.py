@@ -128,6 +128,12 @@ DISTIL = dict(
     vocab_size=64, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=128,
     dropout=0.1, attention_dropout=0.0, pad_token_id=0,
 )  # fmt: skip
+DEBERTA = BERT | dict(
+    type_vocab_size=0, relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm",
+    share_att_key=True, pos_att_type="p2c|c2p", position_biased_input=False, pooler_dropout=0,
+    max_relative_positions=-1, layer_norm_eps=1e-7, pooler_hidden_act="gelu",
+    max_position_embeddings=20, pooler_hidden_size=32,
+)  # fmt: skip
 MODERN = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
     max_position_embeddings=128, local_attention=10, global_attn_every_n_layers=3, pad_token_id=0,
@@ -150,6 +156,7 @@ ENCODERS = {
     "distilbert": case(
         "distilbert", DISTIL, architectures=["DistilBertModel"], seq_classif_dropout=0.0
     ),
+    "deberta": case("deberta-v2", DEBERTA, architectures=["DebertaV2Model"]),
     "modernbert": case(
         "modernbert", MODERN, architectures=["ModernBertModel"], layer_types=None,
     ),
@@ -167,9 +174,9 @@ T5 = dict(
 BART = dict(
     vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, max_position_embeddings=128,
-    dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True, pad_token_id=1,
-    bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
-    architectures=["BartForConditionalGeneration"],
+    dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True,
+    pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+    forced_eos_token_id=None, architectures=["BartForConditionalGeneration"],
 )  # fmt: skip
 PAIRED = {
     "t5": case("t5", T5),
@@ -180,7 +187,7 @@ ALL = CASES | ENCODERS | PAIRED
 
 
 # Every encoder, and the labels of the heads of classes that it is tested with.
-BODIES = ("bert", "roberta", "distilbert", "modernbert", "modernbert-biases")
+BODIES = ("bert", "roberta", "distilbert", "deberta", "modernbert", "modernbert-biases")
 HEADS = {"document": ("a", "b", "c"), "token": ("a", "b", "c"), "span": None, "vocabulary": None}
 
 

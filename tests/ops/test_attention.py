@@ -63,7 +63,9 @@ def t5_bucket(behind, buckets, furthest, causal):
     n = buckets if causal else buckets // 2
     d = np.maximum(behind, 0) if causal else np.abs(behind)
     with np.errstate(divide="ignore"):
-        wide = n // 2 + np.floor(np.log2(d / (n // 2)) / np.log2(furthest / (n // 2)) * (n - n // 2))
+        wide = n // 2 + np.floor(
+            np.log2(d / (n // 2)) / np.log2(furthest / (n // 2)) * (n - n // 2)
+        )
     found = np.where(d < n // 2, d, np.minimum(wide, n - 1)).astype(int)
     return found if causal else found + n * (behind < 0)
 

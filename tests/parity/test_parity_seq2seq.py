@@ -120,9 +120,7 @@ def test_text_equals_transformers(tmp_path, name, beams, penalty):
     free = generation.generate(model, params, prompts, max_new_tokens=8)
     eos = free[0][5]
     options = dict(beams=beams, length_penalty=penalty)
-    ours = generation.generate(
-        model, params, prompts, stop_ids=[eos], max_new_tokens=10, **options
-    )
+    ours = generation.generate(model, params, prompts, stop_ids=[eos], max_new_tokens=10, **options)
     for prompt, mine in zip(prompts, ours, strict=True):
         how = transformers.GenerationConfig(
             max_new_tokens=10, num_beams=beams, length_penalty=penalty, eos_token_id=eos,
@@ -145,13 +143,15 @@ def test_files_are_bit_equal_both_ways(tmp_path, name):
     assert all((before[k] == after[k]).all() for k in before)
     assert theirs(tmp_path / "b") is not None
     theirs(path).save_pretrained(tmp_path / "c")  # with what transformers writes besides
-    again, params_again = sftjax.load_pretrained(tmp_path / "c")
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, params_again))
+    _, again = sftjax.load_pretrained(tmp_path / "c")
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, again))
 
 
 def test_bart_with_a_logits_bias_is_refused(tmp_path):
     path = write("bart", tmp_path)
     tensors = load_file(path / "model.safetensors")
-    save_file(tensors | {"final_logits_bias": np.ones((1, 64), np.float32)}, path / "model.safetensors")
+    save_file(
+        tensors | {"final_logits_bias": np.ones((1, 64), np.float32)}, path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="final_logits_bias is not 0"):
         sftjax.load_pretrained(path)

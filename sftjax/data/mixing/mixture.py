@@ -155,7 +155,7 @@ class Mixture(Rows):
         batch["sources"] = np.zeros(batch["weights"].shape, np.int32)
         for b, r in enumerate(indices):
             if r < self.total:
-                owners = self.store.owner(np.array(self.pieces(int(r))).T[0])
+                owners: Any = self.store.owner(np.array([doc for doc, _, _ in self.pieces(r)]))
                 if self.layout.fixed:
                     batch["sources"][b] = owners[0]
                 else:

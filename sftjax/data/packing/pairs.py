@@ -29,7 +29,7 @@ class PairRows:
     def example(self, source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
         """The arrays of a pair of token ids."""
         n = self.length(len(source), len(target))
-        parts = (np.int32(source), np.int32(target))
+        parts = (np.asarray(x, np.int32) for x in (source, target))
         return tuple(np.pad(x, (0, n - len(x)), constant_values=NONE) for x in parts)
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:

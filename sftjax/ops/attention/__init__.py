@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.errors import ConfigError
@@ -27,6 +28,9 @@ def xla(
     K = k.shape[2]
     q = q.reshape(B, S, K, N // K, H)
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * o.scale
+    if extra.relative is not None:
+        keys, queries = extra.relative
+        scores += of_distances(q[:, :, :, 0], k, keys, queries, where, o)[:, :, None]
     probs = _probs(scores, extra, where, o).astype(v.dtype)
     out = jnp.einsum("bkgst,btkh->bskgh", probs, v).reshape(B, S, N, H)
     return checkpoint_name(out, "attention")
@@ -44,6 +48,32 @@ def cached(
     probs = _probs(scores.reshape(B, K, G, S, T), extra, where, o).astype(v.dtype)
     out = jnp.matmul(probs.reshape(B, K, G * S, T), v)
     return out.reshape(B, K, G, S, H).transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+
+
+def of_distances(
+    q: jax.Array, k: jax.Array, keys: jax.Array, queries: jax.Array, where: Where, o: Options
+) -> jax.Array:
+    """What DeBERTa adds to the scores: float32 [B, N, S, T] (He et al. 2021, arXiv 2006.03654).
+
+    Of q [B, S, N, H] and k [B, T, N, H]: each query times the key of a distance, and each key times
+    its query; keys and queries [R, N, H] are those of R distances, the middle one 0. Half of them
+    are one distance each, the others ever more, up to o.furthest.
+    """
+    span = len(keys) // 2
+    mid = span // 2
+    far = np.arange(o.furthest + 1, dtype=np.float32)
+    with np.errstate(divide="ignore"):
+        wide = np.log(far / mid) / np.log(np.float32((o.furthest - 1) / mid)) * (mid - 1)
+    table = np.where(far <= mid, far, np.ceil(wide) + mid).astype(np.int32)
+    behind = where.q_pos[:, :, None] - where.kv_pos[:, None]
+    place = jnp.sign(behind) * jnp.asarray(table)[jnp.minimum(jnp.abs(behind), o.furthest)]
+    place = jnp.clip(place + span, 0, 2 * span - 1)[:, None]  # [B, 1, S, T]
+    f32 = dict(preferred_element_type=jnp.float32)
+    of_queries = jnp.einsum("bsnh,rnh->bnsr", q, keys, **f32)
+    of_keys = jnp.einsum("btnh,rnh->bntr", k, queries, **f32)
+    out = jnp.take_along_axis(of_queries, place, -1)
+    other = jnp.take_along_axis(of_keys, jnp.swapaxes(place, 2, 3), -1)
+    return (out + jnp.swapaxes(other, 2, 3)) * o.scale
 
 
 def _probs(scores, extra, where, o):
@@ -81,15 +111,16 @@ class Backend:
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     features: frozenset = frozenset(
-        {"segments", "window", "softcap", "sinks", "bidirectional", "distances", "cross"}
+        "segments window softcap sinks bidirectional distances relative cross".split()
     )
     multiple: int = 1  # of which a shard's part of a row has to be
 
 
-KERNEL = Backend.features - {"distances", "cross"}  # of our kernels
+BLOCKS = Backend.features - {"relative"}
+KERNEL = BLOCKS - {"distances", "cross"}
 BACKENDS = {
     "xla": Backend(xla),
-    "blockwise": Backend(blockwise.blockwise),
+    "blockwise": Backend(blockwise.blockwise, features=BLOCKS),
     "splash": Backend(splash.splash, ("tpu",), KERNEL, multiple=128),
     "triton": Backend(triton.triton, ("gpu",), KERNEL),
 }
@@ -107,7 +138,11 @@ def check(backend: str, features: Iterable[str] = (), platform: str = "", length
         )
     missing = set(features) - BACKENDS[backend].features
     if missing:
-        raise ConfigError(f"attention backend {backend!r} does not support {sorted(missing)}")
+        able = [name for name, b in BACKENDS.items() if set(features) <= b.features]
+        raise ConfigError(
+            f"attention backend {backend!r} does not support {sorted(missing)}; set"
+            f" model.attention to {' or '.join(able)}"
+        )
     platform = platform or jax.default_backend()
     if platform not in BACKENDS[backend].platforms:
         here = [name for name, b in BACKENDS.items() if platform in b.platforms]
@@ -139,6 +174,7 @@ def attention(
     scale: float | None = None,
     sinks: jax.Array | None = None,
     distances: jax.Array | None = None,
+    relative: tuple[jax.Array, jax.Array] | None = None,
     furthest: int = 0,
     backend: str = "blockwise",
     from_cache: bool = False,
@@ -151,21 +187,27 @@ def attention(
     causal; 0 = all. softcap: 0 = none.
     scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
     softmax and gives nothing. distances [N, buckets]: what is added to a score by the distance of
-    its key, in buckets as T5's up to `furthest`; not together with a softcap.
+    its key, in buckets as T5's up to `furthest`; not together with a softcap. relative: keys and
+    queries [R, N, H] of distances up to `furthest`, as DeBERTa has them. ConfigError where the
+    backend cannot.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, extra = Options(causal, window, softcap, scale, furthest), Extra(sinks, distances)
+    o, extra = Options(causal, window, softcap, scale, furthest), Extra(sinks, distances, relative)
     kv_segments = segments if kv_segments is None else kv_segments
     kv_positions = positions if kv_positions is None else kv_positions
     where = Where(segments, kv_segments, positions, kv_positions)
     if from_cache:
         return cached(q, k, v, extra, where, o)
+    asked = {name for name, x in zip(extra._fields, extra, strict=True) if x is not None}
+    if asked - BACKENDS[backend].features:
+        check(backend, asked)
     run = functools.partial(BACKENDS[backend].fn, o=o)
     if jax.sharding.get_abstract_mesh().empty:
         return run(q, k, v, extra, where)
     rows = spec(("batch", "seq"))
     heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
-    each = Extra(*(None if x is None else spec(("heads",)) for x in extra))
+    axes = Extra(("heads",), ("heads",), (None, "heads"))
+    each = Extra(*(None if x is None else spec(a) for x, a in zip(extra, axes, strict=True)))
     return shard_map(functools.partial(_shard, run), (heads, keys, keys, each, rows), heads)(
         q, k, v, extra, where
     )

@@ -1,7 +1,7 @@
 """What every backend of attention is asked: which keys a query sees, and what its scores are."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,12 @@ class Extra(NamedTuple):
     """Arrays that the scores are made with, beside queries and keys; see ops.attention.attention.
 
     sinks [N]. distances [N, buckets]: what is added to a score by how far the key lies away.
+    relative: (keys, queries) [R, N, H] of the distances, see ops.attention.of_distances.
     """
 
-    sinks: jax.Array | None = None
-    distances: jax.Array | None = None
+    sinks: Any = None
+    distances: Any = None
+    relative: Any = None
 
 
 def bucket(ahead: jax.Array, buckets: int, o: Options) -> jax.Array:

@@ -228,7 +228,8 @@ def _backward(o, saved, do):
     if extra.sinks is not None:
         dsinks = -jnp.sum(jnp.exp(extra.sinks - lse) * delta, (0, 1, 2))
     dextra = Extra(dsinks, ddistances)
-    return dq.reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), dextra, None
+    dk, dv = (jnp.asarray(dx, x.dtype) for dx, x in ((dk, k), (dv, v)))
+    return dq.reshape(q.shape), dk, dv, dextra, None
 
 
 def _by_bucket(o, ds, q_pos, kv_pos, shape):

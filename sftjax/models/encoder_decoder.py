@@ -12,6 +12,7 @@ Letters of shapes: B rows, S tokens of a source's row, T of a target's, D width.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from sftjax.errors import ConfigError, ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
 from sftjax.parallel import spread, unspread
-from sftjax.params import replace
+from sftjax.params import map_named, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,19 @@ class Config(decoder.Config):
 def abstract(c: Config) -> dict:
     """The tree of Params: the decoder's, with the encoder's under "encoder"."""
     tree = _side(c)
-    return tree | {"encoder": {k: v for k, v in _side(c.encoder).items() if k != "embed"}}
+    tree["encoder"] = {k: v for k, v in _side(c.encoder).items() if k != "embed"}
+    return map_named(functools.partial(_as_t5, c), tree) if c.buckets else tree
+
+
+def _as_t5(c, name, p):
+    """T5's own initialisation: its scores are not scaled, and so its queries are smaller."""
+    if p.inputs is None or "vocab" in p.axes:
+        std = None if p.inputs is None and name != "embed/w" else 1.0
+    else:
+        sizes = zip(p.shape, p.axes, strict=True)
+        std = math.prod(n for n, axis in sizes if axis in p.inputs) ** -0.5
+        std *= c.head_dim**-0.5 if "/q/" in name else 1.0
+    return dataclasses.replace(p, init=jax.nn.initializers.normal(std)) if std else p
 
 
 def _side(c):

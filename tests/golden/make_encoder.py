@@ -1,4 +1,4 @@
-"""Make encoder.json: what transformers computes for BERT and every head of encoders, in fp32.
+"""Make encoder.json: what transformers computes for encoders and encoder-decoders, in fp32.
 
     python tests/golden/make_encoder.py [directory of the fixture minilm-l6]
 
@@ -14,7 +14,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "helpers")]
-from families import BODIES, HEADS, headed, write  # noqa: E402
+from families import BODIES, HEADS, PAIRED, headed, write  # noqa: E402
 from reference import F, torch, transformers  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
@@ -22,6 +22,7 @@ import sftjax  # noqa: E402
 
 LENGTHS = (9, 24, 17, 5)
 LABELS = (0, 2, 1, 2)
+STOP = 47  # a token that an encoder-decoder of families.py writes now and then
 WIDTH = 8  # stored elements of a vector
 
 
@@ -93,11 +94,34 @@ def heads(directory) -> dict:
     return {"document": document, "logits": made}
 
 
+def pairs(directory) -> dict:
+    """Of each encoder-decoder: the last logits of a target, and what greedy and 3 beams write."""
+    made, document = {}, [int(t) for t in np.arange(17) * 7 % 61 + 3]
+    source, target = document[:12], document[12:]
+    for name in PAIRED:
+        path = write(name, directory / name)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path).eval()
+        start, texts = model.config.decoder_start_token_id, {}
+        for beams in (1, 3):
+            how = transformers.GenerationConfig(
+                max_new_tokens=9, num_beams=beams, eos_token_id=STOP, decoder_start_token_id=start,
+                pad_token_id=model.config.pad_token_id, early_stopping=False,
+            )  # fmt: skip
+            found = model.generate(torch.tensor([source]), generation_config=how)
+            texts[beams] = [t for t in found[0, 1:].tolist() if t != STOP]
+        with torch.no_grad():
+            shown = torch.tensor([[start, *target[:-1]]])
+            out = model(input_ids=torch.tensor([source]), decoder_input_ids=shown)
+        made[name] = {"logits": short(out.logits[0, -1, :WIDTH]), "texts": texts}
+    return {"source": source, "target": target, "models": made}
+
+
 def main(minilm):
     made = {"torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as directory:
         out = {"small": small(Path(directory)), "minilm-l6": real(minilm)}
         out["heads"] = heads(Path(directory))
+        out["pairs"] = pairs(Path(directory))
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in ({"made_with": made} | out).items()]
     (HERE / "encoder.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sftjax.data.masking import left_out
-from sftjax.data.masking.encode import (
-    added_ids,
-    check_template,
-    conversation_of,
-    kind_of,
-    raw_text,
-    reasoning_of,
-)
-from sftjax.data.masking.template import load_template, load_templates
+from sftjax.data.masking.encode import added_ids, conversation_of, raw_text, reasoning_of
+from sftjax.data.masking.template import load_templates
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
@@ -68,25 +61,23 @@ def question(
     """
     policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
     own, reasoning = policy.pop("template", None), reasoning_of(policy.pop("reasoning", None))
-    chat = conversation_of(record, where, reasoning, policy)
-    template = load_template(tokenizer, own, chat, where)
-    kind = kind_of(chat, template)
+    how = tokenizer, own, reasoning, policy
+    template, chat = conversation_of(record, where, *how)
+    kind = chat["kind"]
     if kind in ("text", "segments"):
         problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
         raise DataError(problem, fix, where=where, kind="no_prompt")
     asked = "".join(m["content"] or "" for m in chat["messages"][:-1][-1:])
     if shots:
-        before = [conversation_of(shot, f"an example before {where}", reasoning, policy)
-                  for shot in shots]  # fmt: skip
+        before = [conversation_of(s, f"an example before {where}", *how)[1] for s in shots]
         chat = chat | {"messages": _after_shots(chat["messages"], before, kind)}
     lead, ends = list[int](), list[int]()
     if kind == "pair":
-        text, answer = raw_text(chat["messages"], where), chat["messages"][-1]["content"]
+        text, answer = raw_text(chat), chat["messages"][-1]["content"]
         (lead, ends), words = added_ids(tokenizer), left_out.of_text(chat)
         start = len(text) - len(answer)
     else:
-        check_template(template, where)
-        text, start, answer, words = template.prompt(chat, where)
+        text, start, answer, words = template.prompt(chat)
         if text.startswith(answer, start):
             ends = split_at(tokenizer, text, start + len(answer))[1][:1]
     ids = np.array([*lead, *split_at(tokenizer, text, start)[0]], np.int32)

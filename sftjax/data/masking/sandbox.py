@@ -28,15 +28,15 @@ _workers: dict[int, tuple] = {}  # process id -> (worker, progress): a fork need
 
 
 def render(
-    template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]], wheres: Sequence[str]
+    template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Each chat as {"text"} (and "blocks"), or as {"error"} where the template failed.
 
     Args:
       template: its text, in Jinja.
       variables: what the template sees beside messages, tools and options (special tokens).
-      chats: dict(messages, tools, options, blocks); blocks: return the spans of generation tags.
-      wheres: file and row of each, for errors.
+      chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation
+        tags; where: file and row, for errors.
 
     Raises: DataError if the template had to be stopped.
     """
@@ -62,7 +62,7 @@ def render(
             raise DataError(
                 f"the chat template was stopped: it took more than {limits} (signal {-code})",
                 "take another with data.template=FILE",
-                where=wheres[at],
+                where=chats[at]["where"],
                 kind="template_stopped",
             )
     return results

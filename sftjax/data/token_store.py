@@ -14,7 +14,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +190,14 @@ def _sweep(parent):
 
 
 def _write(temporary, folder, source, task, max_length, overlong, on_error, max_skipped):
-    source = _Hashing(source)
+    hashes = np.zeros(len(source), np.uint32)  # of each row; 0 of what could not be read
+
+    def read(i):
+        record = source[i]
+        # Fields in order: the same row in another order of fields may be trained otherwise.
+        hashes[i] = zlib.crc32(json.dumps(record, default=str).encode())
+        return record
+
     kept = folder.with_name(folder.name + ".rejects.jsonl")
     rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = task.tally(max_length, overlong)
@@ -199,7 +206,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
         for rows in _chunks(len(source)):
-            encoded = encode_rows(source, rows, task, rejects, notes)
+            encoded = encode_rows(source, rows, task, rejects, notes, read)
             first = first or next(iter(encoded), None)
             tally.wheres = []
             pieces = tally.fit(encoded)
@@ -214,32 +221,10 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     if not tally.lengths:
         problem = task.nothing_left(first, report, max_length)
         raise DataError(problem, kind="nothing_trained")
-    np.save(temporary / "rows.npy", source.hashes)
+    np.save(temporary / "rows.npy", hashes)  # says later which rows were edited
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
     np.save(temporary / "records.npy", np.array(records, np.int64))
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-
-class _Hashing:
-    """A source that hashes its records as they are read, to say later which were edited.
-
-    hashes: uint32 [rows]; 0 of what could not be read.
-    """
-
-    def __init__(self, source: RecordSource) -> None:
-        self.source, self.hashes = source, np.zeros(len(source), np.uint32)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self.source[i]
-        # Fields in order: the same row in another order of fields may be trained otherwise.
-        self.hashes[i] = zlib.crc32(json.dumps(record, default=str).encode())
-        return record
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
 
 def _chunks(total):
@@ -260,16 +245,16 @@ def encode_rows(
     task: "Task",
     rejects: RejectSink,
     notes: Notes | None = None,
+    read: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[tuple[str, "Encoded"]]:
     """(file and row, example) of the rows that can be encoded; the others go to `rejects`.
 
-    What a row holds and its example does not is counted in `notes`.
-
+    What a row holds and its example does not is counted in `notes`. read: in place of `source[i]`.
     Where it fails, halves of the rows are tried: the good ones are still encoded together.
     """
     wheres = [source.where(i) for i in rows]
     try:
-        records = [source[i] for i in rows]
+        records = [*map(read or source.__getitem__, rows)]
         examples = task.examples(records, wheres)
         if notes is not None:
             unread = getattr(source, "unread", lambda i: ())  # of rows that variants are made of
@@ -281,9 +266,11 @@ def encode_rows(
             rejects.add(rows[0], error)
             return []
     middle = len(rows) // 2
-    halves = rows[:middle], rows[middle:]
-    parts = (encode_rows(source, half, task, rejects, notes) for half in halves)
-    return [pair for part in parts for pair in part]
+    first, second = (
+        encode_rows(source, half, task, rejects, notes, read)
+        for half in (rows[:middle], rows[middle:])
+    )
+    return first + second
 
 
 class Tally:

@@ -350,10 +350,8 @@ def token_weights(
 ) -> np.ndarray:
     """The weight of each token, float32 [n]: of the span that its characters overlap, else 0.
 
-    Args:
-      n: the number of tokens.
-      chars: gives the (start, stop) characters of a token, ascending; few are asked for.
-      spans: (start, stop, weight), ascending.
+    chars: gives the (start, stop) characters of a token, ascending; few are asked for.
+    spans: (start, stop, weight), ascending.
     """
     weights = np.zeros(n, np.float32)
     for start, stop, weight in spans:

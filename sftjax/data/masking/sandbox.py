@@ -32,11 +32,9 @@ def render(
 ) -> list[dict[str, Any]]:
     """Each chat as {"text"} (and "blocks"), or as {"error"} where the template failed.
 
-    Args:
-      template: its text, in Jinja.
-      variables: what the template sees beside messages, tools and options (special tokens).
-      chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation
-        tags; where: file and row, for errors.
+    variables: what the template sees beside messages, tools and options (special tokens).
+    chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation
+      tags; where: file and row, for errors.
 
     Raises: DataError if the template had to be stopped.
     """

@@ -206,10 +206,8 @@ class ChatTemplate:
         The text is that which training shows, never another rendering.
         """
         last = len(chat["messages"]) - 1
-        [text], [prompt] = (
-            self.render([chat | {"messages": messages}], generate)
-            for messages, generate in ((chat["messages"], False), (chat["messages"][:-1], True))
-        )
+        [text] = self.render([chat])
+        [prompt] = self.render([chat | {"messages": chat["messages"][:-1]}], generate=True)
         [(regions, words)] = self.found([Case(chat, text, {last: False})])
         region = next(r for r in regions if r.message == last)
         start = after_empty_think(text, region)
@@ -295,8 +293,8 @@ class ChatTemplate:
             marked.append((key, marks))
             if key not in skeletons:
                 missing[key] = salt, self._request(messages, case.chat)
-        salts, requests = zip(*missing.values(), strict=True) if missing else ((), ())
-        for key, salt, result in zip(missing, salts, self._results(requests), strict=True):
+        results = self._results([request for _, request in missing.values()])
+        for (key, (salt, _)), result in zip(missing.items(), results, strict=True):
             # A template may fail where it parses a text for which there is a mark.
             skeletons[key] = split(result["text"], salt) if "text" in result else None
         pairs = zip(cases, marked, strict=True)

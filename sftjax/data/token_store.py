@@ -100,16 +100,14 @@ def build_store(
 ) -> TokenStore:
     """Encode all of `source`, or open what an earlier call with the same inputs has written.
 
-    Args:
-      source: records by index, as of `open_source`.
-      task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
-      max_length: the most tokens of a document; 0 = no limit.
-      overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
-        cut) | "drop" | "split" (pieces) | "error". A document or piece without a trained token is
-        dropped and counted.
-      cache_dir: a folder for the result, named by a hash of everything that changes it.
-      on_error: "raise", or "skip": bad rows go to rejects.jsonl in that folder and are counted.
-      max_skipped: the share of rows past which skipping ends with an error.
+    task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
+    max_length: the most tokens of a document; 0 = no limit.
+    overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
+      cut) | "drop" | "split" (pieces) | "error". A document or piece without a trained token is
+      dropped and counted.
+    cache_dir: where a folder is made for it, named by a hash of everything that changes it.
+    on_error: "raise", or "skip": bad rows go to rejects.jsonl in that folder and are counted, up
+      to the share max_skipped of all.
 
     Raises: DataError for a bad row, or if nothing at all is trained.
     """

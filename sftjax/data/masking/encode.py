@@ -123,19 +123,18 @@ def _encode_chats(template, chats, policy):
     # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of
     # the tokenizer; one at a time, as a tokenizer may fail if two callers set it up at once.
     with ThreadPoolExecutor(1) as pool:
-        found = pool.map(lambda part: _tokenise(template, part), parts)
+        tokenised = pool.map(lambda part: _tokenise(template, part), parts)
         examples = []
-        for part, (texts, encodings) in zip(parts, found, strict=True):
-            spans, left = _trained_spans(template, part, texts, policy)
-            rows = zip(part, texts, encodings, spans, left, strict=True)
-            examples += [_encoded(template.tokenizer, *row) for row in rows]
+        for part, (texts, encodings) in zip(parts, tokenised, strict=True):
+            found = _trained_spans(template, part, texts, policy)
+            rows = zip(part, texts, encodings, found, strict=True)
+            examples += [_encoded(template.tokenizer, *row, *own) for *row, own in rows]
     return examples
 
 
 def _tokenise(template, chats):
     """The texts of conversations, and their encodings."""
-    rendered = iter(template.render([chat for chat in chats if chat["kind"] == "chat"]))
-    texts = [next(rendered) if chat["kind"] == "chat" else raw_text(chat) for chat in chats]
+    texts = template.render(chats) if template.source else [raw_text(chat) for chat in chats]
     _check_unicode(texts, chats)
     output = template.tokenizer(
         texts,
@@ -236,21 +235,16 @@ def _message_weights(chat, policy):
 
 def _trained_spans(template, chats, texts, policy):
     """Of each text the spans (start, stop, weight), in order, and what it leaves out."""
-    spans, cases = list[list](), dict[int, tuple]()
-    left = [list(chat["left_out"]) for chat in chats]
-    for chat, text in zip(chats, texts, strict=True):
-        weights = _message_weights(chat, policy)
-        if chat["kind"] == "chat":
-            wanted = _wanted(chat["messages"], weights, policy)
-            cases[len(spans)] = Case(chat, text, wanted), weights
-        else:
-            left[len(spans)] += left_out.of_text(chat)
-        spans.append(_raw_spans(chat, weights))
-    found = template.found([case for case, _ in cases.values()])
-    for (n, (case, weights)), (regions, words) in zip(cases.items(), found, strict=True):
-        spans[n] = _spans(case, regions, weights, policy)
-        left[n] += words
-    return spans, left
+    weights = [_message_weights(chat, policy) for chat in chats]
+    if not template.source:
+        pairs = zip(chats, weights, strict=True)
+        return [(_raw_spans(chat, own), left_out.of_text(chat)) for chat, own in pairs]
+    cases = [
+        Case(chat, text, _wanted(chat["messages"], own, policy))
+        for chat, text, own in zip(chats, texts, weights, strict=True)
+    ]
+    rows = zip(cases, template.found(cases), weights, strict=True)
+    return [(_spans(case, regions, own, policy), words) for case, (regions, words), own in rows]
 
 
 def _wanted(messages, weights, policy):
@@ -287,7 +281,14 @@ def _spans(case, regions, weights, policy):
 
 
 def raw_text(chat: dict[str, Any]) -> str:
-    """The messages run together, as without a template. Raises: DataError for a system's."""
+    """The messages run together, as without a template. Raises: DataError if they need one."""
+    if chat["kind"] == "chat":
+        raise DataError(
+            "a chat, but the tokenizer has no chat template",
+            "set data.template=FILE to a Jinja chat template, or use prompt and completion in text",
+            where=chat["where"],
+            kind="no_template",
+        )
     messages = chat["messages"]
     if messages[0]["role"] in ("system", "developer"):
         problem, fix = "a system message needs a chat template", "set data.template=FILE"
@@ -304,7 +305,7 @@ def _raw_spans(chat, weights):
     return [span for span in spans if span[2] and span[0] < span[1]]
 
 
-def _encoded(tokenizer, chat, text, encoding, spans, left):
+def _encoded(tokenizer, chat, text, encoding, spans, words):
     ids, bos = encoding.ids, tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         raise DataError(
@@ -318,7 +319,7 @@ def _encoded(tokenizer, chat, text, encoding, spans, left):
     example = Encoded(np.array(ids, np.int32), weights, text, places, chat["kind"])
     if chat["kind"] in ("pair", "text"):
         example = _with_ends(tokenizer, *example)
-    example.left_out = left
+    example.left_out = chat["left_out"] + words
     return example
 
 

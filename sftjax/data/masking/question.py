@@ -63,16 +63,15 @@ def question(
     own, reasoning = policy.pop("template", None), reasoning_of(policy.pop("reasoning", None))
     how = tokenizer, own, reasoning, policy
     template, chat = conversation_of(record, where, *how)
-    kind = chat["kind"]
-    if kind in ("text", "segments"):
+    if chat["kind"] in ("text", "segments"):
         problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
         raise DataError(problem, fix, where=where, kind="no_prompt")
     asked = "".join(m["content"] or "" for m in chat["messages"][:-1][-1:])
     if shots:
         before = [conversation_of(s, f"an example before {where}", *how)[1] for s in shots]
-        chat = chat | {"messages": _after_shots(chat["messages"], before, kind)}
+        chat = chat | {"messages": _after_shots(chat["messages"], before, template)}
     lead, ends = list[int](), list[int]()
-    if kind == "pair":
+    if not template.source:
         text, answer = raw_text(chat), chat["messages"][-1]["content"]
         (lead, ends), words = added_ids(tokenizer), left_out.of_text(chat)
         start = len(text) - len(answer)
@@ -84,14 +83,14 @@ def question(
     return Question(ids, answer, text[:start], asked, len(lead), ends), chat["left_out"] + words
 
 
-def _after_shots(messages, shots, kind):
+def _after_shots(messages, shots, template):
     """The messages, with those of other conversations after the system's; each has one answer."""
     is_system = lambda message: message["role"] in ("system", "developer")  # noqa: E731
     lead = list(takewhile(is_system, messages))
     turns = []
     for shot in shots:
         own = [message for message in shot["messages"] if not is_system(message)]
-        if kind == "pair":
+        if not template.source:
             own[-1] = own[-1] | {"content": own[-1]["content"] + SEPARATOR}
         turns += own
     return [*lead, *turns, *messages[len(lead) :]]

@@ -177,16 +177,8 @@ class ChatTemplate:
     def render(self, chats: Sequence[dict[str, Any]], generate: bool = False) -> list[str]:
         """The text of each conversation, with the generation prompt if `generate`.
 
-        Raises: DataError, naming the first row that the template refuses, or has no template.
+        Raises: DataError, naming the first row that the template refuses.
         """
-        if chats and not self.source:
-            raise DataError(
-                "a chat, but the tokenizer has no chat template",
-                "set data.template=FILE to a Jinja chat template, or use prompt and completion in "
-                "text",
-                where=chats[0]["where"],
-                kind="no_template",
-            )
         requests = [self._request(chat["messages"], chat, generate=generate) for chat in chats]
         texts = []
         for result, chat in zip(self._results(requests), chats, strict=True):

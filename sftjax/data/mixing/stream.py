@@ -83,8 +83,6 @@ def identity(spec: str) -> str:
 def check(config: ConfigDict, sources: Sequence[mix.Share], fixed: bool = False) -> None:
     """Raises: ConfigError for what a stream can't do. fixed: a task's examples are no documents."""
     d = config.data
-    if d.shuffle_window < 1:
-        raise ConfigError(f"data.shuffle_window={d.shuffle_window}; expected 1 or more rows")
     if not d.streaming:
         return
     text = config.train.duration

@@ -90,7 +90,7 @@ def test_what_is_no_plain_data_is_a_placeholder():
 
 def test_a_worker_that_was_ended_is_replaced():
     assert trained(RECORD)
-    worker, _ = sandbox._workers[os.getpid()]
+    worker = sandbox._workers[os.getpid()]
     worker.kill()
     worker.wait()
     assert trained({M: [user("other"), assistant("b")]})

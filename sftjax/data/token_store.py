@@ -161,14 +161,11 @@ def _write_atomically(folder, *inputs: Any):
 @contextlib.contextmanager
 def _building(parent):
     """A new folder whose lock this process holds, and the system lets go when it ends."""
-    temporary = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
-    try:
-        with open(temporary / "lock", "w") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: see _sweep
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=parent, ignore_cleanup_errors=True)
+    with made as temporary, open(Path(temporary) / "lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: see _sweep
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Path(temporary)
 
 
 def _sweep(parent):

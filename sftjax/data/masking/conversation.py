@@ -69,18 +69,16 @@ def read_record(
 ) -> Reading:
     r"""Bring a record of any known form into one form.
 
-    Args:
-      record: messages | conversations (from/value) | prompt + completion (text or message lists)
-        | instruction (+ context, input, history) + output | segments | text; and beside them
-        tools, system, chat_template_kwargs. Usual other names of these are read as well.
-      fields: the record's own names for prompt, completion, input, system, messages, text, tools,
-        and a message's for role and content; an empty one is found by the known forms. A dotted
-        name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
-        with names in braces is filled in: "{context}\n\n{question}".
-      roles: {the data's name of a role: ours}, beside the known ones.
-      system: a system message for conversations that have none.
-      template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
-      where: file and row, for errors.
+    record: messages | conversations (from/value) | prompt + completion (text or message lists)
+      | instruction (+ context, input, history) + output | segments | text; and beside them
+      tools, system, chat_template_kwargs. Usual other names of these are read as well.
+    fields: the record's own names for prompt, completion, input, system, messages, text, tools,
+      and a message's for role and content; an empty one is found by the known forms. A dotted
+      name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
+      with names in braces is filled in: "{context}\n\n{question}".
+    roles: {the data's name of a role: ours}, beside the known ones.
+    system: a system message for conversations that have none.
+    template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
 
     Raises: DataError.
     """
@@ -171,8 +169,7 @@ def _read_form(record, fields, roles):
     if "text" in fields:
         return "text", _text_message(record, fields["text"])
     if pair & set(fields):
-        prompt, completion = (fields.get(key, key) for key in ("prompt", "completion"))
-        return _read_pair(record, prompt, completion, fields, roles)
+        return _read_pair(record, fields, roles)
     for key in ("messages", "conversations"):
         if key in present:
             return "chat", read_messages(record[key], fields, roles)
@@ -181,7 +178,7 @@ def _read_form(record, fields, roles):
     if "instruction" in present:
         return "chat", _read_instruction(record, fields)
     if present & pair:
-        return _read_pair(record, "prompt", "completion", fields, roles)
+        return _read_pair(record, fields, roles)
     if "text" in present:
         return "text", _text_message(record, "text")
     raise DataError(
@@ -191,21 +188,20 @@ def _read_form(record, fields, roles):
     )
 
 
-def _read_pair(record, prompt_name, completion_name, fields, roles):
-    prompt = read_field(record, prompt_name)
-    completion = read_field(record, completion_name)
+def _read_pair(record, fields, roles):
+    names = [fields.get(key, key) for key in ("prompt", "completion")]
+    prompt, completion = (read_field(record, name) for name in names)
     if "input" in fields and isinstance(prompt, str):
         prompt = _with_input(prompt, read_field(record, fields["input"]))
     if isinstance(completion, str) and isinstance(prompt, str):
-        return "pair", [_user(prompt), _answer(completion, completion_name)]
+        return "pair", [_user(prompt), _answer(completion, names[1])]
     if isinstance(prompt, str):
         prompt = [_user(prompt)]
     if isinstance(completion, str):
-        completion = [_answer(completion, completion_name)]
-    if not isinstance(prompt, list):
-        raise wrong_type(prompt_name, prompt, "text or a list of messages")
-    if not isinstance(completion, list):
-        raise wrong_type(completion_name, completion, "text or a list of messages")
+        completion = [_answer(completion, names[1])]
+    for name, value in zip(names, (prompt, completion), strict=True):
+        if not isinstance(value, list):
+            raise wrong_type(name, value, "text or a list of messages")
     says = lambda message: any(message.get(key) is not None for key in FLAGS)  # noqa: E731
     given = [m if not isinstance(m, dict) or says(m) else m | {"train": False} for m in prompt]
     return "chat", read_messages(given + completion, fields, roles)

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 class Store(Examples, Protocol):
     """Examples by index with their lengths; token_store.TokenStore, where they are in files."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """The number of tokens of each example, int [documents]."""
-
-    def __len__(self) -> int: ...
+    lengths: np.ndarray  # int [documents], the number of tokens of each
 
 
 class Rows:

@@ -214,8 +214,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
     report = tally.report(rejects.counts) | dict(left_out=notes.counts)
     if not tally.lengths:
-        problem = task.nothing_left(first, report, max_length)
-        raise DataError(problem, kind="nothing_trained")
+        raise DataError(task.nothing_left(first, report, max_length), kind="nothing_trained")
     np.save(temporary / "rows.npy", hashes)  # says later which rows were edited
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
     np.save(temporary / "records.npy", np.array(records, np.int64))

@@ -36,10 +36,6 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 FIELDS = ("prompt", "completion", "input", "system", "messages", "text", "tools")  # of a record
 MESSAGE_FIELDS = ("role", "content")  # of a message
-KNOWN_FORMS = (
-    "messages (or conversations) | prompt + completion | instruction (+ input) + output | "
-    "segments | text"
-)
 
 
 class Reading(NamedTuple):
@@ -164,8 +160,7 @@ def _read_form(record, fields, roles):
     present = {key for key, value in record.items() if value is not None}
     pair = {"prompt", "completion"}
     if "messages" in fields:
-        raw = read_field(record, fields["messages"])
-        return "chat", read_messages(raw, fields, roles)
+        return "chat", read_messages(read_field(record, fields["messages"]), fields, roles)
     if "text" in fields:
         return "text", _text_message(record, fields["text"])
     if pair & set(fields):
@@ -182,7 +177,8 @@ def _read_form(record, fields, roles):
     if "text" in present:
         return "text", _text_message(record, "text")
     raise DataError(
-        f"no known form in the fields {_names(record)}; expected {KNOWN_FORMS}",
+        f"no known form in the fields {_names(record)}; expected messages (or conversations) | "
+        "prompt + completion | instruction (+ input) + output | segments | text",
         "say which are which: data.fields.prompt=NAME data.fields.completion=NAME",
         kind="no_form",
     )
@@ -250,8 +246,7 @@ def _segment(segment):
     said |= trained_by(segment)
     said |= {"train": segment["label"]} if "label" in segment else {}
     if not said:
-        problem = 'it says neither "train" (true, false) nor "weight"'
-        raise DataError(problem, kind="no_weight")
+        raise DataError('it says neither "train" (true, false) nor "weight"', kind="no_weight")
     return {"role": "text", "content": text} | said
 
 

@@ -217,8 +217,7 @@ def of_folder(folder: Path) -> list[Path]:
     named = [name for name, own in configurations(folder, files).items() if any(own.values())]
     if len(named) > 1:
         problem = f"{folder} holds several configurations ({_some(named)})"
-        fix = "name the folder or the files to use"
-        raise DataError(problem, fix, kind="mixed_splits")
+        raise DataError(problem, "name the folder or the files to use", kind="mixed_splits")
     if len({split_of(f.relative_to(folder)) for f in files}) > 1:
         problem = f"{folder} holds several splits ({_some(f.name for f in files)})"
         raise DataError(problem, "name the files to use", kind="mixed_splits")

@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
         raise DataError(problem, where=f"--model={path}", kind="no_template")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
-    chat: dict[str, Any] = dict(messages=messages, tools=None, options={})
-    [text] = load_template(tokenizer).render([chat], [f"--model={path}"], generate=True)
+    chat: dict[str, Any] = dict(messages=messages, tools=None, options={}, where=f"--model={path}")
+    [text] = load_template(tokenizer).render([chat], generate=True)
     model, params = hf.load_pretrained(path)
     prompt = tokenizer(text, add_special_tokens=False).input_ids
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)

@@ -14,7 +14,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,16 +100,14 @@ def build_store(
 ) -> TokenStore:
     """Encode all of `source`, or open what an earlier call with the same inputs has written.
 
-    Args:
-      source: records by index, as of `open_source`.
-      task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
-      max_length: the most tokens of a document; 0 = no limit.
-      overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
-        cut) | "drop" | "split" (pieces) | "error". A document or piece without a trained token is
-        dropped and counted.
-      cache_dir: a folder for the result, named by a hash of everything that changes it.
-      on_error: "raise", or "skip": bad rows go to rejects.jsonl in that folder and are counted.
-      max_skipped: the share of rows past which skipping ends with an error.
+    task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
+    max_length: the most tokens of a document; 0 = no limit.
+    overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
+      cut) | "drop" | "split" (pieces) | "error". A document or piece without a trained token is
+      dropped and counted.
+    cache_dir: where a folder is made for it, named by a hash of everything that changes it.
+    on_error: "raise", or "skip": bad rows go to rejects.jsonl in that folder and are counted, up
+      to the share max_skipped of all.
 
     Raises: DataError for a bad row, or if nothing at all is trained.
     """
@@ -163,14 +161,11 @@ def _write_atomically(folder, *inputs: Any):
 @contextlib.contextmanager
 def _building(parent):
     """A new folder whose lock this process holds, and the system lets go when it ends."""
-    temporary = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
-    try:
-        with open(temporary / "lock", "w") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: see _sweep
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=parent, ignore_cleanup_errors=True)
+    with made as temporary, open(Path(temporary) / "lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: see _sweep
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Path(temporary)
 
 
 def _sweep(parent):
@@ -190,7 +185,14 @@ def _sweep(parent):
 
 
 def _write(temporary, folder, source, task, max_length, overlong, on_error, max_skipped):
-    source = _Hashing(source)
+    hashes = np.zeros(len(source), np.uint32)  # of each row; 0 of what could not be read
+
+    def read(i):
+        record = source[i]
+        # Fields in order: the same row in another order of fields may be trained otherwise.
+        hashes[i] = zlib.crc32(json.dumps(record, default=str).encode())
+        return record
+
     kept = folder.with_name(folder.name + ".rejects.jsonl")
     rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = task.tally(max_length, overlong)
@@ -199,7 +201,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
         for rows in _chunks(len(source)):
-            encoded = encode_rows(source, rows, task, rejects, notes)
+            encoded = encode_rows(source, rows, task, rejects, notes, read)
             first = first or next(iter(encoded), None)
             tally.wheres = []
             pieces = tally.fit(encoded)
@@ -212,34 +214,11 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
     report = tally.report(rejects.counts) | dict(left_out=notes.counts)
     if not tally.lengths:
-        problem = task.nothing_left(first, report, max_length)
-        raise DataError(problem, kind="nothing_trained")
-    np.save(temporary / "rows.npy", source.hashes)
+        raise DataError(task.nothing_left(first, report, max_length), kind="nothing_trained")
+    np.save(temporary / "rows.npy", hashes)  # says later which rows were edited
     np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
     np.save(temporary / "records.npy", np.array(records, np.int64))
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-
-class _Hashing:
-    """A source that hashes its records as they are read, to say later which were edited.
-
-    hashes: uint32 [rows]; 0 of what could not be read.
-    """
-
-    def __init__(self, source: RecordSource) -> None:
-        self.source, self.hashes = source, np.zeros(len(source), np.uint32)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self.source[i]
-        # Fields in order: the same row in another order of fields may be trained otherwise.
-        self.hashes[i] = zlib.crc32(json.dumps(record, default=str).encode())
-        return record
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
 
 def _chunks(total):
@@ -260,16 +239,16 @@ def encode_rows(
     task: "Task",
     rejects: RejectSink,
     notes: Notes | None = None,
+    read: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[tuple[str, "Encoded"]]:
     """(file and row, example) of the rows that can be encoded; the others go to `rejects`.
 
-    What a row holds and its example does not is counted in `notes`.
-
+    What a row holds and its example does not is counted in `notes`. read: in place of `source[i]`.
     Where it fails, halves of the rows are tried: the good ones are still encoded together.
     """
     wheres = [source.where(i) for i in rows]
     try:
-        records = [source[i] for i in rows]
+        records = [*map(read or source.__getitem__, rows)]
         examples = task.examples(records, wheres)
         if notes is not None:
             unread = getattr(source, "unread", lambda i: ())  # of rows that variants are made of
@@ -281,9 +260,11 @@ def encode_rows(
             rejects.add(rows[0], error)
             return []
     middle = len(rows) // 2
-    halves = rows[:middle], rows[middle:]
-    parts = (encode_rows(source, half, task, rejects, notes) for half in halves)
-    return [pair for part in parts for pair in part]
+    first, second = (
+        encode_rows(source, half, task, rejects, notes, read)
+        for half in (rows[:middle], rows[middle:])
+    )
+    return first + second
 
 
 class Tally:

@@ -18,6 +18,7 @@ from sftjax.data.masking.messages import (
     trained_by,
     wrong_type,
 )
+from sftjax.data.records.failures import located
 from sftjax.data.records.notes import unread
 from sftjax.errors import DataError
 
@@ -35,10 +36,6 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 FIELDS = ("prompt", "completion", "input", "system", "messages", "text", "tools")  # of a record
 MESSAGE_FIELDS = ("role", "content")  # of a message
-KNOWN_FORMS = (
-    "messages (or conversations) | prompt + completion | instruction (+ input) + output | "
-    "segments | text"
-)
 
 
 class Reading(NamedTuple):
@@ -68,18 +65,16 @@ def read_record(
 ) -> Reading:
     r"""Bring a record of any known form into one form.
 
-    Args:
-      record: messages | conversations (from/value) | prompt + completion (text or message lists)
-        | instruction (+ context, input, history) + output | segments | text; and beside them
-        tools, system, chat_template_kwargs. Usual other names of these are read as well.
-      fields: the record's own names for prompt, completion, input, system, messages, text, tools,
-        and a message's for role and content; an empty one is found by the known forms. A dotted
-        name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
-        with names in braces is filled in: "{context}\n\n{question}".
-      roles: {the data's name of a role: ours}, beside the known ones.
-      system: a system message for conversations that have none.
-      template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
-      where: file and row, for errors.
+    record: messages | conversations (from/value) | prompt + completion (text or message lists)
+      | instruction (+ context, input, history) + output | segments | text; and beside them
+      tools, system, chat_template_kwargs. Usual other names of these are read as well.
+    fields: the record's own names for prompt, completion, input, system, messages, text, tools,
+      and a message's for role and content; an empty one is found by the known forms. A dotted
+      name such as "instances.0.output" looks inside, "turns.*.text" joins lines, and a text
+      with names in braces is filled in: "{context}\n\n{question}".
+    roles: {the data's name of a role: ours}, beside the known ones.
+    system: a system message for conversations that have none.
+    template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
 
     Raises: DataError.
     """
@@ -88,26 +83,25 @@ def read_record(
     if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
         problem = f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}"
         raise DataError(problem, kind="setting")
-    own = read_field(record, fields["tools"], where) if "tools" in fields else None
-    own = own if "tools" in fields else _first(record, TOOLS)[1]
-    chat = dict(tools=read_tools(own, where), options=_options(record, template_kwargs, where))
-    kind, messages = _read_form(record, fields, known_roles(roles), where)
-    if kind in ("text", "segments") and (system or "system" in fields):
-        problem = "a system message is set, but plain text is no conversation"
-        raise DataError(problem, where=where, kind="system_unused")
+    roles = known_roles(roles)
     left_out = []
-    if kind in ("chat", "pair"):
-        name, own = _first(record, SYSTEM)
-        if "system" in fields:
-            name, own = fields["system"], read_field(record, fields["system"], where)
-        if not isinstance(own or system, str):
-            raise wrong_type(name, own or system, "text", where)
-        if messages[0]["role"] not in ("system", "developer"):
-            if own or system:
-                messages = [{"role": "system", "content": own or system}, *messages]
-        elif own and own.strip() != messages[0]["content"].strip():
-            left_out = [f"field {name!r} is not read: the messages have a system message"]
-        _check_order(messages, where)
+    with located(where):
+        _, tools = _given(record, fields, "tools", TOOLS)
+        chat = dict(tools=read_tools(tools), options=_options(record, template_kwargs))
+        kind, messages = _read_form(record, fields, roles)
+        if kind in ("chat", "pair"):
+            name, own = _given(record, fields, "system", SYSTEM)
+            if not isinstance(own or system, str):
+                raise wrong_type(name, own or system, "text")
+            if messages[0]["role"] not in ("system", "developer"):
+                if own or system:
+                    messages = [{"role": "system", "content": own or system}, *messages]
+            elif own and own.strip() != messages[0]["content"].strip():
+                left_out = [f"field {name!r} is not read: the messages have a system message"]
+            _check_order(messages)
+        elif system or "system" in fields:
+            problem = "a system message is set, but plain text is no conversation"
+            raise DataError(problem, kind="system_unused")
     left_out += unread(record, record.read)
     return Reading(chat | dict(messages=messages, kind=kind), record.read, left_out)
 
@@ -129,8 +123,10 @@ class Asked(dict):
         return super().__getitem__(name)
 
 
-def _first(record, names):
-    """The first of `names` under which the record holds anything, and what; else the first name."""
+def _given(record, fields, key, names):
+    """The name and the value of what `fields` names, else of the first of `names` that says any."""
+    if key in fields:
+        return fields[key], read_field(record, fields[key])
     found = ((name, record.get(name)) for name in names)
     return next((pair for pair in found if pair[1]), (names[0], None))
 
@@ -149,135 +145,129 @@ def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     return kept | ({} if answer is None else {"content": answer})
 
 
-def _options(record, template_kwargs, where):
+def _options(record, template_kwargs):
     own = record.get("chat_template_kwargs") or {}
-    own = parse_json(own, "chat_template_kwargs", where) if isinstance(own, str) else own
+    own = parse_json(own, "chat_template_kwargs") if isinstance(own, str) else own
     if not isinstance(own, dict):
-        raise wrong_type("chat_template_kwargs", own, "an object", where)
+        raise wrong_type("chat_template_kwargs", own, "an object")
     return dict(template_kwargs or {}) | own
 
 
 # --- record forms ---
 
 
-def _read_form(record, fields, roles, where):
+def _read_form(record, fields, roles):
     present = {key for key, value in record.items() if value is not None}
     pair = {"prompt", "completion"}
     if "messages" in fields:
-        raw = read_field(record, fields["messages"], where)
-        return "chat", read_messages(raw, fields, roles, where)
+        return "chat", read_messages(read_field(record, fields["messages"]), fields, roles)
     if "text" in fields:
-        return "text", _text_message(record, fields["text"], where)
+        return "text", _text_message(record, fields["text"])
     if pair & set(fields):
-        prompt, completion = (fields.get(key, key) for key in ("prompt", "completion"))
-        return _read_pair(record, prompt, completion, fields, roles, where)
+        return _read_pair(record, fields, roles)
     for key in ("messages", "conversations"):
         if key in present:
-            return "chat", read_messages(record[key], fields, roles, where)
+            return "chat", read_messages(record[key], fields, roles)
     if "segments" in present:
-        return "segments", _read_segments(record["segments"], where)
+        return "segments", _read_segments(record["segments"])
     if "instruction" in present:
-        return "chat", _read_instruction(record, fields, where)
+        return "chat", _read_instruction(record, fields)
     if present & pair:
-        return _read_pair(record, "prompt", "completion", fields, roles, where)
+        return _read_pair(record, fields, roles)
     if "text" in present:
-        return "text", _text_message(record, "text", where)
+        return "text", _text_message(record, "text")
     raise DataError(
-        f"no known form in the fields {_names(record)}; expected {KNOWN_FORMS}",
+        f"no known form in the fields {_names(record)}; expected messages (or conversations) | "
+        "prompt + completion | instruction (+ input) + output | segments | text",
         "say which are which: data.fields.prompt=NAME data.fields.completion=NAME",
-        where=where,
         kind="no_form",
     )
 
 
-def _read_pair(record, prompt_name, completion_name, fields, roles, where):
-    prompt = read_field(record, prompt_name, where)
-    completion = read_field(record, completion_name, where)
+def _read_pair(record, fields, roles):
+    names = [fields.get(key, key) for key in ("prompt", "completion")]
+    prompt, completion = (read_field(record, name) for name in names)
     if "input" in fields and isinstance(prompt, str):
-        prompt = _with_input(prompt, read_field(record, fields["input"], where), where)
+        prompt = _with_input(prompt, read_field(record, fields["input"]))
     if isinstance(completion, str) and isinstance(prompt, str):
-        return "pair", [_user(prompt), _answer(completion, completion_name, where)]
+        return "pair", [_user(prompt), _answer(completion, names[1])]
     if isinstance(prompt, str):
         prompt = [_user(prompt)]
     if isinstance(completion, str):
-        completion = [_answer(completion, completion_name, where)]
-    if not isinstance(prompt, list):
-        raise wrong_type(prompt_name, prompt, "text or a list of messages", where)
-    if not isinstance(completion, list):
-        raise wrong_type(completion_name, completion, "text or a list of messages", where)
-    given = [m if not isinstance(m, dict) or _says(m) else m | {"train": False} for m in prompt]
-    return "chat", read_messages(given + completion, fields, roles, where)
+        completion = [_answer(completion, names[1])]
+    for name, value in zip(names, (prompt, completion), strict=True):
+        if not isinstance(value, list):
+            raise wrong_type(name, value, "text or a list of messages")
+    says = lambda message: any(message.get(key) is not None for key in FLAGS)  # noqa: E731
+    given = [m if not isinstance(m, dict) or says(m) else m | {"train": False} for m in prompt]
+    return "chat", read_messages(given + completion, fields, roles)
 
 
-def _says(message):
-    """Does a message say itself whether it is trained?"""
-    return any(message.get(key) is not None for key in FLAGS)
-
-
-def _read_instruction(record, fields, where):
+def _read_instruction(record, fields):
     turns = []
     history = record.get("history") or []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            raise wrong_type("history", turn, "pairs [instruction, output]", where)
-        turns += [_user(turn[0]), _answer(turn[1], "history", where)]
-    prompt = _text(record, "instruction", where)
+            raise wrong_type("history", turn, "pairs [instruction, output]")
+        turns += [_user(turn[0]), _answer(turn[1], "history")]
+    prompt = _text(record, "instruction")
     if "input" in fields:
-        prompt = _with_input(prompt, read_field(record, fields["input"], where), where)
+        prompt = _with_input(prompt, read_field(record, fields["input"]))
     for extra in EXTRAS if "input" not in fields else ():
-        prompt = _with_input(prompt, record.get(extra) or "", where, extra)
+        prompt = _with_input(prompt, record.get(extra) or "", extra)
     name = next((name for name in ANSWERS if record.get(name) is not None), ANSWERS[0])
-    answer = _answer(_text(record, name, where), name, where)
-    return [*turns, _user(prompt), answer]
+    return [*turns, _user(prompt), _answer(_text(record, name), name)]
 
 
-def _with_input(prompt, extra, where, name="input"):
+def _with_input(prompt, extra, name="input"):
     if not isinstance(extra, str):
-        raise wrong_type(name, extra, "text", where)
+        raise wrong_type(name, extra, "text")
     return "\n\n".join(part for part in (prompt, extra) if part.strip())
 
 
-def _read_segments(segments, where):
+def _read_segments(segments):
     """Texts that are run together as they stand, each with its weight."""
     if not isinstance(segments, list) or not segments:
-        raise wrong_type("segments", segments, "a list, not empty", where)
+        raise wrong_type("segments", segments, "a list, not empty")
     messages = []
     for n, segment in enumerate(segments, 1):
-        inside = f"segment {n}: "
-        if not isinstance(segment, dict):
-            expected = 'an object {"text": ..., "train": ...}'
-            raise wrong_type("the segment", segment, expected, where, inside)
-        text = segment.get("text", segment.get("content"))
-        if not isinstance(text, str):
-            raise wrong_type("text", text, "text", where, inside)
-        said = {k: segment[k] for k in ("train", "weight") if segment.get(k) is not None}
-        said |= trained_by(segment, where, inside)
-        said |= {"train": segment["label"]} if "label" in segment else {}
-        if not said:
-            problem = f'{inside}it says neither "train" (true, false) nor "weight"'
-            raise DataError(problem, where=where, kind="no_weight")
-        messages.append({"role": "text", "content": text} | said)
+        with located(inside=f"segment {n}: "):
+            messages.append(_segment(segment))
     return messages
+
+
+def _segment(segment):
+    if not isinstance(segment, dict):
+        raise wrong_type("the segment", segment, 'an object {"text": ..., "train": ...}')
+    text = segment.get("text", segment.get("content"))
+    if not isinstance(text, str):
+        raise wrong_type("text", text, "text")
+    said = {k: segment[k] for k in ("train", "weight") if segment.get(k) is not None}
+    said |= trained_by(segment)
+    said |= {"train": segment["label"]} if "label" in segment else {}
+    if not said:
+        raise DataError('it says neither "train" (true, false) nor "weight"', kind="no_weight")
+    return {"role": "text", "content": text} | said
 
 
 def _user(text):
     return {"role": "user", "content": text}
 
 
-def _answer(text, name, where):
+def _answer(text, name):
     if not text.strip():
-        raise empty("response", f"{name!r} is {text!r}", where)
+        raise empty("response", f"{name!r} is {text!r}")
     return {"role": "assistant", "content": text}
 
 
-def _text_message(record, name, where):
-    text = _text(record, name, where)
+def _text_message(record, name):
+    text = _text(record, name)
     if not text.strip():
-        raise empty("text", f"{name!r} is {text!r}", where)
+        raise empty("text", f"{name!r} is {text!r}")
     return [{"role": "text", "content": text}]
 
 
-def _check_order(messages, where):
+def _check_order(messages):
     before = ""
     for n, message in enumerate(messages, 1):
         role = message["role"]
@@ -287,7 +277,6 @@ def _check_order(messages, where):
                 f"roles out of order: message {n} is {role!r} {place}, where "
                 f"{' or '.join(MAY_FOLLOW[before])} is expected; "
                 f"the roles are: {', '.join(m['role'] for m in messages)}",
-                where=where,
                 kind="role_order",
             )
         before = role
@@ -296,7 +285,6 @@ def _check_order(messages, where):
             f"roles out of order: the last message is {before!r}, expected 'assistant': "
             "there is no answer to train on",
             "drop the last message or the row",
-            where=where,
             kind="role_order",
         )
 
@@ -304,13 +292,16 @@ def _check_order(messages, where):
 # --- the fields of a record ---
 
 
-def read_field(record: dict[str, Any], name: str, where: str, key: str = "data.fields.*") -> Any:
+def read_field(
+    record: dict[str, Any], name: str, where: str = "", key: str = "data.fields.*"
+) -> Any:
     """`record[name]`; inside for a dotted name; a text with names in braces is filled in.
 
-    key: of the config, that says this name; for errors.
+    where: file and row; key: of the config, that says this name. Both are for errors.
     """
     if "{" in name:
-        return _filled(record, re.split(r"\{([^{}]+)\}", name), where)
+        with located(where):
+            return _filled(record, re.split(r"\{([^{}]+)\}", name))
     value = record.get(name)
     if value is None and "." in name:
         value = _inside(record, name.split("."))
@@ -326,11 +317,11 @@ def read_field(record: dict[str, Any], name: str, where: str, key: str = "data.f
     return value
 
 
-def _filled(record, pieces, where):
+def _filled(record, pieces):
     """[literal, name, literal, ...] as a text, in which an empty part has no separator."""
     filled = pieces[0]
     for n in range(1, len(pieces), 2):
-        text, (before, after) = _text(record, pieces[n], where), pieces[n - 1 : n + 2 : 2]
+        text, (before, after) = _text(record, pieces[n]), pieces[n - 1 : n + 2 : 2]
         if text.strip():
             filled += text + after
         elif not after.isspace():
@@ -350,10 +341,10 @@ def _inside(value, parts):
     return value
 
 
-def _text(record, name, where):
-    value = read_field(record, name, where)
+def _text(record, name):
+    value = read_field(record, name)
     if not isinstance(value, str):
-        raise wrong_type(name, value, "text", where)
+        raise wrong_type(name, value, "text")
     return value
 
 

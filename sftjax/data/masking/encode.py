@@ -17,8 +17,9 @@ import numpy as np
 
 from sftjax.data.masking import left_out
 from sftjax.data.masking.conversation import last_turn, read_record, without_reasoning
-from sftjax.data.masking.messages import ROLES
+from sftjax.data.masking.messages import ROLES, wrong_value
 from sftjax.data.masking.template import Case, ChatTemplate, after_empty_think, load_template
+from sftjax.data.records.failures import located
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,37 +107,35 @@ def encode_batch(
     policy = Policy(
         _trained_roles(train_on), train_on == "last", stop_token, reasoning_of(reasoning)
     )
-    pairs = list(zip(records, wheres, strict=True))
-    chats = [conversation_of(record, where, policy.reasoning, forms) for record, where in pairs]
-    groups: dict[ChatTemplate, list[int]] = {}  # a tokenizer may have a template for tools
-    for i, chat in enumerate(chats):
-        chosen = load_template(tokenizer, template, chat, wheres[i])
-        groups.setdefault(chosen, []).append(i)
-    encoded: list[Any] = [None] * len(chats)
-    for chosen, rows in groups.items():
-        own = [chats[i] for i in rows], [wheres[i] for i in rows]
-        for i, example in zip(rows, _encode_chats(chosen, *own, policy), strict=True):
-            encoded[i] = example
-    return encoded
+    groups: dict[ChatTemplate, dict[int, dict]] = {}  # a tokenizer may have a template for tools
+    for i, (record, where) in enumerate(zip(records, wheres, strict=True)):
+        chosen, chat = conversation_of(record, where, tokenizer, template, policy.reasoning, forms)
+        groups.setdefault(chosen, {})[i] = chat
+    encoded: dict[int, Encoded] = {}
+    for chosen, chats in groups.items():
+        examples = _encode_chats(chosen, list(chats.values()), policy)
+        encoded.update(zip(chats, examples, strict=True))
+    return [encoded[i] for i in range(len(records))]
 
 
-def _encode_chats(template, chats, wheres, policy):
-    parts = [slice(at, at + PART) for at in range(0, len(chats), PART)]
+def _encode_chats(template, chats, policy):
+    parts = [chats[at : at + PART] for at in range(0, len(chats), PART)]
     # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of
     # the tokenizer; one at a time, as a tokenizer may fail if two callers set it up at once.
     with ThreadPoolExecutor(1) as pool:
-        found = pool.map(lambda part: _tokenise(template, chats[part], wheres[part]), parts)
-        encoded = [
-            _encode_part(template, chats[part], texts, encodings, wheres[part], policy)
-            for part, (texts, encodings) in zip(parts, found, strict=True)
-        ]
-    return [example for part in encoded for example in part]
+        tokenised = pool.map(lambda part: _tokenise(template, part), parts)
+        examples = []
+        for part, (texts, encodings) in zip(parts, tokenised, strict=True):
+            found = _trained_spans(template, part, texts, policy)
+            rows = zip(part, texts, encodings, found, strict=True)
+            examples += [_encoded(template.tokenizer, *row, *own) for *row, own in rows]
+    return examples
 
 
-def _tokenise(template, chats, wheres):
+def _tokenise(template, chats):
     """The texts of conversations, and their encodings."""
-    texts = _texts(template, chats, wheres)
-    _check_unicode(texts, wheres)
+    texts = template.render(chats) if template.source else [raw_text(chat) for chat in chats]
+    _check_unicode(texts, chats)
     output = template.tokenizer(
         texts,
         add_special_tokens=False,
@@ -147,18 +146,8 @@ def _tokenise(template, chats, wheres):
     return texts, output.encodings
 
 
-def _encode_part(template, chats, texts, encodings, wheres, policy):
-    spans, left = _trained_spans(template, chats, texts, wheres, policy)
-    kinds = [kind_of(chat, template) for chat in chats]
-    columns = texts, spans, kinds, encodings, wheres
-    examples = [_encoded(template, *row) for row in zip(*columns, strict=True)]
-    for example, words in zip(examples, left, strict=True):
-        example.left_out = words
-    return examples
-
-
-def _check_unicode(texts, wheres):
-    for text, where in zip(texts, wheres, strict=True):
+def _check_unicode(texts, chats):
+    for text, chat in zip(texts, chats, strict=True):
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -166,7 +155,7 @@ def _check_unicode(texts, wheres):
                 f"half of a surrogate pair, {text[error.start]!r}, is no character, and no "
                 "tokenizer reads it",
                 "repair the text, which was cut there, or drop the row",
-                where=where,
+                where=chat["where"],
                 kind="surrogate",
             ) from None
 
@@ -202,88 +191,60 @@ def reasoning_of(given: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def conversation_of(
-    record: dict[str, Any], where: str, reasoning: Mapping[str, str], forms: Mapping[str, Any]
-) -> dict[str, Any]:
-    """As of to_conversation, with left_out, and without the reasoning that is dropped."""
+    record: dict[str, Any],
+    where: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None,
+    reasoning: Mapping[str, str],
+    forms: Mapping[str, Any],
+) -> tuple[ChatTemplate, dict[str, Any]]:
+    """The template of a record, and its conversation without the reasoning that is dropped.
+
+    As of to_conversation; it has left_out and where too, and a pair with a template is a chat.
+    """
     chat, _, unread = read_record(record, where=where, **forms)
+    chosen = load_template(tokenizer, template, chat, where)
+    kind = "chat" if chat["kind"] == "pair" and chosen.source else chat["kind"]
     border = last_turn(chat["messages"])
     messages = [
         without_reasoning(m) if reasoning["last" if i >= border else "history"] == "drop" else m
         for i, m in enumerate(chat["messages"])
     ]
-    return chat | {"messages": messages, "left_out": unread}
+    return chosen, chat | dict(messages=messages, kind=kind, left_out=unread, where=where)
 
 
-def kind_of(chat: dict[str, Any], template: ChatTemplate) -> str:
-    """chat: rendered with a template; pair, segments, text: as it stands."""
-    return "chat" if chat["kind"] == "pair" and template.source else chat["kind"]
-
-
-def _message_weights(messages, policy, where):
+def _message_weights(chat, policy):
+    messages = chat["messages"]
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
     weights = []
     for i, message in enumerate(messages):
         by_role = message["role"] in policy.roles and (i == last or not policy.only_last)
         trained = message.get("train", "weight" in message or by_role)
         weight = message.get("weight", 1.0)
-        if not isinstance(trained, (bool, int)):
-            raise _wrong_value(i, "train", trained, "a bool", where)
-        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise _wrong_value(i, "weight", weight, "a number", where)
+        with located(chat["where"], f"message {i + 1}: "):
+            if not isinstance(trained, (bool, int)):
+                raise wrong_value("train", trained, "expected a bool")
+            if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                raise wrong_value("weight", weight, "expected a number")
         weights.append(float(weight) if trained else 0.0)
     return weights
-
-
-def _wrong_value(i, key, value, expected, where):
-    problem = f"message {i + 1}: {key}={value!r}, expected {expected}"
-    return DataError(problem, where=where, kind="wrong_value", subject=repr(key))
 
 
 # --- from conversations to spans ---
 
 
-def _texts(template, chats, wheres):
-    """What is tokenised of each."""
-    chosen = [n for n, chat in enumerate(chats) if kind_of(chat, template) == "chat"]
-    if chosen:
-        check_template(template, wheres[chosen[0]])
-    rendered = template.render([chats[n] for n in chosen], [wheres[n] for n in chosen])
-    texts = dict(zip(chosen, rendered, strict=True))
-    return [
-        texts[n] if n in texts else raw_text(chat["messages"], where)
-        for n, (chat, where) in enumerate(zip(chats, wheres, strict=True))
-    ]
-
-
-def _trained_spans(template, chats, texts, wheres, policy):
+def _trained_spans(template, chats, texts, policy):
     """Of each text the spans (start, stop, weight), in order, and what it leaves out."""
-    spans, cases = list[list](), dict[int, tuple]()
-    left = [list(chat["left_out"]) for chat in chats]
-    for chat, text, where in zip(chats, texts, wheres, strict=True):
-        weights = _message_weights(chat["messages"], policy, where)
-        kind = kind_of(chat, template)
-        if kind == "chat":
-            wanted = _wanted(chat["messages"], weights, policy)
-            cases[len(spans)] = Case(chat, text, wanted, where), weights
-        else:
-            left[len(spans)] += left_out.of_text(chat)
-        spans.append(_raw_spans(chat["messages"], kind, weights))
-    found = template.found([case for case, _ in cases.values()])
-    for (n, (case, weights)), (regions, words) in zip(cases.items(), found, strict=True):
-        spans[n] = _spans(case, regions, weights, policy)
-        left[n] += words
-    return spans, left
-
-
-def check_template(template: ChatTemplate, where: str) -> None:
-    """Raise DataError where a chat has no template."""
+    weights = [_message_weights(chat, policy) for chat in chats]
     if not template.source:
-        raise DataError(
-            "a chat, but the tokenizer has no chat template",
-            "set data.template=FILE to a Jinja chat template, or use prompt and completion in text",
-            where=where,
-            kind="no_template",
-        )
+        pairs = zip(chats, weights, strict=True)
+        return [(_raw_spans(chat, own), left_out.of_text(chat)) for chat, own in pairs]
+    cases = [
+        Case(chat, text, _wanted(chat["messages"], own, policy))
+        for chat, text, own in zip(chats, texts, weights, strict=True)
+    ]
+    rows = zip(cases, template.found(cases), weights, strict=True)
+    return [(_spans(case, regions, own, policy), words) for case, (regions, words), own in rows]
 
 
 def _wanted(messages, weights, policy):
@@ -319,47 +280,56 @@ def _spans(case, regions, weights, policy):
     return sorted(span for span in spans if span[0] < span[1])
 
 
-def raw_text(messages: Sequence[dict[str, Any]], where: str) -> str:
-    """The messages run together, as without a template. Raises: DataError for a system's."""
+def raw_text(chat: dict[str, Any]) -> str:
+    """The messages run together, as without a template. Raises: DataError if they need one."""
+    if chat["kind"] == "chat":
+        raise DataError(
+            "a chat, but the tokenizer has no chat template",
+            "set data.template=FILE to a Jinja chat template, or use prompt and completion in text",
+            where=chat["where"],
+            kind="no_template",
+        )
+    messages = chat["messages"]
     if messages[0]["role"] in ("system", "developer"):
         problem, fix = "a system message needs a chat template", "set data.template=FILE"
-        raise DataError(problem, fix, where=where, kind="system_unused")
+        raise DataError(problem, fix, where=chat["where"], kind="system_unused")
     return "".join(m["content"] for m in messages)
 
 
-def _raw_spans(messages, kind, weights):
+def _raw_spans(chat, weights):
     """Of texts run together: of segments those with a weight, else the last one."""
-    if kind != "segments":
-        weights = [0.0] * (len(messages) - 1) + [1.0]
-    stops = list(accumulate(len(m["content"]) for m in messages))
+    if chat["kind"] != "segments":
+        weights = [0.0] * (len(weights) - 1) + [1.0]
+    stops = list(accumulate(len(m["content"]) for m in chat["messages"]))
     spans = zip([0, *stops], stops, weights, strict=False)
     return [span for span in spans if span[2] and span[0] < span[1]]
 
 
-def _encoded(template, text, spans, kind, encoding, where):
-    ids = encoding.ids
-    tokens = np.array(ids, np.int32)
-    weights = token_weights(len(ids), encoding.token_to_chars, spans)
-    bos = template.tokenizer.bos_token_id
+def _encoded(tokenizer, chat, text, encoding, spans, words):
+    ids, bos = encoding.ids, tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         raise DataError(
-            f"the text begins with {template.tokenizer.bos_token!r} twice",
+            f"the text begins with {tokenizer.bos_token!r} twice",
             f"take it out of the template or the first message; the text begins {text[:80]!r}",
-            where=where,
+            where=chat["where"],
             kind="double_bos",
         )
-    if kind in ("pair", "text"):
-        return _with_ends(template.tokenizer, text, spans, kind, tokens, weights)
-    return Encoded(tokens, weights, text, [span[:2] for span in spans], kind)
+    weights = token_weights(len(ids), encoding.token_to_chars, spans)
+    places = [span[:2] for span in spans]
+    example = Encoded(np.array(ids, np.int32), weights, text, places, chat["kind"])
+    if chat["kind"] in ("pair", "text"):
+        example = _with_ends(tokenizer, *example)
+    example.left_out = chat["left_out"] + words
+    return example
 
 
-def _with_ends(tokenizer, text, spans, kind, tokens, weights):
+def _with_ends(tokenizer, tokens, weights, text, spans, kind):
     """Text as it stands: the tokenizer's own first tokens, and the end-of-text token."""
     first, last = added_ids(tokenizer)
     first = [] if tokens[: len(first)].tolist() == first else first
     last = [] if tokens[-len(last) :].tolist() == last else last
     before, after = (tokenizer.decode(ids) if ids else "" for ids in (first, last))
-    start, stop, _ = spans[0]
+    start, stop = spans[0]
     span = (start + len(before), stop + len(before) + len(after))
     tokens = np.concatenate([first, tokens, last]).astype(np.int32)
     weights = np.concatenate([np.zeros(len(first)), weights, np.ones(len(last))])
@@ -381,10 +351,8 @@ def token_weights(
 ) -> np.ndarray:
     """The weight of each token, float32 [n]: of the span that its characters overlap, else 0.
 
-    Args:
-      n: the number of tokens.
-      chars: gives the (start, stop) characters of a token, ascending; few are asked for.
-      spans: (start, stop, weight), ascending.
+    chars: gives the (start, stop) characters of a token, ascending; few are asked for.
+    spans: (start, stop, weight), ascending.
     """
     weights = np.zeros(n, np.float32)
     for start, stop, weight in spans:

@@ -23,14 +23,11 @@ def of_conversation(
     literals: str,
     source: str,
 ) -> list[str]:
-    """What of a conversation is not in its rendering, each kind of thing once.
+    """What of a conversation is not in its rendering `text`, each kind of thing once.
 
-    Args:
-      chat: messages, tools and options, as they were given to the template.
-      text: the rendering.
-      absent: (message, part) of the texts that it leaves out; None where that is not known.
-      literals: what the template wrote itself, or `text` where that is not known.
-      source: the template.
+    absent: (message, part) of the texts that it leaves out; None where that is not known.
+    literals: what the template wrote itself, or `text` where that is not known.
+    source: the template.
     """
     messages = chat["messages"]
     if absent is None:
@@ -87,14 +84,11 @@ def _parameters(function):
 
 
 def _leaves(value) -> Iterator[str]:
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str):
+    if isinstance(value, str):
         yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
 
 
 def _in(part, text):

@@ -80,8 +80,7 @@ def _mark_content(message, i, mark):
 
 def after_thinking(content: str) -> str | None:
     """The answer of a content that begins with its reasoning; None of one that does not."""
-    inner = content.lstrip()
-    inner = inner.removeprefix("<think>")
+    inner = content.lstrip().removeprefix("<think>")
     thought, closing, answer = inner.partition("</think>")
     return answer.lstrip() if closing and "<think>" not in thought else None
 

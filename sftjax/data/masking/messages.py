@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from sftjax.data.records.failures import located
 from sftjax.data.records.readers import loads
 from sftjax.errors import DataError
 
@@ -43,25 +44,22 @@ def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def read_messages(
-    raw: Any, fields: Mapping[str, str], roles: Mapping[str, str], where: str
+    raw: Any, fields: Mapping[str, str], roles: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """A list of messages, its JSON text, or a tree of replies.
+    """The messages of a list, of its JSON text, or of a tree of replies.
 
-    Args:
-      raw: the value of the record's field.
-      fields: may name the keys "role" and "content" of a message.
-      roles: {name in the data: a name in ROLES}, as from `known_roles`.
-      where: file and row, for errors.
+    fields: may name the keys "role" and "content" of a message; roles: as from `known_roles`.
     """
     if isinstance(raw, str):
-        raw = parse_json(raw, "messages", where)
+        raw = parse_json(raw, "messages")
     if isinstance(raw, dict) and isinstance(raw.get("replies"), list):
         raw = _best_thread(raw, fields, roles)
     if not isinstance(raw, list) or not raw:
-        raise wrong_type("messages", raw, "a list of messages, not empty", where)
+        raise wrong_type("messages", raw, "a list of messages, not empty")
     messages: list[dict[str, Any]] = []
     for n, one in enumerate(raw, 1):
-        message, is_call = _message(one, fields, roles, where, f"message {n}: ")
+        with located(inside=f"message {n}: "):
+            message, is_call = _message(one, fields, roles)
         # Several messages that are one call each are one turn of the assistant's with them all.
         if is_call and messages and _same_turn(messages[-1], message):
             calls = messages[-1].get("tool_calls", []) + message["tool_calls"]
@@ -81,35 +79,29 @@ def _same_turn(before, message):
 
 def _best_thread(node, fields, roles):
     """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
-    thread = [node]
-    while replies := [r for r in _replies(node) if isinstance(r, dict)]:
+    thread, role = [node], fields.get("role", "role")
+    while replies := [r for r in _if_list(node.get("replies")) if isinstance(r, dict)]:
         given = (r.get("rank") for r in replies)
         ranks = [n if isinstance(n, (int, float)) else len(replies) for n in given]
         node = replies[ranks.index(min(ranks))]
         thread.append(node)
-    while len(thread) > 1 and _role(thread[-1], fields, roles) == "user":
+    while len(thread) > 1 and ROLES.get(roles.get(str(thread[-1].get(role)), "")) == "user":
         thread.pop()
     return [{k: v for k, v in node.items() if k != "replies"} for node in thread]
 
 
-def _role(node, fields, roles):
-    return ROLES.get(roles.get(str(node.get(fields.get("role", "role"))), ""))
+def _if_list(value):
+    return value if isinstance(value, list) else []
 
 
-def _replies(node):
-    return node["replies"] if isinstance(node.get("replies"), list) else []
-
-
-def _message(raw, fields, roles, where, inside):
+def _message(raw, fields, roles):
     if not isinstance(raw, dict):
-        expected = 'an object {"role": ..., "content": ...}'
-        raise wrong_type("the message", raw, expected, where, inside)
+        raise wrong_type("the message", raw, 'an object {"role": ..., "content": ...}')
     name = raw.get(fields.get("role"), raw.get("role", raw.get("from")))
     if not isinstance(name, str) or name not in roles:
         raise DataError(
-            f"{inside}unknown role {name!r}; known roles: {', '.join(roles)}",
+            f"unknown role {name!r}; known roles: {', '.join(roles)}",
             "map yours with data.roles=NAME=user,NAME=assistant",
-            where=where,
             kind="unknown_role",
         )
     role = ROLES[roles[name]]
@@ -117,12 +109,12 @@ def _message(raw, fields, roles, where, inside):
     content = raw.get(fields.get("content"), raw.get("content", raw.get("value")))
     used = (*READ, *fields.values())
     message = {k: v for k, v in raw.items() if v is not None and k not in used}
-    message |= dict(role=role, content="") | trained_by(raw, where, inside)
+    message |= dict(role=role, content="") | trained_by(raw)
     reasoning = next((raw[k] for k in REASONING if isinstance(raw.get(k), str)), "")
     calls = raw.get("tool_calls") or raw.get("function_call") or []
     if is_call:
         calls, content = content or calls, None
-    calls = _listed(calls, "tool_calls", where, inside)
+    calls = _listed(calls, "tool_calls")
     if content is None and calls:
         content = ""
     if isinstance(content, list):
@@ -131,20 +123,20 @@ def _message(raw, fields, roles, where, inside):
     if role == "tool" and content is not None and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
-        raise wrong_type("content", content, "text (or a list of text parts)", where, inside)
+        raise wrong_type("content", content, "text (or a list of text parts)")
     message["content"] = content
     message.pop("tool_calls", None)
     if role == "assistant" and reasoning:
         message["reasoning_content"] = reasoning
     if role == "assistant" and calls:
-        called = [_tool_call(call, where, inside) for call in calls]
+        called = [_tool_call(call) for call in calls]
         message |= _unread("tool_calls", calls, CALL) | {"tool_calls": called}
     if role == "assistant" and not (content.strip() or calls or reasoning):
-        raise empty("response", f"content is {content!r}", where, inside)
+        raise empty("response", f"content is {content!r}")
     return message, is_call and "tool_calls" in message
 
 
-def trained_by(raw: dict[str, Any], where: str, inside: str = "") -> dict[str, Any]:
+def trained_by(raw: dict[str, Any]) -> dict[str, Any]:
     """What the other names of `train` and `weight` say of a message; {} where they say nothing.
 
     Raises: DataError, which names the key, for a value that says neither.
@@ -155,14 +147,12 @@ def trained_by(raw: dict[str, Any], where: str, inside: str = "") -> dict[str, A
         number = isinstance(value, (int, float)) and 0 <= value < float("inf")
         if not number or (key in WEIGHTED and isinstance(value, bool)):
             expected = "a number" if key in WEIGHTED else "true, false or a number"
-            problem = f"{inside}{key}={value!r}, expected {expected}"
-            raise DataError(problem, where=where, kind="wrong_value", subject=repr(key))
+            raise wrong_value(key, value, f"expected {expected}")
         flag = key in TRAINED and value in (0, 1)
         ours, value = ("train", bool(value)) if flag else ("weight", value)
         given = said.get(ours, raw.get(ours))
         if given is not None and given != value:
-            problem = f"{inside}{key}={value!r}, but another key says {ours}={given!r}"
-            raise DataError(problem, where=where, kind="wrong_value", subject=repr(key))
+            raise wrong_value(key, value, f"but another key says {ours}={given!r}")
         said[ours] = value
     return said
 
@@ -195,69 +185,65 @@ def _parts(parts, reasoning, calls):
     return "".join(texts), "".join(thoughts), called
 
 
-def _tool_call(raw, where, inside):
+def _tool_call(raw):
     """Nested or flat, its arguments an object or JSON text of one: to the form of templates."""
-    call = parse_json(raw, "tool call", where, inside) if isinstance(raw, str) else raw
+    call = parse_json(raw, "tool call") if isinstance(raw, str) else raw
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        expected = 'an object {"name": ..., "arguments": {...}}'
-        raise wrong_type("tool call", raw, expected, where, inside)
+        raise wrong_type("tool call", raw, 'an object {"name": ..., "arguments": {...}}')
     arguments = next((function[k] for k in ARGUMENTS if function.get(k) is not None), None)
     if isinstance(arguments, str) and arguments.strip():
-        arguments = parse_json(arguments, "arguments", where, f"{inside}{function['name']}: ")
+        with located(inside=f"{function['name']}: "):
+            arguments = parse_json(arguments, "arguments")
     if not isinstance(arguments or {}, dict):
-        raise wrong_type("arguments", arguments, "an object or JSON text of one", where, inside)
+        raise wrong_type("arguments", arguments, "an object or JSON text of one")
     known = {"id": call["id"]} if call.get("id") else {}
     function = {"name": function["name"], "arguments": arguments or {}}
     return known | {"type": "function", "function": function}
 
 
-def read_tools(raw: Any, where: str) -> list[dict[str, Any]] | None:
+def read_tools(raw: Any) -> list[dict[str, Any]] | None:
     """A list of tools, each with or without its {"type": "function"} wrapper; JSON text as well."""
-    tools = _listed(raw or [], "tools", where)
-    tools = [parse_json(t, "tools", where) if isinstance(t, str) else t for t in tools]
+    tools = _listed(raw or [], "tools")
+    tools = [parse_json(t, "tools") if isinstance(t, str) else t for t in tools]
     tools = [t for t in tools if t not in (None, {})]  # these describe no tool
     if wrong := [t for t in tools if not isinstance(t, dict)]:
-        raise wrong_type("tools", wrong[0], "an object that describes a function", where)
+        raise wrong_type("tools", wrong[0], "an object that describes a function")
     wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
     return list(wrapped) or None
 
 
-def _listed(value, name, where, inside=""):
+def _listed(value, name):
     if isinstance(value, str):
-        value = parse_json(value, name, where, inside) if value.strip() else None
+        value = parse_json(value, name) if value.strip() else None
     if value is None or value == {}:  # as json.dumps writes it where there is none
         return []
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise wrong_type(name, value, "a list, or JSON text of one", where, inside)
+        raise wrong_type(name, value, "a list, or JSON text of one")
     return value
 
 
-def parse_json(text: str, name: str, where: str, inside: str = "") -> Any:
-    """The value of a field's JSON text. Raises: DataError.
-
-    Args:
-      text: what the field holds.
-      name: the field's, for errors.
-      where: file and row, for errors.
-      inside: what of the row the field is in, "message 2: "; "" for the row itself.
-    """
+def parse_json(text: str, name: str) -> Any:
+    """The value of the JSON text of a field. Raises: DataError, with the field's name."""
     try:
         return loads(text)
     except (ValueError, RecursionError) as error:
-        problem = f"{inside}{name!r} is not valid JSON: {error}: {text[:60]!r}"
-        raise DataError(problem, where=where, kind="bad_json") from None
+        problem = f"{name!r} is not valid JSON: {error}: {text[:60]!r}"
+        raise DataError(problem, kind="bad_json") from None
 
 
-def wrong_type(name: str, value: Any, expected: str, where: str, inside: str = "") -> DataError:
-    """The error of a field of another type; `where` and `inside` as in `parse_json`."""
-    found = f"{value!r:.60} ({type(value).__name__})"
-    problem = f"{inside}{name!r} is {found}, expected {expected}"
-    return DataError(problem, where=where, kind="wrong_type", subject=repr(name))
+def wrong_type(name: str, value: Any, expected: str) -> DataError:
+    """The error of a field of another type."""
+    problem = f"{name!r} is {value!r:.60} ({type(value).__name__}), expected {expected}"
+    return DataError(problem, kind="wrong_type", subject=repr(name))
 
 
-def empty(what: str, found: str, where: str, inside: str = "") -> DataError:
-    """The error of an empty "response" or "text"; `where` and `inside` as in `parse_json`."""
-    problem = f"{inside}empty {what}: {found}"
-    return DataError(problem, "fill it or drop the row", where=where, kind=f"empty_{what}")
+def wrong_value(key: str, value: Any, why: str) -> DataError:
+    """The error of a value of the right type that a key can't have."""
+    return DataError(f"{key}={value!r}, {why}", kind="wrong_value", subject=repr(key))
+
+
+def empty(what: str, found: str) -> DataError:
+    """The error of an empty "response" or "text"."""
+    return DataError(f"empty {what}: {found}", "fill it or drop the row", kind=f"empty_{what}")

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sftjax.data.masking import left_out
-from sftjax.data.masking.encode import (
-    added_ids,
-    check_template,
-    conversation_of,
-    kind_of,
-    raw_text,
-    reasoning_of,
-)
-from sftjax.data.masking.template import load_template, load_templates
+from sftjax.data.masking.encode import added_ids, conversation_of, raw_text, reasoning_of
+from sftjax.data.masking.template import load_templates
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
@@ -68,39 +61,36 @@ def question(
     """
     policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
     own, reasoning = policy.pop("template", None), reasoning_of(policy.pop("reasoning", None))
-    chat = conversation_of(record, where, reasoning, policy)
-    template = load_template(tokenizer, own, chat, where)
-    kind = kind_of(chat, template)
-    if kind in ("text", "segments"):
+    how = tokenizer, own, reasoning, policy
+    template, chat = conversation_of(record, where, *how)
+    if chat["kind"] in ("text", "segments"):
         problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
         raise DataError(problem, fix, where=where, kind="no_prompt")
     asked = "".join(m["content"] or "" for m in chat["messages"][:-1][-1:])
     if shots:
-        before = [conversation_of(shot, f"an example before {where}", reasoning, policy)
-                  for shot in shots]  # fmt: skip
-        chat = chat | {"messages": _after_shots(chat["messages"], before, kind)}
+        before = [conversation_of(s, f"an example before {where}", *how)[1] for s in shots]
+        chat = chat | {"messages": _after_shots(chat["messages"], before, template)}
     lead, ends = list[int](), list[int]()
-    if kind == "pair":
-        text, answer = raw_text(chat["messages"], where), chat["messages"][-1]["content"]
+    if not template.source:
+        text, answer = raw_text(chat), chat["messages"][-1]["content"]
         (lead, ends), words = added_ids(tokenizer), left_out.of_text(chat)
         start = len(text) - len(answer)
     else:
-        check_template(template, where)
-        text, start, answer, words = template.prompt(chat, where)
+        text, start, answer, words = template.prompt(chat)
         if text.startswith(answer, start):
             ends = split_at(tokenizer, text, start + len(answer))[1][:1]
     ids = np.array([*lead, *split_at(tokenizer, text, start)[0]], np.int32)
     return Question(ids, answer, text[:start], asked, len(lead), ends), chat["left_out"] + words
 
 
-def _after_shots(messages, shots, kind):
+def _after_shots(messages, shots, template):
     """The messages, with those of other conversations after the system's; each has one answer."""
     is_system = lambda message: message["role"] in ("system", "developer")  # noqa: E731
     lead = list(takewhile(is_system, messages))
     turns = []
     for shot in shots:
         own = [message for message in shot["messages"] if not is_system(message)]
-        if kind == "pair":
+        if not template.source:
             own[-1] = own[-1] | {"content": own[-1]["content"] + SEPARATOR}
         turns += own
     return [*lead, *turns, *messages[len(lead) :]]

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -24,19 +23,17 @@ CHARACTERS = 1 << 26  # of one rendered conversation
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 
 _lock = Lock()
-_workers: dict[int, tuple] = {}  # process id -> (worker, progress): a fork needs one of its own
+_workers: dict[int, subprocess.Popen] = {}  # by process id: a fork needs one of its own
 
 
 def render(
-    template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]], wheres: Sequence[str]
+    template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Each chat as {"text"} (and "blocks"), or as {"error"} where the template failed.
 
-    Args:
-      template: its text, in Jinja.
-      variables: what the template sees beside messages, tools and options (special tokens).
-      chats: dict(messages, tools, options, blocks); blocks: return the spans of generation tags.
-      wheres: file and row of each, for errors.
+    variables: what the template sees beside messages, tools and options (special tokens).
+    chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation
+      tags; where: file and row, for errors.
 
     Raises: DataError if the template had to be stopped.
     """
@@ -44,7 +41,7 @@ def render(
         return []
     request = dict(template=template, variables=variables, chats=chats)
     with _lock:
-        worker, progress = _running_worker()
+        worker: Any = _running_worker()  # with pipes, which its type does not say
         try:
             worker.stdin.write(json.dumps(request, default=_placeholder).encode() + b"\n")
             worker.stdin.flush()
@@ -55,41 +52,35 @@ def render(
             _stop()
             raise
         if None in results:
-            code, at = worker.wait(), int.from_bytes(os.pread(progress.fileno(), 8, 0))
+            code = worker.wait()
             limits = f"{SECONDS} s of processor time or {MEMORY >> 30} GiB of memory"
             if code >= 0:
                 raise RuntimeError(f"{WORKER.name} ended with code {code}; its message is above")
             raise DataError(
                 f"the chat template was stopped: it took more than {limits} (signal {-code})",
                 "take another with data.template=FILE",
-                where=wheres[at],
+                where=chats[results.index(None)]["where"],
                 kind="template_stopped",
             )
     return results
 
 
 def _running_worker():
-    worker, progress = _workers.get(os.getpid(), (None, None))
+    worker = _workers.get(os.getpid())
     if worker is None or worker.poll() is not None:
-        progress = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as the worker is)
-        progress.write(bytes(8))
-        progress.flush()
-        arguments = [progress.fileno(), SECONDS, MEMORY, CHARACTERS]
-        worker = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), *map(str, arguments)],
+        limits = map(str, (SECONDS, MEMORY, CHARACTERS))
+        worker = _workers[os.getpid()] = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
-            pass_fds=[progress.fileno()],
             start_new_session=True,  # Ctrl-C is for us; it ends when our end of the pipe closes
         )
-        _workers[os.getpid()] = worker, progress
-    return worker, progress
+    return worker
 
 
 def _stop():
-    worker, _ = _workers.pop(os.getpid(), (None, None))
-    if worker:
+    if worker := _workers.pop(os.getpid(), None):
         worker.kill()
         worker.wait()
 

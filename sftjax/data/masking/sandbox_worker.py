@@ -1,13 +1,11 @@
 """The process in which chat templates are rendered, under limits that the kernel keeps.
 
-Started by `sandbox.py`, which writes a request a line and reads a result a line; the file
-`progress` tells it which chat we were at, should we end. We import transformers' renderer and
-nothing of sftjax: a start must be quick.
+Started by `sandbox.py`, which writes a request a line and reads a result a line. We import
+transformers' renderer and nothing of sftjax: a start must be quick.
 """
 
 import contextlib
 import json
-import os
 import resource
 import signal
 import sys
@@ -17,10 +15,10 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
-def main(progress: int, seconds: int, memory: int, characters: int) -> None:
+def main(seconds: int, memory: int, characters: int) -> None:
     """Answer the requests on standard input until it ends.
 
-    progress: a file's descriptor; seconds: of processor time a chat; memory: bytes.
+    seconds: of processor time a chat; memory: bytes.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the run; we end when it closes our input
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -29,14 +27,13 @@ def main(progress: int, seconds: int, memory: int, characters: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        for number, chat in enumerate(request["chats"]):
+        for chat in request["chats"]:
             # Counted in processor time, so a busy machine stops nobody. SIGXCPU ends us.
             last = int(time.process_time()) + seconds + 1
             resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
-            os.pwrite(progress, number.to_bytes(8), 0)
             result = render(request["template"], request["variables"], chat, characters)
             sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
-        sys.stdout.buffer.flush()
+            sys.stdout.buffer.flush()  # should we end, the next chat is to blame
 
 
 def render(

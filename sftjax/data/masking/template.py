@@ -53,7 +53,6 @@ class Case(NamedTuple):
     chat: dict[str, Any]
     text: str
     trained: dict[int, bool]  # messages whose region is needed -> and is their reasoning, too?
-    where: str
 
 
 class Found(NamedTuple):
@@ -175,38 +174,33 @@ class ChatTemplate:
 
         return learn(render, self.special)
 
-    def render(
-        self, chats: Sequence[dict[str, Any]], wheres: Sequence[str], generate: bool = False
-    ) -> list[str]:
+    def render(self, chats: Sequence[dict[str, Any]], generate: bool = False) -> list[str]:
         """The text of each conversation, with the generation prompt if `generate`.
 
         Raises: DataError, naming the first row that the template refuses.
         """
         requests = [self._request(chat["messages"], chat, generate=generate) for chat in chats]
         texts = []
-        results = self._results(requests, wheres)
-        for result, chat, where in zip(results, chats, wheres, strict=True):
+        for result, chat in zip(self._results(requests), chats, strict=True):
             if "error" in result:
                 raise DataError(
                     f"the chat template failed: {result['error']}; the roles are: "
                     + ", ".join(m["role"] for m in chat["messages"]),
-                    where=where,
+                    where=chat["where"],
                     kind="template_failed",
                 )
             texts.append(result["text"])
         return texts
 
-    def prompt(self, chat: dict[str, Any], where: str) -> tuple[str, int, str, list[str]]:
+    def prompt(self, chat: dict[str, Any]) -> tuple[str, int, str, list[str]]:
         """A text, where in it the model begins to write, what it is to say, and what is left out.
 
         The text is that which training shows, never another rendering.
         """
         last = len(chat["messages"]) - 1
-        [text], [prompt] = (
-            self.render([chat | {"messages": messages}], [where], generate)
-            for messages, generate in ((chat["messages"], False), (chat["messages"][:-1], True))
-        )
-        [(regions, words)] = self.found([Case(chat, text, {last: False}, where)])
+        [text] = self.render([chat])
+        [prompt] = self.render([chat | {"messages": chat["messages"][:-1]}], generate=True)
+        [(regions, words)] = self.found([Case(chat, text, {last: False})])
         region = next(r for r in regions if r.message == last)
         start = after_empty_think(text, region)
         answer = chat["messages"][-1]["content"] or text[region.answer : region.stop]
@@ -221,11 +215,8 @@ class ChatTemplate:
         )
         return _request([self.dialect.message(m) for m in plain], chat, **more)
 
-    def _results(self, requests, wheres=None):
-        wheres = wheres or ["a short conversation, to learn what the template expects"] * len(
-            requests
-        )
-        return sandbox.render(self.source, self._variables, requests, wheres)
+    def _results(self, requests):
+        return sandbox.render(self.source, self._variables, requests)
 
     # --- regions ---
 
@@ -263,7 +254,7 @@ class ChatTemplate:
             f"set data.template=FILE to a template that keeps the text{own}, or put "
             "{% generation %} ... {% endgeneration %} around the assistant's turn. The rendering: "
             f"{case.text!r}",
-            where=case.where,
+            where=case.chat["where"],
             kind="turn_not_found",
         )
 
@@ -293,9 +284,9 @@ class ChatTemplate:
             key = json.dumps([messages, case.chat["tools"], case.chat["options"]], default=str)
             marked.append((key, marks))
             if key not in skeletons:
-                missing[key] = salt, self._request(messages, case.chat), case.where
-        salts, requests, wheres = zip(*missing.values(), strict=True) if missing else ((),) * 3
-        for key, salt, result in zip(missing, salts, self._results(requests, wheres), strict=True):
+                missing[key] = salt, self._request(messages, case.chat)
+        results = self._results([request for _, request in missing.values()])
+        for (key, (salt, _)), result in zip(missing.items(), results, strict=True):
             # A template may fail where it parses a text for which there is a mark.
             skeletons[key] = split(result["text"], salt) if "text" in result else None
         pairs = zip(cases, marked, strict=True)
@@ -408,8 +399,7 @@ class ChatTemplate:
         if not cases or not GENERATION_TAG.search(self.source):
             return [Found(None)] * len(cases)
         requests = [self._request(c.chat["messages"], c.chat, blocks=True) for c in cases]
-        results = self._results(requests, [case.where for case in cases])
-        pairs = zip(cases, results, strict=True)
+        pairs = zip(cases, self._results(requests), strict=True)
         return [Found(self._tagged(case, result)) for case, result in pairs]
 
     def _tagged(self, case, result):
@@ -437,4 +427,6 @@ def after_empty_think(text: str, region: Region) -> int:
 def _request(messages, chat, *, generate=False, blocks=False):
     """What the sandbox gets of a conversation."""
     options = chat.get("options", {}) | {"add_generation_prompt": generate}
-    return dict(messages=messages, tools=chat.get("tools"), options=options, blocks=blocks)
+    where = chat.get("where", "a short conversation, to learn what the template expects")
+    own = dict(tools=chat.get("tools"), options=options, where=where)
+    return dict(messages=messages, blocks=blocks, **own)

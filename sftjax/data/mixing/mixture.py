@@ -32,7 +32,7 @@ class Joined:
     def __init__(self, stores: Iterable[Store]) -> None:
         self.stores = list(stores)
         self.lengths = np.concatenate([store.lengths for store in self.stores])
-        self.starts = np.append(0, np.cumsum([len(store) for store in self.stores]))
+        self.starts = np.append(0, np.cumsum([len(store.lengths) for store in self.stores]))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -126,7 +126,7 @@ def _phase(config, i, entry, sources, stores):
     if last == ("until" in entry):
         raise ConfigError(f"{what}: every phase but the last has an 'until', such as '30%'")
     tokens = np.array([store.lengths.sum(dtype=np.int64) for store in stores])
-    mean = tokens / [len(store) for store in stores]
+    mean = tokens / [len(store.lengths) for store in stores]
     plain = [s for s in sources if not s.replay]
     weights, counts = entry.get("weights"), entry.get("counts")
     if weights is None and counts is None:

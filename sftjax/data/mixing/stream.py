@@ -7,7 +7,7 @@ records -> window shuffle -> documents -> (mixture) -> packed rows -> batches
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,8 +83,6 @@ def identity(spec: str) -> str:
 def check(config: ConfigDict, sources: Sequence[mix.Share], streams: bool = True) -> None:
     """Raises: ConfigError for what a stream can't do. streams: a task's examples are documents."""
     d = config.data
-    if d.shuffle_window < 1:
-        raise ConfigError(f"data.shuffle_window={d.shuffle_window}; expected 1 or more rows")
     if not d.streaming:
         return
     text = config.train.duration
@@ -141,30 +139,25 @@ def batches(
 ) -> grain.DatasetIterator:
     """An endless iterator of Batches [rows, length], with get_state() and set_state().
 
-    Args:
-      sources: of several, the batches have `sources` too: int32 [B, S], each token's source.
-      length: tokens in a row.
-      rows: rows in a batch.
-      packing: "bfd" or "bfd_split" (best fit, among BINS rows) | "none" (one document a row).
-      seed: of the order of shards and records.
-      window: records of a source that are shuffled together.
-      part: which part of the data this is, from 0 on.
-      parts: how many there are. Each has whole shards where there is at least one for each, else
-        every parts-th row.
-      prefetch: batches made ahead, by a thread.
-      rejects: the file for rows that can't be used, where on_error is "skip".
+    Of several sources the batches have `sources` too: int32 [B, S], each token's source. packing:
+    "bfd" or "bfd_split" (best fit, among BINS rows) | "none" (one document a row). window: records
+    of a source that are shuffled together. prefetch: batches made ahead, by a thread. rejects: the
+    file for rows that can't be used, where on_error is "skip".
+
+    This is the part `part`, from 0 on, of `parts` of the data: each has whole shards where there
+    is at least one for each, else every parts-th row.
     """
     streams = []
     for source in sources:
         drawn = np.random.SeedSequence([seed, name_seed(source.name), part]).generate_state(2)
         seeds = [int(s) // 2 for s in drawn]  # the number of a window is added, in 32 bits
-        records = Step(_Records, [], shards(source.paths), part, parts, seeds[0])
+        records = _Step(_Records, [], shards(source.paths), part, parts, seeds[0])
         records = graph.WindowShuffleIterDataset(records, window_size=window, seed=seeds[1])
-        streams.append(Step(_Documents, [records], source, length, rejects))
+        streams.append(_Step(_Documents, [records], source, length, rejects))
     several = len(sources) > 1
     keys = ["tokens", "targets", "weights", *(["sources"] if several else [])]
     packed = graph.BestFitPackIterDataset(
-        Step(_Mixed, streams, [s.weight for s in sources]) if several else streams[0],
+        _Step(_Mixed, streams, [s.weight for s in sources]) if several else streams[0],
         length_struct=dict.fromkeys(keys, length),
         num_packing_bins=BINS,
         seed=seed,
@@ -183,15 +176,10 @@ def _batch_row(row):
 # ---- steps of the graph; grain calls get_state between any two elements -----------------------
 
 
-class Step(grain.IterDataset):
+class _Step(grain.IterDataset):
     """A step of the graph whose iterator is `made(parents' iterators, *args)`."""
 
-    def __init__(
-        self,
-        made: Callable[..., grain.DatasetIterator],
-        parents: Sequence[grain.IterDataset],
-        *args: Any,
-    ) -> None:
+    def __init__(self, made, parents, *args: Any) -> None:
         super().__init__(parents)
         self.made, self.args = made, args
 

@@ -72,18 +72,13 @@ class RowPlan:
 def pack(
     lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd"
 ) -> list[list[tuple[int, int, int]]]:
-    """Place documents into rows of at most `capacity` tokens; empty documents are skipped.
+    """Rows of at most `capacity` tokens, each a list of (document, start, stop).
 
-    Args:
-      lengths: number of tokens of each document.
-      capacity: tokens in a row.
-      strategy: one of
-        `bfd`: best-fit decreasing; a document longer than a row is cut to the row's length;
-        `bfd_split`: as bfd, but a longer document is cut into pieces and none is lost;
-        `wrapped`: one stream of all documents, cut every `capacity` tokens;
-        `none`: one document a row, cut to the row's length.
-
-    Returns: rows, each a list of (document, start, stop).
+    lengths: number of tokens of each document; empty ones are skipped. strategy: one of
+      `bfd`: best-fit decreasing; a document longer than a row is cut to the row's length;
+      `bfd_split`: as bfd, but a longer document is cut into pieces and none is lost;
+      `wrapped`: one stream of all documents, cut every `capacity` tokens;
+      `none`: one document a row, cut to the row's length.
     """
     rows = plan(lengths, capacity, strategy)
     return [rows.row(r) for r in range(len(rows))]
@@ -178,16 +173,11 @@ def _best_pair(there, counts, smallest, room, longest):
 
 
 def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The targets of one document (or piece of one), and the loss weight of each.
+    """The targets, int32 [n], and their loss weights, float32 [n], of a document or piece of one.
 
-    Position i predicts token i + 1, so it carries that token's weight. Nothing follows the last
-    token: target 0, weight 0. The first token of a document is never a target.
-
-    Args:
-      tokens: int [n].
-      weights: float [n], the loss weight of each token itself.
-
-    Returns: targets int32 [n], weights float32 [n].
+    Position i predicts token i + 1, so it carries that token's weight: `weights` has those of the
+    tokens themselves. Nothing follows the last token: target 0, weight 0. The first token of a
+    document is never a target.
     """
     targets = np.zeros(len(tokens), np.int32)
     moved = np.zeros(len(tokens), np.float32)
@@ -202,13 +192,10 @@ def make_batch(
     rows: Sequence[Sequence[tuple[int, int, int]]] | None = None,
     pad_id: int = 0,
 ) -> Batch:
-    """Documents to a batch of arrays [rows, length]; padding is known from lengths alone.
+    """`Encoded` examples, or pairs (tokens [n], weights [n]), to a batch for a language model.
 
-    Args:
-      encoded_docs: `Encoded` examples, or pairs (tokens [n], weights [n]).
-      length: tokens in a row; default the longest row's.
-      rows: the result of `pack`; default one document a row.
-      pad_id: what pad cells hold in `tokens`; no real token is judged by it.
+    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one
+    document a row. pad_id: what pad cells hold in `tokens`; no real token is judged by it.
 
     Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S].
     Raises: DataError if a row doesn't fit.

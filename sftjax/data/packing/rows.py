@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 class Store(Examples, Protocol):
     """Examples by index with their lengths; token_store.TokenStore, where they are in files."""
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """The number of tokens of each example, int [documents]."""
-
-    def __len__(self) -> int: ...
+    lengths: np.ndarray  # int [documents], the number of tokens of each
 
 
 class Rows:
@@ -56,18 +52,11 @@ class Rows:
         pad_id: int = 0,
         layout: Layout = CAUSAL,
     ) -> None:
-        """Plan the rows that go through a store.
+        """Plan rows of `length` tokens, as `pack` does, of what a store holds.
 
-        Args:
-          store: a Store, or anything with `lengths` and [i] -> the arrays of an example.
-          length: tokens in a row.
-          seed: of the order of examples, and of rows.
-          packing: a strategy of `pack`.
-          total_rows: how many rows there are in all; default as many as `epochs` has.
-          epochs: how often to go through the data, fractions too.
-          shuffle: draw an order for each epoch; without, it is the store's.
-          pad_id: the token at places where there is none.
-          layout: how examples lie in a row; the default is that of causal language models.
+        seed: of the order of examples, and of rows; without `shuffle` it is the store's.
+        total_rows: default as many as `epochs` has, of which there may be a fraction.
+        pad_id: the token at places where there is none.
         """
         self.store, self.length, self.packing = store, length, packing
         self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
@@ -172,14 +161,9 @@ def loader(
     Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those
     at the places `local` within them, so that all processes together read what one would.
 
-    Args:
-      rows: all rows of the run.
-      batch_size: rows of a global batch.
-      local: the places of this process's rows in it; None = all of them.
-      start_step: the first step; nothing before it is read.
-      stop_step: one past the last; default as many as hold all rows, the last one padded.
-      workers: processes that read; 0 = threads of this one.
-      prefetch: batches read ahead, by each worker where there are any.
+    local: None = all of them. start_step: nothing before it is read. stop_step: one past the last;
+    default as many as hold all rows, the last one padded. workers: 0 = threads of this process.
+    prefetch: batches read ahead, by each worker where there are any.
 
     Returns: a grain iterator of Batch, numpy [local rows, S], with get_state() and set_state().
     """
@@ -196,17 +180,12 @@ def loader(
     options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
     batches = batches.to_iter_dataset(options)
     if workers:
-        _settle_flags()
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain reads them when it starts processes
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch), _serve)
     return iter(batches)
-
-
-def _settle_flags():
-    """Parse absl flags if nobody has: Grain reads them when it starts processes."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _serve(worker: int, workers: int) -> None:

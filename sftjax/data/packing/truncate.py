@@ -11,16 +11,11 @@ BARS = "·▁▂▃▄▅▆▇█"
 def fit(
     tokens: np.ndarray, weights: np.ndarray, max_length: int, overlong: str, bos: int | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A document as the pieces, of at most `max_length` tokens, in which something is trained.
+    """The pieces (tokens, weights) of at most `max_length` tokens in which something is trained.
 
     The first token of a piece has nothing before it that could predict it, so it doesn't count.
-
-    Args:
-      tokens: int32 [n].
-      weights: float32 [n], of each token itself; not shifted.
-      max_length: 0 = no limit.
-      overlong: "truncate_end" | "truncate_prompt" | "drop" | "split" | "error" (as "drop").
-      bos: the id that begins a text; truncate_prompt keeps it.
+    weights: float32 [n], of each token itself; not shifted. max_length: 0 = no limit. overlong: as
+    of `build_store`, "error" as "drop". bos: the id that begins a text; truncate_prompt keeps it.
     """
     kept: list[Any] = [slice(None)]
     if max_length and len(tokens) > max_length:

@@ -1,4 +1,4 @@
-"""The errors of files that can't be read, in words."""
+"""The errors of files and rows that can't be read, in words."""
 
 import json
 from collections.abc import Iterator
@@ -19,6 +19,17 @@ def readable(
     except errors as error:
         problem = f"not a readable {what} file: {error}"
         raise DataError(problem, where=path, kind="unreadable") from None
+
+
+@contextmanager
+def located(where: Path | str = "", inside: str = "") -> Iterator[None]:
+    """Give a DataError its place, unless it has one, and what of a row it is in: "message 2: "."""
+    try:
+        yield
+    except DataError as error:
+        error.where = error.where or str(where)
+        error.problem = inside + error.problem
+        raise
 
 
 def not_json(where: str | Path, error: ValueError | RecursionError) -> DataError:

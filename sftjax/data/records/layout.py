@@ -4,6 +4,7 @@ A split's name is matched by whole parts of a path: "train" is in "train-00000-o
 in "train/0.jsonl", not in "training_notes.jsonl" or "pretrain.jsonl".
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
@@ -29,18 +30,15 @@ def kind(path: PurePath) -> str:
 
 def data_files(folder: Path) -> list[Path]:
     """All data files below a folder; of one that `datasets` saved, those that it names."""
-    found: list[Path] = []
-    saved: dict[Path, list[Path] | None] = {}
+    found: dict[Path, None] = {}
+    saved = functools.cache(_saved)
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or path.name in METADATA or kind(path) not in READERS or path.is_dir():
             continue
-        if path.parent not in saved:
-            saved[path.parent] = own = _saved(path.parent)
-            found += own or []
-        if saved[path.parent] is None:
-            found.append(path)
-    return found
+        own = saved(path.parent)
+        found |= dict.fromkeys([path] if own is None else own)
+    return list(found)
 
 
 def _saved(folder) -> list[Path] | None:
@@ -58,7 +56,7 @@ def _saved(folder) -> list[Path] | None:
     if missing := [f for f in files if not f.is_file()]:
         problem = f"state.json names {missing[0].name}, which is not there"
         raise DataError(problem, where=folder, kind="no_file")
-    return list(dict.fromkeys(files))
+    return files
 
 
 # --- splits -------------------------------------------------------------------------------------
@@ -142,19 +140,17 @@ def _of_entry(folder, files, entry) -> Files:
         if isinstance(one, dict):
             split, patterns = str(one.get("split", "train")), one.get("path", [])
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            own = _matching(folder, files, base + str(pattern))
+            rule = glob_rule((base + str(pattern)).removeprefix("./").rstrip("/"))
+            own = [f for f in files if rule.match(f.relative_to(folder).as_posix())]
             found.setdefault(split, []).extend(own)
     return found
 
 
-def _matching(folder, files, pattern) -> list[Path]:
-    """The files that a pattern of a card names; a folder stands for all that is in it."""
-    rule = glob_rule(pattern.removeprefix("./").rstrip("/"))
-    return [f for f in files if rule.match(f.relative_to(folder).as_posix())]
-
-
 def glob_rule(pattern: str) -> re.Pattern[str]:
-    """A glob of the hub as a regular expression: `*` stays in a folder, `**` does not."""
+    """A glob of the hub as a regular expression: `*` stays in a folder, `**` does not.
+
+    A folder stands for all that is in it.
+    """
     special = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
     body = "".join(special.get(piece) or re.escape(piece) for piece in pieces)
@@ -221,8 +217,7 @@ def of_folder(folder: Path) -> list[Path]:
     named = [name for name, own in configurations(folder, files).items() if any(own.values())]
     if len(named) > 1:
         problem = f"{folder} holds several configurations ({_some(named)})"
-        fix = "name the folder or the files to use"
-        raise DataError(problem, fix, kind="mixed_splits")
+        raise DataError(problem, "name the folder or the files to use", kind="mixed_splits")
     if len({split_of(f.relative_to(folder)) for f in files}) > 1:
         problem = f"{folder} holds several splits ({_some(f.name for f in files)})"
         raise DataError(problem, "name the files to use", kind="mixed_splits")

@@ -417,6 +417,7 @@ def _read_table(path, **dialect: Any):
     return Table(path, rows, [line for line, _ in lines[1:]])
 
 
+WRAPPED = re.compile('".*"', re.DOTALL)
 FIELD = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)|[^"\t\r\n]*+(?=[\t\r\n]|\Z)')
 
 
@@ -431,7 +432,7 @@ def _read_tsv(path):
     if quoted:
         return _read_table(path, delimiter="\t")
     table = _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-    wrapped = [i for i in range(len(table)) if any(map(_is_wrapped, table[i].values()))]
+    wrapped = [i for i in range(len(table)) if any(map(WRAPPED.fullmatch, table[i].values()))]
     if wrapped:
         warn(
             "fields that are wrapped in quotes are read with their quotes, as others have quotes of"
@@ -457,10 +458,6 @@ def _is_quoted(text):
         # Where lone quotes begin and end fields, what is between them may look like one field.
         return len({line.count("\t") for line in re.split(r"[\r\n]+", text) if line}) > 1
     return len(quoted) == len(found) or any('"' in inside for inside in quoted)
-
-
-def _is_wrapped(field):
-    return isinstance(field, str) and len(field) > 1 and field[0] == field[-1] == '"'
 
 
 READERS: dict[str, Any] = {

@@ -103,7 +103,7 @@ def open_source(spec: str, limit: int = 0) -> Source:
     for part in str(spec or "").split(","):
         with readable(part.strip()):
             files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
-            opened = [_open(path) for path in (_find(files) if files.strip() else [])]
+            opened = [_open(path) for path in find_files(files)]
         readers += [Nested(reader, lists.strip()) for reader in opened] if lists else opened
     if not readers:
         fix = "set data.train=FILE (JSONL, JSON, Parquet, CSV)"

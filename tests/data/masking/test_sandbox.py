@@ -74,23 +74,23 @@ def test_attributes_that_are_no_template_s_business_are_refused(template):
 def test_the_row_at_which_a_template_is_stopped_is_named(low_limits):
     template = "{% if messages[0].content == 'bad' %}" + LOOP + "{% endif %}" + CHATML
     chats = [
-        dict(messages=[user(text)], tools=None, options={}, blocks=False)
-        for text in ("q", "bad", "r")
+        dict(messages=[user(text)], tools=None, options={}, blocks=False, where=f"row {n}")
+        for n, text in enumerate(("q", "bad", "r"), 1)
     ]
     with pytest.raises(DataError, match="^row 2: the chat template was stopped"):
-        sandbox.render(template, {}, chats, ["row 1", "row 2", "row 3"])
+        sandbox.render(template, {}, chats)
 
 
 def test_what_is_no_plain_data_is_a_placeholder():
     chat = dict(messages=[dict(role="user", content="q", at=object())], options={})
     chats = [chat | dict(tools=None, blocks=False)]
-    [result] = sandbox.render("{{ messages[0].at }}", {}, chats, ["row 1"])
+    [result] = sandbox.render("{{ messages[0].at }}", {}, chats)
     assert result == {"text": "<object>"}
 
 
 def test_a_worker_that_was_ended_is_replaced():
     assert trained(RECORD)
-    worker, _ = sandbox._workers[os.getpid()]
+    worker = sandbox._workers[os.getpid()]
     worker.kill()
     worker.wait()
     assert trained({M: [user("other"), assistant("b")]})

@@ -326,7 +326,6 @@ def test_two_processes_read_a_part_each(files, tmp_path, monkeypatch):  # noqa: 
         (dict(data__packing="wrapped"), "data.packing can't be had with data.streaming"),
         (dict(data__split__share=0.1, data__validation=""), "data.split.share can't be had with"),
         (dict(data__clean__rules="('all',)"), "data.clean.rules can't be had with"),
-        (dict(data__shuffle_window=0), "data.shuffle_window=0; expected 1 or more rows"),
     ],
 )
 def test_what_a_stream_cannot_do(files, tmp_path, overrides, message):  # noqa: F811

@@ -170,17 +170,15 @@ def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
     rows = lambda n: f"{n:,} row{'' if n == 1 else 's'}"  # noqa: E731
     if not gone and not come:
         return ""
-    if not gone:
-        return f"{rows(come)} added " + (f"from row {start + 1} on" if end else "at the end")
-    if not come:
-        return f"{rows(gone)} removed " + (f"from row {start + 1} on" if end else "at the end")
+    if not gone or not come:
+        where = f"from row {start + 1} on" if end else "at the end"
+        return f"{rows(gone or come)} {'removed' if gone else 'added'} {where}"
+    what = f"{rows(gone)} replaced by {come:,}"
     if gone == come:
-        middle = slice(start, start + gone)
-        edited = int((old[middle] != new[middle]).sum())
-        if sorted(old[middle]) == sorted(new[middle]):
-            return f"{rows(edited)} in another order, the first difference at row {start + 1}"
-        return f"{rows(edited)} edited, the first difference at row {start + 1}"
-    return f"{rows(gone)} replaced by {come:,}, the first difference at row {start + 1}"
+        was, now = old[start : start + gone], new[start : start + gone]
+        how = "in another order" if sorted(was) == sorted(now) else "edited"
+        what = f"{rows(int((was != now).sum()))} {how}"
+    return f"{what}, the first difference at row {start + 1}"
 
 
 def _common(a, b) -> int:

@@ -22,6 +22,7 @@ from sftjax.step import Loss, TrainState, train_step
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 OWN = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+TESTS = {"nan": jnp.isnan, "inf": jnp.isinf}
 
 
 def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
@@ -137,15 +138,14 @@ def _floats(values):
 
 def _made(inputs, outputs) -> str:
     """What of "nan" and "inf" the outputs have and the inputs have not; "" for neither."""
-    before, after = _floats(inputs), _floats(outputs)
-    if any(jnp.isnan(x).any() for x in after):
-        return "" if any(jnp.isnan(x).any() for x in before) else "nan"
-    made = any(jnp.isinf(x).any() for x in after)
-    return "inf" if made and not any(jnp.isinf(x).any() for x in before) else ""
+    for what, test in TESTS.items():
+        if any(test(x).any() for x in _floats(outputs)):
+            return "" if any(test(x).any() for x in _floats(inputs)) else what
+    return ""
 
 
 def _text(eqn, what, inputs, outputs) -> str:
-    test = jnp.isnan if what == "nan" else jnp.isinf
+    test = TESTS[what]
     bad = next(x for x in _floats(outputs) if test(x).any())
     shape = ",".join(map(str, bad.shape))
     counted = f"{int(test(bad).sum())} of {bad.size} numbers of {bad.dtype}[{shape}] are {what}"

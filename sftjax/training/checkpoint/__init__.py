@@ -95,9 +95,14 @@ class Checkpointer:
         failed.
         """
         self._settle()
-        if step == self.latest_step():
+        latest = self.latest_step()
+        if step == latest:
             return False
-        self._check_newer(step)
+        if latest is not None and step < latest:
+            raise CheckpointError(
+                f"step {step} would be saved into {self.directory}, which has the later step"
+                f" {latest}: move the later steps away, or use another workdir"
+            )
         table = to_table(state)
         beside = {EXTRA: self._extra(extra), "metrics/metrics": self._metrics(metrics)}
         self._agreement, problem = Agreement(), self._begin(step)
@@ -238,14 +243,6 @@ class Checkpointer:
             " or choose another workdir; the same command, started again, resumes."
         )
 
-    def _check_newer(self, step):
-        latest = self.latest_step()
-        if latest is not None and step < latest:
-            raise CheckpointError(
-                f"step {step} would be saved into {self.directory}, which has the later step"
-                f" {latest}: move the later steps away, or use another workdir"
-            )
-
     def _extra(self, extra) -> dict:
         extra = dict(extra or {})
         if self.manifest is not None:
@@ -280,12 +277,21 @@ class Checkpointer:
         sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in to_table(state).items()}
         model = sum(n for name, n in sizes.items() if name.startswith(("params/", "frozen/")))
         saves = self.keep + 1 + bool(self.best_metric)  # an old one goes after the new one is there
-        found = disk.space_problem(self.directory, sum(sizes.values()), saves, model * export)
-        errors, warnings = zip(*processes.gather(found), strict=True)
-        if any(errors):
-            raise CheckpointError(max(errors))
-        if any(warnings):
-            warn(max(warnings))
+        save, more = sum(sizes.values()), max(saves - len(disk.steps(self.directory)), 1)
+        free = min(processes.gather(shutil.disk_usage(self.directory).free))
+        gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
+        has = f"{self.directory} has {gb(free)} free"
+        if free < save:
+            raise CheckpointError(
+                f"{has}, and a checkpoint of this run takes up to {gb(save)}. Make room, or choose"
+                " a workdir on another disk."
+            )
+        if free < more * save + model * export:
+            warn(
+                f"the disk of {has}; {more} checkpoints of up to {gb(save)}, which lie there at a"
+                f" time, and {gb(model * export)} of the export may not find room: lower"
+                " train.keep, or make room"
+            )
 
     # ---- restoring ----
 

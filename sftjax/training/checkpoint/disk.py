@@ -103,26 +103,3 @@ def check_writable(directory: Path | str) -> None:
             f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is"
             " writable and not full."
         ) from e
-
-
-def space_problem(directory: Path, save: int, saves: int, export: int) -> tuple[str, str]:
-    """(error, warning) about the disk's free space; "" where there is none.
-
-    save: bytes of a checkpoint. saves: how many lie there at most at a time. export: bytes.
-    """
-    free = shutil.disk_usage(directory).free
-    more = max(saves - len(steps(directory)), 1)
-    gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
-    if free < save:
-        return (
-            f"{directory} has {gb(free)} free, and a checkpoint of this run takes up to {gb(save)}."
-            " Make room, or choose a workdir on another disk.",
-            "",
-        )
-    if free < more * save + export:
-        return "", (
-            f"the disk of {directory} has {gb(free)} free; {more} checkpoints of up to {gb(save)},"
-            f" which lie there at a time, and {gb(export)} of the export may not find room:"
-            " lower train.keep, or make room"
-        )
-    return "", ""

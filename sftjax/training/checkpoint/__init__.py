@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from sftjax.errors import CheckpointError, ConfigError, NotFoundError
+from sftjax.errors import CheckpointError, NotFoundError
 from sftjax.files import finite, read_object
 from sftjax.parallel import processes
 from sftjax.training.checkpoint import disk, seal
@@ -56,15 +56,20 @@ class Checkpointer:
         best_metric: str = "",
         lower: bool = True,
     ) -> None:
-        if keep < 1:
-            raise ConfigError(f"keep={keep}; expected keep >= 1")
         self.directory = Path(directory).absolute()
         self.manifest, self.keep = manifest, keep
         self.best_metric, self._lower = best_metric, lower
         disk.check_writable(self.directory)
         if manifest is not None:
             check_manifest(self.directory, manifest)
-        self._set_aside_incomplete()
+        # Numbered directories that lack a part (a deletion cut short, a partial copy).
+        found = disk.steps(self.directory)
+        wrong = {step: text for step, text in found.items() if text}
+        if wrong and len(wrong) == len(found):
+            raise disk.none_is_whole(self.directory, wrong)
+        self._set_aside(wrong)
+        if jax.process_index() == 0:
+            disk.sweep(self.directory)
         # Held open, so that the system gives its number to no other directory.
         self._handle = os.open(self.directory, os.O_RDONLY)
         weakref.finalize(self, os.close, self._handle)
@@ -309,16 +314,13 @@ class Checkpointer:
         if not steps:
             raise NotFoundError(f"no checkpoint in {self.directory}; complete steps there: none")
         for at in reversed(steps):
-            if text := self._damage(at):
-                wrong[at] = text
-                continue
             try:
                 found = self._read(at, abstract_state)
             except _Damaged as e:
                 wrong[at] = str(e)
-                continue
-            self._go_back(wrong, at)
-            return found
+            else:
+                self._set_aside(wrong, at)
+                return found
         raise disk.none_is_whole(self.directory, wrong)
 
     def _damage(self, step) -> str:
@@ -335,6 +337,8 @@ class Checkpointer:
 
     def _read(self, step, abstract_state) -> tuple[Any, dict]:
         folder, wanted = self.directory / str(step), to_table(abstract_state)
+        if problem := self._damage(step):
+            raise _Damaged(problem)
         target = {name: placed(x) for name, x in wanted.items()}
         try:
             check_table(folder, dict(self._orbax.metadata(folder / "state").item_metadata), wanted)
@@ -354,32 +358,18 @@ class Checkpointer:
         extra.pop("sealed", None)
         return from_table(table, abstract_state), extra
 
-    def _go_back(self, wrong: Mapping[int, str], step: int) -> None:
-        """Set the damaged ones aside, and say what that costs."""
-        multihost_utils.sync_global_devices("sftjax: all processes have read the checkpoint")
+    def _set_aside(self, wrong: Mapping[int, str], taken: int | None = None) -> None:
+        """Rename damaged ones, and say what that costs. taken: the step that is gone back to."""
+        multihost_utils.sync_global_devices("sftjax: all have seen the checkpoints")
         if jax.process_index() == 0:
-            for lost, text in sorted(wrong.items()):
-                name = disk.set_aside(self.directory, lost)
-                warn(
-                    f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set aside"
-                    f" as {name}. The newest intact one, of step {step}, is taken: {lost - step}"
-                    " steps are repeated."
-                )
-        multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
-
-    def _set_aside_incomplete(self):
-        """Rename numbered directories that lack a part (a deletion cut short, a partial copy)."""
-        found = disk.steps(self.directory)
-        wrong = {step: text for step, text in found.items() if text}
-        if wrong and len(wrong) == len(found):
-            raise disk.none_is_whole(self.directory, wrong)
-        multihost_utils.sync_global_devices("sftjax: all have seen the checkpoint directory")
-        if jax.process_index() == 0:
-            disk.sweep(self.directory)
-            for step, text in wrong.items():
+            for step, text in sorted(wrong.items()):
                 name = disk.set_aside(self.directory, step)
-                warn(f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}")
-        multihost_utils.sync_global_devices("sftjax: checkpoint directory is clean")
+                said = f"{self.directory / str(step)} is damaged: {text}; it is set aside as {name}"
+                if taken is not None:
+                    said += f". The newest intact one, of step {taken}, is taken:"
+                    said += f" {step - taken} steps are repeated."
+                warn(f"checkpoint {said}")
+        multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
 
     # ---- which there are ----
 
@@ -393,7 +383,7 @@ class Checkpointer:
 
 
 class _Damaged(Exception):
-    """A checkpoint of an older version that can't be read."""
+    """A checkpoint whose files are not as they were written, or can't be read."""
 
 
 def _orbax(barrier) -> ocp.AsyncCheckpointer:

@@ -137,15 +137,14 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     rule that matches no leaf: nearly always typing errors that would train the wrong thing.
     """
     names = list(flatten(tree))
-    hit = dict.fromkeys(range(len(rules)), False)
-    for i, (pattern, _) in enumerate(rules):
+    for pattern, _ in rules:
         try:
-            hit[i] = any(re.fullmatch(pattern, n) for n in names)
+            hit = any(re.fullmatch(pattern, n) for n in names)
         except re.error as e:
             raise ConfigError(
                 f"{what}: rule {pattern!r} is not a regular expression: {e}"
             ) from None
-        if not hit[i]:
+        if not hit:
             raise ConfigError(
                 f"{what}: rule {pattern!r} matches no parameter. Rules match whole names; the names"
                 f" here are: {_some(names)}"

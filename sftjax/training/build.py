@@ -123,25 +123,19 @@ def abstract_state(
     section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's
     name and has its shape is laid out like that parameter; all others are replicated.
     """
-    shardings = parallel.param_shardings(mesh, model.abstract)
-    shapes = jax.tree.map(
-        lambda p, d: jax.ShapeDtypeStruct(p.shape, d),
-        model.abstract,
-        dtypes(section, model, trainable),
-        is_leaf=params_lib.is_param,
-    )
+    struct = lambda _, p, d: jax.ShapeDtypeStruct(p.shape, d)  # noqa: E731
+    shapes = params_lib.map_named(struct, model.abstract, dtypes(section, model, trainable))
     model_state = None if model.state is None else params_lib.shapes(model.state)
     create = functools.partial(TrainState.create, tx=tx, trainable=trainable)
     state = jax.eval_shape(create, params=shapes, model_state=model_state)
-    pairs = zip(params_lib.flatten(model.abstract).items(), jax.tree.leaves(shardings), strict=True)
-    by_name = {name: (p.shape, s) for (name, p), s in pairs}
+    layouts = params_lib.flatten(parallel.param_shardings(mesh, model.abstract))
+    sizes = {name: x.shape for name, x in params_lib.flatten(shapes).items()}
 
     def place(name, x):
         parts = name.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        known = (by_name.get(tail, (None, None)) for tail in tails)
-        replicated = NamedSharding(mesh, P())
-        sharding = next((s for shape, s in known if shape == x.shape), replicated)
+        known = (layouts[tail] for tail in tails if sizes.get(tail) == x.shape)
+        sharding = next(known, NamedSharding(mesh, P()))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return params_lib.map_named(place, state)
@@ -248,7 +242,7 @@ def make_params(
     kinds = dtypes(section, model, trainable)
     if from_files(model) and section.init == "pretrained":
         # With rows drawn for new tokens, and a head where the files have none.
-        stored = model.replace(vocab=model.source.config["vocab_size"])
+        stored: Any = model.replace(vocab=model.source.config["vocab_size"])
         _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
         if new:
             _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sftjax.parallel import RULES, constrain, manual_axes, shard_map, spec, two_factors
+from sftjax.parallel.mesh import RULES, constrain, manual_axes, shard_map, spec, two_factors
 
 GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
 

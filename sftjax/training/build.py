@@ -53,7 +53,10 @@ def from_files(model: Any) -> bool:
 
 
 def _checked(config, model, tokenizer, platform):
-    """The model with a row for every token; raises what its backend or its positions refuse."""
+    """The model with a row for every token; only tokens of data.add_tokens may lack one.
+
+    Raises what its backend or its positions refuse.
+    """
     m, longest = config.model, config.data.max_length
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
@@ -62,12 +65,7 @@ def _checked(config, model, tokenizer, platform):
         return model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
     if m.init == "pretrained":
         model = hf.with_dtypes(model, hf.resolve(m.path))
-    return _with_rows(model, tokenizer, config.data.add_tokens)
-
-
-def _with_rows(model, tokenizer, added):
-    """The model with a row for every token; only tokens of data.add_tokens may lack one."""
-    ids, rows = tokenizer.get_vocab(), model.config.vocab
+    ids, rows, added = tokenizer.get_vocab(), model.config.vocab, config.data.add_tokens
     size = max(ids.values()) + 1
     lacking = sorted((i, token) for token, i in ids.items() if i >= rows and token not in added)
     if lacking:

@@ -91,20 +91,17 @@ def _check(directory, old, new):
             f"{directory} holds checkpoints of another run:\n{text}\n"
             "Use another workdir, or put back what differs to resume that run."
         )
-    steps = _number(old.get("steps")), _number(new.get("steps"))
-    if all(steps) and steps[1] < steps[0]:
+    steps = (facts.get("steps") for facts in (old, new))
+    before, after = (n if isinstance(n, int) else 0 for n in steps)
+    if 0 < after < before:
         raise CheckpointError(
-            f"{directory} holds checkpoints of a run of {steps[0]} steps, and this one has"
-            f" {steps[1]}: train.duration may grow, not shrink. Set it back, or use another"
+            f"{directory} holds checkpoints of a run of {before} steps, and this one has"
+            f" {after}: train.duration may grow, not shrink. Set it back, or use another"
             " workdir."
         )
     if sets := _compared(old.get("evaluation"), new.get("evaluation")):
         text = "evaluation is by other rows from now on, so its metrics may differ: "
         warn(text + "; ".join(sets))
-
-
-def _number(value) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def changes(old: Mapping, new: Mapping) -> list[str]:

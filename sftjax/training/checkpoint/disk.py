@@ -32,17 +32,14 @@ def steps(directory: Path) -> dict[int, str]:
 
 def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int | None:
     """The step that scores best, of equals the latest; None where none was measured."""
-    scores = {step: _measured(directory / str(step), metric) for step in among}
+    scores = dict[int, float]()
+    for step in among:
+        measured = read_object(directory / str(step) / "metrics" / "metrics")
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it tracked another one
+            scores[step] = float(measured[metric])
     known = [step for step, score in scores.items() if not math.isnan(score)]
     sign = -1 if lower else 1
     return max(known, key=lambda step: (sign * scores[step], step), default=None)
-
-
-def _measured(folder: Path, metric: str) -> float:
-    """NaN where the metric was not measured, as of a run that tracked another one."""
-    with contextlib.suppress(TypeError, ValueError):
-        return float(read_object(folder / "metrics" / "metrics").get(metric, math.nan))
-    return math.nan
 
 
 def sweep(directory: Path) -> None:

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -41,7 +41,7 @@ class Checkpointer:
     directory: created when absent; a CheckpointError says when it cannot be written.
     manifest: see identity.make_manifest; a directory of another identity raises CheckpointError.
     keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
-    besides ("" = none), lower: is less of it better. Use it as a context manager, or call close().
+    besides ("" = none), lower: is less of it better. Call close() at the end.
 
     A save that fails (a full disk, a missing permission) is said, and the next one tried; the
     FAILURES-th in a row raises CheckpointError. Process 0 seals what all have written.
@@ -207,12 +207,6 @@ class Checkpointer:
         finally:
             with contextlib.suppress(Exception):  # it repeats what wait has raised
                 self._orbax.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _settle(self):
         """As wait, but a failure is said, until there are too many in a row."""

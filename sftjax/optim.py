@@ -111,23 +111,22 @@ def make(
         tree = params_lib.match_rules(rules, abstract, what)
         return params_lib.partition(tree, trainable)[0]
 
+    def each(fn, tree):
+        return optax.stateless(lambda u, p: jax.tree.map(fn, u, p, tree))
+
     multipliers = factors(c.lr_multipliers, "optim.lr_multipliers")
     parts = [optax.clip_by_global_norm(c.clip)] if c.clip else []
     parts.append(OPTIMIZERS[c.name](c, abstract))
     if c.weight_decay:
         decay = factors(c.decay, "optim.decay")
-        parts.append(
-            optax.stateless(
-                lambda u, p: jax.tree.map(lambda u, p, f: u + c.weight_decay * f * p, u, p, decay)
-            )
-        )
+        parts.append(each(lambda u, p, f: u + c.weight_decay * f * p, decay))
     if not any(jax.tree.leaves(multipliers)):
         raise ConfigError("optim.lr_multipliers: 0 for all that is trained; nothing would change")
     if any(m != 1 for m in jax.tree.leaves(multipliers)):
-        parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers)))
+        parts.append(each(lambda u, p, m: u * m, multipliers))
     if c.layer_decay != 1:
         depth = params_lib.partition(_by_depth(c.layer_decay, abstract), trainable)[0]
-        parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, depth)))
+        parts.append(each(lambda u, p, m: u * m, depth))
     parts.append(optax.scale_by_learning_rate(lr))
     return optax.chain(*parts)
 

@@ -436,7 +436,7 @@ def manifests(rng, folder):
     workdir.prepare_workdir(c, folder)
     workdir.began_in(folder)
     identity.check_manifest(folder / "checkpoints", made)
-    with metrics.Writer(folder, 10, tensorboard=False, start_step=2) as writer:
+    with contextlib.closing(metrics.Writer(folder, 10, tensorboard=False, start_step=2)) as writer:
         writer.write(3, {"loss": 1.0})
     curves.loss_figure(curves.read_losses(folder / "metrics.jsonl"), "Loss")
     config_lib.check(c)

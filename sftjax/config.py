@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_dict
 from sftjax.errors import ConfigError
 from sftjax.files import refuse_url, url_problem
 from sftjax.training.config_file import line_of, load
-from sftjax.training.durations import amount, duration, epochs  # noqa: F401 (offered here)
+from sftjax.training.durations import amount, duration  # noqa: F401 (offered here)
 
 
 def get_default() -> ConfigDict:

@@ -135,7 +135,6 @@ class DataError(UserError, ValueError):
         kind: str = "",
         subject: str = "",
     ) -> None:
-        """Take the parts."""
         super().__init__(problem)
         self.problem, self.fix = problem, fix
         self.where, self.kind, self.subject = str(where), kind, subject

@@ -4,6 +4,7 @@ An optimizer here is the part that turns a gradient into a direction; clipping, 
 per-parameter learning-rate multipliers and the schedule are put around it alike for all.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,39 +15,7 @@ from ml_collections import ConfigDict
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError
 
-# ---- schedules -----------------------------------------------------------------------------
-# Each is (t, steps, floor, warmup, decay) -> share of the peak learning rate, t steps after the
-# warm-up of a decay that spans `steps`. The formulas are those of transformers.
-
-
-def _constant(t, steps, floor, warmup, decay):
-    return jnp.ones_like(t)
-
-
-def _linear(t, steps, floor, warmup, decay):
-    return 1 - (1 - floor) * t / steps
-
-
-def _cosine(t, steps, floor, warmup, decay):
-    return floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * t / steps))
-
-
-def _inverse_sqrt(t, steps, floor, warmup, decay):
-    return jnp.maximum(jnp.sqrt(max(warmup, 1) / (t + max(warmup, 1))), floor)
-
-
-def _wsd(t, steps, floor, warmup, decay):
-    """Warm-up, stable, then a linear decay over the last `decay` steps."""
-    return 1 - (1 - floor) * jnp.clip((t - (steps - decay)) / max(decay, 1), 0, 1)
-
-
-SCHEDULES = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-    "inverse_sqrt": _inverse_sqrt,
-    "wsd": _wsd,
-}
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 
 
 def schedule(
@@ -55,7 +24,8 @@ def schedule(
     """A function step -> float32 learning rate.
 
     It rises linearly from 0 at step 0 to lr at step `warmup`, then follows the named shape until
-    `total`; floor is the lowest share of lr; decay is the length of wsd's last phase, in steps.
+    `total`; floor is the lowest share of lr; decay is the length of wsd's last phase, in steps. The
+    formulas are those of transformers.
     """
     if name not in SCHEDULES:
         raise ConfigError(f"optim.schedule={name!r}; known: {', '.join(SCHEDULES)}")
@@ -64,33 +34,19 @@ def schedule(
     def at(step):
         step = jnp.asarray(step, jnp.float32)
         t = jnp.clip(step - warmup, 0, steps)
-        factor = SCHEDULES[name](t, steps, floor, warmup, decay)
+        factor: jax.Array | float = 1.0
+        match name:
+            case "linear":
+                factor = 1 - (1 - floor) * t / steps
+            case "cosine":
+                factor = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * t / steps))
+            case "inverse_sqrt":
+                factor = jnp.maximum(jnp.sqrt(max(warmup, 1) / (t + max(warmup, 1))), floor)
+            case "wsd":  # stable, then a linear decay over the last `decay` steps
+                factor = 1 - (1 - floor) * jnp.clip((t - (steps - decay)) / max(decay, 1), 0, 1)
         return lr * jnp.where(step < warmup, step / max(warmup, 1), factor)
 
     return at
-
-
-# ---- optimizers: gradient -> direction ------------------------------------------------------
-
-
-def _adam(c, abstract):
-    return optax.scale_by_adam(c.b1, c.b2, c.eps)
-
-
-def _sgd(c, abstract):
-    return optax.trace(c.momentum) if c.momentum else optax.identity()
-
-
-def _lion(c, abstract):
-    return optax.scale_by_lion(c.b1, c.b2)
-
-
-def _adafactor(c, abstract):
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-    )
 
 
 def _muon(c, abstract):
@@ -123,12 +79,16 @@ def _matrix(p):
 
 
 EMBEDDINGS = ("embed", "positions", "token_types", "embed_norm")
-OPTIMIZERS = {
-    "adamw": _adam,
-    "adam": _adam,
-    "sgd": _sgd,
-    "lion": _lion,
-    "adafactor": _adafactor,
+OPTIMIZERS: dict[str, Callable[[ConfigDict, Any], optax.GradientTransformation]] = {
+    "adamw": lambda c, abstract: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "adam": lambda c, abstract: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "sgd": lambda c, abstract: optax.trace(c.momentum) if c.momentum else optax.identity(),
+    "lion": lambda c, abstract: optax.scale_by_lion(c.b1, c.b2),
+    "adafactor": lambda c, abstract: optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    ),
     "muon": _muon,
 }
 
@@ -151,23 +111,22 @@ def make(
         tree = params_lib.match_rules(rules, abstract, what)
         return params_lib.partition(tree, trainable)[0]
 
+    def each(fn, tree):
+        return optax.stateless(lambda u, p: jax.tree.map(fn, u, p, tree))
+
     multipliers = factors(c.lr_multipliers, "optim.lr_multipliers")
     parts = [optax.clip_by_global_norm(c.clip)] if c.clip else []
     parts.append(OPTIMIZERS[c.name](c, abstract))
     if c.weight_decay:
         decay = factors(c.decay, "optim.decay")
-        parts.append(
-            optax.stateless(
-                lambda u, p: jax.tree.map(lambda u, p, f: u + c.weight_decay * f * p, u, p, decay)
-            )
-        )
+        parts.append(each(lambda u, p, f: u + c.weight_decay * f * p, decay))
     if not any(jax.tree.leaves(multipliers)):
         raise ConfigError("optim.lr_multipliers: 0 for all that is trained; nothing would change")
     if any(m != 1 for m in jax.tree.leaves(multipliers)):
-        parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, multipliers)))
+        parts.append(each(lambda u, p, m: u * m, multipliers))
     if c.layer_decay != 1:
         depth = params_lib.partition(_by_depth(c.layer_decay, abstract), trainable)[0]
-        parts.append(optax.stateless(lambda u, p: jax.tree.map(lambda u, m: u * m, u, depth)))
+        parts.append(each(lambda u, p, m: u * m, depth))
     parts.append(optax.scale_by_learning_rate(lr))
     return optax.chain(*parts)
 

@@ -101,11 +101,9 @@ def init(
 
 def shapes(abstract: Any, dtype: DTypeLike = jnp.float32, shardings: Any = None) -> Any:
     """jax.ShapeDtypeStruct of every parameter, for restore targets and ahead-of-time compiles."""
-    if shardings is None:
-        return map_named(lambda _, p: jax.ShapeDtypeStruct(p.shape, dtype), abstract)
-    return map_named(
-        lambda _, p, s: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s), abstract, shardings
-    )
+    layouts = () if shardings is None else (shardings,)
+    struct = lambda _, p, s=None: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s)  # noqa: E731
+    return map_named(struct, abstract, *layouts)
 
 
 def count(tree: Any) -> int:
@@ -137,18 +135,18 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     rule that matches no leaf: nearly always typing errors that would train the wrong thing.
     """
     names = list(flatten(tree))
-    hit = dict.fromkeys(range(len(rules)), False)
-    for i, (pattern, _) in enumerate(rules):
+    for pattern, _ in rules:
         try:
-            hit[i] = any(re.fullmatch(pattern, n) for n in names)
+            hit = any(re.fullmatch(pattern, n) for n in names)
         except re.error as e:
             raise ConfigError(
                 f"{what}: rule {pattern!r} is not a regular expression: {e}"
             ) from None
-        if not hit[i]:
+        if not hit:
+            more = f", ... ({len(names) - 12} more)" if len(names) > 12 else ""
             raise ConfigError(
                 f"{what}: rule {pattern!r} matches no parameter. Rules match whole names; the names"
-                f" here are: {_some(names)}"
+                f" here are: {', '.join(names[:12])}{more}"
             )
 
     def value(name, _):
@@ -161,11 +159,6 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
         )
 
     return map_named(value, tree)
-
-
-def _some(names, most=12):
-    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # ---- trained and frozen --------------------------------------------------------------------

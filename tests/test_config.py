@@ -115,8 +115,9 @@ def test_durations():
             duration(text, "train.duration", **known)
     with pytest.raises(ConfigError, match="% has no meaning here"):
         duration("10%", "train.duration", batch=8)
-    assert config_lib.epochs("4epochs") == config_lib.epochs("4 epoch") == 4
-    assert config_lib.epochs("1.5 epochs") == 1.5 and config_lib.epochs("15 steps") is None
+    amount = lambda text: config_lib.amount(text, "x")  # noqa: E731
+    assert amount("4epochs") == amount("4 epoch") == (4, "epochs")
+    assert amount("1.5 epochs") == (1.5, "epochs") and amount("15 steps") == (15, "steps")
 
 
 HANGS = """

@@ -18,5 +18,4 @@ from sftjax.parallel.mesh import (
     part,
     shard_map,
     spec,
-    two_factors,
 )

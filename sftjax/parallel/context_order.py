@@ -29,46 +29,35 @@ def places(length: int, shards: int) -> np.ndarray:
 
 def spread(x: jax.Array) -> jax.Array:
     """[B, S, ...] with its columns in the order in which the context axis holds them."""
-    return _reorder(x, _spread)
+    return _reorder(x, back=False)
 
 
 def unspread(x: jax.Array) -> jax.Array:
     """The inverse of `spread`."""
-    return _reorder(x, _unspread)
+    return _reorder(x, back=True)
 
 
-def _reorder(x, shard):
+def _reorder(x, back):
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else mesh.shape[RULES["seq"]]
     if n == 1:
         return x
     places(x.shape[1], n)  # raises where the row does not divide
     rows = P(*spec(("batch", "seq")), *(None,) * (x.ndim - 2))
-    return shard_map(functools.partial(shard, n=n), (rows,), rows)(x)
+    return shard_map(functools.partial(_exchange, n=n, back=back), (rows,), rows)(x)
 
 
-# Of the 2n parts of a row, shard i holds 2i and 2i + 1 in the natural order, and i and 2n - 1 - i
-# when spread: one of them is even, one odd, so two exchanges are all it takes.
+def _exchange(x, n, back):
+    """A shard's two parts of the rows, for those that it holds in the other order.
 
-
-def _exchanges(n):
-    """For even parts and for odd ones: (shard when spread, shard in the natural order) of each."""
-    where = [(p if p < n else 2 * n - 1 - p, p // 2) for p in range(2 * n)]
-    return where[::2], where[1::2]
-
-
-def _unspread(x, n):
-    first, second = jnp.split(x, 2, axis=1)
-    swap = jax.lax.axis_index(RULES["seq"]) % 2 == 1
-    parts = jnp.where(swap, second, first), jnp.where(swap, first, second)
-    return jnp.concatenate(
-        [jax.lax.ppermute(x, RULES["seq"], w) for x, w in zip(parts, _exchanges(n), strict=True)], 1
-    )
-
-
-def _spread(x, n):
-    back = [[(b, a) for a, b in w] for w in _exchanges(n)]
-    parts = zip(jnp.split(x, 2, axis=1), back, strict=True)
-    even, odd = (jax.lax.ppermute(x, RULES["seq"], w) for x, w in parts)
-    swap = jax.lax.axis_index(RULES["seq"]) % 2 == 1
-    return jnp.concatenate([jnp.where(swap, odd, even), jnp.where(swap, even, odd)], 1)
+    Of the 2n parts of a row, shard i holds 2i and 2i + 1 in the natural order, and i and 2n - 1 - i
+    when spread: one of them is even, one odd, so two exchanges are all it takes.
+    """
+    natural_to_spread = [(p // 2, p if p < n else 2 * n - 1 - p) for p in range(2 * n)]
+    moves = [pair[::-1] for pair in natural_to_spread] if back else natural_to_spread
+    odd = jax.lax.axis_index(RULES["seq"]) % 2 == 1
+    swapped = lambda a, b: (jnp.where(odd, b, a), jnp.where(odd, a, b))  # noqa: E731
+    halves = jnp.split(x, 2, axis=1)
+    even_and_odd = zip(swapped(*halves) if back else halves, (moves[::2], moves[1::2]), strict=True)
+    come = [jax.lax.ppermute(half, RULES["seq"], pairs) for half, pairs in even_and_odd]
+    return jnp.concatenate(come if back else swapped(*come), 1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sftjax.parallel import RULES, constrain, manual_axes, shard_map, spec, two_factors
+from sftjax.parallel.mesh import RULES, constrain, manual_axes, shard_map, spec, two_factors
 
 GATHERED = ("embed",)  # dimensions that a layer needs whole, and that are stored in parts
 
@@ -23,7 +23,7 @@ def in_use(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
 
 def as_stored(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """w; its gradient too comes in the layout in which w is stored, so that it is never whole."""
-    return _used(w, axes, False)
+    return constrain(w, *axes)
 
 
 def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
@@ -36,23 +36,7 @@ def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax
         return w
     if jnp.issubdtype(w.dtype, jnp.floating):
         w = w.astype(dtype)
-    return _gather(w, axes) if RULES["embed"] in manual_axes() else _used(w, axes, True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _used(w, axes, whole):
-    return constrain(w, *(in_use(axes) if whole else axes))
-
-
-def _used_fwd(w, axes, whole):
-    return _used(w, axes, whole), None
-
-
-def _used_bwd(axes, whole, _, g):
-    return (constrain(g, *axes),)
-
-
-_used.defvjp(_used_fwd, _used_bwd)
+    return _gather(w, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -61,7 +45,9 @@ def _gather(w, axes):
 
 
 def _gather_fwd(w, axes):
-    """Under a shard_map over the axes that are left too, or XLA would gather over these as well."""
+    if RULES["embed"] not in manual_axes():
+        return constrain(w, *in_use(axes)), None
+    # Under a shard_map over the axes that are left too, or XLA would gather over these as well.
     dim, left = axes.index("embed"), spec(axes)
     whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
     return shard_map(whole, (left,), left)(w), None
@@ -72,6 +58,8 @@ def _gather_bwd(axes, _, g):
 
     In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
     """
+    if RULES["embed"] not in manual_axes():
+        return (constrain(g, *axes),)
     dim, left = axes.index("embed"), spec(axes)
 
     def scatter(g):

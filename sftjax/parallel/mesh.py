@@ -112,17 +112,16 @@ def spec(axes: Sequence[str | None]) -> P:
         if axis is not None and axis not in RULES:
             raise MeshError(f"unknown logical axis {axis!r}; the table has {', '.join(RULES)}")
         mesh_axes = RULES[axis] if axis is not None else None
-        for m in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        for m in names:
             if m in used:
                 raise MeshError(
                     f"logical axes {used[m]!r} and {axis!r} of one array both map to mesh axis"
                     f" {m!r}"
                 )
             used[m] = axis
-        if split and mesh_axes:
-            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-            mesh_axes = tuple(m for m in names if m not in split) or None
-        out.append(mesh_axes)
+        left = tuple(m for m in names if m not in split) or None
+        out.append(left if split else mesh_axes)
     return P(*out)
 
 

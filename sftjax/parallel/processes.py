@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def _connected(host: str) -> watch.Watch:
     me, n, name = jax.process_index(), jax.process_count(), socket.gethostname()
     if me == 0:
         family, address = _own_address(host, 0) if host else (socket.AF_INET, ("", 0))
-        server, port, word = watch.listen(family, address[0])
+        server = socket.create_server(address, family=family)
+        port, word = server.getsockname()[1], secrets.token_hex(16)  # by the word ours are known
         hosts = gather([name, port, word])
         peers = watch.accept(server, word, n)
     else:

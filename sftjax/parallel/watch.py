@@ -9,7 +9,6 @@ times as well, so that a slow host can be named.
 import atexit
 import contextlib
 import os
-import secrets
 import selectors
 import socket
 import statistics
@@ -178,12 +177,6 @@ def slow_ones(line: list[list[float]]) -> set[int]:
 
 
 # ---- how they connect ----------------------------------------------------------------------
-
-
-def listen(family: socket.AddressFamily, host: str) -> tuple[socket.socket, int, str]:
-    """Of process 0: (where it listens, the port, a word by which ours are known)."""
-    server = socket.create_server((host, 0), family=family)
-    return server, server.getsockname()[1], secrets.token_hex(16)
 
 
 def accept(

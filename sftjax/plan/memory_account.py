@@ -36,9 +36,7 @@ def held(program: "Program") -> dict:
     parts = {"parameters": program.state.params, "frozen": program.state.frozen}
     parts |= {"optimizer": program.state.opt_state, "batch": program.batch}
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-    plain = lambda x: not jax.dtypes.issubdtype(x.dtype, build.KEY)  # noqa: E731
-    leaves = {name: filter(plain, jax.tree.leaves(tree)) for name, tree in parts.items()}
-    return {name: sum(map(size, arrays)) for name, arrays in leaves.items()}
+    return {name: sum(map(size, jax.tree.leaves(tree))) for name, tree in parts.items()}
 
 
 def account(program: "Program", compiled: jax.stages.Compiled) -> Account:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from sftjax.tasks import Task
     from sftjax.training.data import Feed
 
-KEY = jax.dtypes.prng_key
-
 
 def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
     """(Model, tree of bools: is each parameter trained); reads no weights.
@@ -55,7 +53,10 @@ def from_files(model: Any) -> bool:
 
 
 def _checked(config, model, tokenizer, platform):
-    """The model with a row for every token; raises what its backend or its positions refuse."""
+    """The model with a row for every token; only tokens of data.add_tokens may lack one.
+
+    Raises what its backend or its positions refuse.
+    """
     m, longest = config.model, config.data.max_length
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
@@ -64,12 +65,7 @@ def _checked(config, model, tokenizer, platform):
         return model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
     if m.init == "pretrained":
         model = hf.with_dtypes(model, hf.resolve(m.path))
-    return _with_rows(model, tokenizer, config.data.add_tokens)
-
-
-def _with_rows(model, tokenizer, added):
-    """The model with a row for every token; only tokens of data.add_tokens may lack one."""
-    ids, rows = tokenizer.get_vocab(), model.config.vocab
+    ids, rows, added = tokenizer.get_vocab(), model.config.vocab, config.data.add_tokens
     size = max(ids.values()) + 1
     lacking = sorted((i, token) for token, i in ids.items() if i >= rows and token not in added)
     if lacking:
@@ -93,20 +89,18 @@ def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
     return params_lib.map_named(one, trainable)
 
 
-def make_schedule(section: ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step, from the config's section `optim`.
+def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step. c: the config's section `optim`.
 
     It is 0 at the first step of a warm-up: of a run that has no other step the warm-up is cut, and
     that is said. Raises: ConfigError where the learning rate is 0 at every step all the same.
     """
-    c = section
     warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
     decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
-    make = functools.partial(optim.schedule, c.schedule, c.lr, steps, decay=decay, floor=c.floor)
     if warmup and steps == 1:
         say("warm-up", f"optim.warmup={c.warmup!r} would be the one step there is: it is cut")
         warmup = 0
-    schedule = make(warmup=warmup)
+    schedule = optim.schedule(c.schedule, c.lr, steps, warmup, decay, c.floor)
     if not any(float(schedule(step)) for step in range(min(steps, 2))):
         raise ConfigError(
             f"optim.lr={c.lr}, warmup={c.warmup!r}, schedule={c.schedule!r}: the learning rate is"
@@ -127,24 +121,19 @@ def abstract_state(
     section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's
     name and has its shape is laid out like that parameter; all others are replicated.
     """
-    shardings = parallel.param_shardings(mesh, model.abstract)
-    shapes = jax.tree.map(
-        lambda p, d: jax.ShapeDtypeStruct(p.shape, d),
-        model.abstract,
-        dtypes(section, model, trainable),
-        is_leaf=params_lib.is_param,
-    )
+    struct = lambda _, p, d: jax.ShapeDtypeStruct(p.shape, d)  # noqa: E731
+    shapes = params_lib.map_named(struct, model.abstract, dtypes(section, model, trainable))
     model_state = None if model.state is None else params_lib.shapes(model.state)
-    state = jax.eval_shape(lambda p, s: _create(p, trainable, tx, 0, s), shapes, model_state)
-    pairs = zip(params_lib.flatten(model.abstract).items(), jax.tree.leaves(shardings), strict=True)
-    by_name = {name: (p.shape, s) for (name, p), s in pairs}
+    create = functools.partial(TrainState.create, tx=tx, trainable=trainable)
+    state = jax.eval_shape(create, params=shapes, model_state=model_state)
+    layouts = params_lib.flatten(parallel.param_shardings(mesh, model.abstract))
+    sizes = {name: x.shape for name, x in params_lib.flatten(shapes).items()}
 
     def place(name, x):
         parts = name.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        known = (by_name.get(tail, (None, None)) for tail in tails)
-        replicated = NamedSharding(mesh, P())
-        sharding = next((s for shape, s in known if shape == x.shape), replicated)
+        known = (layouts[tail] for tail in tails if sizes.get(tail) == x.shape)
+        sharding = next(known, NamedSharding(mesh, P()))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return params_lib.map_named(place, state)
@@ -168,13 +157,6 @@ def make_step(
         donate_argnums=0,
         out_shardings=(shardings_of(target), None),
         compiler_options=xla_flags.options(platform, device),
-    )
-
-
-def _create(params, trainable, tx, seed, model_state=None):
-    rng = jax.random.key(seed)
-    return TrainState.create(
-        params=params, tx=tx, trainable=trainable, rng=rng, model_state=model_state
     )
 
 
@@ -238,11 +220,11 @@ def first_state(
     params = make_params(section, model, trainable, mesh, seed=seed, new=new)
     model_state = None if model.state is None else _drawn(model.state, mesh, seed)
     create = jax.jit(
-        lambda p, s: _create(p, trainable, tx, seed, s),
-        donate_argnums=(0, 1),
+        functools.partial(TrainState.create, tx=tx, trainable=trainable, rng=seed),
+        donate_argnames=("params", "model_state"),
         out_shardings=shardings_of(target),
     )
-    return create(params, model_state)
+    return create(params=params, model_state=model_state)
 
 
 def make_params(
@@ -257,7 +239,12 @@ def make_params(
     """The parameters at step 0, as of first_state."""
     kinds = dtypes(section, model, trainable)
     if from_files(model) and section.init == "pretrained":
-        return _read_params(section, model, kinds, mesh, seed, new)
+        # With rows drawn for new tokens, and a head where the files have none.
+        stored: Any = model.replace(vocab=model.source.config["vocab_size"])
+        _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
+        if new:
+            _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
+        return params
     params = _drawn(model.abstract, mesh, seed)
     return jax.tree.map(lambda x, d: x.astype(d), params, kinds)
 
@@ -270,7 +257,7 @@ def check_memory(target: Any) -> None:
     """
     devices = jax.local_devices()
     most = (devices[0].memory_stats() or {}).get("bytes_limit") or host_memory() / len(devices)
-    leaves = [x for x in jax.tree.leaves(target) if not jax.dtypes.issubdtype(x.dtype, KEY)]
+    leaves = jax.tree.leaves(target)
     sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
     if sum(sizes) > most:
         largest = max(leaves, key=lambda x: math.prod(x.shape))
@@ -284,15 +271,6 @@ def check_memory(target: Any) -> None:
 def host_memory() -> int:
     """Bytes of this machine's memory, which its CPU devices share."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _read_params(section, model, kinds, mesh, seed, new):
-    """The files' parameters, with rows drawn for new tokens, and a head where they have none."""
-    stored = model.replace(vocab=model.source.config["vocab_size"])
-    _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
-    if new:
-        _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
-    return params
 
 
 def _drawn(abstract, mesh, seed):

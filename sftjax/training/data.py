@@ -101,7 +101,8 @@ class Feed(Sets):
         if self.steps < 1:
             raise ConfigError(f"train.duration={t.duration!r} is no step at all")
         # Whole epochs end with their last row: the last batch is then filled with blank rows.
-        exact = config_lib.epochs(t.duration)
+        n, unit = config_lib.amount(t.duration, "train.duration")
+        exact = n if unit == "epochs" else None
         rows.total = self.steps * size
         if exact is not None and epoch is not None:
             rows.total = math.ceil(exact * epoch - 1e-9)

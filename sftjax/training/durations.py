@@ -53,9 +53,3 @@ def amount(text: str | float, what: str) -> tuple[float, str]:
     if n == math.inf:
         raise ConfigError(f"{what}={text!r}: expected a finite number")
     return n, unit
-
-
-def epochs(text: str | float) -> float | None:
-    """The number in a duration of epochs; None for another unit."""
-    n, unit = amount(text, "duration")
-    return n if unit == "epochs" else None

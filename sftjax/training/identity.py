@@ -91,20 +91,17 @@ def _check(directory, old, new):
             f"{directory} holds checkpoints of another run:\n{text}\n"
             "Use another workdir, or put back what differs to resume that run."
         )
-    steps = _number(old.get("steps")), _number(new.get("steps"))
-    if all(steps) and steps[1] < steps[0]:
+    steps = (facts.get("steps") for facts in (old, new))
+    before, after = (n if isinstance(n, int) else 0 for n in steps)
+    if 0 < after < before:
         raise CheckpointError(
-            f"{directory} holds checkpoints of a run of {steps[0]} steps, and this one has"
-            f" {steps[1]}: train.duration may grow, not shrink. Set it back, or use another"
+            f"{directory} holds checkpoints of a run of {before} steps, and this one has"
+            f" {after}: train.duration may grow, not shrink. Set it back, or use another"
             " workdir."
         )
     if sets := _compared(old.get("evaluation"), new.get("evaluation")):
         text = "evaluation is by other rows from now on, so its metrics may differ: "
         warn(text + "; ".join(sets))
-
-
-def _number(value) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def changes(old: Mapping, new: Mapping) -> list[str]:
@@ -170,17 +167,15 @@ def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
     rows = lambda n: f"{n:,} row{'' if n == 1 else 's'}"  # noqa: E731
     if not gone and not come:
         return ""
-    if not gone:
-        return f"{rows(come)} added " + (f"from row {start + 1} on" if end else "at the end")
-    if not come:
-        return f"{rows(gone)} removed " + (f"from row {start + 1} on" if end else "at the end")
+    if not gone or not come:
+        where = f"from row {start + 1} on" if end else "at the end"
+        return f"{rows(gone or come)} {'removed' if gone else 'added'} {where}"
+    what = f"{rows(gone)} replaced by {come:,}"
     if gone == come:
-        middle = slice(start, start + gone)
-        edited = int((old[middle] != new[middle]).sum())
-        if sorted(old[middle]) == sorted(new[middle]):
-            return f"{rows(edited)} in another order, the first difference at row {start + 1}"
-        return f"{rows(edited)} edited, the first difference at row {start + 1}"
-    return f"{rows(gone)} replaced by {come:,}, the first difference at row {start + 1}"
+        was, now = old[start : start + gone], new[start : start + gone]
+        how = "in another order" if sorted(was) == sorted(now) else "edited"
+        what = f"{rows(int((was != now).sum()))} {how}"
+    return f"{what}, the first difference at row {start + 1}"
 
 
 def _common(a, b) -> int:

@@ -98,17 +98,16 @@ def _check_left(path: Path, left: dict) -> None:
     """Raise LockedError if the process that wrote a lock, whose flock tells nothing, may live."""
     here = _lives_here(left)
     if here is None:
+        renewed = path.stat().st_mtime
         with tempfile.TemporaryFile(dir=path.parent) as probe:  # the file system's own clock
-            age = os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime
-        began, renewed = time.monotonic(), path.stat().st_mtime
+            age = os.fstat(probe.fileno()).st_mtime - renewed
         if age < STALE:
             text = f"{path} is of {whose(left)}: {STALE:.0f} s to see whether that run goes on"
             show(f"{'lock':<10}{text}")
-        while age < STALE and time.monotonic() - began < STALE:
-            time.sleep(0.5)
-            if path.stat().st_mtime != renewed:
-                here = True
-                break
+            end = time.monotonic() + STALE
+            while not here and time.monotonic() < end:
+                time.sleep(0.5)
+                here = path.stat().st_mtime != renewed
     if here:
         raise _locked(path, left)
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -89,12 +89,6 @@ class Writer:
             if open_one is not None:
                 open_one.close()
         self._file, self._board, self._bar, self._trackers = None, None, None, ()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _show(self, step, values):
         text = progress_text(values) + self._eta(step)

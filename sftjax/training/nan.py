@@ -6,7 +6,7 @@ for a step whose update was skipped. That step's state is still there, as it was
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from sftjax.step import Loss, TrainState, train_step
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 OWN = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+Operations = Generator[tuple[Any, list, list], None, list]  # (equation, its inputs, its outputs)
+TESTS = {"nan": jnp.isnan, "inf": jnp.isinf}
 
 
 def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
@@ -33,7 +35,7 @@ def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
     """
     closed = jax.make_jaxpr(fn)(*args)
     found = dict[str, str]()
-    for eqn, inputs, outputs in _run(closed, jax.tree.leaves(args), []):
+    for eqn, inputs, outputs in _run(closed, jax.tree.leaves(args)):
         what = _made(inputs, outputs)
         if what and what not in found:
             found[what] = _text(eqn, what, inputs, outputs)
@@ -70,8 +72,8 @@ def check(
 # ---- running a jaxpr -----------------------------------------------------------------------
 
 
-def _run(closed, args, outputs) -> Iterator[tuple[Any, list, list]]:
-    """(equation, its inputs, its outputs) of every operation; fills `outputs` with the results."""
+def _run(closed, args) -> Operations:
+    """Yields every operation of a jaxpr, and returns the results."""
     jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, [])
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
@@ -79,21 +81,21 @@ def _run(closed, args, outputs) -> Iterator[tuple[Any, list, list]]:
         return var.val if isinstance(var, core.Literal) else values[var]
 
     for eqn in jaxpr.eqns:
-        inputs, results = [read(v) for v in eqn.invars], list[Any]()
+        inputs = [read(v) for v in eqn.invars]
         inner = next((eqn.params[k] for k in OWN if k in eqn.params), None)
         if eqn.primitive.name in CALLS and inner is not None:
-            yield from _run(inner, inputs, results)
+            results = yield from _run(inner, inputs)
         elif eqn.primitive.name == "scan":
-            yield from _scan(eqn, inputs, results)
+            results = yield from _scan(eqn, inputs)
         elif eqn.primitive.name == "cond":
             branches = eqn.params["branches"]
             at = int(np.clip(int(inputs[0]), 0, len(branches) - 1))
-            yield from _run(branches[at], inputs[1:], results)
+            results = yield from _run(branches[at], inputs[1:])
         else:
-            results.extend(_bind(eqn, inputs))
+            results = _bind(eqn, inputs)
             yield eqn, inputs, results
         values |= zip(eqn.outvars, results, strict=True)
-    outputs.extend(read(v) for v in jaxpr.outvars)
+    return [read(v) for v in jaxpr.outvars]
 
 
 def _bind(eqn, inputs) -> list:
@@ -107,7 +109,7 @@ def _bind(eqn, inputs) -> list:
     return (jax.jit(bind) if eqn.primitive.name == "shard_map" else bind)(*inputs)
 
 
-def _scan(eqn, inputs, results) -> Iterator[tuple[Any, list, list]]:
+def _scan(eqn, inputs) -> Operations:
     p, stacked = eqn.params, list[list]()
     # By their shapes: the parameters that count them have names that changed with JAX 0.12.
     rest = _alike(p["jaxpr"].jaxpr.invars, eqn.invars)  # before what is scanned over
@@ -115,12 +117,11 @@ def _scan(eqn, inputs, results) -> Iterator[tuple[Any, list, list]]:
     consts, carry, xs = inputs[: rest - carried], inputs[rest - carried : rest], inputs[rest:]
     order = range(p["length"])
     for i in reversed(order) if p["reverse"] else order:
-        out: list[Any] = []
-        yield from _run(p["jaxpr"], [*consts, *carry, *(x[i] for x in xs)], out)
+        out = yield from _run(p["jaxpr"], [*consts, *carry, *(x[i] for x in xs)])
         carry = out[:carried]
         stacked.append(out[carried:])
     stacked = stacked[::-1] if p["reverse"] else stacked
-    results.extend([*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))])
+    return [*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))]
 
 
 def _alike(inner, outer) -> int:
@@ -137,15 +138,14 @@ def _floats(values):
 
 def _made(inputs, outputs) -> str:
     """What of "nan" and "inf" the outputs have and the inputs have not; "" for neither."""
-    before, after = _floats(inputs), _floats(outputs)
-    if any(jnp.isnan(x).any() for x in after):
-        return "" if any(jnp.isnan(x).any() for x in before) else "nan"
-    made = any(jnp.isinf(x).any() for x in after)
-    return "inf" if made and not any(jnp.isinf(x).any() for x in before) else ""
+    for what, test in TESTS.items():
+        if any(test(x).any() for x in _floats(outputs)):
+            return "" if any(test(x).any() for x in _floats(inputs)) else what
+    return ""
 
 
 def _text(eqn, what, inputs, outputs) -> str:
-    test = jnp.isnan if what == "nan" else jnp.isinf
+    test = TESTS[what]
     bad = next(x for x in _floats(outputs) if test(x).any())
     shape = ",".join(map(str, bad.shape))
     counted = f"{int(test(bad).sum())} of {bad.size} numbers of {bad.dtype}[{shape}] are {what}"

@@ -139,13 +139,15 @@ def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[s
     if not isinstance(written.get("evaluation"), dict):  # of an older version
         return extra
     was, now = written["evaluation"], manifest["evaluation"]
-    same = lambda name: _rows_of(was.get(name)) == _rows_of(now.get(name))  # noqa: E731
+
+    def same(key):
+        name = key.partition("/")[0]  # of "<set>/<metric>", or "<set>" alone
+        return _rows_of(was.get(name)) == _rows_of(now.get(name))
+
     before = extra.get("before")
     if before is not None:
         kept = {
-            part: {k: v for k, v in found.items() if same(_set_of(k))}
-            if type(found) is dict
-            else found
+            part: {k: v for k, v in found.items() if same(k)} if type(found) is dict else found
             for part, found in before.items()
         }
         if feed.questions and not same(ANSWERS):
@@ -153,14 +155,9 @@ def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[s
             kept["answers"] = ["(the test set was another)"] * len(feed.questions)
         extra = extra | {"before": kept}
     best, metric = written.get("best"), manifest["best"]
-    if best != metric or not same(_set_of(metric)):
+    if best != metric or not same(metric):
         extra = extra | {"early_stop": None}
     return extra
-
-
-def _set_of(key: str) -> str:
-    """The set that "<set>/<metric>", or "<set>" alone, is of."""
-    return key.partition("/")[0]
 
 
 def _rows_of(facts) -> Any:

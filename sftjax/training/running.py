@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from sftjax.errors import LockedError, UserError
@@ -60,9 +59,7 @@ class Run:
         self.say(state="starting", error="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, e: BaseException | None, trace: object) -> None:
         with contextlib.suppress(OSError):  # the error that ended the run is the one to be seen
             if e is None:
                 self.say(state="finished")

@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -114,7 +113,7 @@ class Stop:
             for number in self._old:
                 signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         """In the main thread: end it here, where one process has nothing to save."""
         self.asked = self.asked or signal.Signals(number).name
         if not (self._several or self._holding or self._raised):

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 
-class Board:
+class Board(EventsWriter):
     """The scalars of one start of a run, in an event file of its own.
 
     directory: made if absent. first: the step of the first scalar; TensorBoard drops those that a
@@ -23,19 +23,11 @@ class Board:
     def __init__(self, directory: Path, first: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         # The name has the second, and the process too: a quick restart must not write over it.
-        self._file = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        super().__init__(str(directory / "events"), f".{os.getpid()}")
         start = SessionLog(status=SessionLog.START)
-        self._file.write_event(Event(wall_time=time.time(), step=first, session_log=start))
+        self.write_event(Event(wall_time=time.time(), step=first, session_log=start))
 
     def add(self, name: str, value: float, step: int) -> None:
         """Write one number; in the file after `flush`."""
         summary = scalar(name, value)
-        self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def flush(self) -> None:
-        """Have all of it on the disk."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Flush, and end the file."""
-        self._file.close()
+        self.write_event(Event(wall_time=time.time(), step=step, summary=summary))

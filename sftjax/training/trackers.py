@@ -72,9 +72,8 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(f"train.trackers={name!r} is none; there are {', '.join(TRACKERS)}")
-    mine = names if jax.process_index() == 0 else ()
     begun = []
-    for name in mine:
+    for name in names if jax.process_index() == 0 else ():
         try:
             begun.append(guarded(name, TRACKERS[name](workdir, key, flat(config))))
         except ConfigError:

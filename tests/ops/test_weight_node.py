@@ -6,6 +6,7 @@ node gives only its arrays' axes and the dense weight, and has the rest by defau
 
 import functools
 import math
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -356,7 +357,7 @@ def test_a_checkpoint_holds_the_factors_and_comes_back_on_another_mesh(tmp_path)
     on = params_lib.match_rules(ONLY_NODES, model.abstract, "trainable")
     other = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     target = build.abstract_state(config_lib.get_default().model, model, on, tx, other)
-    with checkpoint.Checkpointer(tmp_path) as checkpoints:
+    with closing(checkpoint.Checkpointer(tmp_path)) as checkpoints:
         checkpoints.save(1, state)
         back, _ = checkpoints.restore(target)
     assert jax.tree.structure(back) == jax.tree.structure(state)

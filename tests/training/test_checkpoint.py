@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def assert_same(a, b):
 def test_every_kind_of_leaf_comes_back_bit_equal(tmp_path, rng):
     state = make_state(rng=rng)
     extra = {"data": {"epoch": 1, "row": 2**40}, "bad": 2, "best": 0.1 + 0.2}
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         assert ckpt.save(3, state, extra)
         extra["bad"] = 99  # the copy was taken
         got, got_extra = ckpt.restore(abstract_like(state))
@@ -87,7 +88,7 @@ def test_every_kind_of_leaf_comes_back_bit_equal(tmp_path, rng):
 
 def test_key_of_another_generator_and_empty_leaf(tmp_path):
     state = {"rng": jax.random.key(1, impl="rbg"), "none": jnp.zeros((0, 4)), "x": jnp.ones(2)}
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         ckpt.save(0, state)
         got, _ = ckpt.restore(abstract_like(state))
     assert_same(got, state)
@@ -96,7 +97,7 @@ def test_key_of_another_generator_and_empty_leaf(tmp_path):
 def test_donated_state_is_saved_as_it_was(tmp_path):
     bump = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jnp.zeros((1024, 1024))
-    with Checkpointer(tmp_path, keep=10) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=10)) as ckpt:
         for step in range(5):
             ckpt.save(step, {"x": x})
             for _ in range(20):
@@ -123,7 +124,7 @@ print("same")
 def test_restores_on_another_mesh_and_another_device_count(tmp_path):
     state = make_state(5, jax.devices(), (8,))
     assert len(state.params["mlp"]["w"].addressable_shards) == 8
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         ckpt.save(5, state, {"row": 7})
         target = abstract_like(make_state(0, jax.devices(), (2, 4)))
         got, _ = ckpt.restore(target)
@@ -152,7 +153,9 @@ def run_python(code, **env):
     "mode, losses, kept", [("min", [5, 1, 4, 3, 2], [1, 3, 4]), ("max", [1, 2, 3, 9, 4], [3, 4])]
 )
 def test_keeps_the_newest_and_the_best(tmp_path, mode, losses, kept):
-    with Checkpointer(tmp_path, keep=2, best_metric="val/loss", lower=mode == "min") as ckpt:
+    with closing(
+        Checkpointer(tmp_path, keep=2, best_metric="val/loss", lower=mode == "min")
+    ) as ckpt:
         for step, loss in enumerate(losses):
             ckpt.save(step, {"x": jnp.float32(step)}, {}, {"val/loss": loss, "other": 0})
     assert ckpt.all_steps() == kept
@@ -163,11 +166,11 @@ def test_the_best_outlives_a_resume_nan_and_saves_without_evaluation(tmp_path):
     def save(ckpt, step, metrics):
         ckpt.save(step, {"x": jnp.float32(step)}, {}, metrics)
 
-    with Checkpointer(tmp_path, keep=1, best_metric="loss") as ckpt:
+    with closing(Checkpointer(tmp_path, keep=1, best_metric="loss")) as ckpt:
         save(ckpt, 0, {"loss": 2.0})
         save(ckpt, 1, {"loss": 1.0})
         save(ckpt, 2, {"loss": float("nan")})
-    with Checkpointer(tmp_path, keep=1, best_metric="loss") as ckpt:
+    with closing(Checkpointer(tmp_path, keep=1, best_metric="loss")) as ckpt:
         assert disk.best(tmp_path, ckpt.all_steps(), "loss", True) == 1
         save(ckpt, 3, None)
         save(ckpt, 4, {"loss": 3.0})
@@ -175,7 +178,7 @@ def test_the_best_outlives_a_resume_nan_and_saves_without_evaluation(tmp_path):
 
 
 def test_the_old_one_is_deleted_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
-    with Checkpointer(tmp_path, keep=1) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=1)) as ckpt:
         ckpt.save(1, {"x": jnp.ones(3)})
         ckpt.wait()
         seen, delete = [], disk.remove
@@ -194,7 +197,7 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_whole(tmp_path, monkeyp
 
 
 def test_same_step_is_saved_once_and_an_earlier_one_refused(tmp_path):
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         assert ckpt.save(4, {"x": jnp.ones(3)})
         assert not ckpt.save(4, {"x": jnp.ones(3)})
         with pytest.raises(CheckpointError, match="step 3 .* later step 4.*another workdir"):
@@ -202,11 +205,11 @@ def test_same_step_is_saved_once_and_an_earlier_one_refused(tmp_path):
 
 
 def test_incomplete_directories_are_ignored(tmp_path):
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         ckpt.save(4, {"x": jnp.ones(3)})
     (tmp_path / "9.orbax-checkpoint-tmp-123" / "state").mkdir(parents=True)
     (tmp_path / "7" / "state").mkdir(parents=True)
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         assert ckpt.latest_step() == 4
         ckpt.save(7, {"x": jnp.ones(3)})
         ckpt.wait()
@@ -217,7 +220,7 @@ def test_incomplete_directories_are_ignored(tmp_path):
 
 
 def test_a_target_that_does_not_fit_names_the_leaves(tmp_path):
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         ckpt.save(1, {"params": {"w": jnp.ones((4, 2)), "b": jnp.ones(2), "s": jnp.ones(3)}})
         shape = jax.ShapeDtypeStruct
         target = {
@@ -237,7 +240,7 @@ def test_a_target_that_does_not_fit_names_the_leaves(tmp_path):
 
 
 def test_missing_step_bad_extra_and_bad_metric(tmp_path):
-    with Checkpointer(tmp_path, best_metric="val/loss") as ckpt:
+    with closing(Checkpointer(tmp_path, best_metric="val/loss")) as ckpt:
         with pytest.raises(FileNotFoundError, match="complete steps there: none"):
             ckpt.restore({})
         with pytest.raises(TypeError, match=r"extra\['rng'\].*not JSON serializable"):
@@ -280,11 +283,11 @@ WAYS = ["a bit", "truncated", "missing", "extra", "torn list", "no list", "junk 
 
 @pytest.mark.parametrize("how", WAYS)
 def test_of_damaged_checkpoints_the_newest_intact_one_is_taken(tmp_path, caplog, how):
-    with Checkpointer(tmp_path, keep=3) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=3)) as ckpt:
         for step in (1, 5, 8):
             ckpt.save(step, make_state(step), {"row": step})
     words = {step: spoiled(tmp_path / str(step), how) for step in (5, 8)}
-    with Checkpointer(tmp_path, keep=3) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=3)) as ckpt:
         assert ckpt.latest_step() == 8
         got, extra = ckpt.restore(abstract_like(make_state()))
         assert_same(got, make_state(1))
@@ -301,12 +304,12 @@ def test_of_damaged_checkpoints_the_newest_intact_one_is_taken(tmp_path, caplog,
 
 
 def test_where_none_is_intact_nothing_begins_anew(tmp_path):
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         for step in (1, 2):
             ckpt.save(step, make_state(step))
     words = [spoiled(tmp_path / "1", "a bit"), spoiled(tmp_path / "2", "missing")]
     for _ in range(2):  # the second start says it too
-        with Checkpointer(tmp_path) as ckpt, pytest.raises(CheckpointError) as e:
+        with closing(Checkpointer(tmp_path)) as ckpt, pytest.raises(CheckpointError) as e:
             ckpt.restore(abstract_like(make_state()))
         for step, text in zip((1, 2), words, strict=True):
             assert f"step {step}: {text}" in str(e.value)
@@ -319,7 +322,7 @@ def test_where_none_is_intact_nothing_begins_anew(tmp_path):
 
 
 def test_a_damaged_one_that_is_asked_for_is_named(tmp_path):
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         for step in (1, 2):
             ckpt.save(step, make_state(step))
     text, state = spoiled(tmp_path / "2", "truncated"), make_state(1)
@@ -338,23 +341,26 @@ def of_older_version(folder):
 
 
 def test_checkpoints_of_older_versions_restore_unverified(tmp_path, caplog):
-    with Checkpointer(tmp_path, keep=3) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=3)) as ckpt:
         for step in (1, 2, 3):
             ckpt.save(step, make_state(step), {"row": step})
     for step in (2, 3):
         of_older_version(tmp_path / str(step))
-    with Checkpointer(tmp_path, keep=3) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=3)) as ckpt:
         got, extra = ckpt.restore(abstract_like(make_state()))
     assert_same(got, make_state(3))
     assert extra == {"row": 3} and "3 is of an older version, without files.json" in caplog.text
     for f in (tmp_path / "3" / "state").rglob("*"):
         if f.is_file() and "ocdbt" in str(f):
             f.write_bytes(b"")
-    with Checkpointer(tmp_path, keep=3) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=3)) as ckpt:
         got, extra = ckpt.restore(abstract_like(make_state()))
     assert extra == {"row": 2} and "3 is damaged: it cannot be read: " in caplog.text
     # What does not fit is no damage: an older one would not fit either.
-    with Checkpointer(tmp_path, keep=3) as ckpt, pytest.raises(CheckpointError, match="not fit"):
+    with (
+        closing(Checkpointer(tmp_path, keep=3)) as ckpt,
+        pytest.raises(CheckpointError, match="not fit"),
+    ):
         ckpt.restore({"x": jax.ShapeDtypeStruct((1,), jnp.float32)})
     assert ckpt.all_steps() == [1, 2]
 
@@ -378,7 +384,7 @@ def test_its_json_has_no_number_that_json_has_not(tmp_path):
 
 def test_directory_of_another_run(tmp_path):
     first = make_manifest({"lr": 1}, {"model": "a", "tokenizer": "t"})
-    with Checkpointer(tmp_path, manifest=first) as ckpt:
+    with closing(Checkpointer(tmp_path, manifest=first)) as ckpt:
         ckpt.save(1, {"x": jnp.ones(3)})
         _, extra = ckpt.restore({"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
     assert extra["manifest"] == json.loads(json.dumps(first))
@@ -415,7 +421,7 @@ def test_the_space_needed_is_compared_with_what_is_free(tmp_path, monkeypatch, c
     free = [0]
     usage = lambda path: shutil._ntuple_diskusage(0, 0, int(free[0] * 2**20))  # noqa: E731
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with Checkpointer(tmp_path, keep=2) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=2)) as ckpt:
         free[0] = 7.9
         with pytest.raises(CheckpointError, match=r"has 0.01 GB free, and a checkpoint of this"):
             ckpt.check_space(state, export=True)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -55,7 +56,7 @@ def test_a_full_disk_is_reported_and_the_good_checkpoint_stays(tmp_path, end):
     assert "newest complete one there: step 1" in done.stdout
     assert len(done.stdout.splitlines()) < 10 and "Traceback" not in done.stdout
     assert "Traceback" not in done.stderr  # Orbax's threads have nothing to say beside
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         assert ckpt.all_steps() == [1]
         got, _ = ckpt.restore({"x": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)})
     assert np.array_equal(
@@ -84,7 +85,7 @@ def test_kill_9_leaves_complete_checkpoints(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         copied = Path(shutil.copytree(tmp_path, f"{tmp_path}-{reached}"))
-        with Checkpointer(copied) as ckpt:
+        with closing(Checkpointer(copied)) as ckpt:
             reached, steps = ckpt.latest_step(), ckpt.all_steps()
             for step in reversed(steps):
                 got, extra = ckpt.restore(abstract_like(make_state()))
@@ -171,11 +172,12 @@ TWO_PROCESSES = """
 import sys, jax
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 sys.path.insert(0, {tests!r})
-from test_checkpoint import Checkpointer, abstract_like, make_state, make_manifest
+from test_checkpoint import Checkpointer, abstract_like, closing, make_state, make_manifest
 from test_checkpoint_ends import assert_same_here
 assert jax.device_count() == 4 and jax.local_device_count() == 2
 state = make_state(3, jax.devices(), (4,))
-with Checkpointer({path!r}, keep=1, manifest=make_manifest({{}}, {{"model": "a"}})) as ckpt:
+manifest = make_manifest({{}}, {{"model": "a"}})
+with closing(Checkpointer({path!r}, keep=1, manifest=manifest)) as ckpt:
     ckpt.save(2, state, {{"row": 1}})
     ckpt.save(3, state, {{"row": 2}})
     ckpt.wait()
@@ -276,7 +278,7 @@ def run_two(code):
 def test_two_processes_save_one_checkpoint_that_one_process_restores(tmp_path):
     tests = str(Path(__file__).parent)
     run_two(TWO_PROCESSES.format(address="ADDRESS", tests=tests, path=str(tmp_path)))
-    with Checkpointer(tmp_path) as ckpt:
+    with closing(Checkpointer(tmp_path)) as ckpt:
         got, extra = ckpt.restore(abstract_like(make_state()))
     assert_same(got, make_state(3))
     assert extra["row"] == 2 and extra["manifest"]["identity"] == {"model": "a"}

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def read(workdir):
 
 
 def test_one_json_object_a_line_also_for_nan_and_arrays(tmp_path):
-    with Writer(tmp_path, 10, tensorboard=False) as writer:
+    with closing(Writer(tmp_path, 10, tensorboard=False)) as writer:
         writer.write(1, {"loss": jnp.float32(0.5), "tokens": 7, "lr": np.float64(0.25)})
         writer.write(2, {"loss": float("nan"), "a": float("inf"), "b": -math.inf})
         with pytest.raises(TypeError, match="metric 'bad' is .* expected one number"):
@@ -40,12 +41,12 @@ def test_one_json_object_a_line_also_for_nan_and_arrays(tmp_path):
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):
-    with Writer(tmp_path, 10, tensorboard=False) as writer:
+    with closing(Writer(tmp_path, 10, tensorboard=False)) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": step})
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 6, "lo')  # torn by a kill
-    with Writer(tmp_path, 10, tensorboard=False, start_step=3) as writer:
+    with closing(Writer(tmp_path, 10, tensorboard=False, start_step=3)) as writer:
         for step in range(4, 7):
             writer.write(step, {"loss": -step})
     assert [(x["step"], x["loss"]) for x in read(tmp_path)] == [
@@ -65,7 +66,7 @@ def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog):
         f.write("\n".join([*junk, good]))
     assert [x for x, _ in read_lines(path)] == [good]
     assert "11 lines are damaged and left out, first line 1" in caplog.text
-    with Writer(tmp_path, 10, tensorboard=False, start_step=1):
+    with closing(Writer(tmp_path, 10, tensorboard=False, start_step=1)):
         pass
     assert path.read_text() == good
     path.unlink()
@@ -75,21 +76,21 @@ def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog):
 
 
 def test_only_process_0_writes(tmp_path, capsys):
-    with Writer(tmp_path / "run", 10, process_index=1) as writer:
+    with closing(Writer(tmp_path / "run", 10, process_index=1)) as writer:
         writer.write(1, {"loss": 0.5})
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
 
 
 def test_tensorboard_has_the_values(tmp_path):
-    with Writer(tmp_path, 10) as writer:
+    with closing(Writer(tmp_path, 10)) as writer:
         writer.write(3, {"val/loss": 0.5})
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"val/loss" in events.read_bytes()
 
 
 def test_plain_lines_when_stderr_is_no_terminal(tmp_path, capsys):
-    with Writer(tmp_path, 200, tensorboard=False) as writer:
+    with closing(Writer(tmp_path, 200, tensorboard=False)) as writer:
         writer.write(10, {"loss": 1.25, "lr": 1e-4, "tokens_per_s": 12345.6, "grad_norm": 1})
         writer.write(10, {"val/loss": 1.5, "val/accuracy": 0.25})
         writer.write(200, {"loss": 1.0})
@@ -108,7 +109,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    with Writer(tmp_path, 200, tensorboard=False, start_step=100) as writer:
+    with closing(Writer(tmp_path, 200, tensorboard=False, start_step=100)) as writer:
         writer.write(110, {"loss": 1.25})
     shown = terminal.getvalue()
     assert "step 110/200 |" in shown and "loss 1.2500" in shown
@@ -195,11 +196,11 @@ def events_of(file):
     "junk", [b"\xff\xfe\x00junk\n", b"[]\n", b"5\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\n"]
 )
 def test_junk_in_metrics_jsonl_is_left_out_and_said(tmp_path, caplog, junk):
-    with Writer(tmp_path, 10, tensorboard=False) as writer:
+    with closing(Writer(tmp_path, 10, tensorboard=False)) as writer:
         writer.write(1, {"loss": 1})
     with open(tmp_path / "metrics.jsonl", "ab") as f:
         f.write(junk + junk + b'{"step": 2, "loss": 2}\n{"step": 3, "lo')
-    with Writer(tmp_path, 10, tensorboard=False, start_step=2) as writer:
+    with closing(Writer(tmp_path, 10, tensorboard=False, start_step=2)) as writer:
         writer.write(3, {"loss": 3})
     assert [x["step"] for x in read(tmp_path)] == [1, 2, 3]
     assert "metrics.jsonl: 2 lines are damaged and left out" in caplog.text

@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ CONFIG = {"optim": {"lr": 0.5, "name": "adamw"}, "seed": 3, "eval": {"metrics": 
 def write(workdir, names, first, last):
     started = trackers.start(names, workdir, CONFIG)
     options = dict(start_step=first, trackers=started)
-    with trackers.closing(started), Writer(workdir, 9, **options) as writer:
+    with trackers.closing(started), closing(Writer(workdir, 9, **options)) as writer:
         for step in range(first + 1, last + 1):
             writer.write(step, {"loss": step / 8, "bad": float("nan")})
 

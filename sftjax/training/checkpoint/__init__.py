@@ -16,13 +16,13 @@ import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from sftjax.errors import CheckpointError, ConfigError, NotFoundError
+from sftjax.errors import CheckpointError, NotFoundError
 from sftjax.files import finite, read_object
 from sftjax.parallel import processes
 from sftjax.training.checkpoint import disk, seal
@@ -41,7 +41,7 @@ class Checkpointer:
     directory: created when absent; a CheckpointError says when it cannot be written.
     manifest: see identity.make_manifest; a directory of another identity raises CheckpointError.
     keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
-    besides ("" = none), lower: is less of it better. Use it as a context manager, or call close().
+    besides ("" = none), lower: is less of it better. Call close() at the end.
 
     A save that fails (a full disk, a missing permission) is said, and the next one tried; the
     FAILURES-th in a row raises CheckpointError. Process 0 seals what all have written.
@@ -56,15 +56,20 @@ class Checkpointer:
         best_metric: str = "",
         lower: bool = True,
     ) -> None:
-        if keep < 1:
-            raise ConfigError(f"keep={keep}; expected keep >= 1")
         self.directory = Path(directory).absolute()
         self.manifest, self.keep = manifest, keep
         self.best_metric, self._lower = best_metric, lower
         disk.check_writable(self.directory)
         if manifest is not None:
             check_manifest(self.directory, manifest)
-        self._set_aside_incomplete()
+        # Numbered directories that lack a part (a deletion cut short, a partial copy).
+        found = disk.steps(self.directory)
+        wrong = {step: text for step, text in found.items() if text}
+        if wrong and len(wrong) == len(found):
+            raise disk.none_is_whole(self.directory, wrong)
+        self._set_aside(wrong)
+        if jax.process_index() == 0:
+            disk.sweep(self.directory)
         # Held open, so that the system gives its number to no other directory.
         self._handle = os.open(self.directory, os.O_RDONLY)
         weakref.finalize(self, os.close, self._handle)
@@ -95,9 +100,14 @@ class Checkpointer:
         failed.
         """
         self._settle()
-        if step == self.latest_step():
+        latest = self.latest_step()
+        if step == latest:
             return False
-        self._check_newer(step)
+        if latest is not None and step < latest:
+            raise CheckpointError(
+                f"step {step} would be saved into {self.directory}, which has the later step"
+                f" {latest}: move the later steps away, or use another workdir"
+            )
         table = to_table(state)
         beside = {EXTRA: self._extra(extra), "metrics/metrics": self._metrics(metrics)}
         self._agreement, problem = Agreement(), self._begin(step)
@@ -198,12 +208,6 @@ class Checkpointer:
             with contextlib.suppress(Exception):  # it repeats what wait has raised
                 self._orbax.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def _settle(self):
         """As wait, but a failure is said, until there are too many in a row."""
         if not self._collect():
@@ -237,14 +241,6 @@ class Checkpointer:
             f"The newest complete one there: {there}{free}.{many} Make room"
             " or choose another workdir; the same command, started again, resumes."
         )
-
-    def _check_newer(self, step):
-        latest = self.latest_step()
-        if latest is not None and step < latest:
-            raise CheckpointError(
-                f"step {step} would be saved into {self.directory}, which has the later step"
-                f" {latest}: move the later steps away, or use another workdir"
-            )
 
     def _extra(self, extra) -> dict:
         extra = dict(extra or {})
@@ -280,12 +276,21 @@ class Checkpointer:
         sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in to_table(state).items()}
         model = sum(n for name, n in sizes.items() if name.startswith(("params/", "frozen/")))
         saves = self.keep + 1 + bool(self.best_metric)  # an old one goes after the new one is there
-        found = disk.space_problem(self.directory, sum(sizes.values()), saves, model * export)
-        errors, warnings = zip(*processes.gather(found), strict=True)
-        if any(errors):
-            raise CheckpointError(max(errors))
-        if any(warnings):
-            warn(max(warnings))
+        save, more = sum(sizes.values()), max(saves - len(disk.steps(self.directory)), 1)
+        free = min(processes.gather(shutil.disk_usage(self.directory).free))
+        gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
+        has = f"{self.directory} has {gb(free)} free"
+        if free < save:
+            raise CheckpointError(
+                f"{has}, and a checkpoint of this run takes up to {gb(save)}. Make room, or choose"
+                " a workdir on another disk."
+            )
+        if free < more * save + model * export:
+            warn(
+                f"the disk of {has}; {more} checkpoints of up to {gb(save)}, which lie there at a"
+                f" time, and {gb(model * export)} of the export may not find room: lower"
+                " train.keep, or make room"
+            )
 
     # ---- restoring ----
 
@@ -303,16 +308,13 @@ class Checkpointer:
         if not steps:
             raise NotFoundError(f"no checkpoint in {self.directory}; complete steps there: none")
         for at in reversed(steps):
-            if text := self._damage(at):
-                wrong[at] = text
-                continue
             try:
                 found = self._read(at, abstract_state)
             except _Damaged as e:
                 wrong[at] = str(e)
-                continue
-            self._go_back(wrong, at)
-            return found
+            else:
+                self._set_aside(wrong, at)
+                return found
         raise disk.none_is_whole(self.directory, wrong)
 
     def _damage(self, step) -> str:
@@ -329,6 +331,8 @@ class Checkpointer:
 
     def _read(self, step, abstract_state) -> tuple[Any, dict]:
         folder, wanted = self.directory / str(step), to_table(abstract_state)
+        if problem := self._damage(step):
+            raise _Damaged(problem)
         target = {name: placed(x) for name, x in wanted.items()}
         try:
             check_table(folder, dict(self._orbax.metadata(folder / "state").item_metadata), wanted)
@@ -348,32 +352,18 @@ class Checkpointer:
         extra.pop("sealed", None)
         return from_table(table, abstract_state), extra
 
-    def _go_back(self, wrong: Mapping[int, str], step: int) -> None:
-        """Set the damaged ones aside, and say what that costs."""
-        multihost_utils.sync_global_devices("sftjax: all processes have read the checkpoint")
+    def _set_aside(self, wrong: Mapping[int, str], taken: int | None = None) -> None:
+        """Rename damaged ones, and say what that costs. taken: the step that is gone back to."""
+        multihost_utils.sync_global_devices("sftjax: all have seen the checkpoints")
         if jax.process_index() == 0:
-            for lost, text in sorted(wrong.items()):
-                name = disk.set_aside(self.directory, lost)
-                warn(
-                    f"checkpoint {self.directory / str(lost)} is damaged: {text}; it is set aside"
-                    f" as {name}. The newest intact one, of step {step}, is taken: {lost - step}"
-                    " steps are repeated."
-                )
-        multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
-
-    def _set_aside_incomplete(self):
-        """Rename numbered directories that lack a part (a deletion cut short, a partial copy)."""
-        found = disk.steps(self.directory)
-        wrong = {step: text for step, text in found.items() if text}
-        if wrong and len(wrong) == len(found):
-            raise disk.none_is_whole(self.directory, wrong)
-        multihost_utils.sync_global_devices("sftjax: all have seen the checkpoint directory")
-        if jax.process_index() == 0:
-            disk.sweep(self.directory)
-            for step, text in wrong.items():
+            for step, text in sorted(wrong.items()):
                 name = disk.set_aside(self.directory, step)
-                warn(f"checkpoint {self.directory / str(step)}: {text}; it is set aside as {name}")
-        multihost_utils.sync_global_devices("sftjax: checkpoint directory is clean")
+                said = f"{self.directory / str(step)} is damaged: {text}; it is set aside as {name}"
+                if taken is not None:
+                    said += f". The newest intact one, of step {taken}, is taken:"
+                    said += f" {step - taken} steps are repeated."
+                warn(f"checkpoint {said}")
+        multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
 
     # ---- which there are ----
 
@@ -387,7 +377,7 @@ class Checkpointer:
 
 
 class _Damaged(Exception):
-    """A checkpoint of an older version that can't be read."""
+    """A checkpoint whose files are not as they were written, or can't be read."""
 
 
 def _orbax(barrier) -> ocp.AsyncCheckpointer:

@@ -32,17 +32,14 @@ def steps(directory: Path) -> dict[int, str]:
 
 def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int | None:
     """The step that scores best, of equals the latest; None where none was measured."""
-    scores = {step: _measured(directory / str(step), metric) for step in among}
+    scores = dict[int, float]()
+    for step in among:
+        measured = read_object(directory / str(step) / "metrics" / "metrics")
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it tracked another one
+            scores[step] = float(measured[metric])
     known = [step for step, score in scores.items() if not math.isnan(score)]
     sign = -1 if lower else 1
     return max(known, key=lambda step: (sign * scores[step], step), default=None)
-
-
-def _measured(folder: Path, metric: str) -> float:
-    """NaN where the metric was not measured, as of a run that tracked another one."""
-    with contextlib.suppress(TypeError, ValueError):
-        return float(read_object(folder / "metrics" / "metrics").get(metric, math.nan))
-    return math.nan
 
 
 def sweep(directory: Path) -> None:
@@ -103,26 +100,3 @@ def check_writable(directory: Path | str) -> None:
             f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is"
             " writable and not full."
         ) from e
-
-
-def space_problem(directory: Path, save: int, saves: int, export: int) -> tuple[str, str]:
-    """(error, warning) about the disk's free space; "" where there is none.
-
-    save: bytes of a checkpoint. saves: how many lie there at most at a time. export: bytes.
-    """
-    free = shutil.disk_usage(directory).free
-    more = max(saves - len(steps(directory)), 1)
-    gb = lambda n: f"{n / 1e9:.2f} GB"  # noqa: E731
-    if free < save:
-        return (
-            f"{directory} has {gb(free)} free, and a checkpoint of this run takes up to {gb(save)}."
-            " Make room, or choose a workdir on another disk.",
-            "",
-        )
-    if free < more * save + export:
-        return "", (
-            f"the disk of {directory} has {gb(free)} free; {more} checkpoints of up to {gb(save)},"
-            f" which lie there at a time, and {gb(export)} of the export may not find room:"
-            " lower train.keep, or make room"
-        )
-    return "", ""

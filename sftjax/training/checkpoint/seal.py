@@ -37,9 +37,8 @@ def seal(folder: Path) -> None:
         json.dump({"checksum": "crc32", "files": known}, f, indent=0, sort_keys=True)
         f.flush()
         os.fsync(f.fileno())
-    for directory in {folder, *(parent for path in paths for parent in path.parents)}:
-        if directory == folder or folder in directory.parents:
-            sync(directory)
+    for directory, *_ in os.walk(folder):
+        sync(Path(directory))
 
 
 def is_sealed(folder: Path) -> bool:

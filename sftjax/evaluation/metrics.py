@@ -189,14 +189,18 @@ def _bins(wanted, scores) -> list[tuple[float, float, float]]:
     return [(float(x.mean()), float(confidence[x].mean()), float(right[x].mean())) for x in picked]
 
 
-def _per_label(wanted, given, names, **how: Any) -> dict[str, dict]:
-    from sklearn.metrics import precision_recall_fscore_support
-
-    found = precision_recall_fscore_support(wanted, given, average=None, zero_division=0.0, **how)
+def _rates(names, found) -> dict[str, dict]:
+    """Of each label what precision_recall_fscore_support found of it."""
     return {
         name: dict(precision=float(p), recall=float(r), f1=float(f), n=int(n))
         for name, p, r, f, n in zip(names, *found, strict=True)
     }
+
+
+def _per_label(wanted, given, names, **how: Any) -> dict[str, dict]:
+    from sklearn.metrics import precision_recall_fscore_support as rates
+
+    return _rates(names, rates(wanted, given, average=None, zero_division=0.0, **how))
 
 
 def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
@@ -387,35 +391,23 @@ def tags(
     """
     if not wanted:
         return Measured(0, {})
-    of = package("seqeval.metrics.sequence_labeling").get_entities
+    wanted, given = ([list(map(str, row)) for row in some] for some in (wanted, given))
+    seqeval = package("seqeval.metrics.sequence_labeling")
     with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'
-        found = [[set(of(list(map(str, one)))) for one in some] for some in (wanted, given)]
-    kinds = sorted({kind for some in found for one in some for kind, _, _ in one})
-    # counts [rows, kinds]: of entities that are right, given, wanted
-    right, there, all_ = (
-        np.array([[sum(e[0] == k for e in one) for k in kinds] for one in some]).reshape(
-            len(wanted), len(kinds)
-        )
-        for some in ([w & g for w, g in zip(*found, strict=True)], found[1], found[0])
-    )
+        found = [[set(seqeval.get_entities(row)) for row in some] for some in (wanted, given)]
+        rates = seqeval.precision_recall_fscore_support(wanted, given, average=None)
+    kinds = sorted({kind for some in found for row in some for kind, _, _ in row})
+    # [rows, 2]: entities that are right, and all that are wanted or given
+    counts = np.array([(len(w & g), len(w) + len(g)) for w, g in zip(*found, strict=True)])
 
     def f1(at: Any = slice(None)) -> dict[str, float]:
-        total = there[at].sum() + all_[at].sum()
-        return {"seqeval_f1": float(2 * right[at].sum() / total) if total else 0.0}
+        right, total = counts[at].sum(axis=0)
+        return {"seqeval_f1": float(2 * right / total) if total else 0.0}
 
-    each = {
-        kind: dict(
-            precision=float(right[:, k].sum() / max(there[:, k].sum(), 1)),
-            recall=float(right[:, k].sum() / max(all_[:, k].sum(), 1)),
-            f1=float(2 * right[:, k].sum() / max(there[:, k].sum() + all_[:, k].sum(), 1)),
-            n=int(all_[:, k].sum()),
-        )
-        for k, kind in enumerate(kinds)
-    }
     spread = bootstrap(f1, len(wanted), groups) if errors else {}
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
     rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
-    tables, baselines = {"per_entity": each}, {"always O": {"seqeval_f1": 0.0}}
+    tables, baselines = {"per_entity": _rates(kinds, rates)}, {"always O": {"seqeval_f1": 0.0}}
     return Measured(len(wanted), f1(), spread, baselines, tables, rows)
 
 

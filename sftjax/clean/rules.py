@@ -88,18 +88,10 @@ def find(
 ) -> Findings:
     """Apply cleaning rules to the records of a source; the texts of all rows are held in memory.
 
-    Args:
-      source: records by index, with `where`, as of `open_source`.
-      rules: names in RULES; "all" stands for every rule whose inputs are given.
-      form: the keywords of `to_conversation` that say how to read a record: fields, roles.
-      near: near_duplicate: least Jaccard similarity of two rows' pieces of 5 characters.
-      ngram: contamination: words in a row that a row may not share with an evaluation set.
-      evaluation: the sources of the evaluation sets; they are only read.
-      max_tokens: too_long: the most tokens of a row; 0 = the rule has no limit.
-      count_tokens: too_long: (records, wheres) -> the token count of each.
-      trust: label_suspects: rows -> a number for each, least for what is likely wrong.
-      suspects: the share of rows that label_suspects lists.
-      remove_suspects: remove these too.
+    rules: names in RULES; "all" stands for every rule whose inputs are given. form: the keywords of
+    `to_conversation` that say how to read a record: fields, roles. evaluation: the sources of the
+    evaluation sets. count_tokens: (records, wheres) -> the token count of each. trust: rows -> a
+    number for each, least for what is likely wrong. The others are keys of the config's data.clean.
 
     Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
     """

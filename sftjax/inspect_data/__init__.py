@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.data import DataError, Rows, make_batch, pack
+from sftjax.data import DataError, Rows, pack
 from sftjax.errors import writing
 from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
@@ -152,16 +152,12 @@ def _examples(part, rows, tokenizer) -> list[dict]:
     data = part.config.data
     docs = [(row, indices) for row in rows for indices in row.kept]
     packed = pack([len(indices) for _, indices in docs], data.max_length, data.packing)
-    pairs = [(row.example.tokens[at], row.example.weights[at]) for row, at in docs]
-    batch = make_batch(pairs, data.max_length, packed)
     places = {id(row): np.zeros((len(row.example.tokens), 2), int) for row in rows}
-    for r, pieces in enumerate(packed):
-        at = 0
-        for doc, start, stop in pieces:
-            (row, indices), cells = docs[doc], slice(at, at + stop - start)
-            place = batch["segments"][r, cells], batch["positions"][r, cells]
-            places[id(row)][indices[start:stop]] = np.stack(place, 1)
-            at = cells.stop
+    for pieces in packed:
+        for segment, (doc, start, stop) in enumerate(pieces, 1):
+            row, indices = docs[doc]
+            at = indices[start:stop]
+            places[id(row)][at, 0], places[id(row)][at, 1] = segment, np.arange(len(at))
     return [_example(part.name, row, places[id(row)].tolist(), tokenizer) for row in rows]
 
 

@@ -270,7 +270,6 @@ class _Reader:
         if one.op == "fusion" or (one.op == "call" and k is None):
             callee = one.attribute("calls") or one.attribute("to_apply")
             given = {(i, None): self._value(name, a, env) for i, a in enumerate(one.args)}
-            given = {i: v for i, v in given.items() if v is not None}
             return self._value(callee, self.computations[callee].root, given, k)
         return self._scalar(one, name, env) if k is None else self._element(one, name, env, k)
 

@@ -125,7 +125,7 @@ def trust(
     labels = sorted(set(answers) - {None})
     if None in answers or not 2 <= len(labels) <= min(LABELS, len(rows) // 10):
         total, tokens = losses_of(records)
-        return self_confidence(total / np.maximum(tokens, 1))
+        return np.exp(-total / np.maximum(tokens, 1))  # the probability of the average token
     tried = [losses_of([_with_answer(r, label) for r in records])[0] for label in labels]
     return normalised_margin(np.stack(tried, 1), [labels.index(a) for a in answers])
 
@@ -141,11 +141,6 @@ def _with_answer(record, answer):
         return record | {"completion": answer}
     *before, last = record["messages"]
     return record | {"messages": [*before, last | {"content": answer}]}
-
-
-def self_confidence(loss: np.ndarray) -> np.ndarray:
-    """Trust in free answers: the probability of their average token. loss [n]: mean a token."""
-    return np.exp(-np.asarray(loss, np.float64))
 
 
 def normalised_margin(loss: np.ndarray, given: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ PERMUTATIONS = 128  # of MinHash
 MARGIN = 0.15  # below the threshold, that its estimate may be: over three standard deviations
 COMMON = 0.1  # a piece of text in more than this share of the rows says nothing about two of them
 CHUNK = 1000  # rows that are tokenised at a time
+EMPTY = ("empty_response", "empty_text")  # kinds of the errors of a row with a blank answer
 SHORT = 8  # words; an evaluation text below this is only sought as a whole prompt
 
 Hit = tuple[int, str, int | str | None]  # row, note, the other row or its place
@@ -148,13 +149,13 @@ class Texts:
     """
 
     def __init__(self, source: RecordSource, form: Mapping[str, Any]) -> None:
-        self.source, self.form, self.errors = source, form, {}
+        self.source, self.form, self.errors = source, form, dict[int, DataError]()
         self.prompts, self.answers, self.tools = [], [], []
         for i in range(len(source)):
             try:
                 prompt, answer, tools = sides(source, i, form)
             except DataError as error:
-                self.errors[i] = str(error)
+                self.errors[i] = error
                 prompt = answer = tools = ""
             self.prompts.append(normalise(prompt))
             self.answers.append(normalise(answer))
@@ -181,19 +182,17 @@ def sides(source: RecordSource, i: int, form: Mapping[str, Any]) -> tuple[str, s
 def missing(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows in which a field is absent, null or of a wrong type, or that can't be read at all."""
     for i in rows:
-        if i in texts.errors and not _EMPTY.search(texts.errors[i]):
-            yield i, texts.errors[i], None
-
-
-_EMPTY = re.compile(r": empty (response|text)\b")  # what to_conversation says of a blank answer
+        error = texts.errors.get(i)
+        if error and error.kind not in EMPTY:
+            yield i, str(error), None
 
 
 def empty(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows with a blank answer or a blank message of the user."""
     for i in rows:
-        error, source = texts.errors.get(i, ""), texts.source
-        if _EMPTY.search(error):
-            yield i, error, None
+        error, source = texts.errors.get(i), texts.source
+        if error and error.kind in EMPTY:
+            yield i, str(error), None
         elif not error:
             chat = to_conversation(source[i], where=source.where(i), **texts.form)
             if any(m["role"] == "user" and not said(m).strip() for m in chat["messages"]):

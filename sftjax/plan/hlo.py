@@ -68,10 +68,9 @@ class Cost:
             self.cycles[k] += times * v
         for name in ("collectives", "kernels"):
             for k, record in getattr(other, name).items():
-                mine = getattr(self, name)[k]
-                for field in dataclasses.fields(record):
-                    old = getattr(mine, field.name)
-                    setattr(mine, field.name, old + times * getattr(record, field.name))
+                mine = vars(getattr(self, name)[k])
+                for field, value in vars(record).items():
+                    mine[field] += times * value
         self.loops += other.loops
 
     @property

@@ -54,7 +54,6 @@ def test_normalised_margin():
     np.testing.assert_allclose(trust, (np.array(margins) + 2) / 4)
     shifted = command.normalised_margin(loss + 5, [0, 1, 0, 1])  # a loss all labels share
     np.testing.assert_allclose(trust, shifted)
-    np.testing.assert_allclose(command.self_confidence([0.0, np.log(4)]), [1, 0.25])
 
 
 @pytest.mark.parametrize("bias", [0.0, 3.0])

@@ -62,7 +62,6 @@ METRICS: dict[str, Metric] = {
 class Measured(NamedTuple):
     """What a set scores. errors: standard errors. baselines: {"majority": {metric: value}}."""
 
-    n: int
     values: dict[str, float]
     errors: Mapping[str, float] = {}
     baselines: Mapping[str, dict[str, float]] = {}
@@ -138,7 +137,7 @@ def labels(
     """
     n = len(wanted)
     if not n:
-        return Measured(0, {})
+        return Measured({})
     values = _label_values(wanted, given, len(names), scores)
     hits = (wanted == given).astype(np.float64)
     spread = {}
@@ -147,16 +146,14 @@ def labels(
             wanted[at], given[at], len(names), None if scores is None else scores[at]
         )
         spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
-    counts = np.bincount(wanted, minlength=len(names))
-    usual = int(counts.argmax())
+    usual = int(np.bincount(wanted).argmax())
     baseline = _label_values(wanted, np.full(n, usual), len(names), None)
     shown = {k: baseline[k] for k in ("accuracy", "f1")}
     tables = _label_tables(wanted, given, names, scores)
     if lost := int((given < 0).sum()):
         values["not_finite"] = float(lost)
-    return Measured(
-        n, values, spread, {f"always {names[usual]}": shown}, tables, {"accuracy": hits}
-    )
+    baselines = {f"always {names[usual]}": shown}
+    return Measured(values, spread, baselines, tables, {"accuracy": hits})
 
 
 def _label_values(wanted, given, classes, scores) -> dict[str, float]:
@@ -230,7 +227,7 @@ def multi_labels(
     """
     n = len(wanted)
     if not n:
-        return Measured(0, {})
+        return Measured({})
     lost = ~np.isfinite(scores).all(1)
     given = (np.where(lost[:, None], 0.0, scores) >= 0.5) & ~lost[:, None]
     hits = (given == wanted).all(1).astype(np.float64)
@@ -244,7 +241,7 @@ def multi_labels(
     shown = _multi_values(wanted, usual, None)
     tables = {"per_label": _per_label(wanted.astype(int), given.astype(int), names)}
     rows = {"accuracy": hits}
-    return Measured(n, values, spread, {"each label's majority": shown}, tables, rows)
+    return Measured(values, spread, {"each label's majority": shown}, tables, rows)
 
 
 def _multi_values(wanted, given, scores) -> dict[str, float]:
@@ -272,9 +269,9 @@ def numbers(
     """
     wanted, given = np.asarray(wanted, np.float64), np.asarray(given, np.float64)
     if not len(wanted):
-        return Measured(0, {})
+        return Measured({})
     if lost := int((~np.isfinite(given)).sum()):
-        return Measured(len(wanted), {"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
+        return Measured({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
     off = np.abs(wanted - given)
     spread = {}
     if errors:
@@ -283,7 +280,7 @@ def numbers(
     mean = _number_values(wanted, np.full(len(wanted), wanted.mean()))
     shown = {k: mean[k] for k in ("mae", "rmse")}
     values = _number_values(wanted, given)
-    return Measured(len(wanted), values, spread, {"the mean": shown}, {}, {"mae": off})
+    return Measured(values, spread, {"the mean": shown}, {}, {"mae": off})
 
 
 def _number_values(wanted, given) -> dict[str, float]:
@@ -323,7 +320,7 @@ def texts(
     """
     n = len(wanted)
     if not n:
-        return Measured(0, {})
+        return Measured({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
     for name in names:
         found = _text_metric(name, list(wanted), list(given), answer)
@@ -340,7 +337,7 @@ def texts(
         what: texts(names, wanted, answers, answer=answer).values
         for what, answers in (baselines or {}).items()
     }
-    return Measured(n, values, spread, others, {}, rows)
+    return Measured(values, spread, others, {}, rows)
 
 
 def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
@@ -390,7 +387,7 @@ def tags(
     rows: of each row the share of right tags. tables: precision, recall and F1 of each type.
     """
     if not wanted:
-        return Measured(0, {})
+        return Measured({})
     wanted, given = ([list(map(str, row)) for row in some] for some in (wanted, given))
     seqeval = package("seqeval.metrics.sequence_labeling")
     with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'
@@ -408,7 +405,7 @@ def tags(
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
     rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
     tables, baselines = {"per_entity": _rates(kinds, rates)}, {"always O": {"seqeval_f1": 0.0}}
-    return Measured(len(wanted), f1(), spread, baselines, tables, rows)
+    return Measured(f1(), spread, baselines, tables, rows)
 
 
 def package(name: str) -> Any:

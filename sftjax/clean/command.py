@@ -148,10 +148,7 @@ def normalised_margin(loss: np.ndarray, given: Sequence[int] | np.ndarray) -> np
 
     How far the given label's probability is above the best other one's, each counted from the mean
     probability of that label where it is given: so a model that favours one label does no harm.
-
-    Args:
-      loss: [n, K], of each row with each of K labels as its answer.
-      given: int [n], the label it has.
+    loss: [n, K], of each row with each of K labels as its answer. given: int [n], the label it has.
     """
     loss, given = np.asarray(loss, np.float64), np.asarray(given)
     p = np.exp(loss.min(1, keepdims=True) - loss)

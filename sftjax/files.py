@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sftjax.errors import ConfigError, UserError
+from sftjax.errors import ConfigError, UserError, writing
 
 JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 
@@ -21,16 +21,17 @@ JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 def write_atomic(path: Path | str, text: str) -> None:
     """Write a file in UTF-8, and its folder; who reads it finds the old text or the new one.
 
-    Several processes may write it at once. Raises: OSError, and then the old file is as it was.
+    Several processes may write it at once. Raises: WriteError, and then the old file is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on the same disk
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a write that failed
+    with writing("the file", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a write that failed
 
 
 def load_python(path: str, key: str) -> ModuleType:

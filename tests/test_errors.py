@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_chat import TOKENIZER
 
-from sftjax import config, errors, exits, parallel
+from sftjax import config, errors, exits, files, parallel
 from sftjax.data import DataError, build_store, encode, open_source
 from sftjax.hf import safetensors_io
 from sftjax.plan import hardware as targets
@@ -447,3 +447,6 @@ def test_a_place_that_cannot_be_written(tmp_path):
     path, message = tmp_path / "absent" / "x.json", "--json .*absent/x.json cannot be written: No"
     with pytest.raises(errors.WriteError, match=message), errors.writing("--json", path):
         path.write_text("")
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.WriteError, match="the file .*file/x.json cannot be written: File"):
+        files.write_atomic(tmp_path / "file" / "x.json", "{}")

@@ -100,7 +100,7 @@ def test_a_run_leaves_what_it_promises(straight):
 def test_the_export_is_the_trained_model(straight, files):
     from transformers import AutoTokenizer
 
-    from sftjax.evaluation.evaluator import loss_over
+    from sftjax.evaluation.evaluator import measure
 
     workdir, _, result = straight
     model, params = sftjax.load_pretrained(workdir / "export")
@@ -109,7 +109,7 @@ def test_the_export_is_the_trained_model(straight, files):
     docs = [sftjax.data.encode(source[i], tokenizer) for i in range(len(source))]
     batch = sftjax.data.make_batch(docs, 96)
     loss_fn = sftjax.losses.causal_lm(model, accuracy=True)
-    value = loss_over(lambda p, b: sftjax.eval_step(p, b, loss_fn=loss_fn), params, [batch])
+    value, _ = measure(lambda p, b: sftjax.eval_step(p, b, loss_fn=loss_fn), params, [batch])
     for k in ("loss", "accuracy"):  # unpacked, on one device: the same number
         v = value[k]
         np.testing.assert_allclose(result["after"]["losses"][f"validation/{k}"], v, rtol=1e-5)

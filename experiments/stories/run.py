@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import sftjax
 from sftjax import config as config_lib
-from sftjax.evaluation.evaluator import loss_over
+from sftjax.evaluation.evaluator import measure
 from sftjax.evaluation.generation import generate
 from sftjax.train import train
 
@@ -132,7 +132,7 @@ def validation_loss(model, params, tokenizer, config):
     step = jax.jit(lambda p, b: sftjax.eval_step(p, b, loss_fn=loss_fn))
     length = config.data.max_length
     batches = (sftjax.data.make_batch(docs[i : i + 10], length) for i in range(0, len(docs), 10))
-    return loss_over(step, params, batches)["loss"]
+    return measure(step, params, batches)[0]["loss"]
 
 
 if __name__ == "__main__":

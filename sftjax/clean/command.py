@@ -6,13 +6,10 @@ their reasons, and a page to read. The rule label_suspects asks the config's mod
 it finds least likely: it lists them, and removes them with data.clean.remove_suspects.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -23,12 +20,11 @@ from sftjax.clean.prepare import clean_options
 from sftjax.clean.report import summary, write_records, write_rejects, write_report
 from sftjax.clean.rules import RULES, Findings, find
 from sftjax.config import ConfigError
-from sftjax.data import make_batch, open_source
-from sftjax.data.packing.pack import pad_to_multiple
+from sftjax.data import open_source
 from sftjax.data.records.protocols import RecordSource
+from sftjax.evaluation.likelihood import weighted
 from sftjax.files import refuse_url
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.ops.cross_entropy import linear_cross_entropy
 from sftjax.terminal import show
 
 if TYPE_CHECKING:
@@ -36,7 +32,6 @@ if TYPE_CHECKING:
 
 LABELS = 20  # at most so many different answers are class labels
 BATCH = 16  # rows whose losses are taken at a time
-LENGTHS = 64  # rows are padded to a multiple of this, so that few shapes are compiled
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,13 +118,14 @@ def trust(
         encoded = task.examples(records, [source.where(i) for i in rows])
         # Cut at the front: what counts is the answer, at the end.
         docs = [(e.tokens[-max_length:], e.weights[-max_length:]) for e in encoded]
-        return document_losses(model, params, docs)
+        counts = np.array([weights[1:].sum() for _, weights in docs])
+        return -weighted(model, params, docs, batch_size=BATCH)[0], counts
 
     answers = [_answer(r) for r in records]
     labels = sorted(set(answers) - {None})
     if None in answers or not 2 <= len(labels) <= min(LABELS, len(rows) // 10):
         total, tokens = losses_of(records)
-        return self_confidence(total / np.maximum(tokens, 1))
+        return np.exp(-total / np.maximum(tokens, 1))  # the probability of the average token
     tried = [losses_of([_with_answer(r, label) for r in records])[0] for label in labels]
     return normalised_margin(np.stack(tried, 1), [labels.index(a) for a in answers])
 
@@ -147,46 +143,12 @@ def _with_answer(record, answer):
     return record | {"messages": [*before, last | {"content": answer}]}
 
 
-def document_losses(
-    model: "Model", params: dict[str, Any], docs: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(sum of losses [n], sum of weights [n]) of documents, pairs (tokens, weights); float64."""
-    out = np.zeros((2, len(docs)))
-    order = np.argsort([len(tokens) for tokens, _ in docs], kind="stable")
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        some = [docs[i] for i in rows] + [docs[rows[0]]] * (BATCH - len(rows))
-        length = pad_to_multiple(max(len(tokens) for tokens, _ in some), LENGTHS)
-        batch = make_batch(some, length)
-        out[0, rows] = _row_losses(model, params, batch)[: len(rows)]
-        out[1, rows] = batch["weights"].sum(1)[: len(rows)]
-    return out[0], out[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _row_losses(model, params, batch):
-    """Sum of the losses of each row, float32 [B]."""
-    weights = batch["weights"]
-    rows = jnp.broadcast_to(jnp.arange(len(weights))[:, None], weights.shape)
-    options = dict(groups=rows, n_groups=len(weights), **model.logit_options)
-    hidden, head = model.hidden(params, batch), model.head(params)
-    return linear_cross_entropy(hidden, head, batch["targets"], weights, **options)[2]
-
-
-def self_confidence(loss: np.ndarray) -> np.ndarray:
-    """Trust in free answers: the probability of their average token. loss [n]: mean a token."""
-    return np.exp(-np.asarray(loss, np.float64))
-
-
 def normalised_margin(loss: np.ndarray, given: Sequence[int] | np.ndarray) -> np.ndarray:
     """Trust in class labels, as in confident learning (Northcutt et al. 2021): [n] in [0, 1].
 
     How far the given label's probability is above the best other one's, each counted from the mean
     probability of that label where it is given: so a model that favours one label does no harm.
-
-    Args:
-      loss: [n, K], of each row with each of K labels as its answer.
-      given: int [n], the label it has.
+    loss: [n, K], of each row with each of K labels as its answer. given: int [n], the label it has.
     """
     loss, given = np.asarray(loss, np.float64), np.asarray(given)
     p = np.exp(loss.min(1, keepdims=True) - loss)

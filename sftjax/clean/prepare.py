@@ -35,13 +35,9 @@ def training_rows(
 ) -> Prepared:
     """The rows of data.train as data.clean, data.split and data.augment want them.
 
-    Of a stream, only the first rows of its shards: see `data.stream.sample`.
-
-    Args:
-      config: of the run; its section `data` says which rows, and what becomes of them.
-      task: encodes the config's records.
-      cache_dir: where what cleaning found is kept, so that a restart does not look again.
-      workdir: where the rejects and the report of cleaning are written; None = not at all.
+    Of a stream, only the first rows of its shards: see `data.stream.sample`. cache_dir: where what
+    cleaning found is kept, so that a restart does not look again. workdir: where the rejects and
+    the report of cleaning are written; None = not at all.
     """
     d, notes, held_out, removed = config.data, [], None, {}
     if d.split.share and d.validation:

@@ -31,6 +31,7 @@ PERMUTATIONS = 128  # of MinHash
 MARGIN = 0.15  # below the threshold, that its estimate may be: over three standard deviations
 COMMON = 0.1  # a piece of text in more than this share of the rows says nothing about two of them
 CHUNK = 1000  # rows that are tokenised at a time
+EMPTY = ("empty_response", "empty_text")  # kinds of the errors of a row with a blank answer
 SHORT = 8  # words; an evaluation text below this is only sought as a whole prompt
 
 Hit = tuple[int, str, int | str | None]  # row, note, the other row or its place
@@ -88,18 +89,10 @@ def find(
 ) -> Findings:
     """Apply cleaning rules to the records of a source; the texts of all rows are held in memory.
 
-    Args:
-      source: records by index, with `where`, as of `open_source`.
-      rules: names in RULES; "all" stands for every rule whose inputs are given.
-      form: the keywords of `to_conversation` that say how to read a record: fields, roles.
-      near: near_duplicate: least Jaccard similarity of two rows' pieces of 5 characters.
-      ngram: contamination: words in a row that a row may not share with an evaluation set.
-      evaluation: the sources of the evaluation sets; they are only read.
-      max_tokens: too_long: the most tokens of a row; 0 = the rule has no limit.
-      count_tokens: too_long: (records, wheres) -> the token count of each.
-      trust: label_suspects: rows -> a number for each, least for what is likely wrong.
-      suspects: the share of rows that label_suspects lists.
-      remove_suspects: remove these too.
+    rules: names in RULES; "all" stands for every rule whose inputs are given. form: the keywords of
+    `to_conversation` that say how to read a record: fields, roles. evaluation: the sources of the
+    evaluation sets. count_tokens: (records, wheres) -> the token count of each. trust: rows -> a
+    number for each, least for what is likely wrong. The others are keys of the config's data.clean.
 
     Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
     """
@@ -156,13 +149,13 @@ class Texts:
     """
 
     def __init__(self, source: RecordSource, form: Mapping[str, Any]) -> None:
-        self.source, self.form, self.errors = source, form, {}
+        self.source, self.form, self.errors = source, form, dict[int, DataError]()
         self.prompts, self.answers, self.tools = [], [], []
         for i in range(len(source)):
             try:
                 prompt, answer, tools = sides(source, i, form)
             except DataError as error:
-                self.errors[i] = str(error)
+                self.errors[i] = error
                 prompt = answer = tools = ""
             self.prompts.append(normalise(prompt))
             self.answers.append(normalise(answer))
@@ -189,19 +182,17 @@ def sides(source: RecordSource, i: int, form: Mapping[str, Any]) -> tuple[str, s
 def missing(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows in which a field is absent, null or of a wrong type, or that can't be read at all."""
     for i in rows:
-        if i in texts.errors and not _EMPTY.search(texts.errors[i]):
-            yield i, texts.errors[i], None
-
-
-_EMPTY = re.compile(r": empty (response|text)\b")  # what to_conversation says of a blank answer
+        error = texts.errors.get(i)
+        if error and error.kind not in EMPTY:
+            yield i, str(error), None
 
 
 def empty(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit]:
     """Rows with a blank answer or a blank message of the user."""
     for i in rows:
-        error, source = texts.errors.get(i, ""), texts.source
-        if _EMPTY.search(error):
-            yield i, error, None
+        error, source = texts.errors.get(i), texts.source
+        if error and error.kind in EMPTY:
+            yield i, str(error), None
         elif not error:
             chat = to_conversation(source[i], where=source.where(i), **texts.form)
             if any(m["role"] == "user" and not said(m).strip() for m in chat["messages"]):

@@ -63,13 +63,9 @@ def split(
     A side then depends on the rows before it too, as with any rule that gives exact shares: rows
     appended to the data still move no other. Rows that share a prompt or group stay together first.
 
-    Args:
-      source: the records to share out.
-      share: the share of rows for validation, 0 < share < 1.
-      group_by: a field; all rows with one value of it go to the same side.
-      stratify_by: a field; the share is held within each of its values.
-      form: keywords of `to_conversation`: fields, roles. The prompt is the first user message.
-      skip: leave a row that can't be read to training, which lists it (data.on_error="skip").
+    share, group_by, stratify_by: as in the config's data.split. form: keywords of to_conversation:
+    fields, roles; the prompt is the first user message. skip: leave a row that can't be read to
+    training, which lists it (data.on_error="skip").
 
     Raises: DataError for a row without the field, or if a side is left empty.
     """

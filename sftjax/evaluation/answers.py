@@ -11,7 +11,7 @@ from sftjax.data.masking.question import Question, continuations
 from sftjax.errors import ConfigError
 from sftjax.evaluation import generation, metrics
 from sftjax.evaluation.likelihood import log_likelihoods
-from sftjax.evaluation.text_scores import lead as lead
+from sftjax.evaluation.text_scores import lead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

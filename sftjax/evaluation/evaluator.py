@@ -27,11 +27,6 @@ BESIDE = ("tables", "errors", "baselines", "rows")  # what a result has beside v
 EvalStep = Callable[..., Loss | tuple[Loss, dict[str, jax.Array]]]
 
 
-def loss_over(step: EvalStep, params: Any, batches: Iterable[Any], *state: Any) -> dict[str, float]:
-    """{"loss", <metrics>} weighted over all batches; see `measure`."""
-    return measure(step, params, batches, *state)[0]
-
-
 def measure(
     step: EvalStep,
     params: Any,

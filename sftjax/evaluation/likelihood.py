@@ -37,20 +37,33 @@ def log_likelihoods(
     model: "decoder.Model",
     params: Any,
     pairs: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [N], bool [N]) of pairs of token ids, a context of one or more and what follows it.
+
+    The first is the natural logarithm of the probability of all that follows; the second is
+    whether each of its tokens is the model's first choice. options: as of `weighted`.
+    """
+    docs = [(np.array([*a, *b]), np.repeat([0, 1], [len(a), len(b)])) for a, b in pairs]
+    return weighted(model, params, docs, **options)
+
+
+def weighted(
+    model: "decoder.Model",
+    params: Any,
+    docs: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     batch_size: int = 64,
     mesh: Mesh | None = None,
     said: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 [N], bool [N]) of pairs of token ids, a context of one or more and what follows it.
+    """As `log_likelihoods`, of documents: pairs (tokens, the weight of each in the sum).
 
-    The first is the natural logarithm of the probability of all that follows; the second is
-    whether each of its tokens is the model's first choice. said: as of generation.generate. Every
-    process must call this with the same pairs.
+    said: as of generation.generate. Every process must call this with the same documents.
     """
-    sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    sizes = [sum(map(len, pair)) for pair in pairs]
-    if pairs:
+    sums, greedy = np.zeros(len(docs)), np.ones(len(docs), bool)
+    sizes = [len(tokens) for tokens, _ in docs]
+    if docs:
         model.check_length(max(sizes), f"a text of {max(sizes)} tokens")
     size, batches = in_batches(sizes, batch_size, mesh)
     for n, rows in enumerate(batches):
@@ -58,12 +71,10 @@ def log_likelihoods(
         tokens, weights = np.zeros((size, width), np.int32), np.zeros((size, width), np.float32)
         lengths = np.zeros(size, np.int32)
         for j, i in enumerate(rows):
-            context, rest = pairs[i]
-            at, end = len(context), sizes[i]
-            tokens[j, :at], tokens[j, at:end], weights[j, at:end] = context, rest, 1
-            lengths[j] = end
+            lengths[j] = sizes[i]
+            tokens[j, : sizes[i]], weights[j, : sizes[i]] = docs[i]
         arrays = (replicated(mesh, x) for x in (tokens, weights, lengths))
         found = map(processes.to_host, _scored(model, params, *arrays))
         sums[rows], greedy[rows] = (x[: len(rows)] for x in found)
-        said(n * size + len(rows), len(pairs))
+        said(n * size + len(rows), len(docs))
     return sums, greedy

@@ -62,7 +62,6 @@ METRICS: dict[str, Metric] = {
 class Measured(NamedTuple):
     """What a set scores. errors: standard errors. baselines: {"majority": {metric: value}}."""
 
-    n: int
     values: dict[str, float]
     errors: Mapping[str, float] = {}
     baselines: Mapping[str, dict[str, float]] = {}
@@ -138,7 +137,7 @@ def labels(
     """
     n = len(wanted)
     if not n:
-        return Measured(0, {})
+        return Measured({})
     values = _label_values(wanted, given, len(names), scores)
     hits = (wanted == given).astype(np.float64)
     spread = {}
@@ -147,16 +146,14 @@ def labels(
             wanted[at], given[at], len(names), None if scores is None else scores[at]
         )
         spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
-    counts = np.bincount(wanted, minlength=len(names))
-    usual = int(counts.argmax())
+    usual = int(np.bincount(wanted).argmax())
     baseline = _label_values(wanted, np.full(n, usual), len(names), None)
     shown = {k: baseline[k] for k in ("accuracy", "f1")}
     tables = _label_tables(wanted, given, names, scores)
     if lost := int((given < 0).sum()):
         values["not_finite"] = float(lost)
-    return Measured(
-        n, values, spread, {f"always {names[usual]}": shown}, tables, {"accuracy": hits}
-    )
+    baselines = {f"always {names[usual]}": shown}
+    return Measured(values, spread, baselines, tables, {"accuracy": hits})
 
 
 def _label_values(wanted, given, classes, scores) -> dict[str, float]:
@@ -189,14 +186,18 @@ def _bins(wanted, scores) -> list[tuple[float, float, float]]:
     return [(float(x.mean()), float(confidence[x].mean()), float(right[x].mean())) for x in picked]
 
 
-def _per_label(wanted, given, names, **how: Any) -> dict[str, dict]:
-    from sklearn.metrics import precision_recall_fscore_support
-
-    found = precision_recall_fscore_support(wanted, given, average=None, zero_division=0.0, **how)
+def _rates(names, found) -> dict[str, dict]:
+    """Of each label what precision_recall_fscore_support found of it."""
     return {
         name: dict(precision=float(p), recall=float(r), f1=float(f), n=int(n))
         for name, p, r, f, n in zip(names, *found, strict=True)
     }
+
+
+def _per_label(wanted, given, names, **how: Any) -> dict[str, dict]:
+    from sklearn.metrics import precision_recall_fscore_support as rates
+
+    return _rates(names, rates(wanted, given, average=None, zero_division=0.0, **how))
 
 
 def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def multi_labels(
     """
     n = len(wanted)
     if not n:
-        return Measured(0, {})
+        return Measured({})
     lost = ~np.isfinite(scores).all(1)
     given = (np.where(lost[:, None], 0.0, scores) >= 0.5) & ~lost[:, None]
     hits = (given == wanted).all(1).astype(np.float64)
@@ -240,7 +241,7 @@ def multi_labels(
     shown = _multi_values(wanted, usual, None)
     tables = {"per_label": _per_label(wanted.astype(int), given.astype(int), names)}
     rows = {"accuracy": hits}
-    return Measured(n, values, spread, {"each label's majority": shown}, tables, rows)
+    return Measured(values, spread, {"each label's majority": shown}, tables, rows)
 
 
 def _multi_values(wanted, given, scores) -> dict[str, float]:
@@ -268,9 +269,9 @@ def numbers(
     """
     wanted, given = np.asarray(wanted, np.float64), np.asarray(given, np.float64)
     if not len(wanted):
-        return Measured(0, {})
+        return Measured({})
     if lost := int((~np.isfinite(given)).sum()):
-        return Measured(len(wanted), {"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
+        return Measured({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
     off = np.abs(wanted - given)
     spread = {}
     if errors:
@@ -279,7 +280,7 @@ def numbers(
     mean = _number_values(wanted, np.full(len(wanted), wanted.mean()))
     shown = {k: mean[k] for k in ("mae", "rmse")}
     values = _number_values(wanted, given)
-    return Measured(len(wanted), values, spread, {"the mean": shown}, {}, {"mae": off})
+    return Measured(values, spread, {"the mean": shown}, {}, {"mae": off})
 
 
 def _number_values(wanted, given) -> dict[str, float]:
@@ -319,7 +320,7 @@ def texts(
     """
     n = len(wanted)
     if not n:
-        return Measured(0, {})
+        return Measured({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
     for name in names:
         found = _text_metric(name, list(wanted), list(given), answer)
@@ -336,7 +337,7 @@ def texts(
         what: texts(names, wanted, answers, answer=answer).values
         for what, answers in (baselines or {}).items()
     }
-    return Measured(n, values, spread, others, {}, rows)
+    return Measured(values, spread, others, {}, rows)
 
 
 def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
@@ -386,37 +387,25 @@ def tags(
     rows: of each row the share of right tags. tables: precision, recall and F1 of each type.
     """
     if not wanted:
-        return Measured(0, {})
-    of = package("seqeval.metrics.sequence_labeling").get_entities
+        return Measured({})
+    wanted, given = ([list(map(str, row)) for row in some] for some in (wanted, given))
+    seqeval = package("seqeval.metrics.sequence_labeling")
     with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'
-        found = [[set(of(list(map(str, one)))) for one in some] for some in (wanted, given)]
-    kinds = sorted({kind for some in found for one in some for kind, _, _ in one})
-    # counts [rows, kinds]: of entities that are right, given, wanted
-    right, there, all_ = (
-        np.array([[sum(e[0] == k for e in one) for k in kinds] for one in some]).reshape(
-            len(wanted), len(kinds)
-        )
-        for some in ([w & g for w, g in zip(*found, strict=True)], found[1], found[0])
-    )
+        found = [[set(seqeval.get_entities(row)) for row in some] for some in (wanted, given)]
+        rates = seqeval.precision_recall_fscore_support(wanted, given, average=None)
+    kinds = sorted({kind for some in found for row in some for kind, _, _ in row})
+    # [rows, 2]: entities that are right, and all that are wanted or given
+    counts = np.array([(len(w & g), len(w) + len(g)) for w, g in zip(*found, strict=True)])
 
     def f1(at: Any = slice(None)) -> dict[str, float]:
-        total = there[at].sum() + all_[at].sum()
-        return {"seqeval_f1": float(2 * right[at].sum() / total) if total else 0.0}
+        right, total = counts[at].sum(axis=0)
+        return {"seqeval_f1": float(2 * right / total) if total else 0.0}
 
-    each = {
-        kind: dict(
-            precision=float(right[:, k].sum() / max(there[:, k].sum(), 1)),
-            recall=float(right[:, k].sum() / max(all_[:, k].sum(), 1)),
-            f1=float(2 * right[:, k].sum() / max(there[:, k].sum() + all_[:, k].sum(), 1)),
-            n=int(all_[:, k].sum()),
-        )
-        for k, kind in enumerate(kinds)
-    }
     spread = bootstrap(f1, len(wanted), groups) if errors else {}
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
     rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
-    tables, baselines = {"per_entity": each}, {"always O": {"seqeval_f1": 0.0}}
-    return Measured(len(wanted), f1(), spread, baselines, tables, rows)
+    tables, baselines = {"per_entity": _rates(kinds, rates)}, {"always O": {"seqeval_f1": 0.0}}
+    return Measured(f1(), spread, baselines, tables, rows)
 
 
 def package(name: str) -> Any:

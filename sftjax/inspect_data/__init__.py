@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.data import DataError, Rows, make_batch, pack
+from sftjax.data import DataError, Rows, pack
 from sftjax.errors import writing
 from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
@@ -100,55 +100,51 @@ def collect(
       "sources": {name: totals}, "totals", "examples"}; with `against` {"set", "problem": "",
       "warnings", "comparison", "differences"}.
     """
-    with _warnings() as warnings:
-        report = _collect(config, wanted, set, against)
-    return report | dict(warnings=list(dict.fromkeys(warnings)))
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What is logged as a warning meanwhile: it goes to standard error as well."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger, shown = logging.getLogger("sftjax"), logging.lastResort
-    # With a handler of ours the last resort is none.
-    own = [handler, shown] if shown is not None and not logger.hasHandlers() else [handler]
-    for one in own:
-        logger.addHandler(one)
-    try:
-        yield found
-    finally:
-        for one in own:
-            logger.removeHandler(one)
-
-
-def _collect(config, wanted, set, against):
     wanted.check()
     if set not in ("train", "validation", "test"):
         raise DataError(f"--set={set}: expected train | validation | test", kind="setting")
-    tokenizer = load_tokenizer(config)
-    with tempfile.TemporaryDirectory() as temporary:  # where training's cache is not named
-        cache = config.data.cache_dir or temporary
+    with _warnings() as warnings, tempfile.TemporaryDirectory() as temporary:
+        tokenizer = load_tokenizer(config)
+        cache = config.data.cache_dir or temporary  # where training's cache is not named
         # Policies are compared on the rows as they are: an augmented one is in a form of its own.
         parts = parts_of(config, set, wanted.source, tokenizer, cache, augment=against is None)
         name = config.data[set] or config.data.train or ", ".join(part.name for part in parts)
         name += " (a sample)" if set == "train" and config.data.streaming else ""
         if against is not None:
-            return dict(set=name, problem="") | compare(parts, config, against, wanted)
-        examples = []
-        for part in parts:
-            rows = islice(wanted_rows(part, wanted), wanted.n)
-            examples += _examples(part, list(rows), tokenizer)
-        totals, problem = {}, ""
-        for part in parts:
-            try:
-                totals[part.name] = _totals(part, cache)
-            except DataError as error:
-                problem = str(error)
-    return dict(
-        set=name, problem=problem, sources=totals, totals=_sum(totals.values()), examples=examples
-    )
+            report = dict(problem="") | compare(parts, config, against, wanted)
+        else:
+            report = _trained(parts, wanted, tokenizer, cache)
+    return dict(set=name) | report | dict(warnings=list(dict.fromkeys(warnings)))
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What is logged as a warning meanwhile; where it is shown, it still is."""
+    found: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        found.append(record.getMessage())
+        return True
+
+    logger = logging.getLogger("sftjax")
+    logger.addFilter(note)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(note)
+
+
+def _trained(parts, wanted, tokenizer, cache):
+    examples, totals, problem = [], {}, ""
+    for part in parts:
+        rows = islice(wanted_rows(part, wanted), wanted.n)
+        examples += _examples(part, list(rows), tokenizer)
+    for part in parts:
+        try:
+            totals[part.name] = _totals(part, cache)
+        except DataError as error:
+            problem = str(error)
+    return dict(problem=problem, sources=totals, totals=_sum(totals.values()), examples=examples)
 
 
 def _examples(part, rows, tokenizer) -> list[dict]:
@@ -156,16 +152,12 @@ def _examples(part, rows, tokenizer) -> list[dict]:
     data = part.config.data
     docs = [(row, indices) for row in rows for indices in row.kept]
     packed = pack([len(indices) for _, indices in docs], data.max_length, data.packing)
-    pairs = [(row.example.tokens[at], row.example.weights[at]) for row, at in docs]
-    batch = make_batch(pairs, data.max_length, packed)
     places = {id(row): np.zeros((len(row.example.tokens), 2), int) for row in rows}
-    for r, pieces in enumerate(packed):
-        at = 0
-        for doc, start, stop in pieces:
-            (row, indices), cells = docs[doc], slice(at, at + stop - start)
-            place = batch["segments"][r, cells], batch["positions"][r, cells]
-            places[id(row)][indices[start:stop]] = np.stack(place, 1)
-            at = cells.stop
+    for pieces in packed:
+        for segment, (doc, start, stop) in enumerate(pieces, 1):
+            row, indices = docs[doc]
+            at = indices[start:stop]
+            places[id(row)][at, 0], places[id(row)][at, 1] = segment, np.arange(len(at))
     return [_example(part.name, row, places[id(row)].tolist(), tokenizer) for row in rows]
 
 

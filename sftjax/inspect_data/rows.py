@@ -16,6 +16,7 @@ from sftjax.data import DataError, open_source
 from sftjax.data.masking.encode import Encoded
 from sftjax.data.mixing import spec as mix
 from sftjax.data.records.protocols import RecordSource
+from sftjax.data.records.rejects import record
 from sftjax.data.token_store import encode_rows
 from sftjax.evaluation import sets as sets_lib
 
@@ -167,7 +168,7 @@ def _encoded(part, indices, on_error):
         for i in some:
             if i in bad:
                 nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-                yield i, source.where(i), Encoded(*nothing, _record(source, i), []), bad[i]
+                yield i, source.where(i), Encoded(*nothing, _text(source, i), []), bad[i]
             else:
                 yield i, *next(good), ""
 
@@ -184,8 +185,6 @@ class _Bad(dict):
         self[i] = error.reason
 
 
-def _record(source, i) -> str:
-    try:
-        return json.dumps(source[i], ensure_ascii=False, indent=1, default=str)
-    except DataError:  # malformed: the note says what is wrong with it
-        return ""
+def _text(source, i) -> str:
+    found = record(source, i)  # None where it is malformed: the note says what is wrong with it
+    return "" if found is None else json.dumps(found, ensure_ascii=False, indent=1, default=str)

@@ -233,10 +233,6 @@ def _terminal_diff(report, color, width):
     return [*lines, f"== {report['set']}", "", *_comparison(report)]
 
 
-def _weight(weight):
-    return "" if weight is None else f"{weight:g}"
-
-
 # --- JSON ---------------------------------------------------------------------------------------
 
 
@@ -286,7 +282,8 @@ def _token_row(token):
 
 
 def _cells(token, *weights: str):
-    return _shown(token["token"]), token["id"], *(_weight(token[key]) for key in weights)
+    cells = ("" if token[key] is None else f"{token[key]:g}" for key in weights)
+    return _shown(token["token"]), token["id"], *cells
 
 
 def _difference_page(render, report):

@@ -7,7 +7,6 @@ and the report says so.
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from sftjax import hf, optim, parallel, tasks
+from sftjax.files import read_object
 from sftjax.models import flops as flops_lib
 from sftjax.models.base import Model
 from sftjax.plan import estimate as estimate_lib
@@ -137,7 +137,7 @@ def _with_stored_dtype(config):
     if not config.model.frozen_dtype:
         path = hf.resolve(config.model.path, weights=False)
         file = path / "config.json" if path.is_dir() else path
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        stored = read_object(file)
         name = stored.get("dtype") or stored.get("torch_dtype")
         config.model.frozen_dtype = name if isinstance(name, str) else ""
     return config

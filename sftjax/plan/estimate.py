@@ -25,18 +25,11 @@ if TYPE_CHECKING:
 class Traced:
     """What a traced step says, of the whole batch on all devices. It holds for any mesh."""
 
-    program: "Program"  # that was traced
     flops: float
     kept: float  # bytes that scans leave to scans
     layer: float  # of the matmuls of one round of a scan
     logits: float  # of one round of the loss
-
-    @property
-    def moments(self) -> float:
-        """Bytes of the optimizer's state for each of the trained parameters'."""
-        state = self.program.state
-        arrays = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-        return params_lib.nbytes(arrays) / params_lib.nbytes(state.params)
+    moments: float  # of the optimizer's state, for each byte of the trained parameters
 
 
 def trace(program: "Program") -> Traced:
@@ -47,7 +40,9 @@ def trace(program: "Program") -> Traced:
     rounds = max(1, -(-int(program.head_flops) // int(each))) if each else 1
     n = program.config.train.micro_batches
     kept, layer, logits = _activations(traced)
-    return Traced(program, once + rounds * each, kept * n, layer * n, logits)
+    moments = [x for x in jax.tree.leaves(program.state.opt_state) if x.ndim]
+    share = params_lib.nbytes(moments) / params_lib.nbytes(program.state.params)
+    return Traced(once + rounds * each, kept * n, layer * n, logits, share)
 
 
 def estimate(traced: Traced, program: "Program") -> tuple[hlo.Cost, memory.Account]:

@@ -68,10 +68,9 @@ class Cost:
             self.cycles[k] += times * v
         for name in ("collectives", "kernels"):
             for k, record in getattr(other, name).items():
-                mine = getattr(self, name)[k]
-                for field in dataclasses.fields(record):
-                    old = getattr(mine, field.name)
-                    setattr(mine, field.name, old + times * getattr(record, field.name))
+                mine = vars(getattr(self, name)[k])
+                for field, value in vars(record).items():
+                    mine[field] += times * value
         self.loops += other.loops
 
     @property
@@ -270,7 +269,6 @@ class _Reader:
         if one.op == "fusion" or (one.op == "call" and k is None):
             callee = one.attribute("calls") or one.attribute("to_apply")
             given = {(i, None): self._value(name, a, env) for i, a in enumerate(one.args)}
-            given = {i: v for i, v in given.items() if v is not None}
             return self._value(callee, self.computations[callee].root, given, k)
         return self._scalar(one, name, env) if k is None else self._element(one, name, env, k)
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}  # names without a width
 
 
@@ -150,16 +152,10 @@ def convolution_flops(one: Instruction, computation: Computation) -> float:
 @functools.cache
 def _meets(n_out, n_in, size, stride, pad, dilate, window_dilate) -> int:
     """Pairs of an output position and a window position that meet an input element."""
-    last, count = (n_in - 1) * dilate, 0
-    for w in range(size):
-        first = w * window_dilate - pad  # the input place of output position 0
-        low = max(0, -(first // stride))
-        high = min(n_out - 1, (last - first) // stride)
-        if dilate == 1:
-            count += max(0, high - low + 1)
-        else:
-            count += sum((o * stride + first) % dilate == 0 for o in range(low, high + 1))
-    return count
+    out, window = np.arange(n_out)[:, None], np.arange(size)
+    places = out * stride + window * window_dilate - pad
+    inside = (places >= 0) & (places <= (n_in - 1) * dilate)
+    return int(np.count_nonzero(inside & (places % dilate == 0)))
 
 
 def gemm_flops(one: Instruction, computation: Computation) -> float:

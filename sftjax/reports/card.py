@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sftjax.errors import writing
 from sftjax.files import write_atomic
 from sftjax.reports.run import table, values
 from sftjax.terminal import printable
@@ -67,5 +66,4 @@ learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.seed}.
 It was measured on the sets above and on nothing else. Licences of the base model and of the data
 hold for it too.
 """
-    with writing("the file", export / "README.md"):
-        write_atomic(export / "README.md", str(ModelCard(printable(text))))
+    write_atomic(export / "README.md", str(ModelCard(printable(text))))

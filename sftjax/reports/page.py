@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sftjax import config as config_lib
-from sftjax.errors import DataError, writing
+from sftjax.errors import DataError
 from sftjax.files import write_atomic
 from sftjax.reports import curves, html
 from sftjax.reports.run import measured, number
@@ -52,8 +52,7 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
         versions=json.dumps(env, indent=1),
         config=json.dumps(config_lib.to_dict(config), indent=1),
     )
-    with writing("the file", workdir / "report.html"):
-        write_atomic(workdir / "report.html", text)
+    write_atomic(workdir / "report.html", text)
 
 
 def overfitting(series: Mapping[str, curves.Points]) -> list[str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from sftjax.errors import writing
 from sftjax.evaluation.metrics import METRICS
 from sftjax.files import finite, write_atomic
 from sftjax.terminal import columns, show
@@ -75,8 +74,7 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
         for when in ("before", "after")
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2, allow_nan=False)
-    with writing("the file", workdir / "result.json"):
-        write_atomic(workdir / "result.json", text + "\n")
+    write_atomic(workdir / "result.json", text + "\n")
     from sftjax.reports import card, page  # a run that trains has no need of matplotlib before
 
     page.write_page(workdir, task, feed, result)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sftjax.errors import NotFoundError
-from sftjax.files import parse_json
+from sftjax.files import parse_json, parse_object
 from sftjax.terminal import json_text, show
 from sftjax.training import lock as lock_lib
 
@@ -136,11 +136,8 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for text in file:
-                try:
-                    line = parse_json(text) if text.endswith("\n") else None
-                except ValueError:
-                    line = None
-                if isinstance(line, dict) and type(line.get("step")) is int:
+                line = parse_object(text) if text.endswith("\n") else {}
+                if type(line.get("step")) is int:
                     plain = (x for x in line.items() if type(x[1]) is not float or isfinite(x[1]))
                     yield dict(plain)
                 else:

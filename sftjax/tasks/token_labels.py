@@ -117,7 +117,7 @@ class TokenLabels(Classification):
         w, g = (
             [list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given)
         )
-        tags = metrics.tags(w, g, **how) if self.entities else metrics.Measured(0, {})
+        tags = metrics.tags(w, g, **how) if self.entities else metrics.Measured({})
         found = metrics.labels(wanted, given, self.labels.names)
         values = {"accuracy": found.values["accuracy"], "f1_words": found.values["f1"]}
         values |= {k: v for k, v in found.values.items() if k == "not_finite"}

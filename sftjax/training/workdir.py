@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
-from sftjax.errors import ConfigError, WriteError, writing
+from sftjax.errors import ConfigError, WriteError
 from sftjax.files import read_json, read_object, refuse_url, write_atomic
 from sftjax.training import log, resume
 from sftjax.training.identity import make_manifest, sha256, version
@@ -51,8 +51,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
     env = resume.joined(workdir / "env.json", environment(began), _trained(workdir))
     if jax.process_index() == 0:
         for path, value in ((file, new), (workdir / "env.json", env)):
-            with writing("the file", path):
-                write_atomic(path, json.dumps(value, indent=2) + "\n")
+            write_atomic(path, json.dumps(value, indent=2) + "\n")
     return workdir
 
 

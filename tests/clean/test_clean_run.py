@@ -18,6 +18,7 @@ from sftjax.clean import command
 from sftjax.clean.rules import find
 from sftjax.config import ConfigError, get_default
 from sftjax.data import DataError, make_batch, open_source
+from sftjax.evaluation.likelihood import weighted
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data import inspect
 from sftjax.training.data import Feed
@@ -35,12 +36,12 @@ def test_losses_of_documents_are_those_of_the_loss_function():
     for n in rng.integers(2, 100, 21):
         weights = (rng.random(n) < 0.3).astype(np.float32)
         docs.append((rng.integers(1, 64, n).astype(np.int32), weights))
-    total, tokens = command.document_losses(model, params, docs)
+    sums, _ = weighted(model, params, docs, batch_size=16)
     loss_fn = jax.jit(losses.causal_lm(model))
     for i in (0, 7, 20):
         one = loss_fn(params, make_batch([docs[i]], 128), None)
-        np.testing.assert_allclose(total[i], one.sum, rtol=1e-4)
-        assert tokens[i] == one.weight == docs[i][1][1:].sum()
+        np.testing.assert_allclose(-sums[i], one.sum, rtol=1e-4)
+        assert one.weight == docs[i][1][1:].sum()
 
 
 def test_normalised_margin():
@@ -53,7 +54,6 @@ def test_normalised_margin():
     np.testing.assert_allclose(trust, (np.array(margins) + 2) / 4)
     shifted = command.normalised_margin(loss + 5, [0, 1, 0, 1])  # a loss all labels share
     np.testing.assert_allclose(trust, shifted)
-    np.testing.assert_allclose(command.self_confidence([0.0, np.log(4)]), [1, 0.25])
 
 
 @pytest.mark.parametrize("bias", [0.0, 3.0])

@@ -10,7 +10,7 @@ import tiny
 
 import sftjax
 from sftjax import losses, parallel
-from sftjax.evaluation.evaluator import loss_over
+from sftjax.evaluation.evaluator import measure
 from sftjax.reports import run as report
 from sftjax.tasks.causal_lm import CausalLM
 
@@ -28,20 +28,20 @@ def scripted(pairs):
 
 
 def test_x5_the_mean_is_over_tokens_not_over_batches():
-    out = loss_over(scripted([(2, 1), (90, 9)]), None, [None, None])
+    out, _ = measure(scripted([(2, 1), (90, 9)]), None, [None, None])
     assert out["loss"] == pytest.approx(9.2) and out["accuracy"] == 0.5
     assert CausalLM(None).score(9.2, {}).values["perplexity"] == pytest.approx(np.exp(9.2))
 
 
 def test_blank_rows_of_a_last_batch_count_for_nothing():
-    out = loss_over(scripted([(2, 1), (0, 0)]), None, [None, None])
+    out, _ = measure(scripted([(2, 1), (0, 0)]), None, [None, None])
     assert out["loss"] == 2.0
 
 
 def test_a_set_with_nothing_to_measure_is_an_error():
     for pairs in ([], [(0, 0)]):
         with pytest.raises(ValueError, match="no trained token to measure"):
-            loss_over(scripted(pairs), None, [None] * len(pairs))
+            measure(scripted(pairs), None, [None] * len(pairs))
 
 
 def test_the_table_shows_before_and_after():

@@ -34,6 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # for benchmarks.triton_attention
+TRITON = f"{HERE}/triton_attention.py:TRITON"
 LLAMA = dict(vocab=128256, max_positions=131072)
 SHAPES = {
     "1B": LLAMA
@@ -146,7 +149,7 @@ def stand_in():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-def lower(case, attention="triton", platform="cuda"):
+def lower(case, attention=TRITON, platform="cuda"):
     """The train step lowered for a platform that need not be here; from shapes alone."""
     import jax
 
@@ -174,7 +177,7 @@ def measure_sftjax(case, steps, attention):
     from sftjax.training import metrics as metrics_lib
     from sftjax.training import workdir
 
-    attention = attention or ("triton" if jax.default_backend() == "gpu" else "blockwise")
+    attention = attention or (TRITON if jax.default_backend() == "gpu" else "blockwise")
     model, trainable, tx, dtypes, step = build(case, attention)
     leaves = params_lib.flatten(dtypes)
 
@@ -208,7 +211,7 @@ def measure_sftjax(case, steps, attention):
 
 
 def candidates():
-    from sftjax.ops.attention.triton import Blocks
+    from benchmarks.triton_attention import Blocks
 
     for q, k in itertools.product((32, 64, 128), repeat=2):
         for warps, stages in itertools.product((4, 8), (1, 2, 3)):
@@ -220,8 +223,8 @@ def tune(case, tries, kernels=range(3)):
     import jax
     import jax.numpy as jnp
 
-    from sftjax.ops.attention import triton as gpu_attention
-    from sftjax.ops.attention.asked import Options, Where
+    from benchmarks import triton_attention as gpu_attention
+    from sftjax.ops.attention.asked import Extra, Options, Where
 
     shape, (batch, _) = SHAPES[case.shape], make_batch(case)
     H = shape["head_dim"]
@@ -234,7 +237,7 @@ def tune(case, tries, kernels=range(3)):
 
     def loss(sizes, q, k, v):
         where, o = Where(segments, segments, positions, positions), Options(True, 0, 0.0, H**-0.5)
-        out = gpu_attention.triton(q, k, v, None, where, o, sizes)
+        out = gpu_attention.triton(q, k, v, Extra(), where, o, sizes)
         return jnp.sum(out, dtype=jnp.float32)
 
     def time_of(sizes):
@@ -343,7 +346,9 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--timeout", type=int, default=1800, help="seconds a process may take")
-    parser.add_argument("--attention", default="", help="sftjax's backend; default triton on a GPU")
+    parser.add_argument(
+        "--attention", default="", help="sftjax's backend; default our Triton kernels on a GPU"
+    )
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

@@ -39,7 +39,7 @@ def get_default() -> ConfigDict:
     # What a layer keeps for the backward pass: none (is computed again) | dots | attention | full |
     # offload, or one of jax.checkpoint_policies; models/layer.py
     c.model.remat = "dots"
-    c.model.attention = "blockwise"  # blockwise | xla | splash (TPU) | triton (GPU)
+    c.model.attention = "blockwise"  # blockwise | xla | splash (TPU) | path/to/file.py:NAME
     c.model.scan = True  # layers under lax.scan; False unrolls them
     c.model.vocab_multiple = 128  # embedding and head are padded to it, so they can be sharded
     c.model.split = ()  # cut the stack of layers here, so that rules can tell the parts apart
@@ -276,8 +276,8 @@ DURATIONS = """train.duration train.log_every train.checkpoint_every eval.every
 optim.warmup optim.decay_phase""".split()
 # Keys that name files and folders, several with commas; relative ones are taken from where a run
 # began, also by its resumption elsewhere.
-PATHS = """task model.path data.train data.validation data.test data.tokenizer data.template
-data.cache_dir""".split()
+PATHS = """task model.path model.attention data.train data.validation data.test data.tokenizer
+data.template data.cache_dir""".split()
 # Tuples of names, which may also be written with commas.
 NAMES = "data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split()
 WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row

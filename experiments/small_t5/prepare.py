@@ -2,9 +2,9 @@
 
     python experiments/small_t5/prepare.py [runs/small_t5]
 
-copy and reverse: words of TinyStories, 3 to 10 in a row. summary: passages of held-out stories with
-a summary by a template: who it is about, and how it ends. qmsum: a question about a meeting with the
-turns that answer it, and the answer. $SFTJAX_FIXTURES is the directory that holds the texts.
+copy and reverse: words of TinyStories, 3 to 10 in a row. summary: passages of stories with a summary
+by a template: who it is about, and how it ends. qmsum: a question about a meeting with the turns
+that answer it, and the answer. $SFTJAX_FIXTURES is the directory that holds the texts.
 """
 
 import collections

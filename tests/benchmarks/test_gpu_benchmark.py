@@ -78,7 +78,7 @@ def test_torch_side_runs_and_starts_from_the_same_loss():
 
 @pytest.mark.slow
 def test_tune_times_the_kernels():
-    from sftjax.ops.attention.triton import Blocks
+    from benchmarks.triton_attention import Blocks
 
     rows = gpu.tune(gpu.CASES["toy"], [Blocks(64, 64, 4, 1)], kernels=[0])
     assert {row[0] for row in rows} == {"as in the table", "forward"}

@@ -13,11 +13,12 @@ from families import CASES, write
 from safetensors.numpy import load_file
 
 import sftjax
+from benchmarks.gpu import TRITON
 from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.evaluation.generation import generate
 from sftjax.models import decoder
-from sftjax.ops.attention import BACKENDS
+from sftjax.ops.attention import BACKENDS, named
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "families.json").read_text())
 ROWS, LENGTH = 4, 96  # one shape, so that a model is compiled once; over one block of blockwise
@@ -168,8 +169,12 @@ def test_c10_documents_of_one_row_are_as_each_in_a_row_of_its_own(case, document
 
 
 OTHERS = [
-    pytest.param(name, marks=() if "cpu" in backend.platforms else pytest.mark.slow)
-    for name, backend in BACKENDS.items()
+    pytest.param(
+        name,
+        marks=() if "cpu" in backend.platforms else pytest.mark.slow,
+        id=name.rpartition(":")[2],
+    )
+    for name, backend in (BACKENDS | {TRITON: named(TRITON)}).items()
     if name not in (decoder.Config.attention, "splash")
 ]  # the GPU's kernels are interpreted here
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.errors import ConfigError
-from sftjax.ops.attention import blockwise, splash, triton
+from sftjax.files import load_python
+from sftjax.ops.attention import blockwise, splash
 from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket
 from sftjax.parallel import RULES, shard_map, spec
 
@@ -122,8 +123,24 @@ BACKENDS = {
     "xla": Backend(xla),
     "blockwise": Backend(blockwise.blockwise, features=BLOCKS),
     "splash": Backend(splash.splash, ("tpu",), KERNEL, multiple=128),
-    "triton": Backend(triton.triton, ("gpu",), KERNEL),
 }
+
+
+@functools.cache
+def named(name: str) -> Backend:
+    """A row of BACKENDS, or the Backend of a file of the user's, "path/to/file.py:NAME".
+
+    Raises: ConfigError for one that is not there.
+    """
+    path, _, own = name.rpartition(":")
+    found = getattr(load_python(path, f"model.attention={name!r}"), own, None) if path else None
+    found = found or BACKENDS.get(name)
+    if not isinstance(found, Backend):
+        raise ConfigError(
+            f"model.attention={name!r} is unknown; the backends are {', '.join(BACKENDS)}, and your"
+            " own is a Backend named as 'path/to/file.py:NAME'"
+        )
+    return found
 
 
 def check(backend: str, features: Iterable[str] = (), platform: str = "", length: int = 0) -> None:
@@ -132,11 +149,8 @@ def check(backend: str, features: Iterable[str] = (), platform: str = "", length
     features: what it must support; platform: where it runs, "" = here; length: the tokens of a row
     that a shard of mesh.context holds, 0 = any.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(
-            f"model.attention={backend!r} is unknown; the backends are {', '.join(BACKENDS)}"
-        )
-    missing = set(features) - BACKENDS[backend].features
+    own = named(backend)
+    missing = set(features) - own.features
     if missing:
         able = [name for name, b in BACKENDS.items() if set(features) <= b.features]
         raise ConfigError(
@@ -144,15 +158,14 @@ def check(backend: str, features: Iterable[str] = (), platform: str = "", length
             f" model.attention to {' or '.join(able)}"
         )
     platform = platform or jax.default_backend()
-    if platform not in BACKENDS[backend].platforms:
+    if platform not in own.platforms:
         here = [name for name, b in BACKENDS.items() if platform in b.platforms]
         raise ConfigError(
             f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}"
         )
-    multiple = BACKENDS[backend].multiple
-    if length % multiple:
+    if length % own.multiple:
         raise ConfigError(
-            f"model.attention={backend!r} takes rows of a multiple of {multiple} tokens on each"
+            f"model.attention={backend!r} takes rows of a multiple of {own.multiple} tokens on each"
             f" shard of mesh.context, found {length}; change data.max_length and data.buckets, or"
             " set model.attention='xla'"
         )
@@ -199,9 +212,9 @@ def attention(
     if from_cache:
         return cached(q, k, v, extra, where, o)
     asked = {name for name, x in zip(extra._fields, extra, strict=True) if x is not None}
-    if asked - BACKENDS[backend].features:
+    if asked - named(backend).features:
         check(backend, asked)
-    run = functools.partial(BACKENDS[backend].fn, o=o)
+    run = functools.partial(named(backend).fn, o=o)
     if jax.sharding.get_abstract_mesh().empty:
         return run(q, k, v, extra, where)
     rows = spec(("batch", "seq"))

@@ -7,11 +7,11 @@ import pytest
 import tiny
 
 import sftjax
-from benchmarks.gpu import stand_in
+from benchmarks.gpu import TRITON, stand_in
+from benchmarks.triton_attention import NOBODY, Blocks, How, block_map, ranges, triton
 from sftjax import parallel
 from sftjax.ops import attention as attention_lib
 from sftjax.ops.attention.asked import Extra
-from sftjax.ops.attention.triton import NOBODY, Blocks, How, block_map, ranges, triton
 
 SMALL = (Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 4, 2))  # many blocks a row
 
@@ -65,7 +65,7 @@ def test_equals_the_reference(heads, kv_heads, width, how):
 
 def test_documents_do_not_see_each_other():
     """A model run by the kernel: another first document leaves the second bit-equal."""
-    model = tiny.model(attention="triton", layers=2)
+    model = tiny.model(attention=TRITON, layers=2)
     params = tiny.params(model)
     segments, positions = (x[None] for x in row(20, 30, pad=6))
     tokens = np.random.default_rng(0).integers(1, 64, (1, 56))
@@ -82,7 +82,7 @@ def test_documents_do_not_see_each_other():
 @pytest.mark.slow
 def test_on_a_mesh_as_on_one_device():
     """Heads, rows and queries shared; keys gathered over a context axis of balanced parts."""
-    model = tiny.model(attention="triton", layers=1)
+    model = tiny.model(attention=TRITON, layers=1)
     params, batch = tiny.params(model), tiny.batch(rows=2, length=64)
     loss_fn = sftjax.losses.causal_lm(model)
 
@@ -151,7 +151,7 @@ def test_lowers_for_cuda_without_a_score_matrix(N, K, H, how):
 
     def loss(q, k, v, sinks, segments, positions):
         out = attention_lib.attention(
-            q, k, v, segments=segments, positions=positions, backend="triton",
+            q, k, v, segments=segments, positions=positions, backend=TRITON,
             **how | ({"sinks": sinks} if "sinks" in how else {}),
         )  # fmt: skip
         return jnp.sum(out, dtype=jnp.float32)
@@ -168,9 +168,9 @@ def test_lowers_for_cuda_without_a_score_matrix(N, K, H, how):
 
 
 def test_refused_where_it_cannot_run():
-    with pytest.raises(ValueError, match="model.attention='triton' does not run on cpu"):
-        attention_lib.check("triton", {"segments", "window", "softcap", "sinks"})
-    wide = tiny.model(attention="triton", head_dim=320)
+    with pytest.raises(ValueError, match="triton_attention.py:TRITON' does not run on cpu"):
+        attention_lib.check(TRITON, {"segments", "window", "softcap", "sinks"})
+    wide = tiny.model(attention=TRITON, head_dim=320)
     batch = tiny.batch(rows=1)
     params = sftjax.params.shapes(wide.abstract)
     with pytest.raises(ValueError, match="head_dim=320; at most 256"):

@@ -1,5 +1,10 @@
 """Flash attention for NVIDIA GPUs: Pallas kernels (Triton), forward and backward.
 
+    --config.model.attention=benchmarks/triton_attention.py:TRITON
+
+No GPU has timed it yet, and JAX calls its Triton backend deprecated: it is here until it has been
+measured beside tokamax's kernels.
+
 Follows segments and positions without a [S, T] array: each block of queries visits only the blocks
 of keys that hold something it may see, and tests the mask only where a block is not seen whole.
 Query heads share their keys' head without repeating it. Padding (segment 0) sees nothing and gives
@@ -23,6 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from sftjax import parallel
 from sftjax.errors import ConfigError
+from sftjax.ops.attention import KERNEL, Backend
 from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where
 
 LOG2E = math.log2(math.e)
@@ -395,3 +401,6 @@ def triton(
         how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, padded
     )
     return out[:, :S, :, :H]
+
+
+TRITON = Backend(triton, ("gpu",), KERNEL)

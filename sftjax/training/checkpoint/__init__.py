@@ -253,9 +253,7 @@ class Checkpointer:
                 raise TypeError(
                     f"extra[{key!r}] of a checkpoint: {e}; make arrays lists, scalars int or float"
                 ) from e
-        # A copy: the caller may go on changing its own. That files.json belongs to it is said here
-        # too, so that its absence is no sign of an older version.
-        return json.loads(json.dumps(extra)) | {"sealed": True}
+        return json.loads(json.dumps(extra))  # a copy: the caller may go on changing its own
 
     def _metrics(self, metrics) -> dict | None:
         if not self.best_metric or metrics is None:
@@ -319,14 +317,8 @@ class Checkpointer:
 
     def _damage(self, step) -> str:
         """What is wrong with a checkpoint's files; each process reads a part of them."""
-        folder, problem = self.directory / str(step), ""
-        if seal.is_sealed(folder):
-            problem = seal.damage(folder, jax.process_index(), jax.process_count())
-        elif read_object(folder / EXTRA).get("sealed"):
-            problem = f"{seal.NAME} is missing"
-        else:
-            old = f"is of an older version, without {seal.NAME}: its files are not verified"
-            warn(f"checkpoint {folder} {old}")
+        folder = self.directory / str(step)
+        problem = seal.damage(folder, jax.process_index(), jax.process_count())
         return next((text for text in processes.gather(problem) if text), "")
 
     def _read(self, step, abstract_state) -> tuple[Any, dict]:
@@ -341,16 +333,12 @@ class Checkpointer:
         except CheckpointError:
             raise
         except Exception as e:
-            if not seal.is_sealed(folder) and jax.process_count() == 1:
-                raise _Damaged(f"it cannot be read: {_reason(e)}") from e
             raise CheckpointError(
                 f"checkpoint {folder} cannot be read, though its files are as they were written:"
                 f" {_reason(e)}\nOther complete steps there:"
                 f" {[s for s in self.all_steps() if s != step]}"
             ) from e
-        extra = read_object(folder / EXTRA)
-        extra.pop("sealed", None)
-        return from_table(table, abstract_state), extra
+        return from_table(table, abstract_state), read_object(folder / EXTRA)
 
     def _set_aside(self, wrong: Mapping[int, str], taken: int | None = None) -> None:
         """Rename damaged ones, and say what that costs. taken: the step that is gone back to."""
@@ -377,7 +365,7 @@ class Checkpointer:
 
 
 class _Damaged(Exception):
-    """A checkpoint whose files are not as they were written, or can't be read."""
+    """A checkpoint whose files are not as they were written."""
 
 
 def _orbax(barrier) -> ocp.AsyncCheckpointer:

@@ -41,16 +41,13 @@ def seal(folder: Path) -> None:
         sync(Path(directory))
 
 
-def is_sealed(folder: Path) -> bool:
-    """Does a checkpoint have a files.json; those of older versions have none."""
-    return (folder / NAME).exists()
-
-
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with the files of a sealed checkpoint, on one line; "" = nothing.
+    """What is wrong with the files of a checkpoint, on one line; "" = nothing.
 
     part, parts: of several processes each reads the files of its part, and all look at the names.
     """
+    if not (folder / NAME).exists():
+        return f"{NAME} is missing"
     try:
         said = read_json(folder / NAME, CheckpointError)["files"]
         known = {str(name): (int(size), int(checksum)) for name, (size, checksum) in said.items()}

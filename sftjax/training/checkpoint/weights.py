@@ -42,7 +42,7 @@ def read(directory: Path, step: int, target: Mapping[str, Any]) -> dict[str, Any
     files, or where a leaf has another name, shape or dtype.
     """
     folder, wanted = directory / str(step), to_table(dict(target))
-    if seal.is_sealed(folder) and (problem := seal.damage(folder, 0, 1)):
+    if problem := seal.damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
     places = {name: placed(x) for name, x in wanted.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:

@@ -111,7 +111,9 @@ class Body:
             "window": any(k.window for k in c.kinds) or c.loops > 1,
             "softcap": c.attn_softcap,
             "sinks": c.sinks,
-            "bidirectional": not c.causal,
+            "bidirectional": not c.causal or c.cross,
+            "cross": c.cross,
+            "distances": c.buckets,
             "relative": c.relative,
         }
         return {name for name, on in used.items() if on}

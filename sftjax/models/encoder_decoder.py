@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sftjax.errors import ConfigError, ModelError
+from sftjax.errors import ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
 from sftjax.parallel import spread, unspread
@@ -160,16 +160,6 @@ class Model(base.Body):
         x, ctx = _embed(c, params, params["embed"], tokens, where, rngs[1])
         x, _, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx | {"source": source}, x)
         return unspread(layer.norm(c, x, params.get("norm"))), None
-
-    @property
-    def attention_features(self) -> set[str]:
-        """What the model asks of an attention backend; see ops.attention.Backend."""
-        return {"cross", "bidirectional"} | ({"distances"} if self.config.buckets else set())
-
-    def check_length(self, length: int, what: str) -> None:
-        """Raise ConfigError where learned positions do not reach so far."""
-        if self.config.learned_positions and length > self.config.max_positions:
-            raise ConfigError(f"{what}: the model has {self.config.max_positions} positions")
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """See flops.train_flops; of `tokens`, the `trained` ones are the targets'.

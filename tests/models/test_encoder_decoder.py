@@ -76,6 +76,7 @@ def test_packed_pairs_are_as_each_alone(loaded):
     assert float(loss[0].weight) == float(loss[1].weight) == 15
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_gradients_of_one(loaded):
     _, model, params = loaded
     pairs = examples([(9, 5), (14, 6), (3, 4), (20, 2)] * 2)
@@ -105,8 +106,9 @@ def test_dropout_changes_training_alone(loaded):
     assert not jnp.allclose(dropped[0], plain)
 
 
+@pytest.mark.slow
 def test_a_beam_search_finds_what_greedy_misses(loaded):
-    """Of all texts of three tokens, the likeliest: with as many beams as there are tokens."""
+    """Of all texts of two tokens the likeliest, with as many beams as there are tokens."""
     _, model, params = loaded
     source, vocab = GOLDEN["source"], model.config.vocab
     beams = dict(beams=vocab, length_penalty=0.0)
@@ -130,5 +132,5 @@ def test_refused(loaded, tmp_path):
     with pytest.raises(ValueError, match="no head of classes here.*task='seq2seq'"):
         _ = sftjax.hf.load_model(write(name, tmp_path), labels=("a", "b")).abstract
     if name == "bart":
-        with pytest.raises(ConfigError, match="128 positions"):
+        with pytest.raises(ConfigError, match="128 learned positions"):
             generate(model, params, [[5] * 129])

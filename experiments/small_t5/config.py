@@ -20,18 +20,18 @@ def get_config(name="reverse", data="runs/small_t5"):
     for part in ("train", "validation", "test"):
         c.data[part] = f"{data}/data/{name}/{part}.jsonl"
     c.data.max_length, c.data.max_target_length = 128, 128
-    c.train.batch_size = 16  # rows, of about 16 pairs each
-    c.train.duration = "6 epochs"
-    c.optim.lr, c.optim.schedule, c.optim.warmup = 1e-3, "linear", "5%"
+    c.train.batch_size = 8  # rows, of about 14 pairs each
+    c.train.duration = "4 epochs"
+    c.optim.lr, c.optim.schedule, c.optim.warmup = 3e-3, "linear", "5%"
     c.optim.weight_decay = 0.0
     c.generate.max_new_tokens = 32
     if name == "summary":
         c.model.path, c.model.init = "runs/t5_copy/export", "pretrained"
-        c.train.duration = "10 epochs"
+        c.train.duration, c.optim.lr = "10 epochs", 1e-3
         c.eval.metrics = ("rouge1", "rouge2", "rougeL", "exact_match")
     if name == "qmsum":
         c.data.max_length, c.data.max_target_length = 384, 192
-        c.train.batch_size, c.train.duration = 4, "30 epochs"
+        c.train.batch_size, c.train.duration, c.optim.lr = 4, "30 epochs", 1e-3
         c.generate.max_new_tokens = 120
         c.eval.metrics = ("rouge1", "rouge2", "rougeL")
     return c

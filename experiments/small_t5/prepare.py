@@ -2,9 +2,9 @@
 
     python experiments/small_t5/prepare.py [runs/small_t5]
 
-copy and reverse: words of TinyStories, 3 to 10 in a row. summary: passages of stories with a summary
-by a template: who it is about, and how it ends. qmsum: a question about a meeting with the turns
-that answer it, and the answer. $SFTJAX_FIXTURES is the directory that holds the texts.
+copy and reverse: words of TinyStories, 3 to 10 in a row. summary: passages of stories, summed up by
+a template: who it is about, and how it ends. qmsum: a question about a meeting with the turns that
+answer it, and the answer. $SFTJAX_FIXTURES is the directory that holds the texts.
 """
 
 import collections
@@ -116,7 +116,7 @@ def main(out="runs/small_t5"):
     save(out / "words", tokenizer)
 
     for name, change in {"copy": list, "reverse": lambda some: some[::-1]}.items():
-        sizes = {"train": 40_000, "validation": 500, "test": 500}
+        sizes = {"train": 60_000, "validation": 500, "test": 500}
         data[name] = {k: spans(rng, vocabulary, n, change) for k, n in sizes.items()}
     raw = (FIXTURES / "tinystories-text" / "tinystories.txt").read_text(encoding="utf-8")
     known = {name.lower() for name in names(raw)} | {"tree", "car", "dog", "cat", "bird", "mom"}

@@ -275,7 +275,7 @@ class Tally:
         self.wheres: list[str] = []  # of each document of `fit`, whence it came
         self.read: list[int] = []  # tokens of each example
         self.lengths: list[int] = []  # and of each document kept
-        self.trained = self.cut = self.pieces_dropped = 0
+        self.tokens = self.trained = self.cut = self.pieces_dropped = 0
         self.dropped = Counter[str]()
 
     def fit(self, encoded: Sequence[tuple[str, Any]]) -> list[tuple[np.ndarray, ...]]:
@@ -314,11 +314,12 @@ class Tally:
         fixed, trained = self.task.layout.fixed, self.task.layout.trained
         self.lengths += [1 if fixed else len(piece[0]) for piece in pieces]
         self.trained += sum(map(trained, pieces))
+        self.tokens += sum(map(self.task.tokens_of, pieces))
 
     def report(self, skipped: Mapping[str, int]) -> dict[str, Any]:
         """All counts, as JSON holds them."""
-        documents, tokens = len(self.lengths), sum(self.lengths)
-        could = tokens - documents * self.task.layout.shifted  # be a target
+        documents = len(self.lengths)
+        could = self.tokens - documents * self.task.layout.shifted  # be a target
         return dict(
             columns=self.task.columns,
             examples=len(self.read),
@@ -328,7 +329,7 @@ class Tally:
             truncated=self.cut if self.overlong != "split" else 0,
             split=self.cut if self.overlong == "split" else 0,
             pieces_dropped=self.pieces_dropped,  # of those split: nothing is trained in them
-            tokens=tokens,
+            tokens=self.tokens,
             targets=could,
             trained_tokens=self.trained,
             trained_fraction=self.trained / max(could, 1),

@@ -148,6 +148,10 @@ class Task(Generic[E]):
         """Its number of tokens; 1 for an example of fixed shapes."""
         return 1 if self.layout.fixed else len(example.arrays[0])
 
+    def tokens_of(self, arrays: tuple[np.ndarray, ...]) -> int:
+        """How many tokens the arrays of an example, or a piece of one, hold; 1 of fixed shapes."""
+        return 1 if self.layout.fixed else len(arrays[0])
+
     def cut(self, example: E, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what becomes of an example, each of at most max_length tokens (0 = all)."""
         return [example.arrays]

@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 
 from sftjax import losses
 from sftjax.data.masking.question import Question
-from sftjax.data.packing.pairs import PairRows
+from sftjax.data.packing.pairs import NONE, PairRows
 from sftjax.data.records.sources import Source
-from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation.answers import Asking
 from sftjax.models.base import Model
@@ -26,6 +25,7 @@ from sftjax.terminal import warn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+KINDS = ("text", "label")
 TARGETS = ("target", "summary", "answer", "completion", "output", "response")
 
 
@@ -122,9 +122,9 @@ class Seq2Seq(Answering[Any], Texts):
             pieces.append(self.layout.example(source, target))
         return pieces
 
-    def tally(self, max_length: int, overlong: str) -> Tally:
-        """A Tally that counts the tokens of both."""
-        return PairTally(self, max_length, overlong)
+    def tokens_of(self, arrays: tuple[np.ndarray, ...]) -> int:
+        """How many tokens a source and its target have: less than they take of a row."""
+        return sum(int(np.count_nonzero(x != NONE)) for x in arrays)
 
     def summary(self, report: dict) -> str:
         """The numbers of pairs and of tokens."""
@@ -179,23 +179,3 @@ class Seq2Seq(Answering[Any], Texts):
     def stop_ids(self) -> list[int]:
         """The end of a text."""
         return [] if self.tokenizer is None else [self.tokenizer.eos_token_id]
-
-
-KINDS = ("text", "label")
-
-
-class PairTally(Tally):
-    """Counts the tokens of sources and targets, not what they take of a row."""
-
-    tokens = 0
-
-    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
-        """Count the documents of a chunk."""
-        super().count(pieces)
-        self.tokens += sum(int(np.count_nonzero(x >= 0)) for piece in pieces for x in piece)
-
-    def report(self, skipped: Mapping[str, int]) -> dict[str, Any]:
-        """All counts, as JSON holds them."""
-        share = self.trained / max(self.tokens, 1)
-        own = dict(tokens=self.tokens, targets=self.trained, trained_fraction=share)
-        return super().report(skipped) | own

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from families import PAIRED, write
-from reference import close, close_norms, torch, transformers
+from reference import close, close_norms, fresh, load, torch, transformers
 from safetensors.numpy import load_file, save_file
 
 import sftjax
@@ -155,3 +155,20 @@ def test_bart_with_a_logits_bias_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="final_logits_bias is not 0"):
         sftjax.load_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_beams_of_a_decoder_equal_transformers(tmp_path, name):
+    path = write(name, tmp_path)
+    model, params = sftjax.load_pretrained(path)
+    reference, prompts = load(path), [[5, 9, 33, 7, 21, 40], [11, 4]]
+    eos = generation.generate(model, params, prompts, max_new_tokens=6)[0][4]
+    how = dict(max_new_tokens=9, length_penalty=0.5)
+    ours = generation.generate(model, params, prompts, stop_ids=[eos], beams=3, **how)
+    for prompt, mine in zip(prompts, ours, strict=True):
+        options = transformers.GenerationConfig(
+            num_beams=3, eos_token_id=eos, pad_token_id=0, early_stopping=False, **how
+        )
+        out = fresh(reference).generate(torch.tensor([prompt]), generation_config=options)
+        out = out[0, len(prompt) :].tolist()
+        assert mine == (out[: out.index(eos)] if eos in out else out)[: len(mine) + 1]

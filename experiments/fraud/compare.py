@@ -2,10 +2,10 @@
 
     python experiments/fraud/compare.py [runs/fraud_data [runs]]
 
-The table has what runs/fraud_0, fraud_1, fraud_2 and fraud_shuffled have measured on test.jsonl,
-their mean, and, where it is there, runs/fraud_text (of other rows). Gradient boosting has two
-settings; both are shown, with what validation.jsonl says of them. Errors are those of a bootstrap
-over test rows, or, of the mean of three seeds, the standard deviation of the seeds.
+The table has what runs/fraud_0 to fraud_2 and fraud_shuffled_0 to fraud_shuffled_2 have measured on
+test.jsonl, their means, and, where it is there, runs/fraud_text (of other rows). Gradient boosting
+has two settings; both are shown, with what validation.jsonl says of them. Errors are those of a
+bootstrap over test rows, or, of the mean of three seeds, the standard deviation of the seeds.
 """
 
 import json
@@ -18,6 +18,7 @@ from sftjax.evaluation import metrics
 from sftjax.files import load_python, write_atomic
 
 HERE = Path(__file__).parent
+SEEDS = 3
 BEGIN, END = "<!-- written by compare.py -->", "<!-- end -->"
 task = load_python(str(HERE / "task.py"), "task")
 NAMES = task.Fraud.metrics
@@ -91,16 +92,16 @@ def table(data, runs):
         seen = task.scores(data["validation"][2], given["validation"])["average_precision"]
         extra = f" (average precision on validation.jsonl {seen:.3f})"
         lines.append(line(name, values, metrics.bootstrap(some, len(y)), extra))
-    seeds = [runs / f"fraud_{i}" for i in range(3) if (runs / f"fraud_{i}/result.json").exists()]
-    found = [measured(path, "test") for path in seeds]
-    for path, (values, errors) in zip(seeds, found, strict=True):
-        lines.append(line(f"MLP, seed {path.name[-1]}", values, errors))
-    if len(found) > 1:
-        each = {k: np.array([values[k] for values, _ in found]) for k in NAMES}
-        mean, spread = ({k: of(v) for k, v in each.items()} for of in (np.mean, _spread))
-        lines.append(line(f"**MLP, mean of {len(found)} seeds**", mean, spread))
-    if (runs / "fraud_shuffled/result.json").exists():
-        lines.append(line("MLP, shuffled labels", *measured(runs / "fraud_shuffled", "test")))
+    for what, start in (("MLP", "fraud"), ("MLP, shuffled labels", "fraud_shuffled")):
+        paths = [runs / f"{start}_{i}" for i in range(SEEDS)]
+        seeds = {
+            i: measured(p, "test") for i, p in enumerate(paths) if (p / "result.json").exists()
+        }
+        lines += [line(f"{what}, seed {i}", *found) for i, found in seeds.items()]
+        if len(seeds) > 1:
+            each = {k: np.array([values[k] for values, _ in seeds.values()]) for k in NAMES}
+            mean, spread = ({k: of(v) for k, v in each.items()} for of in (np.mean, _spread))
+            lines.append(line(f"**{what}, mean of {len(seeds)} seeds**", mean, spread))
     if (runs / "fraud_text/result.json").exists():
         values, errors = measured(runs / "fraud_text", "text_test")
         few = " (2,000 rows to train, 2,000 to test)"

@@ -10,7 +10,7 @@ from sftjax.config import get_default
 def get_config(train="train", data="runs/fraud_data"):
     c = get_default()
     c.task = "experiments/fraud/task.py:Fraud"
-    c.data.train = f"{data}/{train}.jsonl"  # config.py:shuffled is the control
+    c.data.train = f"{data}/{train}.jsonl"  # config.py:shuffled_0 is a control
     c.data.validation = f"{data}/validation.jsonl"
     c.data.test = f"{data}/test.jsonl"
     c.train.batch_size = 256

@@ -22,12 +22,12 @@ def get_config(data="runs/fraud_data"):
     c.data.validation = f"{data}/text_test.jsonl"
     c.data.labels = ("genuine", "fraud")
     c.data.max_length = 256
-    c.train.batch_size = 4  # rows, of about five payments each
+    c.train.batch_size = 4  # rows, of about six payments each
     c.train.duration = "3 epochs"
     c.loss.class_weights = "balanced"
     c.optim.lr = 1e-4
     c.optim.schedule = "linear"
     c.optim.warmup = "10%"
     c.optim.weight_decay = 0.01
-    c.eval.best = "text_test/f1"
+    c.eval.every = "1 epoch"
     return c

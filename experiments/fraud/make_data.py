@@ -9,9 +9,9 @@ online shops alone, distances for young accounts, ages in a U, a country with on
 several payments within an hour. What a model cannot know is left to the draw; main() says what the
 chances themselves score, which is about the most that any model can. No row has a missing value.
 
-shuffled.jsonl is the control: the training rows with their labels in another order.
-text_train.jsonl has the first 2,000 training rows, text_test.jsonl the first 2,000 test rows, for
-config_text.py.
+shuffled_0.jsonl to shuffled_2.jsonl are the control: the training rows with their labels in
+another order. text_train.jsonl has the first 2,000 training rows, text_test.jsonl the first 2,000
+test rows, for config_text.py.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 ROWS = {"train": 20_000, "validation": 5_000, "test": 10_000}
-TEXT_ROWS, SHARE = 2_000, 0.02
+TEXT_ROWS, SHARE, SHUFFLES = 2_000, 0.02, 3
 COUNTRIES = ("DE", "FR", "GB", "ES", "IT", "NL", "US", "BR")
 SHOPS = ("grocery", "fuel", "travel", "electronics", "fashion", "gaming", "jewellery")
 CHANNELS = ("chip", "contactless", "online", "phone")
@@ -101,9 +101,10 @@ def main(out="runs/fraud_data", rows=ROWS):
         write(out / f"{name}.jsonl", made)
         few = [{"text": as_text(r), "label": r["fraud"]} for r in made[:TEXT_ROWS]]
         if name == "train":
-            order = rng.permutation(n)
-            other = [r | {"fraud": int(fraud[i])} for r, i in zip(made, order, strict=True)]
-            write(out / "shuffled.jsonl", other)
+            for i in range(SHUFFLES):
+                order = rng.permutation(n)
+                other = [r | {"fraud": int(fraud[j])} for r, j in zip(made, order, strict=True)]
+                write(out / f"shuffled_{i}.jsonl", other)
         if name != "validation":
             write(out / f"text_{name}.jsonl", few)
         auroc = float(roc_auc_score(fraud, p)) if 0 < fraud.sum() < n else float("nan")

@@ -29,6 +29,6 @@ def get_config(task="Listwise", data="runs/ranking_data"):
     c.optim.warmup = "10%"
     c.optim.weight_decay = 0.01
     c.eval.batch_size = 4
-    c.eval.best = "test/ndcg10"
+    c.eval.every = "2 epochs"
     c.eval.group = "article"  # questions of one article are not independent
     return c

@@ -181,7 +181,7 @@ def test_a_missing_column_is_named():
 def test_the_table_has_what_it_promises(made):
     found = data_lib.main(made / "again", {"train": 3000})
     assert 30 < found["train"]["fraud"] < 100 and 0.85 < found["train"]["auroc"] < 1
-    rows, other = (read(made / "again" / f"{k}.jsonl") for k in ("train", "shuffled"))
+    rows, other = (read(made / "again" / f"{k}.jsonl") for k in ("train", "shuffled_1"))
     columns = lambda row: {k: v for k, v in row.items() if k != "fraud"}  # noqa: E731
     assert [columns(r) for r in rows] == [columns(r) for r in other]
     labels = [[r["fraud"] for r in some] for some in (rows, other)]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from sftjax import config as config_lib
+from sftjax.ops.attention.blockwise import BLOCK
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
 from sftjax.plan import hlo, memory_account
@@ -75,9 +76,10 @@ def config_of(run: Run, folder: str):
 
 
 def squares(text: str, length: int) -> list[str]:
-    """Of a program's text the arrays that have a row's length twice, in attention or unnamed.
+    """Of a program's text the arrays of scores: of a row's length twice, in attention or unnamed.
 
-    Elsewhere a width, or half of it, may happen to be that length.
+    Elsewhere a width may happen to be that length; whole numbers are dropout's bits, which lie in
+    half of a width.
     """
     found = set()
     for line in text.splitlines():
@@ -85,7 +87,7 @@ def squares(text: str, length: int) -> list[str]:
         name = re.search(r'op_name="([^"]*)"', line)
         if not made or made[2] == "parameter" or (name and "attention" not in name[1]):
             continue
-        for kind, sizes in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]+)\]", made[1]):
+        for kind, sizes in re.findall(r"\b(b?f\d+|pred)\[([\d,]+)\]", made[1]):
             if sizes.split(",").count(str(length)) > 1:
                 found.add(f"{kind}[{sizes}] {name[1] if name else ''}".strip())
     return sorted(found)
@@ -113,7 +115,7 @@ def measure(name: str, run: Run, texts: str = "") -> dict:
         done_tflop=p.hardware_flops / 1e12, loops_assumed=[
             dataclasses.asdict(x) for x in cost.loops if not x.known],
         projection=p.time, compile_s=p.seconds,
-        squares={n: squares(text, n) for n in (run.length, run.target) if n},
+        squares={n: squares(text, n) for n in (run.length, run.target) if n > BLOCK},
     )  # fmt: skip
 
 

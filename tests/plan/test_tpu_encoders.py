@@ -54,7 +54,8 @@ def test_no_scores_of_a_whole_row(bench, name, tmp_path):
         ('  %a = f32[8,2,512,512]{3,2,1,0} fusion(%b), metadata={op_name="x/attention/dot"}', True),
         ("  ROOT %a = (bf16[512,4,512], s32[]) fusion(%b)", True),
         ('  %a = pred[8,512,512,2] fusion(%b), metadata={op_name="x/dropout/ge"}', False),
-        ("  %a = u32[8,512,512] parameter(0)", False),
+        ("  %a = u32[8,512,512] fusion(%b)", False),
+        ("  %a = f32[8,512,512] parameter(0)", False),
         ('  %a = f32[8,512,128] fusion(%b), metadata={op_name="x/attention/dot"}', False),
     ],
 )

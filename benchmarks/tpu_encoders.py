@@ -105,7 +105,7 @@ def measure(name: str, run: Run, texts: str = "") -> dict:
     text = compiled.as_text()
     if texts:
         Path(texts, f"{name}.hlo").write_text(text)
-    cost = hlo.analyze(text, plan.rounds(text, program))
+    cost = hlo.analyze(text, plan.assumed(text, program))
     held = memory_account.account(program, compiled)
     p = plan.account(program, "compiled", began, cost, held)
     return dict(

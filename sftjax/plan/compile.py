@@ -8,7 +8,7 @@ and the report says so.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,11 +35,12 @@ class Work:
     width: int
     trained: float  # share of the tokens
     document: int  # tokens
+    targets: int = 0  # tokens of a row of targets, beside one of sources
 
     @property
     def tokens(self) -> int:
         """Those of a step, over all devices."""
-        return self.rows * self.width
+        return self.rows * (self.width + self.targets)
 
     def pairs(self, window: int) -> float:
         """(query, key) pairs of a row."""
@@ -73,15 +74,21 @@ class Program:
     def model_flops(self) -> float:
         """Of a step, over all devices; see Model.train_flops."""
         of, w = self.model.train_flops(self.trainable), self.work
-        return w.rows * of(w.width, w.width * w.trained, w.pairs)
+        n = w.width + w.targets
+        return w.rows * of(n, n * w.trained, w.pairs)
+
+    @property
+    def attention_flops(self) -> float:
+        """Of one device, by shapes; attention forms its scores once more going backward."""
+        of, w = self.model.train_flops(self.trainable), self.work
+        n = w.width + w.targets
+        with_it, without = (of(n, n * w.trained, x) for x in (w.pairs, lambda window: 0))
+        return w.rows * (with_it - without) * 7 / 6 / self.mesh.size
 
     def kernel_flops(self, cost: hlo.Cost) -> float:
         """FLOPs of one device's kernels: as declared, or else those of attention."""
-        # Attention forms its scores once more going backward.
-        if not cost.kernels or cost.kernel_flops:
-            return cost.kernel_flops
-        of = self.model.train_flops(self.trainable)
-        return self.work.rows * of(0, 0, self.work.pairs) * 7 / 6 / self.mesh.size
+        declared = not cost.kernels or cost.kernel_flops
+        return cost.kernel_flops if declared else self.attention_flops
 
     @property
     def head_flops(self) -> float:
@@ -107,8 +114,11 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
         state = build_lib.abstract_state(config.model, model, trainable, tx, mesh)
         loss_fn = task.loss_fn(model, config.loss.to_dict())
         step = build_lib.make_step(loss_fn, tx, state, micro, here[0] if here else None)
-    batch = parallel.abstract_batch(mesh, task.layout.spec(rows, width))
-    work = Work(rows, width, trained, document or width)
+    spec = task.layout.spec(rows, width)
+    batch = parallel.abstract_batch(mesh, spec)
+    targets = spec["targets"].shape[1] if "target_segments" in spec else 0
+    trained = targets / (width + targets) if targets else trained  # of pairs, all of the target
+    work = Work(rows, width, trained, document or width, targets)
     return Program(config, target, model, trainable, mesh, state, batch, step, work)
 
 
@@ -190,21 +200,32 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
             raise
         return _too_large(program, str(e), began)
     text: Any = compiled.as_text()  # None only where a backend has no text
-    cost = hlo.analyze(text, assume=rounds(text, program))
+    cost = hlo.analyze(text, assume=assumed(text, program))
     found = memory_lib.account(program, compiled)
     return account(program, "compiled", began, cost, found)
 
 
-def rounds(text: str, program: Program) -> int:
-    """How often the loss's loop over chunks of trained tokens runs: the only loop that data ends.
+def rounds(text: str, program: Program, attention: bool = False) -> int:
+    """How often the loss's loop over chunks of trained tokens runs, or attention's over blocks.
 
-    As often as the FLOPs of its rounds make up those of the vocabulary projection.
+    No other loop is ended by data. As often as the FLOPs of its rounds make up those of the
+    vocabulary projection, or those of attention.
     """
-    once, twice = (hlo.analyze(text, assume=n) for n in (1, 2))
+    once, twice = (
+        hlo.analyze(text, lambda name, n=n: n if ("attention" in name) == attention else 1)
+        for n in (1, 2)
+    )
     each = twice.flops - once.flops
     if not each:
         return 1
-    return max(1, -(-int(program.head_flops / program.mesh.size) // int(each)))
+    whole = program.attention_flops if attention else program.head_flops / program.mesh.size
+    return max(1, round(whole / each) if attention else -(-int(whole) // int(each)))
+
+
+def assumed(text: str, program: Program) -> Callable[[str], int]:
+    """The rounds of a loop that data ends, by its name."""
+    of = {attention: rounds(text, program, attention) for attention in (False, True)}
+    return lambda name: of["attention" in name]
 
 
 def estimated(program: Program, basis: str, began: float) -> Plan:

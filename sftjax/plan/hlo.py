@@ -104,11 +104,11 @@ class Cost:
         }
 
 
-def analyze(text: str, assume: int = 1) -> Cost:
+def analyze(text: str, assume: int | Callable[[str], int] = 1) -> Cost:
     """The Cost of a program's entry. text: compiled.as_text().
 
     collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count
-    depends on data.
+    depends on data; or a function that says so of its name.
     """
     reader = _Reader(text, assume)
     return reader.walk(reader.entry, {})
@@ -229,7 +229,8 @@ class _Reader:
         trips, inner = self._run(one, {k: v for k, v in state.items() if v is not None})
         if noted := text_lib.first(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
             trips = int(noted)
-        rounds = self.assume if trips is None else trips
+        assumed = self.assume(one.op_name) if callable(self.assume) else self.assume
+        rounds = assumed if trips is None else trips
         total.loops.append(Loop(one.op_name, rounds, trips is not None))
         return rounds, inner
 

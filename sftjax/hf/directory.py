@@ -32,10 +32,11 @@ from sftjax.hf.names import FAMILIES as FAMILIES
 from sftjax.hf.names import ends, family_of, in_files, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
-from sftjax.models import base, decoder, layer
+from sftjax.models import base, decoder, encoder, encoder_decoder, layer
 from sftjax.ops import rope
 from sftjax.parallel import processes
 
+MODELS = {kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder)}
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
     r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(\w+\.)?embeddings\.position_ids"
@@ -120,7 +121,7 @@ def load_model(
     except ModelError as e:
         raise ModelError(f"{said}: {e}") from None
     source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels, problem=problem)
-    model = getattr(family, "Model", decoder.Model)(config, source)
+    model = MODELS[type(config)](config, source)
     shapes = [p.shape for p in params_lib.flatten(model.abstract).values()]
     if (n := sum(map(math.prod, shapes))) > common.PARAMETERS:
         largest = max(shapes, key=math.prod)

@@ -60,7 +60,7 @@ def names(c: Config) -> list[tuple]:
         rows.append((f"{file}embed_positions.weight", f"{path}positions/w", "p d -> p d"))
         norms = [(f"{file}layernorm_embedding", f"{path}embed_norm")]
         for part, name in (("attn", "self_attn"), ("cross", "encoder_attn"))[: 1 + own.cross]:
-            rows += common.matrices(f"{block}{name}.", f"{path}layers/{part}", **attn)
+            rows += common.matrices(f"{block}{name}.", f"{path}layers/{part}", True, **attn)
             norms.append((f"{block}{name}_layer_norm", f"{path}layers/{part}_sum_norm"))
         rows += common.matrices(block, f"{path}layers/mlp", up="fc1", down="fc2")
         norms.append((f"{block}final_layer_norm", f"{path}layers/mlp_sum_norm"))

@@ -92,7 +92,7 @@ def body(prefix: str) -> list[tuple]:
         (embed + "word_embeddings.weight", "embed/w", "v d -> v d"),
         (embed + "position_embeddings.weight", "positions/w", "p d -> p d"),
         (embed + "token_type_embeddings.weight", "token_types/w", "t d -> t d"),
-        *common.matrices(block + "attention.", "layers/attn", **attn),
+        *common.matrices(block + "attention.", "layers/attn", True, **attn),
         *common.matrices(block, "layers/mlp", up="intermediate.dense", down="output.dense"),
         *common.layer_norm(block + "attention.output.LayerNorm", "layers/attn_sum_norm"),
         *common.layer_norm(block + "output.LayerNorm", "layers/mlp_sum_norm"),

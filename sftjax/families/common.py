@@ -38,7 +38,7 @@ EXPECTED = [
         "a whole number",
         lambda x: type(x) is int and 0 <= x < 2**63,
         "type_vocab_size sliding_window? max_window_layers num_experts num_local_experts"
-        " num_experts_per_tok moe_intermediate_size",
+        " num_experts_per_tok moe_intermediate_size decoder_start_token_id?",
     ),
     (
         "a positive number",
@@ -82,7 +82,7 @@ EXPECTED = [
     (
         "a token's id, or a list of them",
         lambda x: all(type(y) is int and abs(y) < 2**63 for y in _entries(x)),
-        "bos_token_id? eos_token_id? pad_token_id? decoder_start_token_id?",
+        "bos_token_id? eos_token_id? pad_token_id?",
     ),
     (
         "a list of numbers",

@@ -37,7 +37,7 @@ def names(c: Config) -> list[tuple]:
     rows = [
         (embed + "word_embeddings.weight", "embed/w", "v d -> v d"),
         (embed + "position_embeddings.weight", "positions/w", "p d -> p d"),
-        *common.matrices(block + "attention.", "layers/attn", **attn),
+        *common.matrices(block + "attention.", "layers/attn", True, **attn),
         *common.matrices(block + "ffn.", "layers/mlp", up="lin1", down="lin2"),
         *common.layer_norm(embed + "LayerNorm", "embed_norm"),
         *common.layer_norm(block + "sa_layer_norm", "layers/attn_sum_norm"),

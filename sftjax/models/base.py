@@ -86,7 +86,7 @@ class Body:
     weights are nodes; see params.replace. state: as of Model; what a task keeps beside parameters.
     """
 
-    tree: ClassVar[Callable[[Any], dict]]  # the Params of a config
+    tree: ClassVar[Callable[..., dict]]  # the Params of a config
 
     config: Any
     source: Any = dataclasses.field(default=None, compare=False)

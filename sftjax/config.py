@@ -196,24 +196,10 @@ def get_default() -> ConfigDict:
 
 
 # Keys that may change between a run and its resumption: they do not change what is learned.
-FREE = (
-    "mesh.",
-    "data.cache_dir",
-    "data.workers",
-    "data.prefetch",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.export",
-    "train.tensorboard",
-    "train.trackers",
-    "train.bad_steps",
-    "train.on_nonfinite",
-    "train.spike",
-    "train.on_spike",
-    "train.grace",
-    "model.remat",
-    "profile.",
+FREE = tuple(
+    """mesh. profile. data.cache_dir data.workers data.prefetch model.remat train.log_every
+train.checkpoint_every train.keep train.export train.tensorboard train.trackers train.bad_steps
+train.on_nonfinite train.spike train.on_spike train.grace""".split()
 )
 # So may these, which do not either, but metrics may then differ; and train.duration may grow.
 MEASURES = ("eval.", "generate.", "data.validation", "data.test", "data.eval_packing")

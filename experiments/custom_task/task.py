@@ -13,7 +13,7 @@ from sftjax.data.packing.pack import FixedRows
 from sftjax.evaluation import metrics
 from sftjax.params import Param
 from sftjax.step import Loss
-from sftjax.tasks import Example, Scores, Task
+from sftjax.tasks import Example, Task
 
 FEATURES, WIDTH = 10, 32
 
@@ -119,4 +119,4 @@ class Regression(Task):
     def _scores(self, predictions, **how):
         real = predictions["weights"] > 0
         wanted, given = predictions["wanted"][real], predictions["given"][real]
-        return Scores.of(metrics.numbers(wanted, given, **how))
+        return metrics.numbers(wanted, given, **how)

@@ -59,14 +59,21 @@ METRICS: dict[str, Metric] = {
 }
 
 
-class Measured(NamedTuple):
-    """What a set scores. errors: standard errors. baselines: {"majority": {metric: value}}."""
+class Scores(NamedTuple):
+    """What was measured of one evaluation set.
+
+    values: {"accuracy": a number}; they go into every log and table. tables: {"confusion": anything
+    that JSON holds}. errors: standard errors of values. baselines: {"always good": {"accuracy": a
+    number}}, what needs no model. rows: of metrics that are means, the value of each document, in
+    the order of the predictions; under "weight" how much of the mean each is, where that differs.
+    All but values are of the result alone.
+    """
 
     values: dict[str, float]
-    errors: Mapping[str, float] = {}
-    baselines: Mapping[str, dict[str, float]] = {}
     tables: Mapping[str, Any] = {}
-    rows: Mapping[str, np.ndarray] = {}  # of metrics that are means: the value of each row
+    errors: Mapping[str, float] = {}
+    baselines: Mapping[str, Mapping[str, float]] = {}
+    rows: Mapping[str, np.ndarray] = {}
 
 
 def lower_is_better(name: str) -> bool:
@@ -130,14 +137,14 @@ def labels(
     scores: np.ndarray | None = None,
     groups: Sequence | None = None,
     errors: bool = False,
-) -> Measured:
+) -> Scores:
     """Of indices into names [N]; given is -1 where the answer is no label, which is wrong.
 
     scores: probabilities [N, C], for AUROC and calibration. errors: standard errors too.
     """
     n = len(wanted)
     if not n:
-        return Measured({})
+        return Scores({})
     values = _label_values(wanted, given, len(names), scores)
     hits = (wanted == given).astype(np.float64)
     spread = {}
@@ -153,7 +160,7 @@ def labels(
     if lost := int((given < 0).sum()):
         values["not_finite"] = float(lost)
     baselines = {f"always {names[usual]}": shown}
-    return Measured(values, spread, baselines, tables, {"accuracy": hits})
+    return Scores(values, tables, spread, baselines, {"accuracy": hits})
 
 
 def _label_values(wanted, given, classes, scores) -> dict[str, float]:
@@ -219,7 +226,7 @@ def multi_labels(
     names: Sequence[str],
     groups: Sequence | None = None,
     errors: bool = False,
-) -> Measured:
+) -> Scores:
     """Of any number of labels a row: wanted bool [N, C], scores [N, C], probabilities.
 
     A label is given from a probability of one half on; accuracy is the share of rows of which all
@@ -227,7 +234,7 @@ def multi_labels(
     """
     n = len(wanted)
     if not n:
-        return Measured({})
+        return Scores({})
     lost = ~np.isfinite(scores).all(1)
     given = (np.where(lost[:, None], 0.0, scores) >= 0.5) & ~lost[:, None]
     hits = (given == wanted).all(1).astype(np.float64)
@@ -241,7 +248,7 @@ def multi_labels(
     shown = _multi_values(wanted, usual, None)
     tables = {"per_label": _per_label(wanted.astype(int), given.astype(int), names)}
     rows = {"accuracy": hits}
-    return Measured(values, spread, {"each label's majority": shown}, tables, rows)
+    return Scores(values, tables, spread, {"each label's majority": shown}, rows)
 
 
 def _multi_values(wanted, given, scores) -> dict[str, float]:
@@ -262,16 +269,16 @@ def _multi_values(wanted, given, scores) -> dict[str, float]:
 
 def numbers(
     wanted: np.ndarray, given: np.ndarray, groups: Sequence | None = None, errors: bool = False
-) -> Measured:
+) -> Scores:
     """Of numbers [N]; the baseline answers the mean of those wanted.
 
     Answers that are not finite are counted as "not_finite", and no error is a number then.
     """
     wanted, given = np.asarray(wanted, np.float64), np.asarray(given, np.float64)
     if not len(wanted):
-        return Measured({})
+        return Scores({})
     if lost := int((~np.isfinite(given)).sum()):
-        return Measured({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
+        return Scores({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
     off = np.abs(wanted - given)
     spread = {}
     if errors:
@@ -280,7 +287,7 @@ def numbers(
     mean = _number_values(wanted, np.full(len(wanted), wanted.mean()))
     shown = {k: mean[k] for k in ("mae", "rmse")}
     values = _number_values(wanted, given)
-    return Measured(values, spread, {"the mean": shown}, {}, {"mae": off})
+    return Scores(values, {}, spread, {"the mean": shown}, {"mae": off})
 
 
 def _number_values(wanted, given) -> dict[str, float]:
@@ -309,7 +316,7 @@ def texts(
     baselines: Mapping[str, Sequence[str]] | None = None,
     groups: Sequence | None = None,
     errors: bool = False,
-) -> Measured:
+) -> Scores:
     """Of answers, by the metrics of these names.
 
     wanted: the reference of each row, or several: a metric of rows takes the best of them, another
@@ -320,7 +327,7 @@ def texts(
     """
     n = len(wanted)
     if not n:
-        return Measured({})
+        return Scores({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
     for name in names:
         found = _text_metric(name, list(wanted), list(given), answer)
@@ -337,7 +344,7 @@ def texts(
         what: texts(names, wanted, answers, answer=answer).values
         for what, answers in (baselines or {}).items()
     }
-    return Measured(values, spread, others, {}, rows)
+    return Scores(values, {}, spread, others, rows)
 
 
 def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
@@ -381,13 +388,13 @@ def tags(
     given: Sequence[Sequence[str]],
     groups: Sequence | None = None,
     errors: bool = False,
-) -> Measured:
+) -> Scores:
     """Of tags of words, such as B-PER, a list for each row: seqeval's F1 of whole entities.
 
     rows: of each row the share of right tags. tables: precision, recall and F1 of each type.
     """
     if not wanted:
-        return Measured({})
+        return Scores({})
     wanted, given = ([list(map(str, row)) for row in some] for some in (wanted, given))
     seqeval = package("seqeval.metrics.sequence_labeling")
     with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'
@@ -405,7 +412,7 @@ def tags(
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
     rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
     tables, baselines = {"per_entity": _rates(kinds, rates)}, {"always O": {"seqeval_f1": 0.0}}
-    return Measured(f1(), spread, baselines, tables, rows)
+    return Scores(f1(), tables, spread, baselines, rows)
 
 
 def package(name: str) -> Any:

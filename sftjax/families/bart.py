@@ -4,13 +4,9 @@
 not. final_logits_bias, which no training changes, must be 0.
 """
 
-from typing import Any
-
 from sftjax.errors import ModelError
-from sftjax.families import bert, common
-from sftjax.models.encoder_decoder import Config, Model
-
-__all__ = ["COPIES", "ZEROS", "Config", "Model", "config", "names"]
+from sftjax.families import common
+from sftjax.models.encoder_decoder import Config
 
 COPIES = r"(model\.)?(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight"
 ZEROS = r"final_logits_bias"
@@ -57,27 +53,16 @@ def config(hf: dict) -> Config:
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     rows: list[tuple] = [("model.shared.weight", "embed/w", "v d -> v d")]
+    attn = dict(q="q_proj", k="k_proj", v="v_proj", o="out_proj")
     for side, own in (("encoder", c.encoder), ("decoder", c)):
         path, file = "encoder/" * (own is not c), f"model.{side}."
         block = file + "layers.{}."
         rows.append((f"{file}embed_positions.weight", f"{path}positions/w", "p d -> p d"))
         norms = [(f"{file}layernorm_embedding", f"{path}embed_norm")]
         for part, name in (("attn", "self_attn"), ("cross", "encoder_attn"))[: 1 + own.cross]:
-            for x in "qkv":
-                rows += _moved(bert.vectors(f"{block}{name}.{x}_proj", x), path, part)
-            rows.append((f"{block}{name}.out_proj.weight", f"{path}layers/{part}/o/w", OUT))
-            rows.append((f"{block}{name}.out_proj.bias", f"{path}layers/{part}/o/b", "d -> d"))
+            rows += common.matrices(f"{block}{name}.", f"{path}layers/{part}", True, **attn)
             norms.append((f"{block}{name}_layer_norm", f"{path}layers/{part}_sum_norm"))
-        rows += common.linear(f"{block}fc1", f"{path}layers/mlp/up", "f d -> d f")
-        rows += common.linear(f"{block}fc2", f"{path}layers/mlp/down", "d f -> f d")
+        rows += common.matrices(block, f"{path}layers/mlp", up="fc1", down="fc2")
         norms.append((f"{block}final_layer_norm", f"{path}layers/mlp_sum_norm"))
         rows += [row for norm in norms for row in common.layer_norm(*norm)]
     return rows
-
-
-OUT = "d (n h) -> n h d"
-
-
-def _moved(rows: list[tuple], path: str, part: str) -> list[tuple[Any, ...]]:
-    """bert.vectors' rows under another path."""
-    return [(file, path + name.replace("/attn/", f"/{part}/"), how) for file, name, how in rows]

@@ -10,9 +10,7 @@ from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.families import common
-from sftjax.models.encoder import Config, Model, Pooler
-
-__all__ = ["Config", "Model", "as_stored", "body", "config", "names", "vectors"]
+from sftjax.models.encoder import Config, Pooler
 
 
 def config(hf: dict, **more: Any) -> Config:
@@ -63,51 +61,50 @@ OTHERS = r"cls\..*|qa_outputs\..*|classifier\..*|(bert\.)?pooler\..*"
 
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
-    if c.head == "vocabulary":
-        own = "transform.dense transform.LayerNorm bias decoder.weight"
-        return body("bert.") + masked(c, *(f"cls.predictions.{x}" for x in own.split()))
-    pooler = common.linear("bert.pooler.dense", "pooler", "p d -> d p") if c.pooler else []
-    return body("bert.") + pooler + score(c)
+    head = masked(c) if c.head == "vocabulary" else score(c, "bert.pooler.dense")
+    return body("bert.") + head
 
 
-def masked(c: Config, dense: str, norm: str, bias: str, head: str) -> list[tuple]:
+def masked(
+    c: Config,
+    prefix: str = "cls.predictions.",
+    dense: str = "transform.dense",
+    norm: str = "transform.LayerNorm",
+    bias: str = "bias",
+    head: str = "decoder.weight",
+) -> list[tuple]:
     """The rows of a head of the vocabulary, by the names of its four parts."""
-    rows = common.linear(dense, "pooler", "p d -> d p") + common.layer_norm(norm, "pooler_norm")
-    rows.append((bias, "vocab_bias/b", "v -> v"))
-    return rows + [(head, "head/w", "v d -> v d")] * (not c.tied)
+    rows = pooler(prefix + dense) + common.layer_norm(prefix + norm, "pooler_norm")
+    rows.append((prefix + bias, "vocab_bias/b", "v -> v"))
+    return rows + [(prefix + head, "head/w", "v d -> v d")] * (not c.tied)
+
+
+def pooler(file: str) -> list[tuple]:
+    """The rows of the matrix before a head."""
+    return common.linear(file, "pooler", "p d -> d p")
 
 
 def body(prefix: str) -> list[tuple]:
     """The rows of the body of a BERT whose names begin with a prefix."""
     embed, block = prefix + "embeddings.", prefix + "encoder.layer.{}."
-    attn, out = block + "attention.self.", block + "attention.output."
+    attn = dict(q="self.query", k="self.key", v="self.value", o="output.dense")
     rows = [
         (embed + "word_embeddings.weight", "embed/w", "v d -> v d"),
         (embed + "position_embeddings.weight", "positions/w", "p d -> p d"),
         (embed + "token_type_embeddings.weight", "token_types/w", "t d -> t d"),
-        (out + "dense.weight", "layers/attn/o/w", "d (n h) -> n h d"),
-        (out + "dense.bias", "layers/attn/o/b", "d -> d"),
-        *common.linear(block + "intermediate.dense", "layers/mlp/up", "f d -> d f"),
-        *common.linear(block + "output.dense", "layers/mlp/down", "d f -> f d"),
+        *common.matrices(block + "attention.", "layers/attn", True, **attn),
+        *common.matrices(block, "layers/mlp", up="intermediate.dense", down="output.dense"),
+        *common.layer_norm(block + "attention.output.LayerNorm", "layers/attn_sum_norm"),
+        *common.layer_norm(block + "output.LayerNorm", "layers/mlp_sum_norm"),
     ]
-    for file, name in [("query", "q"), ("key", "k"), ("value", "v")]:
-        rows += vectors(attn + file, name)
-    sums = [(out, "layers/attn_sum_norm"), (block + "output.", "layers/mlp_sum_norm")]
-    for file, path in [*sums, (embed, "embed_norm")]:
-        rows += common.layer_norm(file + "LayerNorm", path)
-    return rows
+    return rows + common.layer_norm(embed + "LayerNorm", "embed_norm")
 
 
-def vectors(file: str, name: str) -> list[tuple]:
-    """The rows of what makes queries, keys or values (name "q", "k", "v"), and of its bias."""
-    n = "n" if name == "q" else "k"
-    return [
-        (f"{file}.weight", f"layers/attn/{name}/w", f"({n} h) d -> d {n} h"),
-        (f"{file}.bias", f"layers/attn/{name}/b", f"({n} h) -> {n} h"),
-    ]
+def score(c: Config, before: str) -> list[tuple]:
+    """The rows of a head of classes, as BERT and most encoders name them, and of its pooler.
 
-
-def score(c: Config) -> list[tuple]:
-    """The rows of a head of classes, as BERT and most encoders name them."""
+    before: the pooler's name, where there is one.
+    """
     file = "qa_outputs" if c.head == "span" else "classifier"
-    return common.linear(file, "score", "c d -> c d") if c.classes else []
+    rows = pooler(before) if c.pooler else []
+    return rows + (common.linear(file, "score", "c d -> c d") if c.classes else [])

@@ -1,6 +1,8 @@
 """What the families share in reading a Hugging Face config.json."""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from sftjax.errors import ModelError
@@ -36,7 +38,7 @@ EXPECTED = [
         "a whole number",
         lambda x: type(x) is int and 0 <= x < 2**63,
         "type_vocab_size sliding_window? max_window_layers num_experts num_local_experts"
-        " num_experts_per_tok moe_intermediate_size",
+        " num_experts_per_tok moe_intermediate_size decoder_start_token_id?",
     ),
     (
         "a positive number",
@@ -80,7 +82,7 @@ EXPECTED = [
     (
         "a token's id, or a list of them",
         lambda x: all(type(y) is int and abs(y) < 2**63 for y in _entries(x)),
-        "bos_token_id? eos_token_id? pad_token_id? decoder_start_token_id?",
+        "bos_token_id? eos_token_id? pad_token_id?",
     ),
     (
         "a list of numbers",
@@ -191,11 +193,14 @@ def rope(
     return Rope(float(theta), 0 if dim == head_dim else dim, tuple(sorted(s.items())))
 
 
-def kinds(
-    hf: dict, types: list[str], rope: Rope | None, window_key: str = "sliding_window"
-) -> tuple[Kind, ...]:
+def alternating(depth: int, period: int = 2) -> list[str]:
+    """The types of `depth` layers, of which the last of each period is a global one."""
+    return [FULL if i % period == 0 else SLIDING for i in range(1, depth + 1)]
+
+
+def kinds(hf: dict, types: Sequence[str], rope: Rope | None) -> tuple[Kind, ...]:
     """A Kind for each layer type: the window is that of the sliding ones."""
-    known = {FULL: 0, SLIDING: hf.get(window_key) or 0}
+    known = {FULL: 0, SLIDING: hf.get("sliding_window") or 0}
     for name in types:
         if name not in known:
             raise ModelError(f"layer type {name!r} is not supported; known: {', '.join(known)}")
@@ -203,18 +208,46 @@ def kinds(
     return out[:1] if len(set(out)) == 1 else out
 
 
-def linear(file: str, path: str, layout: str) -> list[tuple]:
-    """Rows as in llama.names of a matrix with this layout, and of its bias."""
-    out = layout.split()[0]
-    return [
-        (file + ".weight", path + "/w", layout),
-        (file + ".bias", path + "/b", f"{out} -> {out}"),
-    ]
+# How most files hold the matrices of a layer, by the names of the parameters.
+LAYOUTS = {
+    "q": "(n h) d -> d n h",
+    "k": "(k h) d -> d k h",
+    "v": "(k h) d -> d k h",
+    "o": "d (n h) -> n h d",
+    "gate": "f d -> d f",
+    "up": "f d -> d f",
+    "down": "d f -> f d",
+}
 
 
-def layer_norm(file: str, path: str) -> list[tuple]:
-    """Rows as in llama.names of a LayerNorm: its scale and its bias."""
-    return [
-        (file + ".weight", path + "/scale", "d -> d"),
-        (file + ".bias", path + "/b", "d -> d"),
-    ]
+def linear(file: str, path: str, layout: str, bias: bool = True, *part: dict) -> list[tuple]:
+    """Rows as in llama.names of a matrix of this layout, and of its bias, where it has one."""
+    out = re.findall(r"\(.*?\)|\w", layout)[0]  # the file's first dimension is the output's
+    own = " ".join(letter for letter in layout.split("->")[1].split() if letter in out)
+    rows = [(file + ".weight", path + "/w", layout, *part)]
+    return rows + [(file + ".bias", path + "/b", f"{out} -> {own}", *part)] * bias
+
+
+def matrices(prefix: str, path: str, bias: bool = True, **files: str) -> list[tuple]:
+    """Rows of matrices of a layer, and of their biases. files: of each key of LAYOUTS."""
+    out = list[tuple]()
+    for name, file in files.items():
+        out += linear(prefix + file, f"{path}/{name}", LAYOUTS[name], bias)
+    return out
+
+
+def fused(file: str, path: str, bias: bool, **sizes: int) -> list[tuple]:
+    """Rows of matrices that lie in one, one after the other. sizes: of each key of LAYOUTS."""
+    out, start = list[tuple](), 0
+    for name, size in sizes.items():
+        layout = LAYOUTS[name]
+        part = {layout.strip("(")[0]: (start, sum(sizes.values()))}
+        out += linear(file, f"{path}/{name}", layout, bias, part)
+        start += size
+    return out
+
+
+def layer_norm(file: str, path: str, bias: bool = True) -> list[tuple]:
+    """Rows as in llama.names of a LayerNorm: its scale and, where it has one, its bias."""
+    rows = [(file + ".weight", path + "/scale", "d -> d")]
+    return rows + [(file + ".bias", path + "/b", "d -> d")] * bias

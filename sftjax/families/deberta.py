@@ -8,9 +8,7 @@ from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.families import bert, common
-from sftjax.models.encoder import Config, Model, Pooler
-
-__all__ = ["OTHERS", "Config", "Model", "config", "names"]
+from sftjax.models.encoder import Config, Pooler
 
 OTHERS = (
     r"cls\..*|(lm|mask)_predictions\..*|classifier\..*|qa_outputs\..*|pooler\..*"
@@ -59,8 +57,4 @@ def names(c: Config) -> list[tuple]:
             rows.append((file, *rest))
     rows.append(("deberta.encoder.rel_embeddings.weight", "relative/w", "r d -> r d"))
     rows += common.layer_norm("deberta.encoder.LayerNorm", "relative_norm")
-    if c.head == "vocabulary":
-        own = "transform.dense transform.LayerNorm bias decoder.weight"
-        return rows + bert.masked(c, *(f"cls.predictions.{x}" for x in own.split()))
-    rows += common.linear("pooler.dense", "pooler", "p d -> d p") if c.pooler else []
-    return rows + bert.score(c)
+    return rows + (bert.masked(c) if c.head == "vocabulary" else bert.score(c, "pooler.dense"))

@@ -1,9 +1,7 @@
 """DistilBERT: a BERT of half the layers without token types and without a pooler of its own."""
 
 from sftjax.families import bert, common
-from sftjax.models.encoder import Config, Model, Pooler
-
-__all__ = ["Config", "Model", "config", "names"]
+from sftjax.models.encoder import Config, Pooler
 
 OTHERS = r"vocab_(transform|layer_norm|projector)\..*|qa_outputs\..*|(pre_)?classifier\..*"
 FIELDS = dict(  # BERT's names of what DistilBERT has
@@ -35,22 +33,17 @@ def config(hf: dict) -> Config:
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     embed, block = "distilbert.embeddings.", "distilbert.transformer.layer.{}."
+    attn = dict(q="q_lin", k="k_lin", v="v_lin", o="out_lin")
     rows = [
         (embed + "word_embeddings.weight", "embed/w", "v d -> v d"),
         (embed + "position_embeddings.weight", "positions/w", "p d -> p d"),
-        (block + "attention.out_lin.weight", "layers/attn/o/w", "d (n h) -> n h d"),
-        (block + "attention.out_lin.bias", "layers/attn/o/b", "d -> d"),
-        *common.linear(block + "ffn.lin1", "layers/mlp/up", "f d -> d f"),
-        *common.linear(block + "ffn.lin2", "layers/mlp/down", "d f -> f d"),
+        *common.matrices(block + "attention.", "layers/attn", True, **attn),
+        *common.matrices(block + "ffn.", "layers/mlp", up="lin1", down="lin2"),
         *common.layer_norm(embed + "LayerNorm", "embed_norm"),
         *common.layer_norm(block + "sa_layer_norm", "layers/attn_sum_norm"),
         *common.layer_norm(block + "output_layer_norm", "layers/mlp_sum_norm"),
     ]
-    for name in ("q", "k", "v"):
-        rows += bert.vectors(f"{block}attention.{name}_lin", name)
     if c.head == "vocabulary":
-        own = "transform layer_norm projector.bias projector.weight"
-        rows += bert.masked(c, *(f"vocab_{x}" for x in own.split()))
-    elif c.head == "document":
-        rows += common.linear("pre_classifier", "pooler", "p d -> d p")
-    return rows + bert.score(c)
+        parts = ("transform", "layer_norm", "projector.bias", "projector.weight")
+        return rows + bert.masked(c, "vocab_", *parts)
+    return rows + bert.score(c, "pre_classifier")

@@ -1,25 +1,21 @@
 """Gemma 2: Gemma with norms before and after, soft caps, and every other layer a window."""
 
-import dataclasses
-
 from sftjax.families import common, gemma, llama
 from sftjax.models.decoder import Config
 
 
 def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
-    c = gemma.config({"num_key_value_heads": 4} | hf)
-    hf = {"sliding_window": 4096, "query_pre_attn_scalar": 256} | hf
+    hf = {"num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256} | hf
     hf = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | hf
-    types = hf.get("layer_types") or [(common.SLIDING, common.FULL)[i % 2] for i in range(c.layers)]
-    return dataclasses.replace(
-        c,
+    return gemma.config(
+        hf,
+        types=hf.get("layer_types") or common.alternating(hf["num_hidden_layers"]),
         norms="both",
         activation=hf.get("hidden_activation") or "gelu_pytorch_tanh",  # hidden_act is not read
         attn_scale=hf["query_pre_attn_scalar"] ** -0.5,
         attn_softcap=hf["attn_logit_softcapping"] or 0.0,
         logit_softcap=hf["final_logit_softcapping"] or 0.0,
-        kinds=common.kinds(hf, types, c.kinds[0].rope),
     )
 
 

@@ -20,9 +20,7 @@ def config(hf: dict) -> Config:
     nested = hf.get("rope_parameters") or {}
     each = {name: nested.get(name) for name in (common.FULL, common.SLIDING)}
     period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    types = hf.get("layer_types") or [
-        common.SLIDING if (i + 1) % period else common.FULL for i in range(hf["num_hidden_layers"])
-    ]
+    types = hf.get("layer_types") or common.alternating(hf["num_hidden_layers"], period)
     flat = {k: v for k, v in hf.items() if k != "rope_parameters"}
     c = gemma2.config(flat | {"layer_types": types})
     local = {k: v for k, v in flat.items() if k not in ("rope_theta", "rope_scaling")}

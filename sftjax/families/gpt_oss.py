@@ -2,8 +2,6 @@
 
 # It is read from its bf16 files; the mxfp4 ones are quantised and refused.
 
-import dataclasses
-
 from sftjax.families import common, llama
 from sftjax.models.decoder import Config
 
@@ -23,17 +21,16 @@ def config(hf: dict) -> Config:
     hf = {"max_position_embeddings": 131072, "sliding_window": 128, "attention_bias": True} | hf
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf["rope_parameters"] = YARN
-    c = llama.config(hf, rope_theta=150_000.0)
-    types = hf.get("layer_types") or [(common.SLIDING, common.FULL)[i % 2] for i in range(c.layers)]
-    return dataclasses.replace(
-        c,
+    return llama.config(
+        hf,
+        rope_theta=150_000.0,
+        types=hf.get("layer_types") or common.alternating(hf["num_hidden_layers"]),
         sinks=True,
         mlp_bias=True,
         experts=hf.get("num_local_experts", 128),
         experts_per_token=hf.get("num_experts_per_tok", 4),
         swiglu_alpha=hf.get("swiglu_alpha", 1.702),
         swiglu_limit=hf.get("swiglu_limit", 7.0),
-        kinds=common.kinds(hf, types, c.kinds[0].rope),
     )
 
 
@@ -42,8 +39,7 @@ def names(c: Config) -> list[tuple]:
     mlp = llama.MLP
     rows: list[tuple] = [
         (llama.ATTN + "sinks", "layers/attn/sinks", "n -> n"),
-        (mlp + "router.weight", "layers/mlp/router/w", "e d -> d e"),
-        (mlp + "router.bias", "layers/mlp/router/b", "e -> e"),
+        *common.linear(mlp + "router", "layers/mlp/router", "e d -> d e"),
         (mlp + "experts.down_proj", "layers/mlp/down/w", "e f d -> e f d"),
         (mlp + "experts.down_proj_bias", "layers/mlp/down/b", "e d -> e d"),
     ]

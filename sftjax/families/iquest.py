@@ -4,16 +4,15 @@ In the second pass each head mixes, by a gate on its rotated query, attention to
 keys and values with windowed attention to its own.
 """
 
-import dataclasses
-
-from sftjax.families import llama
+from sftjax.families import common, llama
 from sftjax.models.decoder import Config
 
 
 def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
-    return dataclasses.replace(
-        llama.config(hf, rope_theta=500_000.0),
+    return llama.config(
+        hf,
+        rope_theta=500_000.0,
         loops=hf.get("loop_num", 2),
         loop_window=hf.get("loop_window_size", 64),
     )
@@ -23,9 +22,5 @@ def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     if c.loops == 1:
         return llama.names(c)
-    gate = "model.gate_projections.{}."
-    return [
-        *llama.names(c),
-        (gate + "weight", "layers/attn/mix/w", "n h -> n h"),
-        (gate + "bias", "layers/attn/mix/b", "n -> n"),
-    ]
+    gates = common.linear("model.gate_projections.{}", "layers/attn/mix", "n h -> n h")
+    return llama.names(c) + gates

@@ -3,15 +3,28 @@
 Also IQuest-Coder's plain form, whose files are a Llama's.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from sftjax.families import common
-from sftjax.models.decoder import Config, Kind
+from sftjax.models.decoder import Config
 
 
-def config(hf: dict, rope_theta: float = 10_000.0) -> Config:
-    """decoder.Config from the fields of a Hugging Face config.json."""
+def config(
+    hf: dict,
+    rope_theta: float = 10_000.0,
+    partial: float = 1.0,
+    types: Sequence[str] = (common.FULL,),
+    **more: Any,
+) -> Config:
+    """decoder.Config from the fields of a Hugging Face config.json.
+
+    rope_theta, partial: as of common.rope; types: of the layers, as of common.kinds; more: fields
+    of the Config of a family alike.
+    """
     hf, heads = {"max_position_embeddings": 2048} | hf, hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    return Config(
+    fields: dict[str, Any] = dict(
         vocab=hf["vocab_size"],
         width=hf["hidden_size"],
         layers=hf["num_hidden_layers"],
@@ -20,7 +33,7 @@ def config(hf: dict, rope_theta: float = 10_000.0) -> Config:
         head_dim=head_dim,
         mlp=hf["intermediate_size"],
         max_positions=hf["max_position_embeddings"],
-        kinds=(Kind(rope=common.rope(hf, head_dim, rope_theta)),),
+        kinds=common.kinds(hf, types, common.rope(hf, head_dim, rope_theta, partial)),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),
         qkv_bias=hf.get("attention_bias", False),
@@ -29,6 +42,7 @@ def config(hf: dict, rope_theta: float = 10_000.0) -> Config:
         activation=hf.get("hidden_act", "silu"),
         init_std=hf.get("initializer_range", 0.02),
     )
+    return Config(**fields | more)
 
 
 def names(c: Config) -> list[tuple]:
@@ -57,20 +71,9 @@ def ends(c: Config) -> list[tuple]:
 
 def attention(c: Config) -> list[tuple]:
     """Return the rows of a layer's attention."""
-    rows = [
-        (ATTN + "q_proj.weight", "layers/attn/q/w", "(n h) d -> d n h"),
-        (ATTN + "k_proj.weight", "layers/attn/k/w", "(k h) d -> d k h"),
-        (ATTN + "v_proj.weight", "layers/attn/v/w", "(k h) d -> d k h"),
-        (ATTN + "o_proj.weight", "layers/attn/o/w", "d (n h) -> n h d"),
-    ]
-    if c.qkv_bias:
-        rows += [
-            (ATTN + "q_proj.bias", "layers/attn/q/b", "(n h) -> n h"),
-            (ATTN + "k_proj.bias", "layers/attn/k/b", "(k h) -> k h"),
-            (ATTN + "v_proj.bias", "layers/attn/v/b", "(k h) -> k h"),
-        ]
-    if c.out_bias:
-        rows.append((ATTN + "o_proj.bias", "layers/attn/o/b", "d -> d"))
+    path = "layers/attn"
+    rows = common.matrices(ATTN, path, c.qkv_bias, q="q_proj", k="k_proj", v="v_proj")
+    rows += common.matrices(ATTN, path, c.out_bias, o="o_proj")
     if c.qk_norm == "head":
         rows += [
             (ATTN + "q_norm.weight", "layers/attn/q_norm/scale", "h -> h"),
@@ -87,17 +90,7 @@ def norms(c: Config) -> list[tuple]:
     ]
 
 
-def mlp(c: Config) -> list[tuple]:
-    """Return the rows of a layer's dense MLP."""
-    rows = [
-        (MLP + "gate_proj.weight", "layers/mlp/gate/w", "f d -> d f"),
-        (MLP + "up_proj.weight", "layers/mlp/up/w", "f d -> d f"),
-        (MLP + "down_proj.weight", "layers/mlp/down/w", "d f -> f d"),
-    ]
-    if c.mlp_bias:
-        rows += [
-            (MLP + "gate_proj.bias", "layers/mlp/gate/b", "f -> f"),
-            (MLP + "up_proj.bias", "layers/mlp/up/b", "f -> f"),
-            (MLP + "down_proj.bias", "layers/mlp/down/b", "d -> d"),
-        ]
-    return rows
+def mlp(c: Config, each: str = "") -> list[tuple]:
+    """Return the rows of a layer's MLP. each: the folder of one of several experts."""
+    files = dict(gate="gate_proj", up="up_proj", down="down_proj")
+    return common.matrices(MLP + each, "layers/mlp", c.mlp_bias, **files)

@@ -8,9 +8,7 @@ of all (classifier_pooling).
 from sftjax.errors import ModelError
 from sftjax.families import bert, common
 from sftjax.models.decoder import Kind
-from sftjax.models.encoder import Config, Model, Pooler
-
-__all__ = ["Config", "Model", "config", "names"]
+from sftjax.models.encoder import Config, Pooler
 
 OTHERS = r"head\..*|classifier\..*|decoder\..*"
 THETAS = {common.FULL: ("global_rope_theta", 160_000.0), common.SLIDING: ("local_rope_theta", 1e4)}
@@ -73,21 +71,11 @@ def _kinds(hf) -> tuple[Kind, ...]:
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     block, n, f = "model.layers.{}.", c.heads, c.mlp
-    rows: list[tuple] = [
-        ("model.embeddings.tok_embeddings.weight", "embed/w", "v d -> v d"),
-        (block + "attn.Wo.weight", "layers/attn/o/w", "d (n h) -> n h d"),
-        (block + "mlp.Wo.weight", "layers/mlp/down/w", "d f -> f d"),
-    ]
-    rows += [(block + "attn.Wo.bias", "layers/attn/o/b", "d -> d")] * c.out_bias
-    rows += [(block + "mlp.Wo.bias", "layers/mlp/down/b", "d -> d")] * c.mlp_bias
-    for i, (name, x) in enumerate([("q", "n"), ("k", "k"), ("v", "k")]):
-        file, path, part = block + "attn.Wqkv.", f"layers/attn/{name}", {x: (i * n, 3 * n)}
-        rows.append((file + "weight", path + "/w", f"({x} h) d -> d {x} h", part))
-        rows += [(file + "bias", path + "/b", f"({x} h) -> {x} h", part)] * c.qkv_bias
-    for i, name in enumerate(("gate", "up")):
-        file, path, part = block + "mlp.Wi.", f"layers/mlp/{name}", {"f": (i * f, 2 * f)}
-        rows.append((file + "weight", path + "/w", "f d -> d f", part))
-        rows += [(file + "bias", path + "/b", "f -> f", part)] * c.mlp_bias
+    rows: list[tuple] = [("model.embeddings.tok_embeddings.weight", "embed/w", "v d -> v d")]
+    rows += common.matrices(block, "layers/attn", c.out_bias, o="attn.Wo")
+    rows += common.matrices(block, "layers/mlp", c.mlp_bias, down="mlp.Wo")
+    rows += common.fused(block + "attn.Wqkv", "layers/attn", c.qkv_bias, q=n, k=n, v=n)
+    rows += common.fused(block + "mlp.Wi", "layers/mlp", c.mlp_bias, gate=f, up=f)
     norms = {
         "model.embeddings.norm": "embed_norm",
         block + "attn_norm": "layers/attn_norm",
@@ -96,9 +84,9 @@ def names(c: Config) -> list[tuple]:
     }
     norms |= {"head.norm": "pooler_norm"} if c.pooler else {}
     for file, path in norms.items():
-        rows += common.layer_norm(file, path)[: 1 + c.norm_bias]
+        rows += common.layer_norm(file, path, c.norm_bias)
     if c.pooler:
-        rows += common.linear("head.dense", "pooler", "p d -> d p")[: 1 + c.pooler.bias]
+        rows += common.linear("head.dense", "pooler", "p d -> d p", c.pooler.bias)
     if c.classes:
         rows += common.linear("classifier", "score", "c d -> c d")
     if c.head == "vocabulary":

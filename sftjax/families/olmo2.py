@@ -1,15 +1,12 @@
 """OLMo-2: a Llama with norms after each half instead of before, and normalised queries and keys."""
 
-import dataclasses
-
 from sftjax.families import llama
 from sftjax.models.decoder import Config
 
 
 def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
-    c = llama.config({"rms_norm_eps": 1e-5} | hf)
-    return dataclasses.replace(c, norms="post", qk_norm="all")
+    return llama.config({"rms_norm_eps": 1e-5} | hf, norms="post", qk_norm="all")
 
 
 def names(c: Config) -> list[tuple]:

@@ -6,9 +6,7 @@ after it.
 
 from sftjax.errors import ModelError
 from sftjax.families import bert, common
-from sftjax.models.encoder import Config, Model, Pooler
-
-__all__ = ["Config", "Model", "config", "names"]
+from sftjax.models.encoder import Config, Pooler
 
 OTHERS = r"lm_head\..*|qa_outputs\..*|classifier\..*|(roberta\.)?pooler\..*"
 
@@ -35,12 +33,8 @@ def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
     rows = bert.body("roberta.")
     if c.head == "vocabulary":
-        own = "dense layer_norm bias decoder.weight"
-        rows += bert.masked(c, *(f"lm_head.{x}" for x in own.split()))
-    elif c.head == "document":
-        rows += common.linear("classifier.dense", "pooler", "p d -> d p")
-        rows += common.linear("classifier.out_proj", "score", "c d -> c d")
-    else:
-        rows += common.linear("roberta.pooler.dense", "pooler", "p d -> d p") if c.pooler else []
-        rows += bert.score(c)
-    return rows
+        return rows + bert.masked(c, "lm_head.", dense="dense", norm="layer_norm")
+    if c.head == "document":
+        rows += bert.pooler("classifier.dense")
+        return rows + common.linear("classifier.out_proj", "score", "c d -> c d")
+    return rows + bert.score(c, "roberta.pooler.dense")

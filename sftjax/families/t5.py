@@ -8,9 +8,8 @@ import dataclasses
 from collections.abc import Container
 
 from sftjax.errors import ModelError
-from sftjax.models.encoder_decoder import Config, Model
-
-__all__ = ["COPIES", "Config", "Model", "as_stored", "config", "names"]
+from sftjax.families import common
+from sftjax.models.encoder_decoder import Config
 
 COPIES = r"(encoder|decoder)\.embed_tokens\.weight"  # of the embedding, in old files
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
@@ -62,11 +61,11 @@ def names(c: Config) -> list[tuple]:
         path, block = "encoder/" * (own is not c), f"{side}.block.{{}}.layer."
         parts = [("attn", "SelfAttention")] + [("cross", "EncDecAttention")] * own.cross
         for i, (part, file) in enumerate(parts):
-            rows += attention(f"{block}{i}.{file}.", f"{path}layers/{part}")
-        mlp = f"{block}{len(parts)}.DenseReluDense."
-        ups = [("wi_0", "gate"), ("wi_1", "up")] if own.gated else [("wi", "up")]
-        rows += [(f"{mlp}{f}.weight", f"{path}layers/mlp/{p}/w", "f d -> d f") for f, p in ups]
-        rows.append((f"{mlp}wo.weight", f"{path}layers/mlp/down/w", "d f -> f d"))
+            file, letters = f"{block}{i}.{file}.", {x: x for x in "qkvo"}
+            rows += common.matrices(file, f"{path}layers/{part}", False, **letters)
+        mlp, ups = f"{block}{len(parts)}.DenseReluDense.", dict(gate="wi_0", up="wi_1")
+        ups = ups if own.gated else dict(up="wi")
+        rows += common.matrices(mlp, f"{path}layers/mlp", False, **ups, down="wo")
         for i, part in enumerate([*(part for part, _ in parts), "mlp"]):
             norm = f"{path}layers/{part}_norm/scale"
             rows.append((f"{block}{i}.layer_norm.weight", norm, "d -> d"))
@@ -74,12 +73,3 @@ def names(c: Config) -> list[tuple]:
         rows.append((table, f"{path}distances/w", "b n -> n b"))
         rows.append((f"{side}.final_layer_norm.weight", f"{path}norm/scale", "d -> d"))
     return rows + [("lm_head.weight", "head/w", "v d -> v d")] * (not c.tied)
-
-
-def attention(file: str, path: str) -> list[tuple]:
-    """The rows of the four matrices of attention, without biases."""
-    rows = [
-        (f"{file}{x}.weight", f"{path}/{x}/w", f"({n} h) d -> d {n} h")
-        for x, n in (("q", "n"), ("k", "k"), ("v", "k"))
-    ]
-    return [*rows, (f"{file}o.weight", f"{path}/o/w", "d (n h) -> n h d")]

@@ -32,10 +32,11 @@ from sftjax.hf.names import FAMILIES as FAMILIES
 from sftjax.hf.names import ends, family_of, in_files, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
-from sftjax.models import base, decoder, layer
+from sftjax.models import base, decoder, encoder, encoder_decoder, layer
 from sftjax.ops import rope
-from sftjax.parallel import processes
+from sftjax.parallel import param_shardings, processes
 
+MODELS = {kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder)}
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
     r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(\w+\.)?embeddings\.position_ids"
@@ -120,7 +121,7 @@ def load_model(
     except ModelError as e:
         raise ModelError(f"{said}: {e}") from None
     source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels, problem=problem)
-    model = getattr(family, "Model", decoder.Model)(config, source)
+    model = MODELS[type(config)](config, source)
     shapes = [p.shape for p in params_lib.flatten(model.abstract).values()]
     if (n := sum(map(math.prod, shapes))) > common.PARAMETERS:
         largest = max(shapes, key=math.prod)
@@ -211,7 +212,7 @@ def load_params(
     left_out = _compare(model, reader, path)
     _check_tied(model, reader, path)
     rows = list(tensors(model))
-    fresh = [p for p, files, _ in rows if () in files and _fresh(model, p, files[()])]
+    fresh = [p for p, files, _ in rows if () in files and heads.fresh(model, p, files[()])]
     heads.report(path, left_out, fresh, seed)
     abstract = params_lib.flatten(model.abstract)
     if isinstance(dtype, dict):
@@ -222,8 +223,6 @@ def load_params(
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = dict.fromkeys(abstract, one)
     else:
-        from sftjax.parallel import param_shardings
-
         shardings = params_lib.flatten(param_shardings(mesh, model.abstract))
 
     def leaf(path, files, layout):
@@ -258,10 +257,6 @@ def _stored(model, reader):
     body: Any = model  # a dataclass, as every model that was read from a directory is
     source = dataclasses.replace(model.source, dtypes=dtypes)
     return dataclasses.replace(body, config=config, source=source)
-
-
-def _fresh(model, path, name) -> bool:
-    return heads.fresh(model, path, name in model.source.dtypes)
 
 
 def stored_dtypes(model: base.Model) -> dict[str, np.dtype]:
@@ -323,7 +318,7 @@ def _compare(model, reader, path) -> list[str]:
     abstract, expected = params_lib.flatten(model.abstract), dict[str, tuple]()
     for name, files, layout in tensors(model):
         shape = visible(model, name, abstract[name], len(next(iter(files))))
-        if not _fresh(model, name, next(iter(files.values()))):
+        if not heads.fresh(model, name, next(iter(files.values()))):
             expected |= dict.fromkeys(files.values(), layout.file_shape(shape))
     head = ends(model)[1]
     others = heads.others(model, family_of(model.source.config), head)
@@ -397,7 +392,6 @@ def save_pretrained(
     if model.source is None:
         raise ModelError("save_pretrained: this Model has no source, the config.json to write")
     directory = Path(directory)
-    main = jax.process_index() == 0
     with writing("the directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
     leaves = params_lib.flatten(params)
@@ -414,7 +408,7 @@ def save_pretrained(
             read = stored_dtypes(model).get("embed/w")
         dtype, shape = read or np.dtype(leaf.dtype), layout.file_shape(shape)
         rows.append((name, shape, dtype, functools.partial(_tensor, found, shape)))
-    if not main:  # the others only take part in the gathers, in the same order
+    if jax.process_index() != 0:  # the others only take part in the gathers, in the same order
         for row in rows:
             row[3]()
         return
@@ -447,7 +441,9 @@ def _written(model) -> list[tuple]:
     """The rows of `tensors` to write: every tensor by the name that it was read with."""
     # Under a new head all go by the whole model's names: the files may be a bare model's.
     ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
-    new_head = any(path.startswith("score/") and _fresh(model, path, name) for path, name in ones)
+    new_head = any(
+        path.startswith("score/") and heads.fresh(model, path, name) for path, name in ones
+    )
     rows = list(tensors(model, as_read=not new_head))
     embed, head = ends(model)
     if not model.config.tied or head is None or head not in model.source.dtypes:

@@ -1,6 +1,5 @@
 """The head of a Hugging Face directory: which it has, its labels, and what an export says of it."""
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 
 from sftjax.errors import ModelError
 from sftjax.models.base import Model
-from sftjax.terminal import printable
+from sftjax.terminal import warn
 
 # Heads of classes by the last part of transformers' class names. A document has classes, or one
 # number; a token has classes; of a span the first and the last token are found.
@@ -147,15 +146,15 @@ def _list(labels) -> str:
 # ---- files ---------------------------------------------------------------------------------
 
 
-def fresh(model: Model, path: str, in_files: bool) -> bool:
+def fresh(model: Model, path: str, name: str) -> bool:
     """Is this parameter of a head to be made anew: because the files have none, or another's?
 
-    A directory that says it has the head must hold it.
+    name: in the files. A directory that says it has the head must hold it.
     """
     hf, kind = model.source.config, model.config.head
     if not path.startswith(PARTS) or (kind in ENDINGS and kind_of(hf) == kind):
         return False
-    return not in_files or (path.startswith("score/") and is_other(hf, kind))
+    return name not in model.source.dtypes or (path.startswith("score/") and is_other(hf, kind))
 
 
 def others(model: Model, family: ModuleType, head: str | None) -> re.Pattern[str]:
@@ -177,7 +176,7 @@ def report(path: str | Path, left_out: list[str], made: list[str], seed: int) ->
     if made:
         parts.append(f"{len(made)} are made anew from seed {seed} ({_some(made)})")
     if parts and jax.process_index() == 0:
-        logging.getLogger("sftjax").warning(printable(f"{path}: {'; '.join(parts)}"))
+        warn(f"{path}: {'; '.join(parts)}")
 
 
 def _some(names, most=4) -> str:

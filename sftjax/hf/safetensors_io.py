@@ -69,9 +69,8 @@ class Reader:
         shards = sorted(self.directory.glob("*.safetensors"))
         if shards:
             return shards
-        pickles = [f.name for f in self.directory.glob("*.bin")] + [
-            f.name for ext in ("pt", "pth", "ckpt") for f in self.directory.glob(f"*.{ext}")
-        ]
+        endings = ("bin", "pt", "pth", "ckpt")
+        pickles = [f.name for ending in endings for f in self.directory.glob(f"*.{ending}")]
         if pickles:
             raise WeightsError(
                 f"{self.directory} holds only pickled weights ({', '.join(sorted(pickles)[:3])});"
@@ -102,18 +101,15 @@ def _indexed(index) -> list[str]:
     try:
         value = parse_json(read_text(index, WeightsError, JSON_BYTES))
     except ValueError as e:
-        raise WeightsError(f"{index}: damaged index: {e}. Download it again.") from None
+        raise _damaged(index, e, "index") from None
     names = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
-        problem = "expected an object with weight_map, {tensor: file}"
-        raise WeightsError(f"{index}: damaged index: {problem}. Download it again.")
+        raise _damaged(index, "expected an object with weight_map, {tensor: file}", "index")
     files = sorted(set(names.values()))
     for file in files:
         if not _PLAIN.fullmatch(file):
-            raise WeightsError(
-                f"{index}: damaged index: it names {file!r:.200}, expected a file of its own folder"
-                " such as model-00001-of-00002.safetensors. Download it again."
-            )
+            expected = "a file of its own folder such as model-00001-of-00002.safetensors"
+            raise _damaged(index, f"it names {file!r:.200}, expected {expected}", "index")
     return files
 
 
@@ -174,8 +170,8 @@ def _once(pairs):
     return out
 
 
-def _damaged(file, problem):
-    return WeightsError(f"{file}: damaged safetensors header: {problem}. Download it again.")
+def _damaged(file, problem, part="safetensors header"):
+    return WeightsError(f"{file}: damaged {part}: {problem}. Download it again.")
 
 
 def _entry(entry):

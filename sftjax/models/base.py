@@ -8,15 +8,15 @@ Letters of shapes: B rows, S tokens of a row, D width, C classes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from sftjax.errors import ConfigError, ModelError
 from sftjax.ops import weight
-
-PLACES = ("positions", "segments")
+from sftjax.params import replace
 
 
 class Model(Protocol):
@@ -86,10 +86,23 @@ class Body:
     weights are nodes; see params.replace. state: as of Model; what a task keeps beside parameters.
     """
 
+    tree: ClassVar[Callable[..., dict]]  # the Params of a config
+
     config: Any
     source: Any = dataclasses.field(default=None, compare=False)
     nodes: tuple = ()
     state: Any = dataclasses.field(default=None, compare=False)
+
+    @cached_property
+    def abstract(self) -> dict:
+        """The tree of Params, with nodes in place of those that `nodes` matches."""
+        return replace(self.tree(self.config), self.nodes)
+
+    @property
+    def logit_options(self) -> dict:
+        """How logits follow from hidden states and head; see ops.cross_entropy."""
+        c = self.config
+        return dict(scale=c.logit_scale, softcap=c.logit_softcap, vocab=c.vocab)
 
     def hidden(
         self: Model, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
@@ -112,9 +125,9 @@ class Body:
             "softcap": c.attn_softcap,
             "sinks": c.sinks,
             "bidirectional": not c.causal or c.cross,
+            "relative": c.relative,
             "cross": c.cross,
             "distances": c.buckets,
-            "relative": c.relative,
         }
         return {name for name, on in used.items() if on}
 

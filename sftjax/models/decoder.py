@@ -10,7 +10,6 @@ Einsum letters: d width, v vocabulary.
 import dataclasses
 import functools
 import itertools
-from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +21,7 @@ from sftjax.models import base, layer
 from sftjax.ops import dropout, rope, weight
 from sftjax.ops.rope import Rope
 from sftjax.parallel import RULES, constrain, manual_axes, part, shard_map, spec, spread, unspread
-from sftjax.params import Param, is_param, replace
+from sftjax.params import Param, is_param
 
 SHARED = ("distances", "relative")  # parameters of attention that all layers have as one
 PERIOD = 8  # the longest alternation of kinds that is looked for
@@ -64,6 +63,9 @@ class Config:
     parallel: bool = False  # attention and MLP both read the layer's input
     tied: bool = False
     learned_positions: bool = False
+    first_position: int = 0  # the row of the table of positions that a document's first token reads
+    embed_norm: bool = False  # of the embedding
+    final_norm: bool = True  # of the last layer's output
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -150,21 +152,23 @@ def abstract(config: Config) -> dict:
     tree: dict[str, Any] = {
         "embed": {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, tied)},
         "layers": {name: layer.abstract(c, n, period(c, name)[0]) for name, n in stacks(c).items()},
-        "norm": layer.norm_params(c, ((), ())),
     }
+    for name, on in {"norm": c.final_norm, "embed_norm": c.embed_norm}.items():
+        tree |= {name: layer.norm_params(c)} if on else {}
     if c.learned_positions:
-        tree["positions"] = {"w": Param((c.max_positions, c.width), (None, "embed"), normal)}
+        size = (c.first_position + c.max_positions, c.width)
+        tree["positions"] = {"w": Param(size, (None, "embed"), normal)}
     if c.classes:
         tree["score"] = {"w": Param((c.classes, c.width), ("classes", "embed"), normal, head)}
-        if c.head != "document":
+        if c.head != "document" or not c.causal:
             zeros = jax.nn.initializers.zeros
             tree["score"]["b"] = Param((c.classes,), ("classes",), zeros)
     elif c.head and not c.tied:
         tree["head"] = {"w": Param((c.rows, c.width), ("vocab", "embed"), normal, head)}
-    return tree
+    return _shared(tree)
 
 
-def share(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
+def _shared(tree):
     """The tree of Params with what all layers have as one: a table of distances."""
     layers = dict(tree["layers"])
     for name in SHARED:
@@ -287,61 +291,68 @@ def forward(
     the routing sums, over all layers, are None for a dense model. rng: of dropout; None = without.
     """
     if cache is None:
-        tokens, positions, segments = map(spread, (tokens, positions, segments))
-        x = embed(config, params, tokens, positions)
-        ctx = context(config, positions, segments, rng)
-        x = drop_embedding(config, ctx, x)
+        x, ctx = embed(config, params, tokens, positions, segments, rng)
     else:
-        x = weight.rows(params["embed"]["w"], tokens, config.dtype)
-        x = _embedded(config, params, x, positions)
-        slot, cache = cache["slot"], write_places(cache, positions, segments)
-        where = {"positions": positions, "segments": segments}
-        where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
-        ctx = {"slot": slot, "where": where, "angles": _angles(config, **where)}
+        x, ctx, cache = embed_next(config, params, cache, tokens, positions, segments)
     x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
-    if cache is None:
-        x = unspread(x)
-    else:
-        cache = cache | {"kv": kept}
-    return x, cache, routing
+    return (unspread(x), None, routing) if cache is None else (x, cache | {"kv": kept}, routing)
 
 
-def context(
-    config: Config, positions: jax.Array, segments: jax.Array, rng: jax.Array | None = None
-) -> dict[str, Any]:
-    """What the layers are told of their tokens, here and below in the context axis's order."""
+def embed(
+    config: Config,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    rng: jax.Array | None = None,
+    types: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """(x [B, S, D], what the layers are told of its tokens), in the context axis's order.
+
+    tokens to segments, and types where the model has them: int32 [B, S]; rng: of dropout.
+    """
+    tokens, positions, segments = map(spread, (tokens, positions, segments))
+    with jax.named_scope("embed"):
+        x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
+    x = _embedded(config, params, x, positions, None if types is None else spread(types))
     where = {"positions": positions, "segments": segments}
     ctx = {"where": where, "angles": _angles(config, **where)}
     if rng is not None and config.dropout:
         ctx["ids"] = spread(dropout.ids(positions.shape))
         # The embedding's, and one for each layer, whatever the stacks.
         ctx["seeds"] = dropout.seeds(rng, 1 + config.loops * config.layers)
-    return ctx
+        x = dropout.dropout(x, config.dropout, ctx["seeds"][0], ctx["ids"])
+    return x, ctx
 
 
-def embed(
-    config: Config, params: dict[str, Any], tokens: jax.Array, positions: jax.Array
-) -> jax.Array:
-    """[B, S, D] of tokens and positions int32 [B, S]."""
-    with jax.named_scope("embed"):
-        x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
-    return _embedded(config, params, x, positions)
+def embed_next(
+    config: Config,
+    params: dict[str, Any],
+    cache: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+    """As `embed`, of tokens that go on from a cache, and the cache with their places."""
+    x = weight.rows(params["embed"]["w"], tokens, config.dtype)
+    x = _embedded(config, params, x, positions)
+    slot, cache = cache["slot"], write_places(cache, positions, segments)
+    where = {"positions": positions, "segments": segments}
+    where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
+    return x, {"slot": slot, "where": where, "angles": _angles(config, **where)}, cache
 
 
-def _embedded(config, params, x, positions):
+def _embedded(config, params, x, positions, types=None):
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.learned_positions:
-        x = x + weight.rows(params["positions"]["w"], positions, x.dtype)
-    return constrain(x, "batch", "seq", "act_embed")
-
-
-def drop_embedding(config: Config, ctx: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Dropout of the embedding x [B, S, D], where there is any."""
-    if "ids" not in ctx:
-        return x
-    return dropout.dropout(x, config.dropout, ctx["seeds"][0], ctx["ids"])
+        places = positions + config.first_position
+        x = x + weight.rows(params["positions"]["w"], places, x.dtype)
+    if types is not None:
+        x = x + weight.rows(params["token_types"]["w"], types, x.dtype)
+    x = constrain(x, "batch", "seq", "act_embed")
+    return layer.norm(config, x, params.get("embed_norm"))
 
 
 def run_layers(
@@ -421,11 +432,7 @@ class Model(base.Body):
 
     config: Config
     reads: ClassVar[str] = "last"
-
-    @cached_property
-    def abstract(self) -> dict:
-        """Return the tree of Params, with nodes in place of those that `nodes` matches."""
-        return replace(abstract(self.config), self.nodes)
+    tree = staticmethod(abstract)
 
     def outputs(
         self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
@@ -458,12 +465,6 @@ class Model(base.Body):
             )
         w = params["embed" if self.config.tied else "head"]["w"]
         return weight.as_stored(w, ("vocab", "embed"))
-
-    @property
-    def logit_options(self) -> dict:
-        """How logits follow from hidden states and head; see ops.cross_entropy."""
-        c = self.config
-        return dict(scale=c.logit_scale, softcap=c.logit_softcap, vocab=c.vocab)
 
     def logits(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
         """float32 [..., V]; for people, sampling and tests: training never forms [B, S, V]."""

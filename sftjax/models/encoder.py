@@ -10,7 +10,6 @@ reads. The dropout of attention probabilities that a config.json may ask for
 """
 
 import dataclasses
-from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 from sftjax.errors import ModelError
 from sftjax.models import base, decoder, layer
 from sftjax.ops import dropout, weight
-from sftjax.parallel import spread, unspread
-from sftjax.params import Param, replace
+from sftjax.parallel import unspread
+from sftjax.params import Param
 
 POOLER_AXES = ("embed", None)
 HEAD = 1  # folded into a key for the head's dropout
@@ -46,14 +45,14 @@ class Config(decoder.Config):
     causal: bool = False
     tied: bool = True
     learned_positions: bool = True
-    first_position: int = 0  # the row of the table of positions that a document's first token reads
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     gated: bool = False
     activation: str = "gelu"
     token_types: int = 2
-    final_norm: bool = False  # of the last layer's output
+    embed_norm: bool = True
+    final_norm: bool = False
     head: str = ""
     # What lies before each head that has something before it; "" is the body without a head.
     poolers: tuple[tuple[str, Pooler], ...] = (
@@ -74,17 +73,9 @@ class Config(decoder.Config):
 def abstract(c: Config) -> dict:
     """The tree of Params."""
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
-    tree = decoder.abstract(dataclasses.replace(c, classes=0))
-    tree = decoder.share(c, tree)
-    tree["embed_norm"] = layer.norm_params(c, ((), ()))
+    tree = decoder.abstract(c)
     if c.relative:
-        tree["relative_norm"] = layer.norm_params(c, ((), ()))
-    if c.first_position:
-        table = tree["positions"]["w"]
-        size = (c.first_position + c.max_positions, c.width)
-        tree["positions"]["w"] = dataclasses.replace(table, shape=size)
-    if not c.final_norm:
-        del tree["norm"]
+        tree["relative_norm"] = layer.norm_params(c)
     if c.token_types:
         tree["token_types"] = {"w": Param((c.token_types, c.width), (None, "embed"), normal)}
     if c.pooler:
@@ -92,10 +83,7 @@ def abstract(c: Config) -> dict:
         bias = {"b": Param((c.width,), (None,), zeros)}
         tree["pooler"] = {"w": w} | (bias if c.pooler.bias else {})
         if c.pooler.norm:
-            tree["pooler_norm"] = layer.norm_params(c, ((), ()))
-    if c.classes:
-        w = Param((c.classes, c.width), ("classes", "embed"), normal, ("embed",))
-        tree["score"] = {"w": w, "b": Param((c.classes,), ("classes",), zeros)}
+            tree["pooler_norm"] = layer.norm_params(c)
     if c.head == "vocabulary" and c.vocab_bias:
         tree["vocab_bias"] = {"b": Param((c.rows,), ("vocab",), zeros)}
     return tree
@@ -111,13 +99,8 @@ def forward(
     rng: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states [B, S, D]; tokens to types: int32 [B, S]; rng: of dropout, None = without."""
-    tokens, positions, segments, types = map(spread, (tokens, positions, segments, types))
-    x = decoder.embed(config, params, tokens, positions + config.first_position)
-    if config.token_types:
-        x = x + weight.rows(params["token_types"]["w"], types, x.dtype)
-    x = layer.norm(config, x, params["embed_norm"])
-    ctx = decoder.context(config, positions, segments, rng)
-    x = decoder.drop_embedding(config, ctx, x)
+    own = types if config.token_types else None
+    x, ctx = decoder.embed(config, params, tokens, positions, segments, rng, own)
     layers = params["layers"]
     if config.relative:
         table = layer.norm(config, params["relative"]["w"], params["relative_norm"])
@@ -143,13 +126,8 @@ class Model(base.Body):
     """An encoder with a head of classes or of the vocabulary, or with none; see base.Model."""
 
     config: Config
-    source: Any = dataclasses.field(default=None, compare=False)
     reads: ClassVar[str] = "first"
-
-    @cached_property
-    def abstract(self) -> dict:
-        """Return the tree of Params, with nodes in place of those that `nodes` matches."""
-        return replace(abstract(self.config), self.nodes)
+    tree = staticmethod(abstract)
 
     def outputs(
         self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
@@ -214,8 +192,3 @@ class Model(base.Body):
     def vocab_bias(self, params: dict[str, Any]) -> jax.Array | None:
         """What is added to the logits, [config.rows]; None for nothing."""
         return params["vocab_bias"]["b"] if "vocab_bias" in params else None
-
-    @property
-    def logit_options(self) -> dict:
-        """How logits follow from hidden states and head; see ops.cross_entropy."""
-        return dict(vocab=self.config.vocab)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from sftjax.errors import ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
-from sftjax.parallel import spread, unspread
-from sftjax.params import map_named, replace
+from sftjax.parallel import unspread
+from sftjax.params import map_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,6 @@ class Config(decoder.Config):
     encoder_layers: int = 0
     encoder_heads: int = 0
     encoder_mlp: int = 0
-    embed_norm: bool = False  # the embeddings are normalised
-    final_norm: bool = True  # and the output of the last layer
-    first_position: int = 0  # the row of the table of positions that a first token reads
     start_id: int = 0  # the token before a target
 
     @cached_property
@@ -55,8 +52,13 @@ class Config(decoder.Config):
 
 def abstract(c: Config) -> dict:
     """The tree of Params: the decoder's, with the encoder's under "encoder"."""
-    tree = _side(c)
-    tree["encoder"] = {k: v for k, v in _side(c.encoder).items() if k != "embed"}
+    if c.classes:
+        raise ModelError(
+            f"an encoder-decoder has no head of classes here, and head={c.head!r} is asked for;"
+            " write the classes as text with task='seq2seq'"
+        )
+    tree = decoder.abstract(c)
+    tree["encoder"] = {k: v for k, v in decoder.abstract(c.encoder).items() if k != "embed"}
     return map_named(functools.partial(_as_t5, c), tree) if c.buckets else tree
 
 
@@ -71,30 +73,8 @@ def _as_t5(c, name, p):
     return dataclasses.replace(p, init=jax.nn.initializers.normal(std)) if std else p
 
 
-def _side(c):
-    tree = decoder.abstract(c)
-    if not c.final_norm:
-        del tree["norm"]
-    if c.embed_norm:
-        tree["embed_norm"] = layer.norm_params(c, ((), ()))
-    if c.learned_positions:
-        table = tree["positions"]["w"]
-        size = (c.first_position + c.max_positions, c.width)
-        tree["positions"]["w"] = dataclasses.replace(table, shape=size)
-    return decoder.share(c, tree)
-
-
 def _with_embed(tree):
     return tree["encoder"] | {"embed": tree["embed"]}
-
-
-def _embed(c, p, embed, tokens, positions, rng):
-    """(x, what the layers are told) of tokens and positions, in the context axis's order."""
-    where = p | {"embed": embed}
-    x = decoder.embed(c, where, tokens, positions["positions"] + c.first_position)
-    x = layer.norm(c, x, p.get("embed_norm"))
-    ctx = decoder.context(c, **positions, rng=rng)
-    return decoder.drop_embedding(c, ctx, x), ctx
 
 
 def encode(
@@ -109,11 +89,10 @@ def encode(
 
     tokens, positions, segments: int32 [B, S].
     """
-    tokens, positions, segments = map(spread, (tokens, positions, segments))
-    where, own = {"positions": positions, "segments": segments}, params["encoder"]
-    x, ctx = _embed(c.encoder, own, params["embed"], tokens, where, rng)
+    own = _with_embed(params)
+    x, ctx = decoder.embed(c.encoder, own, tokens, positions, segments, rng)
     x, _, _ = decoder.run_layers(c.encoder, decoder.with_shared(c.encoder, own), ctx, x)
-    return {"hidden": layer.norm(c, x, own.get("norm"))} | where
+    return {"hidden": layer.norm(c, x, own.get("norm"))} | ctx["where"]
 
 
 def before(targets: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
@@ -128,16 +107,7 @@ class Model(base.Body):
 
     config: Config
     reads: ClassVar[str] = "last"
-
-    @cached_property
-    def abstract(self) -> dict:
-        """Return the tree of Params, with nodes in place of those that `nodes` matches."""
-        if self.config.classes:
-            raise ModelError(
-                f"an encoder-decoder has no head of classes here, and head={self.config.head!r} is"
-                " asked for; write the classes as text with task='seq2seq'"
-            )
-        return replace(abstract(self.config), self.nodes)
+    tree = staticmethod(abstract)
 
     def outputs(
         self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
@@ -149,15 +119,12 @@ class Model(base.Body):
         """
         c, targets = self.config, batch["targets"]
         own = {"tokens": targets}
-        own |= {k: batch[f"target_{k}"] for k in base.PLACES if f"target_{k}" in batch}
+        own |= {k: batch.get(f"target_{k}") for k in ("positions", "segments")}
         positions, segments = base.places(own)
         rngs = (None, None) if rng is None else jax.random.split(rng)
         source = encode(c, params, batch["tokens"], *base.places(batch), rng=rngs[0])
-        tokens, positions, segments = map(
-            spread, (before(targets, positions, c.start_id), positions, segments)
-        )
-        where = {"positions": positions, "segments": segments}
-        x, ctx = _embed(c, params, params["embed"], tokens, where, rngs[1])
+        tokens = before(targets, positions, c.start_id)
+        x, ctx = decoder.embed(c, params, tokens, positions, segments, rngs[1])
         x, _, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx | {"source": source}, x)
         return unspread(layer.norm(c, x, params.get("norm"))), None
 
@@ -183,9 +150,8 @@ class Model(base.Body):
 
         return count
 
-    # The head and how logits follow from it are the decoder's.
+    # The head and the logits are the decoder's.
     head = decoder.Model.head
-    logit_options = decoder.Model.logit_options
     logits = decoder.Model.logits
 
     def begin(
@@ -225,11 +191,7 @@ class Model(base.Body):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """(hidden [B, T, D], cache) with the tokens [B, T] of a target appended to the cache."""
         c = self.config
-        slot, cache = cache["slot"], decoder.write_places(cache, positions, segments)
-        x = decoder.embed(c, params, tokens, positions + c.first_position)
-        x = layer.norm(c, x, params.get("embed_norm"))
-        where = {"positions": positions, "segments": segments}
-        where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
-        ctx = {"slot": slot, "where": where, "angles": {}, "source": cache["source"]}
-        x, kept, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx, x, cache)
+        x, ctx, cache = decoder.embed_next(c, params, cache, tokens, positions, segments)
+        layers, ctx = decoder.with_shared(c, params), ctx | {"source": cache["source"]}
+        x, kept, _ = decoder.run_layers(c, layers, ctx, x, cache)
         return layer.norm(c, x, params.get("norm")), cache | {"kv": kept}

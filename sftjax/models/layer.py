@@ -40,7 +40,7 @@ SLICE = 3072  # least width of a slice of the MLP: narrower matmuls would not ru
 
 def norm_params(
     c: "Config",
-    lead: tuple[tuple[int, ...], tuple[str | None, ...]],
+    lead: tuple[tuple[int, ...], tuple[str | None, ...]] = ((), ()),
     shape: tuple[int, ...] | None = None,
     axes: tuple[str | None, ...] = ("norm",),
 ) -> dict[str, Param]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sftjax.ops import embed, linear
-from sftjax.parallel import gather
+from sftjax.parallel import constrain, gather
 
 Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array; see parallel.RULES
 
@@ -65,14 +65,6 @@ class Node:
     def as_head(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `as_head`."""
         return h, self.dense(h.dtype)
-
-    def cut(self, axes: Axes, axis: str, i: int, n: int) -> Self:
-        """See `cut`."""
-        return jax.tree.map(lambda w, a: _cut(w, a, axis, i, n), self, self.leaf_axes(axes))
-
-    def gather_for_use(self, axes: Axes, dtype: DTypeLike) -> Self:
-        """See `gather_for_use`."""
-        return jax.tree.map(lambda w, a: gather.for_use(w, a, dtype), self, self.leaf_axes(axes))
 
 
 Weight = jax.Array | Node
@@ -154,16 +146,12 @@ def gather_for_use(tree: Any, axes: Any, dtype: DTypeLike) -> Any:
     Their arrays' gradients come in the layout in which these are stored: they are scattered as they
     are summed.
     """
-
-    def one(w, axes):
-        return w.gather_for_use(axes, dtype) if is_node(w) else gather.for_use(w, axes, dtype)
-
-    return jax.tree.map(one, tree, axes, is_leaf=is_node)
+    return map_arrays(lambda w, axes: gather.for_use(w, axes, dtype), tree, axes)
 
 
 def as_stored(tree: Any, axes: Any) -> Any:
     """The same weights; gradients come laid out as the arrays are, so that none is ever whole."""
-    return map_arrays(gather.as_stored, tree, axes)
+    return map_arrays(lambda w, axes: constrain(w, *axes), tree, axes)
 
 
 def cut(tree: Any, axes: Any, axis: str, i: int, n: int) -> Any:
@@ -172,15 +160,11 @@ def cut(tree: Any, axes: Any, axis: str, i: int, n: int) -> Any:
     What a node holds without that axis stays whole.
     """
 
-    def one(w, axes):
-        return w.cut(axes, axis, i, n) if is_node(w) else _cut(w, axes, axis, i, n)
+    def part(w, axes):
+        if axis not in axes:
+            return w
+        dim = axes.index(axis)
+        size = w.shape[dim] // n
+        return jax.lax.slice_in_dim(w, i * size, (i + 1) * size, axis=dim)
 
-    return jax.tree.map(one, tree, axes, is_leaf=is_node)
-
-
-def _cut(w, axes, axis, i, n):
-    if axis not in axes:
-        return w
-    dim = axes.index(axis)
-    size = w.shape[dim] // n
-    return jax.lax.slice_in_dim(w, i * size, (i + 1) * size, axis=dim)
+    return map_arrays(part, tree, axes)

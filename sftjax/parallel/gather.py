@@ -21,11 +21,6 @@ def in_use(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
     return tuple(None if a in GATHERED else a for a in axes)
 
 
-def as_stored(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """w; its gradient too comes in the layout in which w is stored, so that it is never whole."""
-    return constrain(w, *axes)
-
-
 def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
     """The array w in `dtype`, gathered over fsdp for this use only.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Answering(Task[E], Generic[E]):
     """A task whose model has a vocabulary head, and whose data.test is questions."""
 
+    loss = staticmethod(losses.causal_lm)
     metrics = ("perplexity", "accuracy")
     counts = ("cells", "tokens", "trained_tokens")
     asking: Asking = Asking()

@@ -20,6 +20,7 @@ from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
+from sftjax.evaluation.metrics import Scores
 from sftjax.models.base import Model
 from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
@@ -73,28 +74,6 @@ class Example(NamedTuple):
         return np.zeros(0, np.float32)
 
 
-class Scores(NamedTuple):
-    """What was measured of one evaluation set.
-
-    values: {"accuracy": a number}; they go into every log and table. tables: {"confusion": anything
-    that JSON holds}. errors: standard errors of values. baselines: {"always good": {"accuracy": a
-    number}}, what needs no model. rows: of metrics that are means, the value of each document, in
-    the order of the predictions; under "weight" how much of the mean each is, where that differs.
-    All but values are of the result alone.
-    """
-
-    values: dict[str, float]
-    tables: Mapping[str, Any] = {}
-    errors: Mapping[str, float] = {}
-    baselines: Mapping[str, Mapping[str, float]] = {}
-    rows: Mapping[str, np.ndarray] = {}
-
-    @classmethod
-    def of(cls, found: metrics.Measured) -> "Scores":
-        """Of what evaluation.metrics has measured."""
-        return cls(found.values, found.tables, found.errors, found.baselines, found.rows)
-
-
 class Task(Generic[E]):
     """One kind of supervised task: from a record to an example, a loss, and a score.
 
@@ -104,6 +83,7 @@ class Task(Generic[E]):
     lower: those of which a lower value is the better one.
     counts: those of a step's metrics that are counts, of which the log shows rates.
     options: the keys of the config's section `loss` that the task reads; None: it may read all.
+    loss: the function of sftjax.losses that `loss_fn` is made with.
     tokenizer: a fast Hugging Face tokenizer, or None where a task reads none.
     """
 
@@ -113,6 +93,7 @@ class Task(Generic[E]):
     lower: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     counts: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...] | None] = None
+    loss: ClassVar[Callable[..., Any]]
     tokenizer: Any = None
     beside: tuple[str, ...] = ()  # fields that evaluation reads: eval.choices, eval.group
 
@@ -219,11 +200,15 @@ class Task(Generic[E]):
         raise NotImplementedError
 
     def loss_fn(self, model: TaskModel, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """The loss of training. options: the config's section `loss`.
+        """The loss of training: `loss` with what is its own of the config's section `loss`.
 
         sources: the names of several sources; the batch says in `sources` which is whose.
         """
-        raise NotImplementedError
+        return self.loss(model, **self.own(options), sources=sources)
+
+    def own(self, options: dict) -> dict[str, Any]:
+        """What `loss` takes of the config's section `loss`."""
+        return {k: options[k] for k in self.options or () if k in options}
 
     def exported(self, params: Any, model_state: Any) -> Any:
         """The parameters as an export holds them, which knows no model_state."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sftjax import losses
 from sftjax.data import open_source
 from sftjax.data.masking import encode as chat
 from sftjax.data.masking.conversation import read_field, read_record, to_conversation
@@ -28,13 +27,11 @@ from sftjax.errors import ConfigError
 from sftjax.evaluation.answers import Asking, with_choices
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
-from sftjax.tasks.base import LossFn, counted, read_model
+from sftjax.tasks.base import counted, read_model
 from sftjax.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from sftjax.models import decoder
 
 logger = logging.getLogger(__name__)
 READING = ("fields", "roles")  # of a policy: what says how to read a record
@@ -101,7 +98,7 @@ class CausalLM(Answering[chat.Encoded]):
         return fit(example.tokens, example.weights, max_length, overlong, bos)
 
     def kept(self, example: chat.Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
-        """The places of the tokens of each piece; a bos that stands first has place 0."""
+        """The places of the tokens of each piece."""
         # The places are cut as the tokens would be; a bos that stands first has place 0.
         places = np.arange(len(example.tokens))
         bos = 0 if len(places) and example.tokens[0] == self.tokenizer.bos_token_id else None
@@ -167,11 +164,6 @@ class CausalLM(Answering[chat.Encoded]):
     def load_model(self, section: ConfigDict, **changes: Any) -> Model:
         """The model of model.path with its vocabulary head, without weights."""
         return read_model(section, classes=0, **changes)
-
-    def loss_fn(self, model: "decoder.Model", options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.causal_lm with the options of the config's section `loss`."""
-        own = {k: options[k] for k in self.options if k in options}
-        return losses.causal_lm(model, **own, sources=sources)
 
     # ---- evaluation ----
 

@@ -18,7 +18,7 @@ from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
-from sftjax.tasks.base import EvalFn, LossFn, Scores, Task, read_model
+from sftjax.tasks.base import EvalFn, Scores, Task, read_model
 from sftjax.tasks.texts import Labelled, Texts
 from sftjax.terminal import columns
 
@@ -78,6 +78,7 @@ class Classification(Texts):
     """labels: see Labels; of the others see Texts."""
 
     head: str = "document"
+    loss = staticmethod(losses.classification)
     cleaned: ClassVar[bool] = True  # cleaning and splitting read a text and one label
     options: ClassVar[tuple[str, ...]] = ("kind", "focal_gamma", "label_smoothing", "class_weights")
     metrics: tuple[str, ...] = ("accuracy", "f1")
@@ -166,11 +167,10 @@ class Classification(Texts):
         """The body of model.path, without weights, with a head of a row for each label."""
         return read_model(section, labels=self.labels.names, head=self.head, **changes)
 
-    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.classification with the options of the config's section `loss`."""
-        own = {k: options[k] for k in ("kind", "focal_gamma", "label_smoothing")}
+    def own(self, options: dict) -> dict[str, Any]:
+        """As of Task, with a weight for each label."""
         weights = self.class_weights(options["class_weights"])
-        return losses.classification(model, **own, class_weights=weights, sources=sources)
+        return {**super().own(options), "class_weights": weights}
 
     def class_weights(self, text: str) -> tuple[float, ...]:
         """() for none, or a weight for each label. Raises: ConfigError."""
@@ -202,7 +202,7 @@ class Classification(Texts):
 
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
         """The plain loss, whatever the weights in training, and what is wanted and given."""
-        loss_fn = losses.classification(model, predictions=True)
+        loss_fn = self.loss(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
     def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
@@ -214,8 +214,7 @@ class Classification(Texts):
         wanted, given, scores = (predictions[k][real] for k in ("wanted", "given", "scores"))
         found = metrics.labels(wanted, given, self.labels.names, scores, **how)
         right = np.take_along_axis(scores, wanted[:, None], 1)[:, 0]
-        rows = {**found.rows, "loss": -np.log(np.maximum(right, 1e-38))}
-        return Scores(found.values, found.tables, found.errors, found.baselines, rows)
+        return found._replace(rows={**found.rows, "loss": -np.log(np.maximum(right, 1e-38))})
 
     # ---- for people ----
 
@@ -233,6 +232,7 @@ class MultiLabel(Classification):
     """Any number of labels for a text: a list of them, or one text of names with commas."""
 
     cleaned = False
+    loss = staticmethod(losses.multi_label)
     options = ("kind", "focal_gamma", "class_weights")
     metrics = ("f1", "f1_micro", "accuracy")
 
@@ -291,23 +291,11 @@ class MultiLabel(Classification):
         """As of Classification; an export says that its labels are not one of several."""
         return super().load_model(section, problem="multi_label_classification", **changes)
 
-    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.multi_label with the options of the config's section `loss`."""
-        own = {k: options[k] for k in ("kind", "focal_gamma")}
-        weights = self.class_weights(options["class_weights"])
-        return losses.multi_label(model, **own, class_weights=weights, sources=sources)
-
-    def eval_fn(self, model: Model, options: dict) -> EvalFn:
-        """The plain loss, whatever the weights in training, and what is wanted and given."""
-        loss_fn = losses.multi_label(model, predictions=True)
-        return lambda params, batch, model_state=None: loss_fn(params, batch, None)
-
     def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What is measured of labels of which a row has any number."""
         real = predictions["weights"] > 0
         wanted, scores = (predictions[k][real] for k in ("wanted", "scores"))
-        found = metrics.multi_labels(wanted > 0, scores, self.labels.names, **how)
-        return Scores.of(found)
+        return metrics.multi_labels(wanted > 0, scores, self.labels.names, **how)
 
 
 class LabelTally(Tally):

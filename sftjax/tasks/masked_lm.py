@@ -1,6 +1,5 @@
 """The masked language model: an encoder goes on learning on plain texts of a domain."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 from sftjax import losses
 from sftjax.errors import ConfigError
 from sftjax.models.base import Model
-from sftjax.tasks.base import EvalFn, LossFn, Scores, perplexity, read_model
+from sftjax.tasks.base import EvalFn, Scores, perplexity, read_model
 from sftjax.tasks.texts import TEXTS, Texts
 
 
@@ -19,6 +18,7 @@ class MaskedLM(Texts):
     usual: ClassVar = {"text": TEXTS}
     whole = False
     cuttable = True
+    loss = staticmethod(losses.masked_lm)
     options = ("mask_rate", "chunk_tokens")
     metrics = ("perplexity", "accuracy")
 
@@ -38,15 +38,13 @@ class MaskedLM(Texts):
             )
         return model
 
-    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.masked_lm with the options of the config's section `loss`."""
-        own = {k: options[k] for k in self.options}
-        return losses.masked_lm(model, mask_id=self._mask_id, **own, sources=sources)
+    def own(self, options: dict) -> dict[str, Any]:
+        """As of Task, and the token that hides others."""
+        return {**super().own(options), "mask_id": self._mask_id}
 
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
         """The loss of tokens that a hash chooses, and how many of them are found."""
-        own = {k: options[k] for k in self.options}
-        loss_fn = losses.masked_lm(model, mask_id=self._mask_id, accuracy=True, **own)
+        loss_fn = self.loss(model, accuracy=True, **self.own(options))
         return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
 
     @property

@@ -20,7 +20,7 @@ from sftjax.evaluation import metrics
 from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
 from sftjax.params import Param
-from sftjax.tasks.base import EvalFn, LossFn, Scores, read_model
+from sftjax.tasks.base import EvalFn, Scores, read_model
 from sftjax.tasks.texts import LABELS, TEXTS, Texts
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -32,6 +32,7 @@ class Regression(Texts):
 
     usual: ClassVar = {"text": TEXTS, "label": NUMBERS}
     target = np.float32
+    loss = staticmethod(losses.regression)
     options = ("kind", "huber_delta")
     metrics = ("mae", "rmse", "r2", "pearson", "spearman")
     mean, std = 0.0, 1.0  # of the training rows' numbers, once they are known
@@ -86,22 +87,16 @@ class Regression(Texts):
             return params | {"score": score | {"b": score["b"] + mean}}
         return params | {"score": score}
 
-    def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.regression with the options of the config's section `loss`."""
-        own = {k: options[k] for k in ("kind", "huber_delta")}
-        return losses.regression(model, **own, sources=sources)
-
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
         """The same loss, and what is wanted and given."""
-        own = {k: options[k] for k in ("kind", "huber_delta")}
-        loss_fn = losses.regression(model, predictions=True, **own)
+        loss_fn = self.loss(model, predictions=True, **self.own(options))
         return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
     def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for numbers."""
         real = predictions["weights"] > 0
         wanted, given = (predictions[k][real] for k in ("wanted", "given"))
-        return Scores.of(metrics.numbers(wanted, given, **how))
+        return metrics.numbers(wanted, given, **how)
 
 
 class NumberTally(Tally):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from sftjax import losses
 from sftjax.data.masking.question import Question
 from sftjax.data.packing.pairs import NONE, PairRows
 from sftjax.data.records.sources import Source
@@ -18,7 +17,7 @@ from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation.answers import Asking
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
-from sftjax.tasks.base import LossFn, read_model
+from sftjax.tasks.base import read_model
 from sftjax.tasks.texts import TEXTS, Texts
 from sftjax.terminal import warn
 
@@ -145,11 +144,6 @@ class Seq2Seq(Answering[Any], Texts):
                 " BART, and this is none; train a decoder with task='causal_lm'"
             )
         return model
-
-    def loss_fn(self, model: Any, options: dict, sources: Sequence[str] = ()) -> LossFn:
-        """losses.causal_lm of the targets."""
-        own = {k: options[k] for k in self.options if k in options}
-        return losses.causal_lm(model, **own, sources=sources)
 
     # ---- evaluation ----
 

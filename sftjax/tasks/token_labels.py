@@ -117,12 +117,12 @@ class TokenLabels(Classification):
         w, g = (
             [list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given)
         )
-        tags = metrics.tags(w, g, **how) if self.entities else metrics.Measured({})
+        tags = metrics.tags(w, g, **how) if self.entities else Scores({})
         found = metrics.labels(wanted, given, self.labels.names)
         values = {"accuracy": found.values["accuracy"], "f1_words": found.values["f1"]}
         values |= {k: v for k, v in found.values.items() if k == "not_finite"}
         [(usual, shown)] = found.baselines.items()
         shown = {"accuracy": shown["accuracy"], "f1_words": shown["f1"]}
-        baselines = {usual: shown | tags.baselines.get(usual, {})}
+        baselines = {usual: {**shown, **tags.baselines.get(usual, {})}}
         tables = {"confusion": found.tables["confusion"], **tags.tables}
         return Scores(tags.values | values, tables, tags.errors, baselines, tags.rows)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sftjax.errors import ConfigError
-
 if TYPE_CHECKING:
     from sftjax.models import decoder
 
@@ -24,15 +22,6 @@ class _Kept(NamedTuple):
     ids: jax.Array  # int32 [B, K, new]
     scores: jax.Array  # float32 [B, K]
     ended: jax.Array  # bool [B, K]: there is one
-
-
-def check(beams: int, temperature: float) -> None:
-    """Raise ConfigError for beams of answers that are drawn."""
-    if beams > 1 and temperature:
-        raise ConfigError(
-            f"generate.beams={beams} and generate.temperature={temperature}: a beam search draws"
-            " nothing; set one of them"
-        )
 
 
 def _take(x, index):

@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from sftjax import parallel
 from sftjax.data.packing.pack import pad_to_multiple
-from sftjax.errors import DataError, ModelError
-from sftjax.evaluation.beams import check, search
+from sftjax.errors import ConfigError, DataError, ModelError
+from sftjax.evaluation.beams import search
 from sftjax.ops import rope
 from sftjax.parallel import processes
 
@@ -158,7 +158,11 @@ def generate(
             "generate: this model has no vocabulary head to draw tokens from; take the directory of"
             " a causal language model"
         )
-    check(beams, temperature)
+    if beams > 1 and temperature:
+        raise ConfigError(
+            f"generate.beams={beams} and generate.temperature={temperature}: a beam search draws"
+            " nothing; set one of them"
+        )
     sizes = [len(prompt) for prompt in prompts]
     if 0 in sizes:
         problem = f"prompt {sizes.index(0)} is empty; a prompt needs at least one token"

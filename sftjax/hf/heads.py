@@ -22,17 +22,6 @@ MASKED = "ForMaskedLM"
 PAIRED = "ForConditionalGeneration"
 VOCABULARY = (MASKED, PAIRED, "ForCausalLM", "LMHeadModel", "ForPreTraining")
 SPAN = ("start", "end")  # the rows of a head of spans
-# The first part of transformers' class names.
-PREFIXES = {
-    "bart": "Bart", "bert": "Bert", "deberta-v2": "DebertaV2", "distilbert": "DistilBert",
-    "gemma": "Gemma", "gemma2": "Gemma2",
-    "gemma3_text": "Gemma3Text", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "gpt_oss": "GptOss",
-    "granite": "Granite", "iquestcoder": "IQuestCoder", "iquestloopcoder": "IQuestLoopCoder",
-    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "modernbert": "ModernBert",
-    "olmo2": "Olmo2", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
-    "roberta": "Roberta", "smollm3": "SmolLM3", "t5": "T5",
-    "xlm-roberta": "XLMRoberta",
-}  # fmt: skip
 # Of every decoder, by the head.
 SCORES = {
     "document": [("score.weight", "score/w", "c d -> c d")],
@@ -188,10 +177,13 @@ def _some(names, most=4) -> str:
 
 def exported(model: Model) -> dict:
     """The config.json of the source, saying which head the model has."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     hf, n, kind = dict(model.source.config), model.config.classes, model.config.head
     # The loop form may call itself a llama, and is then told by this name alone.
     loop = "IQuestLoopCoder" in str(hf.get("architectures"))
-    prefix = PREFIXES["iquestloopcoder" if loop else hf["model_type"]]
+    known = {"iquestcoder": "IQuestCoderConfig"} | CONFIG_MAPPING_NAMES
+    prefix = "IQuestLoopCoder" if loop else known[hf["model_type"]].removesuffix("Config")
     if not n:
         if not model.config.causal and is_other(hf, kind):
             hf["architectures"] = [prefix + (MASKED if kind else "Model")]

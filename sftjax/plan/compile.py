@@ -211,11 +211,8 @@ def rounds(text: str, program: Program, attention: bool = False) -> int:
     No other loop is ended by data. As often as the FLOPs of its rounds make up those of the
     vocabulary projection, or those of attention.
     """
-    once, twice = (
-        hlo.analyze(text, lambda name, n=n: n if ("attention" in name) == attention else 1)
-        for n in (1, 2)
-    )
-    each = twice.flops - once.flops
+    twice = hlo.analyze(text, lambda name: 1 + (("attention" in name) == attention))
+    each = twice.flops - hlo.analyze(text).flops
     if not each:
         return 1
     whole = program.attention_flops if attention else program.head_flops / program.mesh.size

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from sftjax.files import write_atomic
 from sftjax.reports.run import table, values
 from sftjax.terminal import printable
@@ -42,28 +44,9 @@ def write_card(export: Path, feed: Feed, result: Mapping[str, Any]) -> None:
     )
     d = config.data
     sources = d.train or ", ".join(str(source["path"]) for source in d.sources)
-    text = f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{config.model.path}{", from random weights," if drawn else ","} fine-tuned with sftjax on {sources}:
-{result["steps"]:,} steps of {config.train.batch_size} rows with {config.optim.name},
-learning rate {config.optim.lr:g} ({config.optim.schedule}), seed {config.seed}.
-
-## Measured
-
-```
-{table(result["before"], after)}
-```
-
-"±" is one standard error. The sets: {", ".join(feed.sets | feed.tests) or "none"}; questions:
-{d.test or "none"}.
-
-## Limits
-
-It was measured on the sets above and on nothing else. Licences of the base model and of the data
-hold for it too.
-"""
+    file = Path(__file__).with_name("templates") / "card.md.jinja"
+    text = Template(file.read_text(encoding="utf-8")).render(
+        data=data, name=name, config=config, drawn=drawn, sources=sources, result=result,
+        table=table(result["before"], after), sets=", ".join(feed.sets | feed.tests) or "none",
+    )  # fmt: skip
     write_atomic(export / "README.md", str(ModelCard(printable(text))))

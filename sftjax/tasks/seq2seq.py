@@ -163,8 +163,8 @@ class Seq2Seq(Answering[Any], Texts):
                 raise DataError(problem, "raise it", where=where, kind="too_long")
             long += len(places[0]) < len(pair.source)
             text, wanted = (self.text(record, kind, where) for kind in KINDS)
-            lead = self.special_ends[0]
-            found.append(Question(pair.source[places[0]], wanted, text, text, lead))
+            ids = pair.source[places[0]]
+            found.append(Question(ids, wanted, text, text, self.special_ends[0]))
         if long:
             warn(f"of {len(found)} questions {long} are cut to data.max_length={most} tokens")
         return found

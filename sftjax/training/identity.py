@@ -20,17 +20,14 @@ from sftjax.files import read_json, write_atomic
 from sftjax.training.log import warn
 
 
-def make_manifest(config: Mapping, identity: Mapping, **facts: Any) -> dict:
-    """What a run is: its config's sha256, library versions, and `identity`.
+def make_manifest(identity: Mapping, **facts: Any) -> dict:
+    """What a run is: `identity`, and what explains a difference in it.
 
     identity: flat {name: JSON value} of what must not change inside one directory. facts: what else
     is known, as JSON holds it, by which a difference is explained: "data" and "evaluation", each
     {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
     """
-    text = json.dumps(config, sort_keys=True, default=str)
-    versions = {name: version(name) for name in ("sftjax", "jax", "orbax-checkpoint")}
-    known = dict(identity=dict(identity), config_sha256=sha256(text), versions=versions)
-    return json.loads(json.dumps(known | facts))
+    return json.loads(json.dumps(dict(identity=dict(identity)) | facts))
 
 
 def sha256(text: str) -> str:
@@ -55,7 +52,7 @@ def check_manifest(directory: Path | str, manifest: Mapping) -> None:
     old = read_manifest(path) if path.exists() else {}
     if old:
         _check(directory, old, manifest)
-        manifest = dict(manifest) | {"versions": old.get("versions", manifest["versions"])}
+        manifest = dict(manifest)
         # What an earlier version did not note is not known, and not refused either.
         manifest["identity"] = manifest["identity"] | old["identity"]
     if jax.process_index() == 0 and old != manifest:

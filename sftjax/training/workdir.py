@@ -123,7 +123,6 @@ def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
         hashes["the model's config.json"] = json.dumps(model.source.config, sort_keys=True)
         identity["model"] = sha256(hashes["the model's config.json"])
     return make_manifest(
-        config_lib.to_dict(config),
         identity,
         hashes={name: sha256(text) for name, text in hashes.items()},
         steps=feed.steps,

@@ -101,7 +101,7 @@ def test_rows_by_their_hashes():
 
 
 def manifest(identity=None, **facts):
-    return make_manifest({}, identity or {"tokenised data": "a"}, **facts)
+    return make_manifest(identity or {"tokenised data": "a"}, **facts)
 
 
 def source(rows=3, sha="x"):

@@ -135,7 +135,7 @@ class Body:
         """Raise ConfigError where learned positions do not reach so far."""
         c = self.config
         if c.learned_positions and length > c.max_positions:
-            raise ConfigError(f"{what}: the model has {c.max_positions} learned positions")
+            raise ConfigError(f"{what}: the model has {c.max_positions} positions, all learned")
 
     def names(self: Model) -> list[tuple]:
         """The rows of its Hugging Face table; ModelError for a model of no directory."""

@@ -121,19 +121,14 @@ def trust(
         counts = np.array([weights[1:].sum() for _, weights in docs])
         return -weighted(model, params, docs, batch_size=BATCH)[0], counts
 
-    answers = [_answer(r) for r in records]
+    said = [[r.get("completion"), *(m["content"] for m in r.get("messages", ()))] for r in records]
+    answers = [texts[0] if texts[0] is not None else texts[-1] for texts in said]
     labels = sorted(set(answers) - {None})
     if None in answers or not 2 <= len(labels) <= min(LABELS, len(rows) // 10):
         total, tokens = losses_of(records)
         return np.exp(-total / np.maximum(tokens, 1))  # the probability of the average token
     tried = [losses_of([_with_answer(r, label) for r in records])[0] for label in labels]
     return normalised_margin(np.stack(tried, 1), [labels.index(a) for a in answers])
-
-
-def _answer(record):
-    if "completion" in record:
-        return record["completion"]
-    return record["messages"][-1]["content"] if "messages" in record else None
 
 
 def _with_answer(record, answer):

@@ -168,7 +168,9 @@ def _encoded(part, indices, on_error):
         for i in some:
             if i in bad:
                 nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-                yield i, source.where(i), Encoded(*nothing, _text(source, i), []), bad[i]
+                found = record(source, i)  # None where it is malformed: the note says why
+                text = json.dumps(found, ensure_ascii=False, indent=1, default=str) if found else ""
+                yield i, source.where(i), Encoded(*nothing, text, []), bad[i]
             else:
                 yield i, *next(good), ""
 
@@ -183,8 +185,3 @@ class _Bad(dict):
         if self.on_error == "raise" or error.where != self.source.where(i):
             raise error
         self[i] = error.reason
-
-
-def _text(source, i) -> str:
-    found = record(source, i)  # None where it is malformed: the note says what is wrong with it
-    return "" if found is None else json.dumps(found, ensure_ascii=False, indent=1, default=str)

@@ -253,8 +253,11 @@ def as_html(report: dict[str, Any], color: bool, width: int) -> str:
 
 
 def _page(render, report):
-    examples, several = report["examples"], _several(report)
+    examples, several, shown = report["examples"], _several(report), []
     reasons = dict.fromkeys(e["dropped"] for e in examples if e["dropped"])
+    for e in examples:
+        own = dict(pieces=_pieces(e["text"], e["spans"]), rows=[*map(_token_row, e["tokens"])])
+        shown.append(e | own | {"title": _title(e, several)})
     return render(
         "inspect.html.jinja",
         styles=["inspect.css"],
@@ -265,14 +268,9 @@ def _page(render, report):
         sources={"": "all"} | {e["source"]: e["source"] for e in examples},
         fates={"": "all", "no": "kept", "any": "dropped"} | {r: f"dropped: {r}" for r in reasons},
         columns=COLUMNS,
-        examples=[_article(example, several) for example in examples],
+        examples=shown,
         nothing=NOTHING,
     )
-
-
-def _article(example, several):
-    pieces, rows = _pieces(example["text"], example["spans"]), map(_token_row, example["tokens"])
-    return example | dict(title=_title(example, several), pieces=pieces, rows=list(rows))
 
 
 def _token_row(token):

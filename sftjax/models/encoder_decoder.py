@@ -24,7 +24,7 @@ from sftjax.errors import ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
 from sftjax.parallel import unspread
-from sftjax.params import map_named
+from sftjax.params import flatten, map_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,6 @@ def encode(
     return {"hidden": layer.norm(c, x, own.get("norm"))} | ctx["where"]
 
 
-def before(targets: jax.Array, positions: jax.Array, start_id: int) -> jax.Array:
-    """int32 [B, T]: the token before each target; start_id before the first."""
-    moved = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    return jnp.where(positions == 0, start_id, moved)
-
-
 @dataclasses.dataclass(frozen=True)
 class Model(base.Body):
     """An encoder-decoder with a head of the vocabulary; see base.Model."""
@@ -123,7 +117,8 @@ class Model(base.Body):
         positions, segments = base.places(own)
         rngs = (None, None) if rng is None else jax.random.split(rng)
         source = encode(c, params, batch["tokens"], *base.places(batch), rng=rngs[0])
-        tokens = before(targets, positions, c.start_id)
+        before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+        tokens = jnp.where(positions == 0, c.start_id, before)
         x, ctx = decoder.embed(c, params, tokens, positions, segments, rngs[1])
         x, _, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx | {"source": source}, x)
         return unspread(layer.norm(c, x, params.get("norm"))), None
@@ -139,14 +134,18 @@ class Model(base.Body):
             for config, side in [(c.encoder, _with_embed), (c, dict)]
         )
 
+        on, keys = flatten(trainable), 0  # what makes keys and values reads the source's tokens
+        for name, p in flops.matrices(tree["layers"], "layers/"):
+            if "/cross/k/" in name or "/cross/v/" in name:
+                keys += math.prod(p.shape) * (4 + 2 * on[name])
+        per_pair = 12 * c.heads * c.head_dim * c.layers
+
         def count(tokens, trained, pairs):
             source = tokens - trained
-            share, across = trained / max(source, 1), functools.partial(flops.cross_flops, c)
-            return (
-                source_of(source, 0, pairs)
-                + target_of(trained, trained, lambda window: share**2 * pairs(window))
-                + across(trainable, tree, source, trained, 2 * share * pairs(0))
-            )
+            share = trained / max(source, 1)
+            target = target_of(trained, trained, lambda window: share**2 * pairs(window))
+            across = keys * (source - trained) + per_pair * 2 * share * pairs(0)
+            return source_of(source, 0, pairs) + target + across
 
         return count
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from sftjax import params as params_lib
 from sftjax.models import decoder
@@ -28,14 +29,14 @@ def train_flops(
     reached = any(v for k, v in on.items() if k.startswith(tuple(f"{n}/" for n in names)))
     per_token, per_pair = 0.0, dict[int, float]()
     for name in names:  # rows are looked up; what they are multiplied by then
-        for key, p in _matrices(abstract[name], f"{name}/"):
+        for key, p in matrices(abstract[name], f"{name}/"):
             if "vocab" not in p.axes:
                 per_token += params_lib.count(p) * (2 + 2 * reached + 2 * on[key])
     for loop in range(c.loops):
         for name, n in decoder.stacks(c).items():
             prefix = f"layers/{name}/"
             here = reached or any(v for k, v in on.items() if k.startswith(prefix))
-            for key, p in _matrices(abstract["layers"][name], prefix):
+            for key, p in matrices(abstract["layers"][name], prefix):
                 share = c.experts_per_token / c.experts if "expert" in p.axes else 1.0
                 per_token += share * params_lib.count(p) * (2 + 2 * here + 2 * on[key])
             kinds = decoder.period(c, name)
@@ -53,26 +54,6 @@ def train_flops(
     return flops
 
 
-def cross_flops(
-    config: decoder.Config,
-    trainable: dict,
-    abstract: dict,
-    source: float,
-    target: float,
-    pairs: float,
-) -> float:
-    """What attention from `target` to `source` tokens adds to train_flops of the target's.
-
-    There every matrix counts for each token of the target; those of these keys and values read the
-    source's. pairs: of a token of a target and one of its source.
-    """
-    on, total = params_lib.flatten(trainable), 0.0
-    for key, p in _matrices(abstract["layers"], "layers/"):
-        if "/cross/k/" in key or "/cross/v/" in key:
-            total += params_lib.count(p) * (4 + 2 * on[key]) * (source - target)
-    return total + 12 * config.heads * config.head_dim * config.layers * pairs
-
-
 def _seen(c, tokens, pairs) -> float:
     """All pairs that see each other: in both directions, each but a token with itself is two."""
     return pairs if c.causal else 2 * pairs - tokens
@@ -87,14 +68,14 @@ def head_flops(config: decoder.Config, trainable: dict, abstract: dict, rows: in
     vocabulary = "embed" if config.tied and config.head == "vocabulary" else "head"
     names = ("score" if config.classes else vocabulary, "pooler")
     for name in names:
-        for key, p in _matrices(abstract.get(name, {}), f"{name}/"):
+        for key, p in matrices(abstract.get(name, {}), f"{name}/"):
             sizes = zip(p.shape, p.axes, strict=True)
             size = math.prod(rows if axis == "vocab" else n for n, axis in sizes)
             total += size * (4 + 2 * on[key])
     return total
 
 
-def _matrices(abstract, prefix):
+def matrices(abstract: dict, prefix: str) -> list[tuple[str, Any]]:
     """(name, Param) of the matmul weights in a part of the tree whose names begin with `prefix`."""
     named = params_lib.flatten(abstract).items()
     return [(prefix + key, p) for key, p in named if p.inputs is not None]

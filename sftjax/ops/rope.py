@@ -38,10 +38,6 @@ def _default(theta, dim, s, lengths):
     return 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim), 1.0
 
 
-def _linear(theta, dim, s, lengths):
-    return _default(theta, dim, s, lengths)[0] / s["factor"], 1.0
-
-
 def _llama3(theta, dim, s, lengths):
     """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, a ramp between."""
     freqs = _default(theta, dim, s, lengths)[0]
@@ -103,7 +99,7 @@ def _longrope(theta, dim, s, lengths):
 
 FREQUENCIES = {
     "default": _default,
-    "linear": _linear,
+    "linear": lambda theta, dim, s, n: (_default(theta, dim, s, n)[0] / s["factor"], 1.0),
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,

@@ -223,7 +223,7 @@ def text(found: dict[str, Any]) -> str:
     kept = "none"
     if saved["steps"]:
         best = "" if saved["best"] is None else f", best of step {saved['best']}"
-        kept = f"newest of step {saved['newest']}{best}; {_size(saved['bytes'])}"
+        kept = f"newest of step {saved['newest']}{best}; {saved['bytes'] / 1e6:,.4g} MB"
     rows.append(("saved", kept))
     if found["written"] is not None:
         age = timedelta(seconds=max(round(time.time() - found["written"]), 0))
@@ -232,9 +232,3 @@ def text(found: dict[str, Any]) -> str:
     rows.append(("export", "there" if found["export"] else "not there"))
     rows += [("note", note) for note in found["notes"]]
     return "\n".join(f"{what:<10}{line}" for what, line in rows)
-
-
-def _size(count: float) -> str:
-    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1}
-    unit = next((unit for unit, size in units.items() if count >= size), "B")
-    return f"{count / units[unit]:.3g} {unit}"

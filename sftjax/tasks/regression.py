@@ -74,7 +74,9 @@ class Regression(Texts):
         own_head = section.init != "random" and stored_labels(model.source.config)
 
         def drawn(name: str, plain: float) -> Callable:
-            return lambda _, *of: jnp.full(of[0], plain if own_head else getattr(self, name), of[1])
+            # Without a bias, as a decoder's head is, an export could not add the mean.
+            known = own_head or (name == "mean" and "b" not in model.abstract["score"])
+            return lambda _, *of: jnp.full(of[0], plain if known else getattr(self, name), of[1])
 
         state = {k: Param((), (), drawn(k, v)) for k, v in {"mean": 0.0, "std": 1.0}.items()}
         return dataclasses.replace(model, state=state)
@@ -102,20 +104,18 @@ class Regression(Texts):
 class NumberTally(Tally):
     """Sums the numbers too, and their squares."""
 
-    def __init__(self, task: Regression, max_length: int, overlong: str) -> None:
-        super().__init__(task, max_length, overlong)
-        self.sums = np.zeros(3)  # of 1, the numbers and their squares
+    sums: Any = (0.0, 0.0, 0.0)  # of 1, the numbers and their squares
 
     def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
         """As of Tally; adds the number of each document."""
         super().count(pieces)
         numbers = [targets[weights > 0] for _, weights, targets, *_ in pieces]
         x = np.concatenate([np.zeros(0), *numbers]).astype(np.float64)
-        self.sums += len(x), x.sum(), (x**2).sum()
+        self.sums = np.add(self.sums, (len(x), x.sum(), (x**2).sum()))
 
     def report(self, skipped: Mapping[str, int]) -> dict:
         """As of Tally, with numbers: [how many, their sum, that of their squares]."""
-        return super().report(skipped) | dict(numbers=self.sums.tolist())
+        return super().report(skipped) | dict(numbers=np.asarray(self.sums).tolist())
 
 
 def _moments(reports) -> tuple[float, float]:

@@ -152,11 +152,9 @@ class Seq2Seq(Answering[Any], Texts):
     ) -> list[Question]:
         """The source of each record, cut as in training."""
         found, long, most = list[Question](), 0, self.layout.source
-        wheres = [source.where(i) for i in range(len(source))]
-        records = [source[i] for i in range(len(source))]
-        for record, where, pair in zip(
-            records, wheres, self.examples(records, wheres), strict=True
-        ):
+        rows = [(source[i], source.where(i)) for i in range(len(source))]
+        pairs = self.examples([record for record, _ in rows], [where for _, where in rows])
+        for (record, where), pair in zip(rows, pairs, strict=True):
             places = self.places(len(pair.source), most, "truncate_end", self.special_ends)
             if not places:
                 problem = f"data.max_length={most} leaves no room for a source"

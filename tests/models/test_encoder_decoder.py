@@ -132,5 +132,5 @@ def test_refused(loaded, tmp_path):
     with pytest.raises(ValueError, match="no head of classes here.*task='seq2seq'"):
         _ = sftjax.hf.load_model(write(name, tmp_path), labels=("a", "b")).abstract
     if name == "bart":
-        with pytest.raises(ConfigError, match="128 learned positions"):
+        with pytest.raises(ConfigError, match="128 positions"):
             generate(model, params, [[5] * 129])

@@ -70,7 +70,7 @@ def test_a_stopped_run(workdir):
     assert page[0].startswith("state     stopped at step 12 (by SIGTERM")
     assert page[1] == "step      12/20  loss 2.0000  tok/s 1,000"
     assert "best      a/loss 1 at step 8" in page
-    assert "saved     newest of step 12, best of step 8; 2 kB" in page
+    assert "saved     newest of step 12, best of step 8; 0.002 MB" in page
     assert page[-1] == "export    not there"
 
 

@@ -80,7 +80,9 @@ def _same_turn(before, message):
 def _best_thread(node, fields, roles):
     """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
     thread, role = [node], fields.get("role", "role")
-    while replies := [r for r in _if_list(node.get("replies")) if isinstance(r, dict)]:
+    while isinstance(replies := node.get("replies"), list):
+        if not (replies := [r for r in replies if isinstance(r, dict)]):
+            break
         given = (r.get("rank") for r in replies)
         ranks = [n if isinstance(n, (int, float)) else len(replies) for n in given]
         node = replies[ranks.index(min(ranks))]
@@ -88,10 +90,6 @@ def _best_thread(node, fields, roles):
     while len(thread) > 1 and ROLES.get(roles.get(str(thread[-1].get(role)), "")) == "user":
         thread.pop()
     return [{k: v for k, v in node.items() if k != "replies"} for node in thread]
-
-
-def _if_list(value):
-    return value if isinstance(value, list) else []
 
 
 def _message(raw, fields, roles):

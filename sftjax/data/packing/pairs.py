@@ -22,13 +22,9 @@ class PairRows:
     target: int
     fixed, shifted = False, False
 
-    def length(self, source: int, target: int) -> int:
-        """How much of a row a pair of so many tokens takes."""
-        return max(source, -(-target * self.source // self.target))
-
     def example(self, source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
         """The arrays of a pair of token ids."""
-        n = self.length(len(source), len(target))
+        n = max(len(source), -(-len(target) * self.source // self.target))
         parts = (np.asarray(x, np.int32) for x in (source, target))
         return tuple(np.pad(x, (0, n - len(x)), constant_values=NONE) for x in parts)
 

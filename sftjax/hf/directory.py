@@ -364,8 +364,8 @@ def _check_tied(model, reader, path, step=4096):
             a, b = (reader.read(n, (slice(i, i + step),)) for n in (embed, name))
             if not np.array_equal(a, b):
                 raise WeightsError(
-                    f"{path}: {name} is to repeat {embed}, but differs from it in rows {i} to"
-                    f" {i + len(a) - 1}; where config.json has tie_word_embeddings, set it to false"
+                    f"{path}: {name} differs from {embed} in rows {i} to {i + len(a) - 1}, which"
+                    " it is to repeat; where config.json says tie_word_embeddings, set it to false"
                 )
 
 

@@ -13,7 +13,18 @@ SIZES = dict(
     vocab_size=100, hidden_size=512, intermediate_size=64, num_hidden_layers=7,
     num_attention_heads=32,
 )  # fmt: skip
-GPT2 = dict(vocab_size=100, n_embd=64, n_layer=3, n_head=4)
+OWN = {
+    "gpt2": dict(vocab_size=100, n_embd=64, n_layer=3, n_head=4),
+    "t5": dict(vocab_size=100, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_heads=4),
+    "bart": dict(
+        vocab_size=100, d_model=64, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=96,
+        decoder_ffn_dim=80, encoder_attention_heads=4, decoder_attention_heads=8,
+    ),
+    "deberta-v2": SIZES | dict(
+        relative_attention=True, position_buckets=64, pos_att_type=["c2p", "p2c"],
+        share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
+    ),
+}  # fmt: skip
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=1024)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LONG = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
@@ -51,6 +62,9 @@ OLD = [
     ("gpt_oss", dict(rope_theta=150000, rope_scaling=YARN | {"rope_type": "yarn"})),
     ("modernbert", dict(global_rope_theta=1e5, local_rope_theta=5e3, local_attention=16)),
     ("modernbert", dict(global_attn_every_n_layers=2, classifier_pooling="mean")),
+    ("t5", dict(feed_forward_proj="gated-gelu", num_decoder_layers=2, dropout_rate=0.2)),
+    ("bart", dict(scale_embedding=True, activation_function="relu", dropout=0.3)),
+    ("deberta-v2", dict(pos_att_type="c2p|p2c", max_relative_positions=200, type_vocab_size=2)),
     ("gpt2", dict(n_ctx=1024, n_inner=None, activation_function="gelu_new")),
 ]
 
@@ -62,7 +76,7 @@ def ours(tmp_path, hf):
 
 @pytest.mark.parametrize("kind, fields", [(k, {}) for k in KINDS] + OLD, ids=str)
 def test_fields_mean_what_transformers_makes_of_them(kind, fields, tmp_path):
-    hf = copy.deepcopy((GPT2 if kind == "gpt2" else SIZES) | fields)
+    hf = copy.deepcopy(OWN.get(kind, SIZES) | fields)
     found = ours(tmp_path, hf | {"model_type": kind})
     filled = transformers.AutoConfig.for_model(kind, **hf).to_dict()  # writes into the dicts of hf
     assert found == ours(tmp_path, filled)

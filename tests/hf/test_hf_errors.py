@@ -309,21 +309,21 @@ CONFIGS = [
     (
         "llama",
         dict(model_type="absent"),
-        "model_type is None; the known ones are bert, ",
+        "model_type is None; the known ones are bart, bert, ",
     ),
     (
         "llama",
         dict(model_type=["llama"]),
-        "model_type is ['llama']; the known ones are bert, ",
+        "model_type is ['llama']; the known ones are bart, bert, ",
     ),
-    ("llama", dict(model_type="lama"), "'lama' is not supported; known: bert, "),
+    ("llama", dict(model_type="lama"), "'lama' is not supported; known: bart, bert, "),
     ("llama", dict(model_type="lama"), "; the nearest is 'llama'"),
     ("llama", dict(model_type="gemma3"), "; the nearest is 'gemma3_text'"),
     ("llama", dict(model_type="qwen2_vl"), "; the nearest is 'qwen2'"),
     (
         "llama",
         dict(model_type="zzz"),
-        "model_type 'zzz' is not supported; known: bert, ",
+        "model_type 'zzz' is not supported; known: bart, bert, ",
     ),
     ("llama", dict(model_type="zzz", hidden_size=None), "model_type 'zzz' is not supported"),
     # what it would need

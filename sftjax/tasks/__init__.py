@@ -91,6 +91,8 @@ def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Tas
                 f"eval.{key}={value!r} is of answers that are generated, and task={config.task!r}"
                 " generates none; leave it out"
             )
+    if config.data.max_target_length and not hasattr(task.layout, "source"):
+        raise ConfigError(f"data.max_target_length is nothing that task={config.task!r} reads")
     for key, kind in {"focal_gamma": "focal", "huber_delta": "huber"}.items():
         if config.loss[key] != get_default().loss[key] and config.loss.kind != kind:
             raise ConfigError(f"loss.{key} is of loss.kind={kind!r}, and that is not set")

@@ -392,7 +392,7 @@ def test_a_classifiers_files_must_hold_its_head_and_nothing_strange(tmp_path):
 
 def test_lengths_and_vocabularies_are_refused_with_the_fix(bert):
     model, params = bert
-    with pytest.raises(ValueError, match="data.max_length=129: the model has 128 learned positio"):
+    with pytest.raises(ValueError, match="data.max_length=129: the model has 128 positions, all"):
         model.check_length(129, "data.max_length=129")
     with pytest.raises(
         ValueError, match="an encoder has no vocabulary head .* load it with labels"

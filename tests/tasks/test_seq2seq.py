@@ -112,6 +112,10 @@ def test_settings_of_others_are_refused(config, tmp_path):
     refused("loss.dft=True is not of task='seq2seq'", loss__dft=True)
     refused("takes an encoder-decoder", model__path=model(tmp_path / "llama"))
     refused("data.overlong='split'", data__overlong="split")
+    causal = config.copy_and_resolve_references()
+    causal.task = "causal_lm"
+    with pytest.raises(config_lib.ConfigError, match="max_target_length is nothing that"):
+        tasks.make(causal, None)
 
 
 def test_of_several_sources_each_target_knows_its_own(config, tmp_path):

@@ -300,8 +300,8 @@ def test_every_key_of_data_is_a_sources_own_or_the_runs():
     """A new key of config.data has to be put on one side."""
     run = {
         "train", "sources", "temperature", "phases", "streaming", "shuffle_window", "validation",
-        "test", "tokenizer", "add_tokens", "template", "max_length", "packing", "eval_packing",
-        "buckets", "cache_dir", "workers", "prefetch", "labels",
+        "test", "tokenizer", "add_tokens", "template", "max_length", "max_target_length", "packing",
+        "eval_packing", "buckets", "cache_dir", "workers", "prefetch", "labels",
     }  # fmt: skip
     assert set(config_lib.get_default().data) == run | set(config_lib.OWN)
     assert not run & set(config_lib.OWN)

@@ -181,7 +181,7 @@ def exported(model: Model) -> dict:
 
     hf, n, kind = dict(model.source.config), model.config.classes, model.config.head
     # The loop form may call itself a llama, and is then told by this name alone.
-    loop = "IQuestLoopCoder" in str(hf.get("architectures"))
+    loop = "iquestloop" in f"{hf.get('architectures')} {hf['model_type']}".lower()
     known = {"iquestcoder": "IQuestCoderConfig"} | CONFIG_MAPPING_NAMES
     prefix = "IQuestLoopCoder" if loop else known[hf["model_type"]].removesuffix("Config")
     if not n:

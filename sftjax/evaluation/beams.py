@@ -57,7 +57,6 @@ def search(
     B, K = len(last), beams
     cache, last = _rows(cache, lambda x, a: jnp.repeat(x, K, a)), jnp.repeat(last, K, 0)
     some = max(2, 1 + len(stops)) * K  # so many that K of them have not ended
-    own = jnp.arange(B)[:, None] * K
 
     def body(carry):
         i, last, cache, ids, scores, kept, open_, _ = carry
@@ -79,7 +78,7 @@ def search(
 
         worst = jnp.where(kept.ended, kept.scores.min(1, keepdims=True), NEVER)
         open_ &= jnp.any(scores[:, :1] / (i + 1.0) ** penalty > worst, -1)
-        rows = (own + going).reshape(-1)
+        rows = (jnp.arange(B)[:, None] * K + going).reshape(-1)
         cache = _rows(cache, lambda x, a: jnp.take(x, rows, a))
         where = jnp.repeat(first + i, K)[:, None], jnp.ones((B * K, 1), jnp.int32)
         tokens = _take(token, go).reshape(-1, 1)

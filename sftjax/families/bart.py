@@ -46,7 +46,7 @@ def config(hf: dict) -> Config:
         embed_scale=width**0.5 if hf.get("scale_embedding") else 1.0,
         init_std=hf.get("init_std", 0.02),
         dropout=hf.get("dropout", 0.1),
-        start_id=hf.get("decoder_start_token_id", 2),
+        start_id=2 if (start := hf.get("decoder_start_token_id")) is None else start,
     )
 
 

@@ -30,8 +30,8 @@ def config(hf: dict) -> Config:
         raise ModelError(f"pos_att_type {kinds} is not supported, only c2p and p2c")
     furthest, buckets = hf.get("max_relative_positions", -1), hf.get("position_buckets", -1)
     furthest = hf.get("max_position_embeddings", 512) if furthest < 1 else furthest
-    if not 4 <= buckets < 2 * furthest:
-        raise ModelError(f"position_buckets={buckets} is not supported, only 4 and more")
+    if not 4 <= buckets < 2 * (furthest - 1):
+        raise ModelError(f"position_buckets={buckets} is not supported: 4 to {2 * furthest - 3}")
     activation, pooled = hf.get("hidden_act", "gelu"), hf.get("pooler_hidden_act", "gelu")
     more: dict[str, Any] = dict(
         learned_positions=False,

@@ -21,6 +21,9 @@ def config(hf: dict) -> Config:
     if form not in ACTIVATIONS:
         raise ModelError(f"feed_forward_proj {form!r} is not supported: {', '.join(ACTIVATIONS)}")
     tied, heads = hf.get("tie_word_embeddings", True), hf["num_heads"]
+    buckets = hf.get("relative_attention_num_buckets", 32)
+    if buckets < 4 or (furthest := hf.get("relative_attention_max_distance", 128)) <= buckets // 2:
+        raise ModelError(f"relative_attention_num_buckets={buckets} do not fit the max_distance")
     return Config(
         vocab=hf["vocab_size"],
         width=hf["d_model"],
@@ -34,22 +37,19 @@ def config(hf: dict) -> Config:
         encoder_mlp=hf["d_ff"],
         norm_eps=hf.get("layer_norm_epsilon", 1e-6),
         attn_scale=1.0,
-        buckets=hf.get("relative_attention_num_buckets", 32),
-        furthest=hf.get("relative_attention_max_distance", 128),
+        buckets=buckets,
+        furthest=furthest,
         gated=form.startswith("gated"),
         activation=ACTIVATIONS[form],
         tied=tied,
         logit_scale=hf["d_model"] ** -0.5 if hf.get("scale_decoder_outputs", tied) else 1.0,
         dropout=hf.get("dropout_rate", 0.1),
-        start_id=hf.get("decoder_start_token_id", hf.get("pad_token_id", 0)) or 0,
+        start_id=hf.get("decoder_start_token_id") or 0,
     )
 
 
 def as_stored(c: Config, files: Container[str]) -> Config:
-    """The config for files that hold these tensors.
-
-    transformers 5 calls a 1.1 tied, too, and writes its head beside the embedding.
-    """
+    """Untied where the files hold a head: transformers 5 calls a 1.1 tied, and writes its head."""
     own = c.logit_scale == 1 and "lm_head.weight" in files
     return dataclasses.replace(c, tied=False) if own else c
 

@@ -85,10 +85,7 @@ def encode(
     segments: jax.Array,
     rng: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """{"hidden" [B, S, D], "positions", "segments"} of a source, in the context axis's order.
-
-    tokens, positions, segments: int32 [B, S].
-    """
+    """{"hidden" [B, S, D], "positions", "segments"} of int32 [B, S], in the context order."""
     own = _with_embed(params)
     x, ctx = decoder.embed(c.encoder, own, tokens, positions, segments, rng)
     x, _, _ = decoder.run_layers(c.encoder, decoder.with_shared(c.encoder, own), ctx, x)
@@ -149,7 +146,6 @@ class Model(base.Body):
 
         return count
 
-    # The head and the logits are the decoder's.
     head = decoder.Model.head
     logits = decoder.Model.logits
 

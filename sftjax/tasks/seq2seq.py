@@ -61,9 +61,10 @@ class Seq2Seq(Answering[Any], Texts):
         names: Mapping[str, str] | None = None,
         sizes: tuple[int, int] = (1024, 1024),
         asking: Asking = Asking(),  # noqa: B008, it is a constant
+        overlong: str = "truncate_end",  # of a question's source
     ) -> None:
         super().__init__(tokenizer, names)
-        self.columns, self.asking = type(self).columns, asking
+        self.columns, self.asking, self.overlong = type(self).columns, asking, overlong
         self.layout: Any = PairRows(*sizes)
         if tokenizer is not None and tokenizer.eos_token_id is None:
             raise ConfigError("task='seq2seq': the tokenizer has no eos_token, which ends a target")
@@ -76,7 +77,9 @@ class Seq2Seq(Answering[Any], Texts):
             raise ConfigError("data.fields.pair is nothing that task='seq2seq' reads")
         if config.eval.shots or "choice" in asking.metrics:
             raise ConfigError("eval.shots and the metric 'choice' are those of task='causal_lm'")
-        return cls(tokenizer, names, (d.max_length, d.max_target_length or d.max_length), asking)
+        sizes = (d.max_length, d.max_target_length or d.max_length)
+        cut = "truncate_prompt" if d.overlong == "truncate_prompt" else "truncate_end"
+        return cls(tokenizer, names, sizes, asking, cut)
 
     # ---- data ----
 
@@ -155,7 +158,7 @@ class Seq2Seq(Answering[Any], Texts):
         rows = [(source[i], source.where(i)) for i in range(len(source))]
         pairs = self.examples([record for record, _ in rows], [where for _, where in rows])
         for (record, where), pair in zip(rows, pairs, strict=True):
-            places = self.places(len(pair.source), most, "truncate_end", self.special_ends)
+            places = self.places(len(pair.source), most, self.overlong, self.special_ends)
             if not places:
                 problem = f"data.max_length={most} leaves no room for a source"
                 raise DataError(problem, "raise it", where=where, kind="too_long")

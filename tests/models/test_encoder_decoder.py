@@ -18,6 +18,7 @@ from sftjax import params as params_lib
 from sftjax.data.packing.pairs import PairRows
 from sftjax.errors import ConfigError
 from sftjax.evaluation.generation import generate
+from sftjax.ops.attention import attention
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "encoder.json").read_text())["pairs"]
 STOP = 47
@@ -134,3 +135,36 @@ def test_refused(loaded, tmp_path):
     if name == "bart":
         with pytest.raises(ConfigError, match="128 positions"):
             generate(model, params, [[5] * 129])
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("t5", dict(relative_attention_num_buckets=1), "num_buckets=1 do not fit"),
+        ("t5", dict(relative_attention_max_distance=4), "num_buckets=8 do not fit"),
+        ("t5", dict(feed_forward_proj="gated-tanh"), "feed_forward_proj 'gated-tanh'"),
+        ("bart", dict(decoder_attention_heads=5), "d_model=32 does not divide over"),
+    ],
+)
+def test_configs_that_are_refused(tmp_path, name, fields, message):
+    path = write(name, tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        sftjax.hf.load_model(tmp_path)
+
+
+def test_a_kernel_without_attention_to_a_source_is_refused():
+    x, row = jnp.ones((1, 128, 2, 8)), jnp.ones((1, 128), int)
+    where = dict(segments=row, positions=row, kv_segments=row, kv_positions=row)
+    with pytest.raises(ConfigError, match=r"'splash' does not support \['cross'\]; set"):
+        attention(x, x, x, **where, causal=False, backend="splash")
+    with pytest.raises(ValueError, match="distances and a softcap"):
+        attention(x, x, x, segments=row, positions=row, softcap=2.0, distances=jnp.ones((2, 8)))
+
+
+def test_a_start_that_is_null_is_the_familys_own(tmp_path):
+    for name, start in {"t5": 0, "bart": 2}.items():
+        path = write(name, tmp_path / name) / "config.json"
+        hf = json.loads(path.read_text()) | {"decoder_start_token_id": None}
+        path.write_text(json.dumps(hf))
+        assert sftjax.hf.load_model(path).config.start_id == start

@@ -81,6 +81,10 @@ def test_questions_are_the_sources_as_training_cuts_them(task, tmp_path, caplog)
     assert (short.answer, short.asked) == ("good", "a film")
     assert task.tokenizer.decode(short.prompt, skip_special_tokens=True).strip() == "a film"
     assert len(long.prompt) == 64 and "of 2 questions 1 are cut" in caplog.text
+    task.overlong = "truncate_prompt"
+    rows[1]["text"] = "day " * 99 + "film"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert task.tokenizer.decode(task.questions(open_source(str(path)))[1].prompt).endswith("film")
 
 
 @pytest.mark.parametrize(

@@ -206,12 +206,14 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, extra = Options(causal, window, softcap, scale, furthest), Extra(sinks, distances, relative)
+    asked = {k for k, x in (extra._asdict() | {"cross": kv_segments}).items() if x is not None}
     kv_segments = segments if kv_segments is None else kv_segments
     kv_positions = positions if kv_positions is None else kv_positions
     where = Where(segments, kv_segments, positions, kv_positions)
+    if softcap and distances is not None:
+        raise ValueError("attention: distances and a softcap do not go together")
     if from_cache:
         return cached(q, k, v, extra, where, o)
-    asked = {name for name, x in zip(extra._fields, extra, strict=True) if x is not None}
     if asked - named(backend).features:
         check(backend, asked)
     run = functools.partial(named(backend).fn, o=o)

@@ -121,10 +121,7 @@ class Model(base.Body):
         return unspread(layer.norm(c, x, params.get("norm"))), None
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
-        """See flops.train_flops; of `tokens`, the `trained` ones are the targets'.
-
-        pairs: of a source's tokens; a target has its share of them.
-        """
+        """See flops.train_flops; the `trained` tokens are the targets', `pairs` the sources'."""
         c, tree = self.config, self.abstract
         source_of, target_of = (
             flops.train_flops(config, side(trainable), side(tree))
@@ -135,13 +132,13 @@ class Model(base.Body):
         for name, p in flops.matrices(tree["layers"], "layers/"):
             if "/cross/k/" in name or "/cross/v/" in name:
                 keys += math.prod(p.shape) * (4 + 2 * on[name])
-        per_pair = 12 * c.heads * c.head_dim * c.layers
+        per_pair = 24 * c.heads * c.head_dim * c.layers
 
         def count(tokens, trained, pairs):
             source = tokens - trained
             share = trained / max(source, 1)
             target = target_of(trained, trained, lambda window: share**2 * pairs(window))
-            across = keys * (source - trained) + per_pair * 2 * share * pairs(0)
+            across = keys * (source - trained) + per_pair * share * pairs(0)
             return source_of(source, 0, pairs) + target + across
 
         return count

@@ -57,10 +57,11 @@ def _checked(config, model, tokenizer, platform):
 
     Raises what its backend or its positions refuse.
     """
-    m, longest = config.model, config.data.max_length
+    m, longest = config.model, max(config.data.max_length, config.data.max_target_length)
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
-    model.check_length(longest, f"data.max_length={longest}")
+    key = "max_length" if longest == config.data.max_length else "max_target_length"
+    model.check_length(longest, f"data.{key}={longest}")
     if tokenizer is None:
         return model.replace(vocab=model.config.vocab + len(config.data.add_tokens))
     if m.init == "pretrained":

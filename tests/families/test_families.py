@@ -13,12 +13,10 @@ from families import CASES, write
 from safetensors.numpy import load_file
 
 import sftjax
-from benchmarks.gpu import TRITON
 from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.evaluation.generation import generate
 from sftjax.models import decoder
-from sftjax.ops.attention import BACKENDS, named
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "families.json").read_text())
 ROWS, LENGTH = 4, 96  # one shape, so that a model is compiled once; over one block of blockwise
@@ -168,21 +166,10 @@ def test_c10_documents_of_one_row_are_as_each_in_a_row_of_its_own(case, document
     check_documents(case.model, case.params, documents)
 
 
-OTHERS = [
-    pytest.param(
-        name,
-        marks=() if "cpu" in backend.platforms else pytest.mark.slow,
-        id=name.rpartition(":")[2],
-    )
-    for name, backend in (BACKENDS | {TRITON: named(TRITON)}).items()
-    if name not in (decoder.Config.attention, "splash")
-]  # the GPU's kernels are interpreted here
-
-
-@pytest.mark.parametrize("backend", OTHERS)
 @cases(FEW, SOME)
-def test_c10_with_every_other_attention_backend(case, documents, backend):
-    check_documents(case.model.replace(attention=backend), case.params, documents)
+def test_c10_with_the_other_backend_of_all_platforms(case, documents):
+    assert case.model.config.attention == "blockwise"
+    check_documents(case.model.replace(attention="xla"), case.params, documents)
 
 
 # ---- ways to run ---------------------------------------------------------------------------

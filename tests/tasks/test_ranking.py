@@ -330,6 +330,7 @@ def lines(workdir):
     return {x["step"]: (x["loss"], x["grad_norm"]) for x in found if "grad_norm" in x}
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_bit_equal(made, tmp_path):
     config = made[0].copy_and_resolve_references()
     config.train.duration, config.train.log_every = "30 steps", "1"

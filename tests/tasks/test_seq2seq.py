@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from families import BART
 from test_all_tasks import CASES, model
 
 from sftjax import config as config_lib
@@ -14,6 +15,7 @@ from sftjax.data.packing.pack import plan
 from sftjax.data.packing.pairs import PairRows
 from sftjax.data.token_store import build_store
 from sftjax.hf.tokenizer import load_tokenizer
+from sftjax.training.build import make_model
 from sftjax.training.data import Feed
 
 
@@ -142,3 +144,14 @@ def test_of_several_sources_each_target_knows_its_own(config, tmp_path):
     assert batch["sources"].shape == batch["weights"].shape
     np.testing.assert_array_equal(batch["sources"][first] == 1, batch["targets"][first] == short)
     assert set(batch["sources"][first]) == {0, 1}
+
+
+def test_targets_that_positions_do_not_reach_are_refused(config, tmp_path):
+    c = config.copy_and_resolve_references()
+    hf = BART | {"vocab_size": 512, "max_position_embeddings": 64}
+    c.model.path = model(tmp_path / "bart", {"model_type": "bart", **hf})
+    c.data.max_target_length = 65
+    with pytest.raises(config_lib.ConfigError, match="data.max_target_length=65: the model has 64"):
+        make_model(c, tasks.make(c, load_tokenizer(c)))
+    c.data.max_target_length = 64
+    assert make_model(c, tasks.make(c, load_tokenizer(c)))[0].config.cross

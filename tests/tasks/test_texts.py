@@ -11,6 +11,7 @@ from test_chat import make_tokenizer
 
 from sftjax import config as config_lib
 from sftjax import losses, tasks
+from sftjax import params as params_lib
 from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
 from sftjax.errors import ConfigError
@@ -314,6 +315,7 @@ def test_a_masked_language_model_hides_no_special_token_and_takes_an_encoder(tmp
         task.load_model(config.model)
 
 
+@pytest.mark.slow
 def test_an_export_of_a_regression_gives_numbers_in_their_own_units(tmp_path):
     config = config_lib.get_default()
     every.CASES["regression"][0](config, tmp_path)
@@ -344,3 +346,21 @@ def test_an_export_of_a_regression_gives_numbers_in_their_own_units(tmp_path):
     for name in ("mae", "rmse"):
         value = again["before"]["losses"][f"validation/{name}"]
         assert value == pytest.approx(after[f"validation/{name}"], rel=1e-3)
+
+
+@pytest.mark.parametrize("body, mean", [(every.BERT, 100.0), (None, 0.0)], ids=["bert", "decoder"])
+def test_an_export_loses_no_mean_that_its_head_cannot_hold(tmp_path, body, mean):
+    """A decoder's head has no bias: its numbers are divided by the deviation alone."""
+    config = config_lib.get_default()
+    every.CASES["regression"][0](config, tmp_path)
+    config.model.path = every.model(tmp_path / "body", body)
+    task = tasks.make(config, load_tokenizer(config))
+    model = task.load_model(config.model)
+    task.saw([{"numbers": [10, 1000.0, 100_040.0]}])  # mean 100, standard deviation 2
+    state = params_lib.init(model.state, jax.random.key(0))
+    assert (float(state["mean"]), float(state["std"])) == (mean, pytest.approx(2.0))
+    params = params_lib.init(model.abstract, jax.random.key(0))
+    x = np.random.default_rng(0).normal(size=(1, 1, model.config.width)).astype(np.float32)
+    given = model.class_logits(params, x) * state["std"] + state["mean"]
+    exported = model.class_logits(task.exported(params, state), x)
+    np.testing.assert_allclose(exported, given, rtol=1e-5)

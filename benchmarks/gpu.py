@@ -56,18 +56,18 @@ class Case:
     length: int
     trained_layers: int = 0  # the last so many; 0 = every parameter
     dtype: str = "float32"  # of trained parameters and their moments; frozen ones are bf16
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "dots"  # model.remat; torch checkpoints each layer where it is "full"
 
 
 CASES = {
     "1B-4096": Case("1B", 4, 4096),
     "1B-8192": Case("1B", 2, 8192),
-    "8B-last4-4096": Case("8B", 4, 4096, trained_layers=4, remat=True),
-    "8B-last4-8192": Case("8B", 2, 8192, trained_layers=4, remat=True),
-    "8B-full-4096": Case("8B", 2, 4096, dtype="bfloat16", remat=True),
-    "8B-full-8192": Case("8B", 1, 8192, dtype="bfloat16", remat=True),
+    "8B-last4-4096": Case("8B", 4, 4096, trained_layers=4),
+    "8B-last4-8192": Case("8B", 2, 8192, trained_layers=4, remat="full"),
+    "8B-full-4096": Case("8B", 2, 4096, dtype="bfloat16"),
+    "8B-full-8192": Case("8B", 1, 8192, dtype="bfloat16", remat="full"),
     "toy": Case("toy", 2, 128),
-    "toy-last1": Case("toy", 2, 128, trained_layers=1, remat=True),
+    "toy-last1": Case("toy", 2, 128, trained_layers=1, remat="full"),
 }
 
 
@@ -108,7 +108,7 @@ def build(case, attention):
 
     config = decoder.Config(
         **SHAPES[case.shape], kinds=(decoder.Kind(rope=Rope(ROPE_THETA)),), dtype="bfloat16",
-        attention=attention, remat="full" if case.remat else "none",
+        attention=attention, remat=case.remat,
     )  # fmt: skip
     rules = [(".*", True)]
     if case.trained_layers:
@@ -168,8 +168,11 @@ def lower(case, attention=TRITON, platform="cuda"):
         return traced.lower(lowering_platforms=(platform,))
 
 
-def measure_sftjax(case, steps, attention):
-    """One process's measurement: seconds of each step, peak bytes, losses, facts."""
+def measure_sftjax(case, steps, attention, profile=""):
+    """One process's measurement: seconds of each step, peak bytes, losses, facts.
+
+    profile: a folder for a trace of two more steps, "" = none.
+    """
     import jax
 
     import sftjax
@@ -200,6 +203,11 @@ def measure_sftjax(case, steps, attention):
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - began)
     peak, held_by = metrics_lib.peak_memory()
+    if profile:
+        with jax.profiler.trace(profile):
+            for _ in range(2):
+                state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
     return dict(
         seconds=seconds[1:], first_step=first, peak_bytes=peak, peak_of=held_by, losses=losses,
         device=jax.devices()[0].device_kind, attention=attention,
@@ -349,15 +357,19 @@ def main(argv=None):
     parser.add_argument(
         "--attention", default="", help="sftjax's backend; default our Triton kernels on a GPU"
     )
+    parser.add_argument("--profile", default="", help="with --child: a folder for a trace")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", action="store_true", help="measure sftjax in this process, print its JSON"
+    )
     parser.add_argument("--out", default="")
     args = parser.parse_args(argv)
     real = [name for name, case in CASES.items() if case.shape != "toy"]
     cases = args.cases or (["toy", "toy-last1"] if args.toy else real)
     if args.child:
-        print(json.dumps(measure_sftjax(CASES[cases[0]], args.steps, args.attention)))
+        found = measure_sftjax(CASES[cases[0]], args.steps, args.attention, args.profile)
+        print(json.dumps(found))
         return
     if args.tune:
         for kernel, blocks, ms in tune(CASES[cases[0]], list(candidates())):

@@ -35,7 +35,7 @@ def make_model(case, attention, device):
         p.requires_grad_(not first or (name == "model.norm.weight" or (layer or -1) >= first))
         if p.requires_grad:
             p.data = p.data.to(getattr(torch, case.dtype))
-    if case.remat:
+    if case.remat == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model

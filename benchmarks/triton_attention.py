@@ -2,8 +2,8 @@
 
     --config.model.attention=benchmarks/triton_attention.py:TRITON
 
-No GPU has timed it yet, and JAX calls its Triton backend deprecated: it is here until it has been
-measured beside tokamax's kernels.
+Timed on an H100 (docs/attention.md). JAX calls its Triton backend deprecated: it is here until a
+whole step has been measured beside tokamax's kernels.
 
 Follows segments and positions without a [S, T] array: each block of queries visits only the blocks
 of keys that hold something it may see, and tests the mask only where a block is not seen whole.

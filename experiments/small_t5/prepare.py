@@ -22,7 +22,7 @@ FIXTURES = Path(os.environ.get("SFTJAX_FIXTURES", "../shared/fixtures"))
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 T5 = dict(
     model_type="t5", architectures=["T5ForConditionalGeneration"], d_model=128, d_kv=32, d_ff=384,
-    num_layers=3, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=32,
+    num_layers=3, num_decoder_layers=3, num_heads=4, relative_attention_num_buckets=64,
     relative_attention_max_distance=64, dropout_rate=0.0, feed_forward_proj="relu",
     tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     is_encoder_decoder=True,

@@ -107,6 +107,8 @@ def warn(config: ConfigDict) -> None:
     """Say on standard error what of a config a run rarely has on purpose."""
     for line in config_lib.unusual(config):
         log.warn(line)
+    if config.model.attention == "blockwise" and jax.default_backend() == "gpu":
+        log.warn("model.attention=blockwise is slow on a GPU; what is faster: docs/attention.md")
 
 
 def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:

@@ -43,7 +43,9 @@ def render(
     with _lock:
         worker: Any = _running_worker()  # with pipes, which its type does not say
         try:
-            worker.stdin.write(json.dumps(request, default=_placeholder).encode() + b"\n")
+            # What is not plain data, transformers shows to a template by its type.
+            text = json.dumps(request, default=lambda x: f"<{type(x).__name__}>")
+            worker.stdin.write(text.encode() + b"\n")
             worker.stdin.flush()
             results = [json.loads(worker.stdout.readline() or "null") for _ in chats]
         except BrokenPipeError:  # it ended before it had read all
@@ -86,7 +88,3 @@ def _stop():
 
 
 atexit.register(_stop)
-
-
-def _placeholder(value):
-    return f"<{type(value).__name__}>"  # as transformers shows a template what is not plain data

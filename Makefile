@@ -25,7 +25,8 @@ lint: .venv/installed-test
 
 # Everything that make made, except runs/.
 clean:
-	rm -rf .venv .venv-313 .venv-tpu .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-313 .venv-tpu .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info \
+		"$${XDG_CACHE_HOME:-$$HOME/.cache}/sftjax-tests"
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || \

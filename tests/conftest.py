@@ -1,7 +1,9 @@
 """Eight forced CPU devices, quick compilation and a cache of it, and the fixtures directory."""
 
+import hashlib
 import os
 import signal
+import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -22,7 +24,26 @@ if "xla_cpu_enable_concurrency_optimized_scheduler" not in _flags:
 os.environ["XLA_FLAGS"] = _flags.strip()
 os.environ.setdefault("NPROC", "128")  # see THREADS there
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
+
+
+def compiled_before() -> Path:
+    """Programs that tests compiled, of all checkouts: two thirds of a suite's work, where cold.
+
+    One folder a kind of processor, as machine code is for one. What is older than two weeks goes.
+    """
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    kind = hashlib.sha256("".join(x for x in lines if x.startswith("flags")).encode()).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "sftjax-tests" / kind[:12]
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        for path in cache.glob("*"):
+            if path.stat().st_mtime < time.time() - 14 * 24 * 3600:
+                path.unlink(missing_ok=True)
+    return cache
+
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_before()))
 os.environ.setdefault("SFTJAX_CACHE", str(REPO / ".cache" / "sftjax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -195,7 +195,9 @@ CASES = {
 }
 
 
-SLOW = ("multi_label", "custom, of spans", "masked_lm")  # as the others go, so do these
+# As the others go, so do these.
+SLOW = tuple("multi_label masked_lm regression token_labels classification".split())
+SLOW += ("custom, of spans",)
 PARAMS = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES]
 
 

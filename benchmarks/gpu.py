@@ -63,9 +63,9 @@ CASES = {
     "1B-4096": Case("1B", 4, 4096),
     "1B-8192": Case("1B", 2, 8192),
     "8B-last4-4096": Case("8B", 4, 4096, trained_layers=4),
-    "8B-last4-8192": Case("8B", 2, 8192, trained_layers=4, remat="full"),
+    "8B-last4-8192": Case("8B", 2, 8192, trained_layers=4),
     "8B-full-4096": Case("8B", 2, 4096, dtype="bfloat16"),
-    "8B-full-8192": Case("8B", 1, 8192, dtype="bfloat16", remat="full"),
+    "8B-full-8192": Case("8B", 1, 8192, dtype="bfloat16"),
     "toy": Case("toy", 2, 128),
     "toy-last1": Case("toy", 2, 128, trained_layers=1, remat="full"),
 }
@@ -149,8 +149,11 @@ def stand_in():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-def lower(case, attention=TRITON, platform="cuda"):
-    """The train step lowered for a platform that need not be here; from shapes alone."""
+def lower(case, attention=TRITON, platform="cuda", sharding=None):
+    """The train step lowered for a platform that need not be here; from shapes alone.
+
+    sharding: of every argument, for a device that is not here either.
+    """
     import jax
 
     import sftjax
@@ -163,6 +166,9 @@ def lower(case, attention=TRITON, platform="cuda"):
     create = functools.partial(sftjax.TrainState.create, tx=tx, trainable=trainable)
     state = jax.eval_shape(lambda p: create(params=p), params)
     batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, make_batch(case)[0]))
+    state, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, batch)
+    )
     with stand_in():
         traced = jax.jit(step, donate_argnums=0).trace(state, batch)
         return traced.lower(lowering_platforms=(platform,))
@@ -367,6 +373,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     real = [name for name, case in CASES.items() if case.shape != "toy"]
     cases = args.cases or (["toy", "toy-last1"] if args.toy else real)
+    if args.profile and not args.child:
+        parser.error("--profile traces one process: give --child too")
     if args.child:
         found = measure_sftjax(CASES[cases[0]], args.steps, args.attention, args.profile)
         print(json.dumps(found))

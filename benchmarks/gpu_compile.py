@@ -11,13 +11,15 @@ the optimizer and its norms, mostly.
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import importlib.util
 import re
+import sys
 import time
 from pathlib import Path
 
-from gpu import CASES, build, make_batch, stand_in
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.gpu import CASES, TRITON, lower
 
 GIB = 2**30
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
@@ -48,28 +50,11 @@ def compile_step(case, attention):
     import jax
     import numpy as np
 
-    import sftjax
-    from sftjax import params as params_lib
-
     mesh = jax.sharding.Mesh(np.array(topology().devices), "x")
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    model, trainable, tx, dtypes, step = build(case, attention)
-    params = jax.tree.map(
-        lambda x, d: jax.ShapeDtypeStruct(x.shape, d), params_lib.shapes(model.abstract), dtypes
-    )
-    create = functools.partial(sftjax.TrainState.create, tx=tx, trainable=trainable)
-    state = jax.eval_shape(lambda p: create(params=p), params)
-    batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, make_batch(case)[0]))
-    state, batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (state, batch)
-    )
-    with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec("tokamax"):
-            stack.enter_context(mosaic_here())
-        if "triton" in attention.lower():
-            stack.enter_context(stand_in())
-        traced = jax.jit(step, donate_argnums=0).trace(state, batch)
-        lowered = traced.lower(lowering_platforms=("cuda",))
+    tokamax = importlib.util.find_spec("tokamax")
+    with mosaic_here() if tokamax else contextlib.nullcontext():
+        lowered = lower(case, attention, sharding=one)
     began = time.perf_counter()
     return lowered.compile(), time.perf_counter() - began
 
@@ -107,10 +92,8 @@ def main():
     parser.add_argument("--remat", default="", help="default: the case's")
     parser.add_argument("--hlo", default="", help="a folder for the programs' texts")
     args = parser.parse_args()
-    import dataclasses
-
-    from gpu import TRITON
-
+    if not importlib.util.find_spec("jax_cuda13_plugin"):
+        parser.error("JAX's compiler for GPUs is not installed: pip install 'jax[cuda13]'")
     for name in args.cases:
         case = CASES[name]
         case = dataclasses.replace(case, remat=args.remat or case.remat)

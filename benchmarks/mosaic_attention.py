@@ -35,8 +35,10 @@ def mosaic(
     q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
 ) -> jax.Array:
     """A backend of ops.attention for rows whose documents lie one after the other, in order."""
-    from tokamax._src.ops.attention import pallas_mosaic_gpu as kernels
-
+    try:
+        from tokamax._src.ops.attention import pallas_mosaic_gpu as kernels
+    except ImportError as e:
+        raise ConfigError(f"model.attention 'mosaic': {e}; pip install tokamax") from e
     if k.shape[1] != q.shape[1]:
         raise ConfigError("model.attention 'mosaic' takes whole rows: set mesh.context=1")
     first, end = (x[:, None] for x in ranges(where.q_seg, o.window))

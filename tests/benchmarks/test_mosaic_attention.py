@@ -13,7 +13,7 @@ from sftjax.ops.attention.asked import Where
 SEGMENTS = np.repeat([[1, 2, 3, 0, 0], [1, 2, 3, 4, 5]], [7, 1, 9, 2, 5], axis=1).astype(np.int32)
 
 
-@pytest.mark.parametrize("causal, window", itertools.product((True, False), (0, 5)))
+@pytest.mark.parametrize("causal, window", list(itertools.product((True, False), (0, 5))))
 def test_ranges_are_what_the_reference_lets_a_query_see(causal, window):
     at = np.arange(SEGMENTS.shape[1])
     starts = np.insert(SEGMENTS[:, 1:] != SEGMENTS[:, :-1], 0, True, axis=1)

@@ -371,9 +371,7 @@ class _Damaged(Exception):
 def _orbax(barrier) -> ocp.AsyncCheckpointer:
     """Orbax's writer of one state, which gives nothing a number and deletes nothing."""
     # What fails is raised to us, and said by us; its threads log a traceback each.
-    logging.getLogger("absl").addFilter(
-        lambda r: "orbax" not in r.pathname or r.levelno < logging.ERROR
-    )
+    logging.getLogger("absl").addFilter(_not_of_orbax)
     return ocp.AsyncCheckpointer(
         ocp.StandardCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(
@@ -385,6 +383,10 @@ def _orbax(barrier) -> ocp.AsyncCheckpointer:
             create_directories_asynchronously=False,
         ),
     )
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
 def _reason(error) -> str:

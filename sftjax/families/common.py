@@ -251,3 +251,40 @@ def layer_norm(file: str, path: str, bias: bool = True) -> list[tuple]:
     """Rows as in llama.names of a LayerNorm: its scale and, where it has one, its bias."""
     rows = [(file + ".weight", path + "/scale", "d -> d")]
     return rows + [(file + ".bias", path + "/b", "d -> d")] * bias
+
+
+def pixels(preprocessor: dict) -> dict[str, Any]:
+    """Of a preprocessor_config.json: how images are normalised, and their side, where it says so.
+
+    Raises: ModelError for what is not supported.
+    """
+    rescale = preprocessor.get("rescale_factor") or 1 / 255
+    if not preprocessor.get("do_rescale", True) or abs(rescale * 255 - 1) > 1e-3:
+        raise ModelError(f"rescale_factor={rescale}: images are read from 0 to 1, by 1 / 255")
+    plain = preprocessor.get("do_normalize", True)
+    found = {k: preprocessor.get(f"image_{k}") if plain else v for k, v in PLAIN.items()}
+    out: dict[str, Any] = {k: tuple(v) for k, v in found.items() if v}
+    size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    if size.get("height") != size.get("width"):
+        raise ModelError(f"size={size}: images that are no squares are not supported")
+    side = size.get("height") or size.get("shortest_edge")
+    return out | ({"image_size": side} if side else {})
+
+
+PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # of pixels that are not normalised
+
+
+def preprocessor(c: Any) -> dict[str, Any]:
+    """The preprocessor_config.json of a config with pixels, for a model that came without one."""
+    return dict(
+        image_processor_type="ViTImageProcessor",
+        do_resize=True,
+        size={"height": c.image_size, "width": c.image_size},
+        resample=2,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(c.mean),
+        image_std=list(c.std),
+    )

@@ -32,14 +32,17 @@ from sftjax.hf.names import FAMILIES as FAMILIES
 from sftjax.hf.names import ends, family_of, in_files, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
-from sftjax.models import base, decoder, encoder, encoder_decoder, layer
+from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet, vision
 from sftjax.ops import rope
 from sftjax.parallel import param_shardings, processes
 
-MODELS = {kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder)}
+MODELS: dict[type, Any] = {
+    kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision)
+}
+PREPROCESSOR = "preprocessor_config.json"
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
-    r".*\.rotary_emb\.inv_freq|.*\.attn\.(bias|masked_bias)|(\w+\.)?embeddings\.position_ids"
+    r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)|(\w+\.)?embeddings\.position_ids"
     r"|(cls\.predictions|lm_head)\.decoder\.bias"  # another name of their bias
 )
 
@@ -106,10 +109,13 @@ def load_model(
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method")
             raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
-        config, classes = family.config(hf), changes.pop("classes", None)
-        head, labels = heads.choose(hf, config.causal, head, labels, classes)
-        config = dataclasses.replace(config, **changes, head=head, classes=len(labels))
-        _check(config, hf)
+        pixels, classes = _preprocessor(file.parent), changes.pop("classes", None)
+        images = hasattr(family, "IMAGES")
+        config = family.config(hf, pixels) if images else family.config(hf)
+        head, labels = heads.choose(hf, config.causal, head, labels, classes, images)
+        model = MODELS[type(config)](config).replace(**changes, head=head, classes=len(labels))
+        if isinstance(model.config, decoder.Config):
+            _check(model.config, hf)
     except KeyError as e:
         raise ModelError(f"{file}: field {e} is missing") from None
     except ValueError as e:
@@ -121,7 +127,7 @@ def load_model(
     except ModelError as e:
         raise ModelError(f"{said}: {e}") from None
     source = Origin(str(file.parent), hf, generation, dtypes={}, labels=labels, problem=problem)
-    model = MODELS[type(config)](config, source)
+    model = dataclasses.replace(model, source=source)
     shapes = [p.shape for p in params_lib.flatten(model.abstract).values()]
     if (n := sum(map(math.prod, shapes))) > common.PARAMETERS:
         largest = max(shapes, key=math.prod)
@@ -161,6 +167,12 @@ def _check(c, hf):
     for kind in c.kinds:
         if kind.rope is not None:
             rope.frequencies(kind.rope, c.head_dim)
+
+
+def _preprocessor(directory) -> dict:
+    """How the directory's images are normalised, preprocessor_config.json; {} where it has none."""
+    file = directory / PREPROCESSOR
+    return _json(file) if file.exists() else {}
 
 
 def _json(file) -> dict:
@@ -204,6 +216,8 @@ def load_params(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
+    Under "stats" the tree holds the batch statistics of a model that has them: its model_state.
+
     The parameters of a head that the files do not have are initialised from the seed, and the
     tensors of a head that the model does not have are left out; a line of the log names both.
     """
@@ -214,16 +228,17 @@ def load_params(
     rows = list(tensors(model))
     fresh = [p for p, files, _ in rows if () in files and heads.fresh(model, p, files[()])]
     heads.report(path, left_out, fresh, seed)
-    abstract = params_lib.flatten(model.abstract)
+    tree = _stored_tree(model)
+    abstract = params_lib.flatten(tree)
     if isinstance(dtype, dict):
-        dtypes = params_lib.flatten(dtype)
+        dtypes = {name: jnp.float32 for name in abstract} | params_lib.flatten(dtype)
     else:
         dtypes = dict.fromkeys(abstract, dtype)
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = dict.fromkeys(abstract, one)
     else:
-        shardings = params_lib.flatten(param_shardings(mesh, model.abstract))
+        shardings = params_lib.flatten(param_shardings(mesh, tree))
 
     def leaf(path, files, layout):
         p, lead = abstract[path], len(next(iter(files)))
@@ -234,7 +249,12 @@ def load_params(
     for name in fresh:
         new, key, kind = {name: abstract[name]}, jax.random.key(seed), dtypes[name]
         leaves |= params_lib.init(new, key, kind, {name: shardings[name]})
-    return model, params_lib.map_named(lambda name, _: leaves[name], model.abstract)
+    return model, params_lib.map_named(lambda name, _: leaves[name], tree)
+
+
+def _stored_tree(model) -> dict:
+    """The Params that the files hold: under "stats" the state of a model that keeps it there."""
+    return model.abstract | ({"stats": model.state} if hasattr(model, "stores_state") else {})
 
 
 def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
@@ -315,7 +335,7 @@ def _compare(model, reader, path) -> list[str]:
 
     Gives the names of the tensors that belong to a head which the model does not have.
     """
-    abstract, expected = params_lib.flatten(model.abstract), dict[str, tuple]()
+    abstract, expected = params_lib.flatten(_stored_tree(model)), dict[str, tuple]()
     for name, files, layout in tensors(model):
         shape = visible(model, name, abstract[name], len(next(iter(files))))
         if not heads.fresh(model, name, next(iter(files.values()))):
@@ -421,6 +441,9 @@ def save_pretrained(
     _write_json(temporary / "config.json", hf)
     if model.config.causal and model.config.head == "vocabulary":
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
+    if hasattr(model.config, "image_size"):
+        pixels = _preprocessor(source) or common.preprocessor(model.config)
+        _write_json(temporary / PREPROCESSOR, pixels)
     if tokenizer is not None:
         save_tokenizer(tokenizer, temporary)
     new = sorted(file.name for file in temporary.iterdir())
@@ -467,7 +490,8 @@ def _tensor(parts, shape) -> np.ndarray:
 
 
 def _hf_config(model, rows, tokenizer) -> dict:
-    hf = heads.exported(model) | {"vocab_size": model.config.vocab}
+    hf = heads.exported(model)
+    hf |= {} if hasattr(model.config, "image_size") else {"vocab_size": model.config.vocab}
     pad = getattr(tokenizer, "pad_token_id", None)
     if model.config.classes and hf.get("pad_token_id") is None and pad is not None:
         hf["pad_token_id"] = pad  # transformers finds a row's last token by it

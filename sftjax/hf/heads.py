@@ -17,6 +17,7 @@ ENDINGS = {
     "document": "ForSequenceClassification",
     "token": "ForTokenClassification",
     "span": "ForQuestionAnswering",
+    "image": "ForImageClassification",
 }
 MASKED = "ForMaskedLM"
 PAIRED = "ForConditionalGeneration"
@@ -38,6 +39,8 @@ def kind_of(hf: dict) -> str:
 
     "" also for one that says nothing of it, or a head that is not known here.
     """
+    if "architecture" in hf:  # timm's form
+        return "image" if hf.get("num_classes") else ""
     for name in hf.get("architectures") or ():
         for kind, ending in ENDINGS.items():
             if name.endswith(ending):
@@ -63,6 +66,8 @@ def stored_labels(hf: dict, kind: str = "document") -> tuple[str, ...]:
         return ()
     if kind == "span":
         return SPAN
+    if "architecture" in hf:
+        return tuple(hf.get("label_names") or numbered(hf["num_classes"]))
     by_id = hf.get("id2label")
     if by_id is None:  # what transformers assumes
         return numbered(hf.get("num_labels", 2))
@@ -73,18 +78,25 @@ def stored_labels(hf: dict, kind: str = "document") -> tuple[str, ...]:
 
 
 def choose(
-    hf: dict, causal: bool, head: str | None, given: Sequence[str] | None, classes: int | None
+    hf: dict,
+    causal: bool,
+    head: str | None,
+    given: Sequence[str] | None,
+    classes: int | None,
+    images: bool = False,
 ) -> tuple[str, tuple[str, ...]]:
     """(head, labels) of the model to load; labels () for a head of no classes.
 
     head, given (labels), classes (their number): what the user asks for, None for what the files
-    have; classes=0 is none. ModelError where these and the directory's own head disagree.
+    have; classes=0 is none. images: is it a model of images. ModelError where these and the directory's own head disagree.
     """
     plain, own_kind = "vocabulary" if causal else "", kind_of(hf)
     if head is None:
-        head = "document" if given is not None or classes else own_kind or plain
+        classified = "image" if images else "document"
+        head = classified if given is not None or classes else own_kind or plain
         head = plain if classes == 0 else head
-    known = {*ENDINGS, "vocabulary", plain} - ({"span"} if causal else set())
+    known = {*ENDINGS, "vocabulary", plain} - ({"span", "image"} if causal else {"image"})
+    known = {"image", ""} if images else known
     if head not in known:
         raise ModelError(f"head={head!r}, expected one of {', '.join(filter(None, sorted(known)))}")
     if head not in ENDINGS:
@@ -180,6 +192,9 @@ def exported(model: Model) -> dict:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     hf, n, kind = dict(model.source.config), model.config.classes, model.config.head
+    labels = model.source.labels if len(model.source.labels) == n else numbered(n)
+    if "architecture" in hf:  # timm's form
+        return hf | {"num_classes": n} | ({"label_names": list(labels)} if n else {})
     # The loop form may call itself a llama, and is then told by this name alone.
     loop = "iquestloop" in f"{hf.get('architectures')} {hf['model_type']}".lower()
     known = {"iquestcoder": "IQuestCoderConfig"} | CONFIG_MAPPING_NAMES
@@ -188,7 +203,6 @@ def exported(model: Model) -> dict:
         if not model.config.causal and is_other(hf, kind):
             hf["architectures"] = [prefix + (MASKED if kind else "Model")]
         return hf
-    labels = model.source.labels if len(model.source.labels) == n else numbered(n)
     if kind_of(hf) != kind:
         hf["architectures"] = [prefix + ENDINGS[kind]]
         hf.pop("problem_type", None)  # of another task

@@ -96,6 +96,9 @@ class Layout:
         self, shape: Sequence[int], index: tuple[slice, ...], dtype: np.dtype
     ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Cut `index` into (index of a block, its place in the result) along the file's rows."""
+        if self.groups[0][0] not in self.letters:  # one row of the file's
+            yield index, (slice(None),) * len(index)
+            return
         axis = self.letters.index(self.groups[0][0])
         start, stop, _ = index[axis].indices(shape[axis])
         rows = max(1, BLOCK_BYTES * shape[axis] // (math.prod(shape) * dtype.itemsize))

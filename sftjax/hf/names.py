@@ -19,11 +19,13 @@ MODULES = {
     "gemma3_text": "gemma3",
     "iquestcoder": "llama",
     "iquestloopcoder": "iquest",
+    "siglip": "vit",
+    "timm": "resnet",
     "xlm-roberta": "roberta",
 }
 TYPES = """bart bert deberta-v2 distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite
-iquestcoder iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe
-roberta smollm3 t5 xlm-roberta""".split()
+iquestcoder iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe resnet
+roberta siglip smollm3 t5 timm vit xlm-roberta""".split()
 FAMILIES = {
     name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES
 }
@@ -32,6 +34,8 @@ FAMILIES = {
 def family_of(hf: dict) -> ModuleType:
     """The family's module: by model_type, but the loop form may call itself a llama."""
     kind, known = hf.get("model_type"), ", ".join(FAMILIES)
+    if kind is None and "architecture" in hf:
+        kind = "timm"
     if not isinstance(kind, str):
         raise ModelError(f"model_type is {kind!r}; the known ones are {known}")
     if "IQuestLoopCoder" in str(hf.get("architectures")):
@@ -103,8 +107,8 @@ def visible(model: base.Model, path: str, p: Param | jax.Array, lead: int) -> tu
     return (*rows, *p.shape[lead + len(rows) :])
 
 
-def ends(model: base.Model) -> tuple[str, str | None]:
-    """The names of embedding and vocabulary head in the files, if tied too; None for no head."""
+def ends(model: base.Model) -> tuple[str | None, str | None]:
+    """The names of embedding and vocabulary head in the files, if tied too; None for none."""
     untied = model.replace(tied=False, head="vocabulary", classes=0)
     names = {path: files[()] for path, files, _ in tensors(untied) if () in files}
-    return names["embed/w"], names.get("head/w")
+    return names.get("embed/w"), names.get("head/w")

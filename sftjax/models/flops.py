@@ -7,7 +7,7 @@ from typing import Any
 from sftjax import params as params_lib
 from sftjax.models import decoder
 
-EMBEDDING = ("embed", "positions", "token_types", "embed_norm")
+EMBEDDING = ("embed", "patches", "positions", "token_types", "embed_norm")
 
 
 def train_flops(

@@ -73,7 +73,7 @@ def of_sftjax(config, task, prompts):
     mesh = parallel.make_mesh({"fsdp": -1})
     model, trainable = build.make_model(config, task)
     with jax.set_mesh(mesh):
-        params = build.make_params(config.model, model, trainable, mesh)
+        params, _ = build.make_params(config.model, model, trainable, mesh)
     options = dict(stop_ids=task.stop_ids, max_new_tokens=NEW, batch_size=BATCH, mesh=mesh)
 
     def answer():

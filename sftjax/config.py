@@ -26,8 +26,8 @@ def get_default() -> ConfigDict:
     """The whole tree, locked: setting a key that is not here is an error."""
     c = ConfigDict()
     c.seed = 0
-    # causal_lm | classification | multi_label | regression | token_labels | masked_lm, or your own:
-    # "path/to/file.py:ClassName"; sftjax/tasks
+    # causal_lm | seq2seq | classification | multi_label | regression | token_labels | masked_lm |
+    # image_classification, or your own: "path/to/file.py:ClassName"; sftjax/tasks
     c.task = "causal_lm"
 
     c.model = ConfigDict()
@@ -69,6 +69,7 @@ def get_default() -> ConfigDict:
     c.data.fields.content = ""
     # What is wanted of a text: a label, labels, a number, tags, or answers; several names: "a|b".
     c.data.fields.label = ""
+    c.data.fields.image = ""
     c.data.fields.pair = ""  # the second text of a pair, of which a label or a number is wanted
     # Of a classification: the labels' names in order, ("negative", "positive"); then a whole number
     # in a file is an index. Or {value in the file: name}. () = those that the model knows.
@@ -96,7 +97,9 @@ def get_default() -> ConfigDict:
     c.data.split.share = 0.0  # of data.train, for validation, by a hash of the prompt; 0 = none
     c.data.split.group_by = ""  # a field: rows with one value of it stay on one side
     c.data.split.stratify_by = ""  # a field: hold the share within each of its values
-    c.data.augment = ()  # of training rows: names in sftjax/clean/augment.py, one after the other
+    # Of training rows: names in sftjax/clean/augment.py, one after the other; of images, in
+    # sftjax/ops/pixels.py
+    c.data.augment = ()
     c.data.augment_copies = 1  # variants of each row; an epoch goes through all of them
     c.data.on_error = "raise"  # of a bad row: raise | skip (to rejects.jsonl in the cache)
     c.data.max_skipped = 0.01  # skip: the share of rows past which the run ends with an error

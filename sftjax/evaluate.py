@@ -100,7 +100,7 @@ def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, P
                     " directory, an export, or the workdir of a run"
                 )
             c = hf.load_model(folder).config
-            if c.learned_positions:  # a longer row can't be measured
+            if getattr(c, "learned_positions", False):  # a longer row can't be measured
                 config.data.max_length = min(config.data.max_length, c.max_positions)
     overridden = config_lib.override_all(config, argv, OPTIONS)
     if not is_run and not spec and "task" not in overridden:
@@ -179,8 +179,7 @@ def evaluate(
 def _weights(config, task, model, trainable, mesh: Mesh, run, step):
     """(parameters, model_state, step)."""
     if run is None:
-        params = build.make_params(config.model, model, trainable, mesh, seed=config.seed)
-        return params, None, None
+        return *build.make_params(config.model, model, trainable, mesh, seed=config.seed), None
     directory = run / "checkpoints"
     best = config.eval.best
     at = weights.find(directory, step, best, task.lower_is_better(best))

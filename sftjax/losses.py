@@ -139,12 +139,20 @@ def _loss_of(table, kind, options):
 
 
 def read(
-    model: "base.Model", params: Any, batch: dict, rng: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """float32 logits [B, S, C] of a head of classes, and the weights float32 [B, S]."""
-    hidden, _ = model.outputs(params, batch, rng)
-    logits = model.class_logits(params, hidden, rng, batch["segments"])
-    return logits, batch["weights"].astype(jnp.float32)
+    model: "base.Model",
+    params: Any,
+    batch: dict,
+    rng: jax.Array | None,
+    model_state: Any = None,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """float32 logits [B, S, C] of a head of classes, the weights float32 [B, S], the new state.
+
+    model_state: of a model that has one, such as batch statistics; None for no such model.
+    """
+    own = () if model_state is None else (model_state,)
+    hidden, new = model.outputs(params, batch, rng, *own)
+    logits = model.class_logits(params, hidden, rng, batch.get("segments"))
+    return logits, batch["weights"].astype(jnp.float32), new if own else None
 
 
 def summed(
@@ -172,24 +180,30 @@ def classification(
 
     A label is read where its weight is not 0: once a document, or at many of its tokens.
     class_weights: a factor for each class, () for none; the loss is divided by the sum of the
-    weights that counted. predictions: return (Loss, {"wanted", "given" int32 [B, S], "weights",
+    weights that counted. A batch with `partner` and `share` [B, S], of mixed images, wants of each
+    its target for the share, and the partner for the rest. predictions: return (Loss, {"wanted", "given" int32 [B, S], "weights",
     "scores" [B, S, C]}) in place of the Loss; "given" is -1 where a logit is not finite, scores are
     probabilities. sources: as of causal_lm. options: fields of Options.
     """
     loss_of = _loss_of(LABEL, kind, options)
 
-    def loss_fn(params, batch, rng):
-        logits, weights = read(model, params, batch, rng)
+    def loss_fn(params, batch, rng, model_state=None):
+        logits, weights, state = read(model, params, batch, rng, model_state)
         targets = batch["targets"]
         if class_weights:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
         trained = weights != 0
-        losses = loss_of(jnp.where(trained[..., None], logits, 0.0), targets)
+        sound = jnp.where(trained[..., None], logits, 0.0)
+        losses = loss_of(sound, targets)
+        if "partner" in batch:
+            share = batch["share"]
+            losses = share * losses + (1 - share) * loss_of(sound, batch["partner"])
         given = jnp.argmax(logits, -1).astype(jnp.int32)
         given = jnp.where(jnp.all(jnp.isfinite(logits), -1), given, -1)
         hits = jnp.sum(trained & (given == targets), dtype=jnp.float32)
         accuracy = (hits, jnp.sum(trained, dtype=jnp.float32))
         loss = summed(batch, losses, weights, sources, accuracy=accuracy)
+        loss = dataclasses.replace(loss, state=state)
         if not predictions:
             return loss
         out = {"wanted": targets, "given": given, "weights": batch["weights"]}
@@ -216,8 +230,9 @@ def multi_label(
     """
     loss_of = _loss_of(LABELS, kind, options)
 
-    def loss_fn(params, batch, rng):
-        logits, weights = read(model, params, batch, rng)
+    def loss_fn(params, batch, rng, model_state=None):
+        del model_state  # no model of texts has one
+        logits, weights, _ = read(model, params, batch, rng)
         wanted = _labels_of(batch["targets"], batch["segments"], logits.shape[-1])
         losses = loss_of(jnp.where(weights[..., None] != 0, logits, 0.0), wanted)
         if class_weights:
@@ -261,7 +276,7 @@ def regression(
 
     def loss_fn(params, batch, rng, model_state=None):
         mean, std = (0.0, 1.0) if model_state is None else (model_state[k] for k in ("mean", "std"))
-        logits, weights = read(model, params, batch, rng)
+        logits, weights, _ = read(model, params, batch, rng)
         given, wanted = logits[..., 0], (batch["targets"] - mean) / std
         given, wanted = (jnp.where(weights != 0, x, 0.0) for x in (given, wanted))
         loss = summed(batch, loss_of(given, wanted), weights, sources)
@@ -313,8 +328,10 @@ def token_counts(
 ) -> dict[str, tuple[jax.Array, jax.Array | None]]:
     """How many positions a Batch has, how many hold a token, and how many of them are trained.
 
-    {} for a batch that does not say which of its positions hold tokens.
+    Of images, how many there are. {} for a batch that says neither.
     """
+    if "image" in batch:
+        return {"images": (jnp.sum(batch["weights"] != 0, dtype=jnp.float32), None)}
     held = [batch[name] for name in ("segments", "target_segments") if name in batch]
     if not held:
         return {}

@@ -48,9 +48,10 @@ def training_rows(
     source: RecordSource
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
     options, form = dict[str, Any](), dict[str, Any]()
+    varied = d.augment and not task.varies
     if d.clean.rules:
         options = clean_options(config, task)
-    if d.clean.rules or d.split.share or d.augment:
+    if d.clean.rules or d.split.share or varied:
         source, task, form = task.prepared(source)
     held = task
     if d.clean.rules:
@@ -68,7 +69,7 @@ def training_rows(
         by["skip"] = d.on_error == "skip"
         source, held_out = split(source, d.split.share, form=_only(form, READING), **by)
         notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
-    if d.augment:
+    if varied:
         source = Augmented(source, d.augment, d.augment_copies, config.seed, form)
         task = task.canonical()  # the form of the variants
         notes.append(f"augmented by {', '.join(d.augment)}; copies of each row: {d.augment_copies}")

@@ -67,6 +67,8 @@ class TokenStore:
         self.offsets = np.load(self.folder / "offsets.npy")
         self.records = np.load(self.folder / "records.npy", mmap_mode="r")
         self.lengths = np.diff(self.offsets).astype(np.int32)
+        if self.report.get("fixed"):  # a row each, however many bytes
+            self.lengths = np.ones_like(self.lengths)
         self.tokens, self.weights = self.arrays.get("tokens"), self.arrays.get("weights")
 
     def __len__(self) -> int:
@@ -196,7 +198,9 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     kept = folder.with_name(folder.name + ".rejects.jsonl")
     rejects = Rejects(temporary / "rejects.jsonl", kept, source, on_error, max_skipped)
     tally = task.tally(max_length, overlong)
-    first, notes, records = None, Notes(), list[int]()
+    first, notes, records, sizes = None, Notes(), list[int](), list[int]()
+    shapes = [shape for _, shape in task.columns.values()]
+    varying = shapes.index(None) if None in shapes else None  # the column that gives the offsets
     with contextlib.ExitStack() as files:
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
@@ -206,17 +210,18 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
             tally.wheres = []
             pieces = tally.fit(encoded)
             tally.count(pieces)
+            sizes += [1 if varying is None else len(piece[varying]) for piece in pieces]
             index = {source.where(i): i for i in rows}
             records += [index[where] for where in tally.wheres]
             for file, (dtype, _), values in zip(
                 out, task.columns.values(), zip(*pieces, strict=True), strict=False
             ):
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
-    report = tally.report(rejects.counts) | dict(left_out=notes.counts)
+    report = tally.report(rejects.counts) | dict(left_out=notes.counts, fixed=task.layout.fixed)
     if not tally.lengths:
         raise DataError(task.nothing_left(first, report, max_length), kind="nothing_trained")
     np.save(temporary / "rows.npy", hashes)  # says later which rows were edited
-    np.save(temporary / "offsets.npy", np.append(0, np.cumsum(tally.lengths, dtype=np.int64)))
+    np.save(temporary / "offsets.npy", np.append(0, np.cumsum(sizes, dtype=np.int64)))
     np.save(temporary / "records.npy", np.array(records, np.int64))
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 

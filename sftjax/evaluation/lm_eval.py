@@ -51,7 +51,7 @@ class SftjaxLM(TemplateLM):
         self.model, trainable = build.make_model(config, tasks.make(config, self.tokenizer))
         self.mesh = parallel.make_mesh({"fsdp": -1})
         with jax.set_mesh(self.mesh):
-            self.params = build.make_params(config.model, self.model, trainable, self.mesh)
+            self.params, _ = build.make_params(config.model, self.model, trainable, self.mesh)
         self.add_bos_token = add_bos_token
         self.max_length = int(max_length or self.model.config.max_positions)
         self.model.check_length(self.max_length, f"max_length={self.max_length}")

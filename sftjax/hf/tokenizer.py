@@ -25,6 +25,8 @@ def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
     if not (d.tokenizer or config.model.path):
         return None
     path = resolve(d.tokenizer or config.model.path, weights=False)
+    if not d.tokenizer and hasattr(load_model(path).config, "image_size"):
+        return None
     tokenizer = open_tokenizer(path if path.is_dir() else path.parent)
     if d.add_tokens:
         _add_tokens(tokenizer, d.add_tokens, config.model.path)

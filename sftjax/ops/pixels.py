@@ -108,38 +108,40 @@ VARIANTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 MIXES = ("mixup", "cutmix")
 
 
-def vary(
-    rng: jax.Array, images: jax.Array, names: Sequence[str]
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """(float32 images [B, H, W, C], partner int32 [B] or None, share float32 [B]).
-
-    names: of VARIANTS, one after the other, each image with a key of its own; and of MIXES: then an
-    image is mixed with that of its partner, and its own label counts for `share`. Raises:
-    ConfigError for a name that is none.
-    """
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError for a name that is neither of VARIANTS nor of MIXES."""
     if unknown := [n for n in names if n not in VARIANTS and n not in MIXES]:
         known = ", ".join([*VARIANTS, *MIXES])
         raise ConfigError(f"data.augment: {unknown[0]!r} is no variant of images; known: {known}")
-    x, B = images.astype(jnp.float32), images.shape[0]
+
+
+def vary(rng: jax.Array, batch: dict, names: Sequence[str]) -> dict[str, jax.Array]:
+    """What replaces arrays of a batch: image float32 [B, H, W, C], perhaps partner and share [B, 1].
+
+    names: of VARIANTS, one after the other, each image with a key of its own; and of MIXES: then an
+    image is mixed with another of the batch, whose target is `partner`, and its own target counts
+    for `share` (Zhang et al. 2017, Yun et al. 2019, both with alpha 1).
+    """
+    x, B = batch["image"].astype(jnp.float32), batch["image"].shape[0]
     for i, name in enumerate(names):
         if name in VARIANTS:
             x = jax.vmap(VARIANTS[name])(jax.random.split(jax.random.fold_in(rng, i), B), x)
     mixes = [name for name in names if name in MIXES]
     if not mixes:
-        return x, None, jnp.ones(B)
+        return {"image": x}
     order, which, shares, boxes = jax.random.split(jax.random.fold_in(rng, len(names)), 4)
-    partner = jax.random.permutation(order, B)
-    share = jax.random.uniform(shares, (B,))  # Beta(1, 1)
-    other = x[partner]
-    blend = x * share[:, None, None, None] + other * (1 - share[:, None, None, None])
-    cut = jax.vmap(_box, (0, None, 0))(jax.random.split(boxes, B), x.shape[1:3], 1 - share)
-    pasted = jnp.where(cut[..., None], other, x)
-    kept = 1 - jnp.mean(cut, (1, 2))
-    boxed = jnp.array([name == "cutmix" for name in mixes])[
-        jax.random.randint(which, (B,), 0, len(mixes))
-    ]
+    other = jax.random.permutation(order, B)
+    there = batch["weights"][:, 0] > 0
+    other = jnp.where(there[other], other, jnp.arange(B))  # no blank row
+    share = jax.random.uniform(shares, (B,))
+    blend = jnp.einsum("b,bhwc->bhwc", share, x) + jnp.einsum("b,bhwc->bhwc", 1 - share, x[other])
+    box = jax.vmap(_box, (0, None, 0))(jax.random.split(boxes, B), x.shape[1:3], 1 - share)
+    boxed = jnp.array([name == "cutmix" for name in mixes])
+    boxed = boxed[jax.random.randint(which, (B,), 0, len(mixes))]
+    pasted = jnp.where(box[..., None], x[other], x)
+    share = jnp.where(boxed, 1 - jnp.mean(box, (1, 2)), share)
     x = jnp.where(boxed[:, None, None, None], pasted, blend)
-    return x, partner, jnp.where(boxed, kept, share)
+    return {"image": x, "partner": batch["targets"][other], "share": share[:, None]}
 
 
 def _box(key, size, area):

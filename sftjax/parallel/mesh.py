@@ -37,6 +37,7 @@ RULES: dict[str, Any] = {  # logical axis: a mesh axis, several, or None
     "expert": "expert",
     "choice": None,  # of an expert, by the router
     "classes": None,
+    "channels": None,  # that a convolution sums over
     "rank": None,  # of a factor of a weight
 }
 

@@ -26,6 +26,7 @@ TASKS = {
     "token_labels": "sftjax.tasks.token_labels:TokenLabels",
     "masked_lm": "sftjax.tasks.masked_lm:MaskedLM",
     "seq2seq": "sftjax.tasks.seq2seq:Seq2Seq",
+    "image_classification": "sftjax.tasks.image_classification:ImageClassification",
 }
 
 # By a config.json's problem_type.
@@ -68,7 +69,7 @@ def of_head(hf: dict) -> str:
             "the model has a head of spans: name the task that reads it, such as"
             " --config.task=experiments/xquad/task.py:ExtractiveQA"
         )
-    return "token_labels" if kind == "token" else "causal_lm"
+    return {"token": "token_labels", "image": "image_classification"}.get(kind, "causal_lm")
 
 
 def _users(name) -> type[Task]:

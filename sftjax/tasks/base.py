@@ -95,6 +95,7 @@ class Task(Generic[E]):
     options: ClassVar[tuple[str, ...] | None] = None
     loss: ClassVar[Callable[..., Any]]
     tokenizer: Any = None
+    varies: ClassVar[bool] = False  # data.augment is the task's own, and not of texts
     beside: tuple[str, ...] = ()  # fields that evaluation reads: eval.choices, eval.group
 
     @classmethod

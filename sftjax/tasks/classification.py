@@ -203,7 +203,7 @@ class Classification(Texts):
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
         """The plain loss, whatever the weights in training, and what is wanted and given."""
         loss_fn = self.loss(model, predictions=True)
-        return lambda params, batch, model_state=None: loss_fn(params, batch, None)
+        return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
     def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for labels, and the confusion matrix (rows: wanted, columns: given).

@@ -44,6 +44,8 @@ def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Mo
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
+    if hasattr(model, "with_trained"):
+        model = model.with_trained(trainable)
     return model, trainable
 
 
@@ -57,6 +59,10 @@ def _checked(config, model, tokenizer, platform):
 
     Raises what its backend or its positions refuse.
     """
+    if hasattr(model.config, "image_size"):
+        if config.model.init != "pretrained":
+            return model
+        return hf.with_dtypes(model, hf.resolve(config.model.path))
     m, longest = config.model, max(config.data.max_length, config.data.max_target_length)
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
@@ -218,8 +224,7 @@ def first_state(
     check_memory(target)
     if new:
         say("tokens", _added_text(model, trainable, new))
-    params = make_params(section, model, trainable, mesh, seed=seed, new=new)
-    model_state = None if model.state is None else _drawn(model.state, mesh, seed)
+    params, model_state = make_params(section, model, trainable, mesh, seed=seed, new=new)
     create = jax.jit(
         functools.partial(TrainState.create, tx=tx, trainable=trainable, rng=seed),
         donate_argnames=("params", "model_state"),
@@ -236,18 +241,20 @@ def make_params(
     *,
     seed: int = 0,
     new: Sequence[int] = (),
-) -> dict[str, Any]:
-    """The parameters at step 0, as of first_state."""
+) -> tuple[dict[str, Any], Any]:
+    """(parameters, model_state) at step 0, as of first_state; model_state None for none."""
     kinds = dtypes(section, model, trainable)
+    drawn = lambda: None if model.state is None else _drawn(model.state, mesh, seed)  # noqa: E731
     if from_files(model) and section.init == "pretrained":
         # With rows drawn for new tokens, and a head where the files have none.
-        stored: Any = model.replace(vocab=model.source.config["vocab_size"])
+        stored: Any = model.replace(vocab=model.source.config.get("vocab_size"))
         _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
         if new:
             _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
-        return params
+        stats = params.pop("stats", None)
+        return params, drawn() if stats is None else stats
     params = _drawn(model.abstract, mesh, seed)
-    return jax.tree.map(lambda x, d: x.astype(d), params, kinds)
+    return jax.tree.map(lambda x, d: x.astype(d), params, kinds), drawn()
 
 
 def check_memory(target: Any) -> None:

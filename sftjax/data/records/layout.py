@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from sftjax.data.records.images import is_image
 from sftjax.data.records.readers import COMPRESSED, READERS
 from sftjax.errors import DataError
 from sftjax.files import read_object
@@ -211,6 +212,8 @@ def _split(folder, own: Files, split, plain=False) -> list[Path]:
 def of_folder(folder: Path) -> list[Path]:
     """All data files of a folder of the user's. Raises: DataError if they are of several sets."""
     files = data_files(folder)
+    if not files and any(is_image(path.name) for path in folder.rglob("*")):
+        return [folder]  # of images, see records/images.py
     if not files:
         problem = f"no data file in this folder (known: {', '.join(READERS)})"
         raise DataError(problem, where=folder, kind="no_file")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.records import failures
+from sftjax.data.records import failures, images
 from sftjax.data.records.failures import excerpt, readable
 from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
@@ -472,4 +472,5 @@ READERS: dict[str, Any] = {
     ".jsonl.zst": JsonLines,
     ".json.gz": JsonLines,  # as C4 and others name their JSON lines
     ".json.zst": JsonLines,
+    ".tar": images.Tar,
 }

@@ -17,6 +17,7 @@ import numpy as np
 
 from sftjax.data.records import layout
 from sftjax.data.records.failures import excerpt, readable
+from sftjax.data.records.images import Folder
 from sftjax.data.records.layout import kind
 from sftjax.data.records.protocols import Reader
 from sftjax.data.records.readers import READERS, Nested
@@ -61,7 +62,7 @@ class Source(Sequence):
         """A hash of what all files hold (of path, size and time for files over 1 GB)."""
         digest = hashlib.sha256()
         for reader in self.readers:
-            digest.update(_file_hash(reader.path).encode())
+            digest.update(_hash_of(reader).encode())
             digest.update(getattr(reader, "lists", "").encode())
         return digest.hexdigest()
 
@@ -74,7 +75,7 @@ class Source(Sequence):
                 name=path.name if short else str(path),
                 bytes=path.stat().st_size,
                 rows=len(reader),
-                sha256=_file_hash(path),
+                sha256=_hash_of(reader),
             )
             for path, reader in zip(paths, self.readers, strict=True)
         ]
@@ -150,6 +151,8 @@ def find_files(spec: str) -> list[Path]:
 
 
 def _open(path):
+    if path.is_dir():
+        return Folder(path)
     if kind(path) not in READERS:
         problem = f"unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}"
         raise DataError(problem, where=path, kind="unknown_format")
@@ -161,7 +164,10 @@ def _open(path):
     return reader
 
 
-def _file_hash(path):
+def _hash_of(reader):
+    if hasattr(reader, "digest"):
+        return reader.digest()
+    path = reader.path
     stat = Path(path).stat()
     return _hash(Path(path).resolve(), stat.st_size, stat.st_mtime_ns)
 

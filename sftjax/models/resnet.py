@@ -256,8 +256,7 @@ def convolve(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
 def max_pool(x: jax.Array) -> jax.Array:
     """The largest of each 3x3 pixels of x [B, H, W, C], at every second one."""
     pads = [(0, 0), (1, 1), (1, 1), (0, 0)]
-    least = jnp.array(-jnp.inf, x.dtype)
-    return jax.lax.reduce_window(x, least, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 
 def batch_norm(

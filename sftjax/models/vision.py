@@ -106,10 +106,14 @@ class Model(base.Body):
         return base.project_classes(params["score"], hidden)
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
-        """(images, _, _) -> model FLOPs of a training step; see flops.train_flops."""
+        """(images, trained, pairs of images) -> model FLOPs of a step; see flops.train_flops."""
         n, of = self.config.tokens, flops.train_flops(self.config, trainable, self.abstract)
-        pairs = n * (n + 1) / 2
-        return lambda images, *_: of(images * n, images, lambda window: images * pairs)
+        each = n * (n + 1) / 2
+
+        def count(images, trained, pairs):
+            return of(images * n, trained, lambda window: each * pairs(window))
+
+        return count
 
     def check_length(self, length: int, what: str) -> None:
         """Nothing: images have no length."""

@@ -50,6 +50,8 @@ class Work:
 
     def text(self) -> str:
         """The assumption in words, for a report."""
+        if self.width == 1:
+            return f"{self.rows} examples of fixed shapes"
         return (
             f"{self.rows} rows of {self.width}, full, of documents of {self.document} tokens;"
             f" {self.trained:.0%} of the tokens trained"
@@ -94,6 +96,8 @@ class Program:
     def head_flops(self) -> float:
         """Of them, those of the vocabulary projection, with the rows that pad it."""
         c, tokens = self.model.config, self.work.tokens * self.work.trained
+        if c.head == "image":
+            return 0.0
         return flops_lib.head_flops(c, self.trainable, self.model.abstract, c.rows) * tokens
 
 
@@ -114,6 +118,8 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
         state = build_lib.abstract_state(config.model, model, trainable, tx, mesh)
         loss_fn = task.loss_fn(model, config.loss.to_dict())
         step = build_lib.make_step(loss_fn, tx, state, micro, here[0] if here else None)
+    if task.layout.fixed:
+        width, trained, document = 1, 1.0, 1
     spec = task.layout.spec(rows, width)
     batch = parallel.abstract_batch(mesh, spec)
     targets = spec["targets"].shape[1] if "target_segments" in spec else 0

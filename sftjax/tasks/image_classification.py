@@ -44,7 +44,11 @@ class ImageClassification(Classification):
         "image": ("image", "img", "file_name", "path"),
         "label": LABELS,
     }
-    columns = {"image": ("uint8", None), "weights": ("float32", (1,)), "targets": ("int32", (1,))}
+    columns: Mapping[str, tuple[str, tuple[int, ...] | None]] = {
+        "image": ("uint8", None),
+        "weights": ("float32", (1,)),
+        "targets": ("int32", (1,)),
+    }
     counts = ("images",)
     cleaned = False
     varies = True
@@ -58,7 +62,12 @@ class ImageClassification(Classification):
         augment: Sequence[str] = (),
     ) -> None:
         check_names(augment)
-        self.labels, self.side, self.channels, self.augment = Labels(labels), side, channels, augment
+        self.labels, self.side, self.channels, self.augment = (
+            Labels(labels),
+            side,
+            channels,
+            augment,
+        )
         self.names = dict.fromkeys(("image", "label", "pair"), "") | dict(names or {})
         self.layout = ImageRows(side, channels)
 
@@ -68,7 +77,9 @@ class ImageClassification(Classification):
         d, model = config.data, read_model(config.model)
         if not hasattr(model.config, "image_size"):
             kind = model.source.config.get("model_type")
-            raise ConfigError(f"task={config.task!r}: a {kind} at {config.model.path} reads no images")
+            raise ConfigError(
+                f"task={config.task!r}: a {kind} at {config.model.path} reads no images"
+            )
         labels = d.labels or stored_labels(model.source.config, cls.head)
         if not labels and d.train:
             labels = labels_of(open_source(d.train))
@@ -93,7 +104,7 @@ class ImageClassification(Classification):
 
     def fields_read(self, record: dict) -> set[str]:
         """The keys of the image and its label, and the name of its file."""
-        return super().fields_read(record) | {"file"}
+        return super().fields_read(record) | ({"file"} & set(record))
 
     def key(self) -> list:
         """The fields' names and the labels; also the size, for which images were tried."""

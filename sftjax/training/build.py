@@ -247,7 +247,8 @@ def make_params(
     drawn = lambda: None if model.state is None else _drawn(model.state, mesh, seed)  # noqa: E731
     if from_files(model) and section.init == "pretrained":
         # With rows drawn for new tokens, and a head where the files have none.
-        stored: Any = model.replace(vocab=model.source.config.get("vocab_size"))
+        rows = model.source.config.get("vocab_size")  # None of images
+        stored: Any = model.replace(vocab=rows) if rows else model
         _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
         if new:
             _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))

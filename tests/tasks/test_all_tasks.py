@@ -3,7 +3,9 @@
 A new row of TASKS needs a case here; `test_every_task_has_a_case` says so.
 """
 
+import base64
 import functools
+import io
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_reports import check_self_contained
 from transformers import AutoTokenizer
 
@@ -158,6 +161,34 @@ def pairs(c, where):
         c.data[name] = write(where / f"{name}.jsonl", [r | {"extra": 1} for r in rows])
 
 
+RESNET = dict(
+    architecture="resnet8_cifar", num_classes=2,
+    pretrained_cfg={"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3},
+)  # fmt: skip
+VIT = dict(
+    model_type="vit", architectures=["ViTForImageClassification"], hidden_size=32,
+    num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4,
+    hidden_dropout_prob=0.1,
+)  # fmt: skip
+
+
+def images(c, where, config=RESNET):
+    """Squares that are brighter on one side, as data URLs."""
+    c.task, c.data.labels, c.data.augment = "image_classification", LABELS, ("crop", "mixup")
+    c.model.path, c.model.init = str(where / "model"), "random"
+    (where / "model").mkdir()
+    (where / "model" / "config.json").write_text(json.dumps(config))
+    for name, n in {"train": 120, "validation": 21}.items():
+        rng, rows = np.random.default_rng(n), []
+        for i in range(n):
+            pixels, out = rng.integers(0, 128, (9, 8, 3), np.uint8), io.BytesIO()
+            pixels[:, 4 * (i % 2) :][:, :4] += 96
+            Image.fromarray(pixels).save(out, "png")
+            url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+            rows.append({"image": url, "label": LABELS[i % 2], "extra": i})
+        c.data[name] = write(where / f"{name}.jsonl", rows)
+
+
 # case -> (what it sets in a config, a record that is none, what the error names)
 CASES = {
     "multi_label": (
@@ -188,6 +219,12 @@ CASES = {
         "text",
     ),
     "seq2seq": (pairs, {"text": "", "target": "a"}, "text"),
+    "image_classification": (images, {"image": "no.png", "label": "bad"}, "no.png is not there"),
+    "image_classification vit": (
+        functools.partial(images, config=VIT),
+        {"image": "data:image/png;base64,AAAA", "label": "bad"},
+        "the image cannot be read",
+    ),
     "causal_lm": (causal, {"prompt": "a", "completion": ""}, "completion"),
     "classification": (classes, {"text": "a", "label": "odd"}, "odd"),
     "classification bert": (functools.partial(classes, config=BERT), {"label": "bad"}, "text"),
@@ -197,7 +234,7 @@ CASES = {
 
 # As the others go, so do these.
 SLOW = tuple("multi_label masked_lm regression token_labels classification".split())
-SLOW += ("custom, of spans",)
+SLOW += ("custom, of spans", "image_classification vit")
 PARAMS = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES]
 
 

@@ -23,7 +23,7 @@ class ImageRows:
     shifted: ClassVar[bool] = False
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
-        """image uint8 [rows, side, side, channels]; weights and targets [rows, 1]."""
+        """Image uint8 [rows, side, side, channels]; weights and targets [rows, 1]."""
         shape = (rows, self.side, self.side, self.channels)
         return {
             "image": Field(shape, np.uint8, ("batch", None, None, None)),

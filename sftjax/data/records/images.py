@@ -30,9 +30,10 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def is_image(name: str) -> bool:
-    """Does a file of this name hold an image, and is it not hidden?"""
+    """Does a file of this name, below a folder, hold an image, and is nothing of it hidden?"""
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
 
 
 def _record(image, name) -> dict[str, Any]:
@@ -45,9 +46,8 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with readable(path, "tar", (OSError, tarfile.TarError)):
-            with tarfile.open(path, "r:") as file:
-                found = [m for m in file if m.isfile() and is_image(m.name)]
+        with readable(path, "tar", (OSError, tarfile.TarError)), tarfile.open(path, "r:") as file:
+            found = [m for m in file if m.isfile() and is_image(m.name.removeprefix("./"))]
         self.files = [m.name for m in found]
         self._places = [(m.offset_data, m.size) for m in found]
         with open(path, "rb") as file:
@@ -70,8 +70,8 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = sorted(p for p in path.rglob("*") if p.is_file() and is_image(p.name))
-        self.files = [p.relative_to(path).as_posix() for p in found]
+        found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        self.files = sorted(filter(is_image, found))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -143,7 +143,9 @@ def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray
         image = Image.open(BytesIO(data))
         if image.width * image.height > PIXELS:
             size = f"{image.width} x {image.height}"
-            raise refuse(f"the image has {size} pixels", f"at most {PIXELS:,} are read", "too_large")
+            raise refuse(
+                f"the image has {size} pixels", f"at most {PIXELS:,} are read", "too_large"
+            )
         if getattr(image, "n_frames", 1) > 1:
             raise refuse(f"the image has {image.n_frames} frames", "take one of them out of it")
         if image.mode not in MODES:

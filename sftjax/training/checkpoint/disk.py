@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -100,3 +101,14 @@ def check_writable(directory: Path | str) -> None:
             f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is"
             " writable and not full."
         ) from e
+
+
+def reason(error: Exception) -> str:
+    """An error on one line; of tensorstore's, which go on for pages, what the system said."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    text = (str(error).strip().splitlines() or [""])[0]
+    named = not isinstance(error, (OSError, CheckpointError))
+    return f"{type(error).__name__}: " * named + text[:300]

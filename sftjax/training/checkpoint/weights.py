@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
 from sftjax.errors import CheckpointError, NotFoundError
 from sftjax.training.checkpoint import disk, seal
-from sftjax.training.checkpoint.table import check_table, from_table, placed, to_table
+from sftjax.training.checkpoint.table import restore
 
 WEIGHTS = ("params/", "frozen/", "model_state/")  # beginnings of the names of what is read
 
@@ -41,19 +38,10 @@ def read(directory: Path, step: int, target: Mapping[str, Any]) -> dict[str, Any
     target: the same, of jax.ShapeDtypeStruct with shardings. Raises: CheckpointError for damaged
     files, or where a leaf has another name, shape or dtype.
     """
-    folder, wanted = directory / str(step), to_table(dict(target))
+    folder = directory / str(step)
     if problem := seal.damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
-    places = {name: placed(x) for name, x in wanted.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        try:
-            stored = orbax.metadata(folder / "state").item_metadata
-            found = {k: v for k, v in dict(stored).items() if k.startswith(WEIGHTS)}
-            check_table(folder, found, wanted)
-            how = ocp.checkpoint_utils.construct_restore_args(places)
-            args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
-            table = orbax.restore(folder / "state", args=args)
-        except (OSError, ValueError) as e:
-            reason = (str(e).strip().splitlines() or [""])[0]
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {reason:.300}") from e
-    return from_table(jax.block_until_ready(table), dict(target))
+    try:
+        return restore(folder, dict(target), WEIGHTS)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {disk.reason(e)}") from e

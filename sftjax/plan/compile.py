@@ -1,8 +1,7 @@
 """What a config needs and how fast it may be, on hardware that you don't have.
 
-The real training step is compiled ahead of time for the target's devices, without data or weights:
-of the model only its config.json is read. For a GPU, where there is none, shapes give an estimate,
-and the report says so.
+The real training step is compiled ahead of time for the target's devices, without data or weights.
+For a GPU, where there is none, shapes give an estimate, and the report says so.
 """
 
 import contextlib
@@ -153,9 +152,6 @@ def _with_stored_dtype(config):
     return config
 
 
-# ---- the plan ------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Plan:
     """Everything the report says. Bytes are those of one device, FLOPs those of all."""
@@ -169,7 +165,7 @@ class Plan:
     work: str
     memory: dict  # part -> bytes
     total: float
-    limit: float | None
+    limit: float
     largest: list  # [(bytes, what)], the largest first
     model_flops: float
     hardware_flops: float
@@ -180,7 +176,7 @@ class Plan:
     def fits(self) -> bool:
         """An estimate has to leave a tenth free."""
         share = 1.0 if self.basis == "compiled" else 0.9
-        return self.limit is None or self.total <= share * self.limit
+        return self.total <= share * self.limit
 
     def as_json(self) -> dict:
         """All fields and whether it fits, as JSON holds them."""
@@ -236,7 +232,7 @@ def _too_large(program, message, began) -> Plan:
     """The estimate's parts, with the size and the largest buffers that the compiler named."""
     out = estimated(program, "does not fit, says the compiler", began)
     total, largest = memory_lib.exhausted(message)
-    out.total = max(total, out.total, (out.limit or 0) + 1)
+    out.total = max(total, out.total, out.limit + 1)
     out.largest = largest or out.largest
     return out
 
@@ -245,7 +241,7 @@ def account(
     program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account
 ) -> Plan:
     """The Plan of a step's cost and of its memory, both of one device, with its projection."""
-    target = program.target
+    target, chip = program.target, program.target.chip
     out = Plan(
         target=f"{target.name}: {target.text()}",
         mesh=dict(program.mesh.shape),
@@ -256,7 +252,7 @@ def account(
         work=program.work.text(),
         memory=found.parts,
         total=found.total,
-        limit=memory_lib.limit(target),
+        limit=chip.hbm * memory_lib.GIB if chip else build_lib.memory_limit(target.devices),
         largest=found.largest,
         model_flops=program.model_flops,
         hardware_flops=(cost.flops + program.kernel_flops(cost)) * target.n,

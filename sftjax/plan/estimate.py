@@ -75,9 +75,6 @@ def _parameters(program) -> tuple[float, float]:
     return sizes[True], sizes[False]
 
 
-# ---- the traced program --------------------------------------------------------------------
-
-
 def _inner(eqn):
     """(jaxpr, how often it runs, how many devices run it) of each program inside an equation."""
     times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
@@ -163,9 +160,6 @@ def _dots(jaxpr) -> float:
         if eqn.primitive.name not in ("scan", "while"):
             total += sum(_dots(inner) for inner, _ in _inner(eqn))
     return total
-
-
-# ---- collectives ---------------------------------------------------------------------------
 
 
 def _collectives(program, cost):

@@ -256,22 +256,26 @@ def check_memory(target: Any) -> None:
     To find that out by making it takes minutes of a machine that has no memory left. target: the
     abstract state, with shardings.
     """
-    devices = jax.local_devices()
-    most = (devices[0].memory_stats() or {}).get("bytes_limit") or host_memory() / len(devices)
-    leaves = jax.tree.leaves(target)
-    sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
-    if sum(sizes) > most:
-        largest = max(leaves, key=lambda x: math.prod(x.shape))
+    most, needed = memory_limit(jax.local_devices()), shard_bytes(target)
+    if needed > most:
+        largest = max(jax.tree.leaves(target), key=lambda x: math.prod(x.shape))
         raise OutOfMemory(
-            f"parameters and optimizer take {sum(sizes) / 2**30:,.1f} GiB of each device, which has"
+            f"parameters and optimizer take {needed / 2**30:,.1f} GiB of each device, which has"
             f" {most / 2**30:,.1f} GiB; the largest array is {list(largest.shape)}. Take a smaller"
             " model, more devices on the axis fsdp, or freeze a part of it (optim.trainable)"
         )
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory, which its CPU devices share."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_limit(devices: Sequence[jax.Device]) -> float:
+    """Bytes that a program may use of each device; CPU devices share this machine's memory."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (devices[0].memory_stats() or {}).get("bytes_limit") or host / len(devices)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's shards of a tree of arrays or shapes."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _drawn(abstract, mesh, seed):

@@ -1,9 +1,7 @@
 """Steps that went wrong: not finite, or with a loss far above those before it.
 
-The step itself has skipped the update of one that is not finite; see step.train_step. What is done
-here is on the host, with metrics that were fetched for the log anyway, so it is known a log
-interval late: the step is counted, its documents are written to suspects.jsonl, and after
-`train.bad_steps` of them in a row the run stops or rolls back.
+The step itself has skipped the update of one that is not finite. Here it is counted and written
+down, with metrics that were fetched for the log anyway, and so a log interval late: docs/runs.md.
 """
 
 import dataclasses
@@ -115,8 +113,7 @@ class Health:
         """Roll back: the newest checkpoint's state as that of `step`; the data after it come next.
 
         state: the present one, whose buffers are given up. target: see Checkpointer.restore.
-        Raises: DivergenceError where the config says stop, where there is no checkpoint, or where
-        this has been done ROLLBACKS times.
+        Raises: DivergenceError where the config says stop, or this can't be done (again).
         """
         assert self.ill, "only after too many bad steps"
         newest, (how, message) = checkpoints.latest_step(), self.ill
@@ -135,18 +132,12 @@ class Health:
         return dataclasses.replace(restored, step=at)
 
     def finish(self, step: int, checkpoints: "Checkpointer") -> None:
-        """Raises: DivergenceError if the last step was not finite, or the run should have stopped.
-
-        The last step is not finite if none was, that is, where no update was applied at all.
-        """
+        """Raises: DivergenceError if the last step was not finite, or a stop was still to come."""
         if self.ill or not self.sound:
             end(self.ill[1] if self.ill else self._message(step), checkpoints)
 
     def may_save(self, step: int, state: TrainState) -> bool:
-        """Is the last step, and every number of the state after it, finite; says if not.
-
-        And is nothing to be mended: what is rolled back to is from before the bad steps.
-        """
+        """Is nothing to be mended, and all of the last step and its state finite; says if not."""
         if self.ill:
             return False
         what = "its loss or gradient"

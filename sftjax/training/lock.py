@@ -1,13 +1,8 @@
 """The lock of a workdir: one run at a time.
 
-It is an flock on `workdir/lock`, which the kernel gives back when its process ends, however it
-ends. The file says in JSON whose it is, for those who find it taken, and its time is renewed every
-few seconds. Where the file system keeps flock for all its machines (a local disk; NFS of Linux with
-lockd, or of version 4), the flock alone decides. Some keep it for one machine only (NFS mounted
-with nolock or local_lock, many mounted buckets) or have none: there the file's time decides about a
-process of another machine, and its process id about one of this machine.
-
-This module loads no JAX: `sftjax status` reads locks with it, and never takes one.
+It is an flock on `workdir/lock`, which says in JSON whose it is. Where a file system keeps none for
+all its machines, the file's time decides about a process of another machine, and its process id
+about one of this machine: docs/runs.md. This module loads no JAX: `sftjax status` uses it too.
 """
 
 import contextlib

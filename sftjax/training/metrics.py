@@ -17,16 +17,13 @@ from sftjax.files import check_regular, finite, parse_object, write_atomic
 from sftjax.terminal import printable, show, warn
 from sftjax.training.trackers import Tracker
 
-# ---- writing -------------------------------------------------------------------------------
-
 
 class Writer:
     """Metrics to <workdir>/metrics.jsonl, <workdir>/tensorboard/ and one line on stderr.
 
-    metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null, as
-    JSON has neither. start_step: the step a resumed run goes on from; what a killed run wrote of
-    later steps is dropped, so that no step appears twice. Processes other than 0 write nothing.
-    The progress line is a bar on a terminal, else one plain line per write.
+    metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null.
+    start_step: the step a resumed run goes on from; what a killed run wrote of later ones is
+    dropped. Processes other than 0 write nothing. On a terminal the line is a bar.
     """
 
     def __init__(
@@ -152,8 +149,6 @@ def _line(text) -> dict | None:
     return parsed if all(plain) else None
 
 
-# ---- speed and memory ----------------------------------------------------------------------
-
 # Peak dense bf16 TFLOP/s of one JAX device, by parts of its device_kind; the first match counts.
 PEAK_TFLOPS = (
     ("tpu v6 lite|tpu v6e", 918),
@@ -177,8 +172,6 @@ def peak_flops(device_kind: str) -> float | None:
 
 def mfu(flops_per_step: float, seconds: float, device_kind: str, n_devices: int) -> float | None:
     """Model FLOPs utilisation, 0 to 1; None on a device whose peak is not in the table.
-
-    MFU = FLOPs the model needs for a step / (seconds per step x devices x peak bf16 FLOP/s of one)
 
     flops_per_step: of the whole global batch, forward and backward without recomputation
     (Chowdhery et al. 2022, PaLM, appendix B). seconds: one step's wall time.

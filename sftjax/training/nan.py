@@ -69,9 +69,6 @@ def check(
     raise DivergenceError("\n".join([title, *lines]))
 
 
-# ---- running a jaxpr -----------------------------------------------------------------------
-
-
 def _run(closed, args) -> Operations:
     """Yields every operation of a jaxpr, and returns the results."""
     jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, [])
@@ -127,9 +124,6 @@ def _scan(eqn, inputs) -> Operations:
 def _alike(inner, outer) -> int:
     """How many variables of a loop have the shape that they have in its body."""
     return sum(a.aval.shape == b.aval.shape for a, b in zip(inner, outer, strict=True))
-
-
-# ---- words ---------------------------------------------------------------------------------
 
 
 def _floats(values):

@@ -93,9 +93,6 @@ def _meant(key, value, began):
     return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
 
 
-# ---- env.json ------------------------------------------------------------------------------
-
-
 def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
     """What env.json is to hold: the first start's record, and under "resumed" those since.
 
@@ -124,9 +121,6 @@ def _versions(record) -> dict[str, str]:
     found = dict(packages) if isinstance(packages, dict) else {}
     found |= {"python": record.get("python"), "commit": record.get("commit")}
     return {name: text for name, text in found.items() if isinstance(text, str)}
-
-
-# ---- what a checkpoint remembers of evaluation ---------------------------------------------
 
 
 def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[str, Any]:

@@ -1,19 +1,14 @@
 """Stops: a signal ends the loop after a step that all processes share, with a checkpoint.
 
-SIGTERM, SIGINT (Ctrl-C) and JAX's preemption notice ask a run to stop. In the loop it saves a
-checkpoint after the present step and raises `Stopped`; elsewhere there is nothing to save, and it
-ends at once. `exits.run` makes exit status 75 of it. A second signal ends the process at once,
-with 128 + its number; so does, with 75, the end of the grace time.
+What asks for a stop, and what becomes of it: docs/runs.md.
 
 Python runs a signal's handler between two of its own instructions, which a compilation or a
 collective keeps it from for minutes. So a thread is told of the signal too (signal.set_wakeup_fd):
 it prints, counts, and ends the process where the main thread does not.
 
-With several processes JAX's runtime takes SIGTERM for its own notice; `listen` takes it back. A
-process that is asked to stop tells the others by a key of JAX's coordination service, and they
+A process that is asked to stop tells the others by a key of JAX's coordination service, and they
 agree in threads on the step after the latest that any of them has reached: the loop asks a flag,
-and waits for nobody. JAX's own notice (`reached_preemption_sync_point`) goes by the same rule, and
-is asked besides.
+and waits for nobody. JAX's own notice (`reached_preemption_sync_point`) goes by the same rule.
 """
 
 import contextlib
@@ -51,9 +46,8 @@ def group() -> tuple[int, int]:
 class Stop:
     """Whether this run is asked to stop, and after which step it may.
 
-    Used as a context manager in the main thread, it takes SIGTERM and SIGINT until its end; a
-    signal that the process was started to ignore stays ignored. Without that, as in a program of
-    the user's that calls `train`, it knows of JAX's preemption notice and of `ask` alone.
+    As a context manager in the main thread, it takes SIGTERM and SIGINT until its end, but for one
+    that the process was started to ignore; else it knows of JAX's notice and of `ask` alone.
 
     Attributes:
       asked: by what the run is asked to stop, "SIGTERM"; "" = it is not.
@@ -121,10 +115,7 @@ class Stop:
             raise Stopped(self._nothing_saved())
 
     def _unraisable(self, what: Any) -> None:
-        """Say nothing of a Stopped that Python swallows, as in a callback of its collector.
-
-        `hold` raises it again, or the thread ends the process.
-        """
+        """Say nothing of a Stopped that Python swallows, which `hold` raises again."""
         if what.exc_type is not Stopped:
             self._old_hook(what)
 
@@ -152,9 +143,9 @@ class Stop:
     # ---- asking and agreeing ----
 
     def ask(self, reason: str) -> None:
-        """Ask the run to stop, from any thread; it does so after the present step.
+        """Ask the run, or one process of it, to stop after the present step; from any thread.
 
-        With several processes it is enough to ask one. reason: what asks, for the message.
+        reason: what asks, for the message.
         """
         self.asked = self.asked or reason
         if not self._once.acquire(blocking=False):
@@ -176,10 +167,7 @@ class Stop:
             self.ask(client.key_value_try_get(f"{self._key}/by"))
 
     def _agree(self) -> None:
-        """Agree with all processes on the step after the latest that one of them has reached.
-
-        If one has not begun its loop, or has ended it, there is no such step, and all end now.
-        """
+        """Agree on a step with all; if one has not begun its loop, or has ended it, all end now."""
         client, (me, _) = distributed.global_state.client, group()
         assert client is not None
         try:
@@ -208,8 +196,7 @@ class Stop:
     def due(self, step: int) -> bool:
         """Must the run stop after this step, of which a checkpoint is to be saved?
 
-        All processes are told the same. Call it once a step. It waits for no device, and in several
-        processes for the others only in the moment in which they agree.
+        All processes are told the same. Call it once a step; it waits for no device.
         """
         with self._agreeing:
             self._counter = step

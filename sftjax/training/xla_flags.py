@@ -60,10 +60,9 @@ NEWER = {
 RACES = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-# A collective on a CPU device blocks one of the threads that all devices of the process share, and
-# XLA starts those that do not depend on each other at once. By default there are as many threads
-# as devices, so that of two collectives each may have some of its devices waiting and no thread for
-# the others: such a program waits for ever. XLA takes this variable for its number of threads.
+# A collective on a CPU device blocks one of the threads that all devices of the process share. By
+# default there are as many as devices, and two collectives at once may wait for ever. XLA takes
+# this variable for its number of threads.
 THREADS, THREADS_A_DEVICE = "NPROC", 16
 
 

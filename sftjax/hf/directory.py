@@ -91,11 +91,10 @@ def load_model(
 ) -> base.Model:
     """The Model of a Hugging Face directory (or a config.json); reads no weights.
 
-    labels: the names of the classes of a head of classes, in order; None: the head that the files
-    have, with its labels (their id2label). head: "vocabulary" | "document" | "token" | "span", see
-    heads.ENDINGS; None: "document" for labels, else that of the files. problem: the problem_type
-    of an export. changes: fields of the Config, such as dtype, remat, split; classes=0 leaves a
-    head of classes out. Raises ValueError, naming the file and the field.
+    labels: the names of the classes of a head, in order; None: those of the files. head: a key of
+    heads.ENDINGS or "vocabulary"; None: "document" for labels, else that of the files. problem: the
+    problem_type of an export. changes: fields of the Config, such as dtype, remat, split; classes=0
+    leaves a head of classes out. Raises ValueError, naming the file and the field.
     """
     path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
@@ -204,8 +203,8 @@ def load_params(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
-    The parameters of a head that the files do not have are initialised from the seed, and the
-    tensors of a head that the model does not have are left out; a line of the log names both.
+    A head that the files do not have is initialised from the seed, and one that the model does not
+    have is left out; a line of the log names both.
     """
     reader = Reader(path)
     model = _stored(model, reader)
@@ -240,8 +239,7 @@ def load_params(
 def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
     """The model, its source knowing the dtypes of the files in `path`; reads headers only.
 
-    Raises WeightsError where these are not the weights of the model, before anything is made of
-    the sizes that its config.json claims.
+    Raises WeightsError where these are not the weights of the model.
     """
     reader = Reader(path)
     model = _stored(model, reader)
@@ -383,10 +381,9 @@ def save_pretrained(
 ) -> None:
     """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
-    Every tensor keeps the name and dtype it was read with (the parameter's dtype for a model that
-    was not loaded). stop_ids: token ids that end a turn; generation_config.json lists them with the
-    model's own. Tensors are written one at a time. In a multi-process run all processes must call
-    this; process 0 writes.
+    Every tensor keeps the name and dtype it was read with (else the parameter's dtype). stop_ids:
+    token ids that end a turn, for generation_config.json. Tensors are written one at a time. All
+    processes must call this; process 0 writes.
     """
     refuse_url("directory", directory, WriteError)
     if model.source is None:

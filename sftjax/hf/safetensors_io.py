@@ -1,8 +1,7 @@
 """safetensors files read by slices and written tensor by tensor.
 
 The format is a JSON header of names, dtypes, shapes and offsets, then raw little-endian bytes
-(https://huggingface.co/docs/safetensors). Reading maps one tensor at a time and copies only the
-slice asked for, so host memory follows the slice and not the file.
+(https://huggingface.co/docs/safetensors).
 """
 
 import json
@@ -114,10 +113,7 @@ def _indexed(index) -> list[str]:
 
 
 def _header(file) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
-    """{name: (dtype, shape, byte offset)}, checked as the format's own library does.
-
-    Nothing is allocated for a tensor here, and afterwards only for one that the file holds.
-    """
+    """{name: (dtype, shape, byte offset)}, checked as the format's own library does."""
     size = check_regular(file, WeightsError)
     try:
         with open(file, "rb") as f:

@@ -1,8 +1,6 @@
 """A tokenizer's files, read without running what lies in them, and exported as they came.
 
-transformers writes a tokenizer in the form of its own version, in which an older one finds a class
-or a list that it does not know. So the files of a tokenizer that has not changed are copied, and
-those of one that has keep the class that they named.
+transformers writes a form that older versions do not know: docs/trust.md says what is exported.
 """
 
 import json

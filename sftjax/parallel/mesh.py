@@ -1,7 +1,6 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Model code names logical axes only. The five mesh axes are always present, size 1 unless set, so
-one program serves a laptop and a pod. GSPMD inserts the collectives.
+Model code names logical axes only. The five mesh axes are always present, size 1 unless set.
 """
 
 import math
@@ -165,9 +164,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
-
-
-# ---- programs over shards ------------------------------------------------------------------
 
 
 def manual_axes() -> tuple[str, ...]:

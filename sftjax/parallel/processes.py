@@ -82,8 +82,7 @@ def initialize(
 def _outliving() -> Iterator[None]:
     """JAX's coordination service, which process 0 starts, gets a process of its own.
 
-    In process 0 it would end with it, and JAX aborts each process that cannot reach it, within
-    milliseconds and with a stack of C++, where the user has to be told that process 0 is lost.
+    JAX aborts each process that cannot reach it, before it is told that process 0 is lost.
     """
     real = _jax.get_distributed_runtime_service
     _jax.get_distributed_runtime_service = _Service
@@ -158,10 +157,9 @@ def _split(coordinator, processes, me):
 
 
 def _own_address(host, port):
-    """(family, (address, port)) at which process 0 listens: where the coordinator's address says.
+    """(family, (address, port)) at which process 0 listens: the coordinator's address.
 
-    JAX's own variable JAX_COORDINATOR_BIND_ADDRESS names another, for a machine that the others
-    know by an address that it has not itself.
+    Or that of JAX's own variable, for a machine that the others know by one that it has not.
     """
     own = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0]
     host = own.removeprefix("[").removesuffix("]") or host
@@ -179,10 +177,7 @@ def _written(host, port):
 
 
 def _meet(address, processes, me, timeout):
-    """Gather all processes at the coordinator's port before JAX uses it.
-
-    JAX ends a process without a name when another does not come; here it can be said who.
-    """
+    """Wait at the coordinator's port for all: JAX would not say whom it waits for in vain."""
     deadline = time.monotonic() + timeout
     while True:
         with contextlib.suppress(OSError):

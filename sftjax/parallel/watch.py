@@ -1,9 +1,7 @@
 """Processes that watch one another: the loss of one ends the others at once, by its name.
 
-Without it, collectives wait for a process that is gone, for minutes, and JAX's runtime then aborts
-with a stack of C++. Each process holds a connection to process 0; the system closes those of a
-process that is killed, and one that leaves says so before. What it holds of the others is their own
-times as well, so that a slow host can be named.
+Each process holds a connection to process 0; the system closes those of a process that is killed,
+and one that leaves says so before. By it go their own times too, so that a slow host can be named.
 """
 
 import atexit
@@ -71,8 +69,7 @@ class Watch:
     def told(self, seconds: float, own: list[float]) -> None:
         """Take this process's times of a line of the log, in seconds of a step.
 
-        seconds: of a whole step; own: those that it did not wait for other processes, in several
-        ways of counting.
+        own: those that it did not wait for other processes, in several ways of counting.
         """
         if self.me:
             self._send(0, " ".join(["time", *map(str, [seconds, *own])]))
@@ -164,8 +161,7 @@ class Watch:
 def slow_ones(line: list[list[float]]) -> set[int]:
     """The processes whose own part of a step is longer than the others' by much.
 
-    line: of each process the seconds of a step, and those that were its own, in several ways of
-    counting.
+    line: of each process the seconds of a step, and those that were its own, as in Watch.told.
     """
     found = set[int]()
     for n in range(1, len(line[0])):

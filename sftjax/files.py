@@ -35,10 +35,7 @@ def write_atomic(path: Path | str, text: str) -> None:
 
 
 def load_python(path: str, key: str) -> ModuleType:
-    """The module of a Python file of the user's, which is run. key: of the config, that names it.
-
-    Raises: ConfigError where there is none.
-    """
+    """The module of a Python file, which is run. Raises: ConfigError, by its key, without one."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{key}: {path} is no Python file, NAME.py, that is there")
@@ -57,10 +54,7 @@ _INSTEAD = {
 
 
 def url_problem(text: object) -> str:
-    """What is wrong with a URL where a path is expected; "" of what is none.
-
-    Without it, a URL becomes a folder of its name: gs://bucket/run is gs:/bucket/run to a system.
-    """
+    """What is wrong with a URL where a path is expected, which pathlib would take; "" of no URL."""
     match = _URL.match(str(text))
     if match is None:
         return ""

@@ -57,10 +57,7 @@ class Origin:
 
 
 def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
-    """A local path as it is; otherwise a hub id, downloaded (the only use of the network).
-
-    weights=False leaves the weights where they are.
-    """
+    """A local path as it is; otherwise a hub id, downloaded, with its weights or without."""
     refuse_url("model path", path_or_id, NotFoundError)
     path = Path(path_or_id).expanduser()
     if path.exists():
@@ -237,10 +234,7 @@ def load_params(
 
 
 def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
-    """The model, its source knowing the dtypes of the files in `path`; reads headers only.
-
-    Raises WeightsError where these are not the weights of the model.
-    """
+    """The model, knowing the dtypes of the files, whose headers must be its own (WeightsError)."""
     reader = Reader(path)
     model = _stored(model, reader)
     _compare(model, reader, path)
@@ -309,10 +303,7 @@ def _aligned_zeros(shape, dtype) -> np.ndarray:
 
 
 def _compare(model, reader, path) -> list[str]:
-    """Raise WeightsError, of at most ten lines, on what differs between the files and the model.
-
-    Gives the names of the tensors that belong to a head which the model does not have.
-    """
+    """Names of another head's tensors; WeightsError, of ten lines at most, on all that differs."""
     abstract, expected = params_lib.flatten(model.abstract), dict[str, tuple]()
     for name, files, layout in tensors(model):
         shape = visible(model, name, abstract[name], len(next(iter(files))))

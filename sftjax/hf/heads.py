@@ -34,10 +34,7 @@ PARTS = ("score/", "pooler/", "pooler_norm/", "vocab_bias/")  # parameters that 
 
 
 def kind_of(hf: dict) -> str:
-    """The head that the directory of this config.json holds: a key of ENDINGS, "vocabulary", "".
-
-    "" also for one that says nothing of it, or a head that is not known here.
-    """
+    """The head that this config.json names: a key of ENDINGS, "vocabulary", or "" for another."""
     for name in hf.get("architectures") or ():
         for kind, ending in ENDINGS.items():
             if name.endswith(ending):
@@ -147,10 +144,7 @@ def fresh(model: Model, path: str, name: str) -> bool:
 
 
 def others(model: Model, family: ModuleType, head: str | None) -> re.Pattern[str]:
-    """The tensors that belong to a head which this model does not have.
-
-    head: the name of the family's vocabulary head.
-    """
+    """Tensors of a head which this model has not; head: the name of the vocabulary's."""
     known = [getattr(family, "OTHERS", r"score\.(weight|bias)")]
     if model.config.classes and head:
         known += [re.escape(head), r"lm_head\..*", r"score\.(weight|bias)", r"qa_outputs\..*"]

@@ -52,10 +52,7 @@ def open_tokenizer(folder: Path, what: str = "data.tokenizer, else model.path") 
 
 
 def files_of(folder: Path, existing: bool = True) -> list[Path]:
-    """The tokenizer's files in a directory, in order.
-
-    existing: regular files only; else whatever goes by their names.
-    """
+    """A directory's files of a tokenizer, in order. existing=False: what is no regular file too."""
     found = sorted({path for name in NAMES for path in folder.glob(name)})
     return [path for path in found if path.is_file()] if existing else found
 

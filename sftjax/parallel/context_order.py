@@ -14,8 +14,7 @@ from sftjax.parallel.mesh import RULES, shard_map, spec
 def places(length: int, shards: int) -> np.ndarray:
     """The place in the row of each of its columns on a mesh with `shards` shards of the row.
 
-    Shard i holds parts i and 2 * shards - 1 - i of 2 * shards, so that each has the same share of
-    causal attention's work.
+    Shard i holds parts i and 2 * shards - 1 - i of 2 * shards: causal attention's work is shared.
     """
     if shards == 1:
         return np.arange(length, dtype=np.int32)

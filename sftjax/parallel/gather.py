@@ -22,10 +22,9 @@ def in_use(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
 
 
 def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
-    """The array w in `dtype`, gathered over fsdp for this use only.
+    """The array w in `dtype`, gathered over fsdp for this use only, or as it is: see GATHERED.
 
-    Its gradient is scattered as it is summed. An array with no gathered dimension comes back as it
-    is. Integers keep their dtype: they are numbers of fewer bits, and travel as such.
+    Its gradient is scattered as it is summed. Integers keep their dtype, and travel as such.
     """
     if not any(a in GATHERED for a in axes):
         return w

@@ -45,8 +45,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of the five axes. sizes: {axis: size}; one size may be -1 and takes what is left.
 
-    Several TPU slices (devices with different slice_index) become the leading factor of `data`, so
-    that only data-parallel traffic crosses the data-centre network.
+    Several TPU slices (devices with different slice_index) become the leading factor of `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))

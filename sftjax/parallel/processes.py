@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -49,8 +49,7 @@ def initialize(
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 
     coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,
-    Slurm, ...); "" for one process. Raises ProcessError naming the processes that are missing after
-    `timeout` seconds.
+    Slurm, ...); "" for one process. Raises ProcessError, naming who is late by `timeout` seconds.
     """
     global _watch
     if not coordinator:
@@ -68,7 +67,9 @@ def initialize(
         else:
             _meet((host, port), processes, process_id, timeout)
     try:
-        with _outliving():
+        # The service of JAX that process 0 starts gets a process of its own: JAX aborts each one
+        # that cannot reach it, before it is told that process 0 is lost.
+        with mock.patch.object(_jax, "get_distributed_runtime_service", _Service):
             jax.distributed.initialize(initialization_timeout=timeout, **known)
     except RuntimeError as e:
         raise ProcessError(f"mesh.coordinator={coordinator}: JAX could not start: {e}") from e
@@ -76,20 +77,6 @@ def initialize(
         _watch = _connected("" if coordinator == "auto" else host)
     found = f"process {jax.process_index()} of {jax.process_count()}"
     show(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices")
-
-
-@contextlib.contextmanager
-def _outliving() -> Iterator[None]:
-    """JAX's coordination service, which process 0 starts, gets a process of its own.
-
-    JAX aborts each process that cannot reach it, before it is told that process 0 is lost.
-    """
-    real = _jax.get_distributed_runtime_service
-    _jax.get_distributed_runtime_service = _Service
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_service = real
 
 
 class _Service:

@@ -1,7 +1,6 @@
 """JAX's coordination service in a process of its own; processes.py starts it, by its path.
 
-Its arguments are those of JAX's function, in JSON. It says "up", and ends when it is told to stop,
-or some seconds after the process that started it is gone.
+Its arguments are those of JAX's function, in JSON.
 """
 
 import json

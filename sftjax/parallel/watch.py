@@ -178,10 +178,7 @@ def slow_ones(line: list[list[float]]) -> set[int]:
 def accept(
     server: socket.socket, word: str, processes: int, seconds: float = JOIN, fix: str = ""
 ) -> dict[int, socket.socket]:
-    """The connections of all other processes; each says `word` and its id.
-
-    Raises: ProcessError, with `fix`, where one has not come within `seconds`.
-    """
+    """Connections of all others, which say `word` and an id. ProcessError: one is late."""
     peers, deadline = dict[int, socket.socket](), time.monotonic() + seconds
     with server:
         while len(peers) < processes - 1:

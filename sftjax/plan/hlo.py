@@ -263,7 +263,13 @@ class _Reader:
             callee = one.attribute("calls") or one.attribute("to_apply")
             given = {(i, None): self._value(name, a, env) for i, a in enumerate(one.args)}
             return self._value(callee, self.computations[callee].root, given, k)
-        return self._scalar(one, name, env) if k is None else self._element(one, name, env, k)
+        if k is None:
+            return self._scalar(one, name, env)
+        if one.op == "tuple":
+            return self._value(name, one.args[k], env)
+        if one.op == "while" and self._invariant(one.attribute("body"), k):
+            return self._value(name, one.args[0], env, k)
+        return None
 
     def _scalar(self, one, name, env):
         if one.op == "constant":
@@ -276,13 +282,6 @@ class _Reader:
             # The directions of a comparison, such as LT, are called as Python's operators are.
             fn = _BINARY.get(one.op) or getattr(operator, one.attribute("direction").lower())
             return None if a is None or b is None else fn(a, b)
-        return None
-
-    def _element(self, one, name, env, k):
-        if one.op == "tuple":
-            return self._value(name, one.args[k], env)
-        if one.op == "while" and self._invariant(one.attribute("body"), k):
-            return self._value(name, one.args[0], env, k)
         return None
 
 

@@ -27,8 +27,7 @@ def search(
 ) -> list[compile_lib.Plan]:
     """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
 
-    Each remat is traced once; from that, every candidate is estimated. Where the target has
-    devices, the fastest that may fit are compiled.
+    Each remat is traced once; from that, every candidate is estimated.
     """
     found = []
     on_cpu = compile_lib.platform(target) == "cpu"  # whose memory is the host's

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
     """(Model, tree of bools: is each parameter trained); reads no weights.
 
-    Of a task without a tokenizer the model's files may be a config.json alone: nothing else is
-    read, and the embedding has the rows that it says. platform: where the model is to run; "" =
-    here.
+    Of a task without a tokenizer a config.json is enough, and the embedding has the rows that it
+    says. platform: where the model is to run; "" = here.
     """
     m = config.model
     names = ("dtype", "remat", "attention", "scan", "vocab_multiple")
@@ -53,10 +52,7 @@ def from_files(model: Any) -> bool:
 
 
 def _checked(config, model, tokenizer, platform):
-    """The model with a row for every token; only tokens of data.add_tokens may lack one.
-
-    Raises what its backend or its positions refuse.
-    """
+    """The model with a row for every token; raises what it refuses of the config."""
     m, longest = config.model, max(config.data.max_length, config.data.max_target_length)
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
@@ -147,10 +143,7 @@ def make_step(
     micro_batches: int = 1,
     device: jax.Device | None = None,
 ) -> jax.stages.Wrapped:
-    """The jitted train_step, to be compiled for a device (None: one that is here).
-
-    target: the abstract state.
-    """
+    """The jitted train_step of an abstract state, for a device (None: one that is here)."""
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
     platform = device.platform if device else jax.default_backend()
     return jax.jit(
@@ -190,12 +183,11 @@ def shardings_of(tree: Any) -> Any:
 def _added_text(model, trainable, new) -> str:
     """Which tokens are new, and where their rows will not be learned."""
     text = f"{len(new)} added, {min(new)} to {max(new)} of {model.config.vocab}"
-    on = params_lib.flatten(trainable)
-    parts = {
-        table: [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
-        for table in ("embed/w", "head/w")
-    }
-    if frozen := [table for table, found in parts.items() if found and not any(found)]:
+    frozen, on = [], params_lib.flatten(trainable)
+    for table in ("embed/w", "head/w"):
+        parts = [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
+        frozen += [table] if parts and not any(parts) else []
+    if frozen:
         text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
     return text
 
@@ -251,11 +243,7 @@ def make_params(
 
 
 def check_memory(target: Any) -> None:
-    """Raise OutOfMemory where the state alone is more than the devices have.
-
-    To find that out by making it takes minutes of a machine that has no memory left. target: the
-    abstract state, with shardings.
-    """
+    """Raise OutOfMemory where an abstract state alone is more than the devices have."""
     most, needed = memory_limit(jax.local_devices()), shard_bytes(target)
     if needed > most:
         largest = max(jax.tree.leaves(target), key=lambda x: math.prod(x.shape))

@@ -37,12 +37,10 @@ class Health:
     """Watches the metrics of every step. What `record` gives goes into the checkpoint.
 
     Attributes:
-      state: skipped, the updates skipped so far; spikes; rollbacks; lag, by how many updates the
-        optimizer is behind the step, as skipped ones and those rolled back do not count in it.
-      ill: (what the config wants done, message), once there were so many bad steps in a row that
-        `mend` has something to do; else None.
-      sound: was the last step that was seen finite. No checkpoint is made where it was not: the
-        parameters may be what made it so.
+      state: skipped (updates), spikes, rollbacks; lag, by how many updates the optimizer is behind
+        the step, as skipped ones and those rolled back do not count in it.
+      ill: (what the config wants done, message), once too many bad steps came in a row; else None.
+      sound: was the last step that was seen finite; else no checkpoint is made.
     """
 
     def __init__(
@@ -59,10 +57,7 @@ class Health:
         self.ill: tuple[str, str] | None = None
 
     def see(self, first: int, window: Sequence[dict[str, Any]]) -> None:
-        """Take the metrics of the steps from `first` on, fetched from the device.
-
-        Each gets `lag` beside them, of before the step; those that have one were seen before.
-        """
+        """Take the metrics of the steps from `first` on; each gets the `lag` before it."""
         for step, metrics in enumerate(window, first):
             if "lag" in metrics:
                 continue

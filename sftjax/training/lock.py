@@ -31,10 +31,7 @@ class Lock:
     """A taken lock; `release` gives it back."""
 
     def __init__(self, workdir: Path) -> None:
-        """Take the lock of a workdir, and say so if a dead process has left it.
-
-        Raises: LockedError, with whose it is, if a run goes on there.
-        """
+        """Take the lock of a workdir, or one that a dead process left. Raises: LockedError."""
         self.path = workdir / NAME
         self._file, flocked = _open(self.path)
         try:
@@ -125,10 +122,7 @@ def whose(lock: dict[str, Any]) -> str:
 
 
 def holder(workdir: Path) -> tuple[dict[str, Any], bool]:
-    """(what the lock of a workdir says, does that process live); ({}, False) without a lock.
-
-    It reads and takes nothing, so a run that begins meanwhile is not refused.
-    """
+    """(what the lock of a workdir says, does that process live); ({}, False) without one."""
     path = workdir / NAME
     try:
         lock = parse_object(path.read_text("utf-8", "replace"))

@@ -67,9 +67,7 @@ class Log:
         if window and lines.exists():  # else the run ended there, and its last line is written
             read = metrics.read_lines(lines)
             window = () if any("lr" in m and m["step"] == start for _, m in read) else window
-        self.writer = metrics.Writer(
-            workdir, feed.steps, jax.process_index(), board, start_step=start, trackers=trackers
-        )
+        self.writer = metrics.Writer(workdir, feed.steps, board, start, trackers)
         self.sources, self.position = feed.names, feed.position
         self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
@@ -112,10 +110,7 @@ class Log:
         return finite([{k: float(v) for k, v in m.items()} for m in window])
 
     def close(self, rest: bool = True) -> None:
-        """Write the lines that are left and close the files.
-
-        rest: also one of the steps since the last line; a run that goes on later writes it then.
-        """
+        """Write the lines left and close. rest: also one of the steps since the last line."""
         if self._window and rest:
             self._cut(self._at)
         while self._lines:

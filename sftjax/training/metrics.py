@@ -30,7 +30,6 @@ class Writer:
         self,
         workdir: Path | str,
         total_steps: int,
-        process_index: int = 0,
         tensorboard: bool = True,
         start_step: int = 0,
         trackers: Sequence[Tracker] = (),
@@ -38,7 +37,7 @@ class Writer:
         self._total, self._start = total_steps, start_step
         self._file = self._board = self._bar = None
         self._trackers = trackers
-        if process_index != 0:
+        if jax.process_index() != 0:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

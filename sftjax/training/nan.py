@@ -1,7 +1,6 @@
 """The first operation of a step whose result is not finite, with the line that wrote it.
 
-The step is run operation by operation, as its jaxpr says: slow, so only for `--debug.nan`, and only
-for a step whose update was skipped. That step's state is still there, as it was before it.
+The step is run operation by operation, as its jaxpr says: slow, so only for a skipped step.
 """
 
 import dataclasses
@@ -29,9 +28,8 @@ TESTS = {"nan": jnp.isnan, "inf": jnp.isinf}
 def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
     """{"inf": the first operation of fn(*args) that makes one, in words; "nan": the same}.
 
-    An inf counts where no input has one: what is masked with -inf is no mistake. Loops and
-    branches are gone through; a shard_map or a kernel is one operation. Both where there are both,
-    in the order in which they come.
+    An inf counts where no input has one: what is masked with -inf is no mistake. Loops and branches
+    are gone through; a shard_map or a kernel is one operation. They come in their order.
     """
     closed = jax.make_jaxpr(fn)(*args)
     found = dict[str, str]()
@@ -54,8 +52,7 @@ def check(
 ) -> None:
     """Raises: DivergenceError with what `first_operations` finds in a step that was skipped.
 
-    state: after that step, which is as before it. The other arguments are those of train_step; the
-    batch is taken as a whole, without micro-batches.
+    state: after that step, which is as before it. The others are those of train_step.
     """
     if not float(metrics["skipped"]):
         return

@@ -26,10 +26,7 @@ class Run:
     """
 
     def __init__(self, workdir: Path | str, stop: stops.Stop) -> None:
-        """Make the workdir if need be, and take its lock.
-
-        Raises: LockedError, in all processes, where another run goes on; WriteError, ConfigError.
-        """
+        """Make the workdir and take its lock. Raises, in all processes: LockedError."""
         me, several = stops.group()
         self.workdir, self._lock, problem = make_workdir(workdir), None, ""
         if me == 0:

@@ -77,8 +77,8 @@ class Stop:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        self._old = {s: signal.getsignal(s) for s in SIGNALS}
-        self._old = {s: old for s, old in self._old.items() if old != signal.SIG_IGN}
+        found = {s: signal.getsignal(s) for s in SIGNALS}
+        self._old = {s: old for s, old in found.items() if old != signal.SIG_IGN}
         self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread = threading.Thread(target=self._watch, name="sftjax stop", daemon=True)
@@ -123,11 +123,8 @@ class Stop:
         """The thread: signals, the notice of other processes, and the end of the grace time."""
         first = 0.0  # when the first signal came
         while not self._closed.is_set():
-            select.select([self._pipe[0]], [], [], _TICK)
-            numbers = b""
-            with contextlib.suppress(BlockingIOError):
-                numbers = os.read(self._pipe[0], 64)
-            for number in numbers:
+            ready, _, _ = select.select([self._pipe[0]], [], [], _TICK)
+            for number in os.read(self._pipe[0], 64) if ready else b"":
                 if number not in self._old:  # somebody else's signal
                     continue
                 name = signal.Signals(number).name
@@ -143,10 +140,7 @@ class Stop:
     # ---- asking and agreeing ----
 
     def ask(self, reason: str) -> None:
-        """Ask the run, or one process of it, to stop after the present step; from any thread.
-
-        reason: what asks, for the message.
-        """
+        """Ask the run, or one process of it, to stop after this step, and say why."""
         self.asked = self.asked or reason
         if not self._once.acquire(blocking=False):
             return

@@ -174,10 +174,7 @@ class Checkpointer:
         return [s for s in steps[: -self.keep] if s != best]
 
     def check(self) -> None:
-        """Say it if the save under way has failed already, or raise as `save` does; no waiting.
-
-        Several processes learn at the next save, so that all do at the same step.
-        """
+        """Say it, or raise as `save` does, if the save under way has failed already."""
         if self._thread and not self._thread.is_alive() and jax.process_count() == 1:
             self._settle()
 
@@ -297,18 +294,9 @@ class Checkpointer:
                 wrong[at] = problem
                 continue
             folder = self.directory / str(at)
-            try:
-                state = restore(folder, abstract_state)
-            except CheckpointError:
-                raise
-            except Exception as e:
-                raise CheckpointError(
-                    f"checkpoint {folder} cannot be read, though its files are as they were"
-                    f" written: {disk.reason(e)}\nOther complete steps there:"
-                    f" {[s for s in steps if s != at]}"
-                ) from e
+            state = restore(folder, abstract_state)
             self._set_aside(wrong, at)
-            return state, read_object(self.directory / str(at) / EXTRA)
+            return state, read_object(folder / EXTRA)
         raise disk.none_is_whole(self.directory, wrong)
 
     def _damage(self, step) -> str:
@@ -334,7 +322,7 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """Steps completely on disk, ascending; one still being written is not among them."""
-        return [step for step, lacks in disk.steps(self.directory).items() if not lacks]
+        return disk.complete(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest step completely on disk."""

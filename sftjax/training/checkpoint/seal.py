@@ -20,10 +20,7 @@ PIECE = 1 << 22  # bytes
 
 
 def seal(folder: Path) -> None:
-    """Write files.json, once every file of `folder` is read back and is on the disk itself.
-
-    Raises: OSError.
-    """
+    """Write files.json, once every file is read back and on the disk itself. Raises: OSError."""
     paths = list(_files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda path: _measure(path, sync=True), paths))

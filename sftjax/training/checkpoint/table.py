@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError
+from sftjax.training.checkpoint import disk, seal
 
 
 def to_table(tree: Any) -> dict[str, Any]:
@@ -64,17 +65,37 @@ def restore(folder: Path, target: Any, beginnings: tuple[str, ...] = ("",)) -> A
     """The arrays of a checkpoint in the structure of `target`, laid out as it says.
 
     beginnings: of the names that are read. Raises: CheckpointError where a leaf has another name,
-    shape or dtype; whatever Orbax raises of files that it can't read.
+    shape or dtype, or Orbax can't read it.
     """
     wanted = to_table(target)
     places = {name: _placed(x) for name, x in wanted.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        stored = dict(orbax.metadata(folder / "state").item_metadata)
-        _check(folder, {k: v for k, v in stored.items() if k.startswith(beginnings)}, wanted)
-        how = ocp.checkpoint_utils.construct_restore_args(places)
-        args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
-        table = orbax.restore(folder / "state", args=args)
-    return from_table(jax.block_until_ready(table), target)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            stored = dict(orbax.metadata(folder / "state").item_metadata)
+            _check(folder, {k: v for k, v in stored.items() if k.startswith(beginnings)}, wanted)
+            how = ocp.checkpoint_utils.construct_restore_args(places)
+            args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
+            table = orbax.restore(folder / "state", args=args)
+        return from_table(jax.block_until_ready(table), target)
+    except CheckpointError:
+        raise
+    except Exception as e:
+        others = [step for step in disk.complete(folder.parent) if str(step) != folder.name]
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read, though its files are as they were written:"
+            f" {disk.reason(e)}\nOther complete steps there: {others}"
+        ) from e
+
+
+def read_weights(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The trees of a checkpoint under "params", "frozen" and "model_state", without a lock.
+
+    target: the same, of jax.ShapeDtypeStruct with shardings. Raises: CheckpointError for damaged
+    files, or where a leaf has another name, shape or dtype.
+    """
+    if problem := seal.damage(folder):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
+    return restore(folder, dict(target), ("params/", "frozen/", "model_state/"))
 
 
 def _placed(x) -> jax.ShapeDtypeStruct:

@@ -19,10 +19,7 @@ JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 
 
 def write_atomic(path: Path | str, text: str) -> None:
-    """Write a file in UTF-8, and its folder; who reads it finds the old text or the new one.
-
-    Several processes may write it at once. Raises: WriteError, and then the old file is as it was.
-    """
+    """Write a UTF-8 file, and its folder, whole or not at all (WriteError); others may at once."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on the same disk
     with writing("the file", path):

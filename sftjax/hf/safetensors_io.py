@@ -1,8 +1,4 @@
-"""safetensors files read by slices and written tensor by tensor.
-
-The format is a JSON header of names, dtypes, shapes and offsets, then raw little-endian bytes
-(https://huggingface.co/docs/safetensors).
-"""
+"""safetensors files (huggingface.co/docs/safetensors), read by slices, written by tensors."""
 
 import json
 import math

@@ -1,7 +1,4 @@
-"""A tokenizer's files, read without running what lies in them, and exported as they came.
-
-transformers writes a form that older versions do not know: docs/trust.md says what is exported.
-"""
+"""A tokenizer's files, read without running what lies in them, and exported: docs/trust.md."""
 
 import json
 import os
@@ -27,10 +24,7 @@ _REFERENCE = re.compile(r"(?:[\w./-]+--)?(\w+)\.\w+")  # a class in auto_map: fi
 
 
 def open_tokenizer(folder: Path, what: str = "data.tokenizer, else model.path") -> Any:
-    """The tokenizer of a directory; code that lies in it is never run, nor asked about.
-
-    what: the options that name the directory, for the message. Raises: ConfigError.
-    """
+    """The tokenizer of a directory, whose code is never run. what: the options that name it."""
     from transformers import AutoTokenizer  # slow to import
 
     for file in files_of(folder, existing=False):

@@ -64,10 +64,7 @@ def _rows(mesh, batch_size) -> dict[int, list[int]]:
 
 
 def put_batch(
-    mesh: Mesh,
-    batch: Mapping[str, np.ndarray],
-    batch_size: int,
-    axes: Mapping[str, tuple[str | None, ...]] | None = None,
+    mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int, axes: Mapping | None = None
 ) -> dict[str, jax.Array]:
     """Global arrays [batch_size, ...], laid out on the mesh, of NumPy rows of this process.
 

@@ -48,10 +48,7 @@ def _gather_fwd(w, axes):
 
 
 def _gather_bwd(axes, _, g):
-    """The sum over fsdp, scattered: along the minor part of the axis last.
-
-    In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
-    """
+    """The sum over fsdp, scattered in two steps, or XLA:TPU would sum everything everywhere."""
     if RULES["embed"] not in manual_axes():
         return (constrain(g, *axes),)
     dim, left = axes.index("embed"), spec(axes)

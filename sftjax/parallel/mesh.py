@@ -1,7 +1,4 @@
-"""The mesh, and the one table from logical axes to mesh axes.
-
-Model code names logical axes only. The five mesh axes are always present, size 1 unless set.
-"""
+"""The mesh, and the one table from logical axes, which model code names, to mesh axes."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -144,10 +144,7 @@ def _split(coordinator, processes, me):
 
 
 def _own_address(host, port):
-    """(family, (address, port)) at which process 0 listens: the coordinator's address.
-
-    Or that of JAX's own variable, for a machine that the others know by one that it has not.
-    """
+    """(family, (address, port)) of process 0: the coordinator's, or of JAX's own variable."""
     own = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0]
     host = own.removeprefix("[").removesuffix("]") or host
     try:

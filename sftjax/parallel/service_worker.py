@@ -1,7 +1,4 @@
-"""JAX's coordination service in a process of its own; processes.py starts it, by its path.
-
-Its arguments are those of JAX's function, in JSON.
-"""
+"""JAX's coordination service in a process of its own; arguments: its function's, in JSON."""
 
 import json
 import sys

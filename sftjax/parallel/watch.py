@@ -1,8 +1,4 @@
-"""Processes that watch one another: the loss of one ends the others at once, by its name.
-
-Each process holds a connection to process 0; the system closes those of a process that is killed,
-and one that leaves says so before. By it go their own times too, so that a slow host can be named.
-"""
+"""Processes that watch one another: the loss of one ends the others; a slow host is named."""
 
 import atexit
 import contextlib
@@ -159,10 +155,7 @@ class Watch:
 
 
 def slow_ones(line: list[list[float]]) -> set[int]:
-    """The processes whose own part of a step is longer than the others' by much.
-
-    line: of each process the seconds of a step, and those that were its own, as in Watch.told.
-    """
+    """The processes whose own part of a step is much longer; line: of each, as in Watch.told."""
     found = set[int]()
     for n in range(1, len(line[0])):
         for id, times in enumerate(line):

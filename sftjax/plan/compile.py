@@ -1,8 +1,4 @@
-"""What a config needs and how fast it may be, on hardware that you don't have.
-
-The real training step is compiled ahead of time for the target's devices, without data or weights.
-For a GPU, where there is none, shapes give an estimate, and the report says so.
-"""
+"""What a config needs and how fast it may be, on hardware that you don't have: docs/plan.md."""
 
 import contextlib
 import dataclasses
@@ -46,13 +42,6 @@ class Work:
         n = self.document
         out = max(n - window, 0) if window else 0
         return self.width / n * (n * (n + 1) / 2 - out * (out + 1) / 2)
-
-    def text(self) -> str:
-        """The assumption in words, for a report."""
-        return (
-            f"{self.rows} rows of {self.width}, full, of documents of {self.document} tokens;"
-            f" {self.trained:.0%} of the tokens trained"
-        )
 
 
 @dataclasses.dataclass
@@ -240,7 +229,7 @@ def account(
     program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account
 ) -> Plan:
     """The Plan of a step's cost and of its memory, both of one device, with its projection."""
-    target, chip = program.target, program.target.chip
+    target, chip, work = program.target, program.target.chip, program.work
     flops = (cost.flops + program.kernel_flops(cost)) * target.n
     return Plan(
         target=f"{target.name}: {target.text()}",
@@ -249,7 +238,8 @@ def account(
         remat=program.config.model.remat,
         basis=basis,
         seconds=time.monotonic() - began,
-        work=program.work.text(),
+        work=f"{work.rows} rows of {work.width}, full, of documents of {work.document} tokens;"
+        f" {work.trained:.0%} of the tokens trained",
         memory=found.parts,
         total=found.total,
         limit=chip.hbm * memory_lib.GIB if chip else build_lib.memory_limit(target.devices),

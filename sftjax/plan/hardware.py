@@ -1,7 +1,4 @@
-"""Hardware to plan for: chips by name, slices by product or topology, and devices to compile for.
-
-A TPU's devices come from libtpu's description of the slice. A GPU has figures here, and no devices.
-"""
+"""Hardware to plan for: chips by name, slices by product or topology, devices to compile for."""
 
 import dataclasses
 import math

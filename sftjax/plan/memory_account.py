@@ -1,7 +1,4 @@
-"""Where a compiled step's memory goes: what is held between steps, and the temporaries of a step.
-
-What is held follows from shapes and shardings, exactly; of temporaries the compiler says the sum.
-"""
+"""Where a step's memory goes: what is held between steps, exactly, and a step's temporaries."""
 
 import dataclasses
 import re

@@ -63,9 +63,8 @@ def candidates(
     config: ConfigDict, target: Target, remat: str
 ) -> Iterator[tuple[ConfigDict, AbstractMesh]]:
     """(config, mesh without devices) of what a search tries: where all sizes divide."""
-    model, _ = build.make_model(
-        config, tasks.make(config, None), platform=compile_lib.platform(target)
-    )
+    task = tasks.make(config, None)
+    model, _ = build.make_model(config, task, compile_lib.platform(target))
     rows, width = config.train.batch_size, config.data.max_length
     for sizes in _meshes(target):
         mesh = compile_lib.abstract_mesh(sizes, target)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
 from sftjax import config as config_lib
 from sftjax import hf, optim, parallel
@@ -22,6 +23,7 @@ from sftjax.errors import ConfigError, OutOfMemory
 from sftjax.models import vocab
 from sftjax.models.base import Model
 from sftjax.ops import attention
+from sftjax.parallel.mesh import AnyMesh
 from sftjax.step import Loss, TrainState, train_step
 from sftjax.training import metrics, xla_flags
 from sftjax.training.log import say
@@ -107,11 +109,7 @@ def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def abstract_state(
-    section: ConfigDict,
-    model: Model,
-    trainable: Any,
-    tx: optax.GradientTransformation,
-    mesh: Mesh | AbstractMesh,
+    section: ConfigDict, model: Model, trainable: Any, tx: GradientTransformation, mesh: AnyMesh
 ) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
 
@@ -138,7 +136,7 @@ def abstract_state(
 
 def make_step(
     loss_fn: Callable[..., Loss],
-    tx: optax.GradientTransformation,
+    tx: GradientTransformation,
     target: TrainState,
     micro_batches: int = 1,
     device: jax.Device | None = None,
@@ -146,12 +144,8 @@ def make_step(
     """The jitted train_step of an abstract state, for a device (None: one that is here)."""
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
     platform = device.platform if device else jax.default_backend()
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(shardings_of(target), None),
-        compiler_options=xla_flags.options(platform, device),
-    )
+    options, out = xla_flags.options(platform, device), (shardings_of(target), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def state_text(state: TrainState, flops: float) -> str:
@@ -196,7 +190,7 @@ def first_state(
     section: ConfigDict,
     model: Model,
     trainable: Any,
-    tx: optax.GradientTransformation,
+    tx: GradientTransformation,
     target: TrainState,
     mesh: Mesh,
     *,

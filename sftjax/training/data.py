@@ -214,10 +214,7 @@ class Feed(Sets):
         return parallel.abstract_batch(self.mesh, self.spec(self.batch_size, width))
 
     def batches(self, start: int, state: Mapping | None = None) -> Iterator[dict[str, jax.Array]]:
-        """Global batches of steps start, start+1, ... on the mesh, a few made ahead.
-
-        state: what `state` returned at step `start`; a stream goes on from there.
-        """
+        """Global batches of steps start, start+1, ...; state: what `state` returned at `start`."""
         prefetch = max(self.config.data.prefetch, 1)
         if self.config.data.streaming:
             host = self._stream(start, state, prefetch)

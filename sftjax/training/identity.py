@@ -1,7 +1,4 @@
-"""What a run is: its data, tokenizer, template and model; and what of it differs on resumption.
-
-manifest.json in the directory of checkpoints holds it. What is refused: docs/resuming.md.
-"""
+"""What a run is: its data, tokenizer, template and model; what differs on resumption."""
 
 import hashlib
 import importlib.metadata
@@ -142,10 +139,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
-    """What became of rows, told by their hashes: "12 rows added at the end"; "" = nothing.
-
-    old, new: uint32 [rows], a hash of each.
-    """
+    """What became of uint32 [rows], hashes: "12 rows added at the end"; "" = nothing."""
     start = _common(old, new)
     end = _common(old[start:][::-1], new[start:][::-1])
     gone, come = len(old) - start - end, len(new) - start - end

@@ -51,11 +51,9 @@ class Writer:
             self._board = Board(Path(workdir) / "tensorboard", start_step + 1)
         self._started = time.monotonic()
         if sys.stderr.isatty():
+            form = "step {n_fmt}/{total_fmt} |{bar:20}| {postfix}"
             self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {postfix}",
+                total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form
             )
 
     def write(self, step: int, values: Mapping) -> None:
@@ -121,10 +119,7 @@ def _number(name, value):
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(text, object) of every whole line of a metrics.jsonl: a step, and numbers or nulls.
-
-    A line torn by a kill is left out; so is one that something else has written, which is said.
-    """
+    """(text, object) of every line that is ours; what is none is said, but for a torn last one."""
     check_regular(path, MetricError)
     damaged = list[int]()
     with open(path, encoding="utf-8", errors="replace", newline="\n") as f:

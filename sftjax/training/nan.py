@@ -1,7 +1,4 @@
-"""The first operation of a step whose result is not finite, with the line that wrote it.
-
-The step is run operation by operation, as its jaxpr says: slow, so only for a skipped step.
-"""
+"""The first operation of a step whose result is not finite, found by running its jaxpr."""
 
 import dataclasses
 import functools

@@ -188,10 +188,7 @@ class Stop:
             raise Stopped(self._nothing_saved())
 
     def due(self, step: int) -> bool:
-        """Must the run stop after this step, of which a checkpoint is to be saved?
-
-        All processes are told the same. Call it once a step; it waits for no device.
-        """
+        """Must the run stop after this step, and save? Asked once a step, by all processes."""
         with self._agreeing:
             self._counter = step
             if self._at == step or (self.asked and not self._several):

@@ -10,10 +10,7 @@ from tensorboardX.summary import scalar
 
 
 class Board(EventsWriter):
-    """The scalars of one start of a run, in an event file of its own.
-
-    first: the step of the first one; TensorBoard drops what a killed run wrote from it on.
-    """
+    """The scalars of one start of a run, from step `first` on, where a killed run's are dropped."""
 
     def __init__(self, directory: Path, first: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)

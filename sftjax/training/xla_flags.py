@@ -1,7 +1,4 @@
-"""XLA's options for the training step, by platform: one table.
-
-They go with the step as compile options, so that `plan` compiles what `train` runs; docs/plan.md.
-"""
+"""XLA's options for the training step, by platform: one table, for `train` and `plan` alike."""
 
 import functools
 import os

@@ -1,7 +1,4 @@
-"""Checkpoints: a state and its host-side companions, written by Orbax behind the training loop.
-
-What one is, and what becomes of a damaged one: docs/resuming.md.
-"""
+"""Checkpoints: a state and its companions, by Orbax behind the loop: docs/resuming.md."""
 
 import contextlib
 import json
@@ -78,11 +75,7 @@ class Checkpointer:
     # ---- saving ----
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        extra: Mapping | None = None,
-        metrics: Mapping[str, float] | None = None,
+        self, step: int, state: Any, extra: Mapping | None = None, metrics: Mapping | None = None
     ) -> bool:
         """Copy `state` off the devices and write it behind the loop; True when a save was begun.
 

@@ -77,7 +77,7 @@ def restore(folder: Path, target: Any, beginnings: tuple[str, ...] = ("",)) -> A
             args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
             table = orbax.restore(folder / "state", args=args)
         return from_table(jax.block_until_ready(table), target)
-    except CheckpointError:
+    except (CheckpointError, jax.errors.JaxRuntimeError):  # the other is of no memory
         raise
     except Exception as e:
         others = [step for step in disk.complete(folder.parent) if str(step) != folder.name]

@@ -211,8 +211,9 @@ def load_params(
     fresh = [p for p, files, _ in rows if () in files and heads.fresh(model, p, files[()])]
     heads.report(path, left_out, fresh, seed)
     abstract = params_lib.flatten(model.abstract)
-    several = isinstance(dtype, dict)
-    dtypes = params_lib.flatten(dtype) if several else dict.fromkeys(abstract, dtype)
+    dtypes: dict[str, Any] = dict.fromkeys(abstract, dtype)
+    if isinstance(dtype, dict):
+        dtypes = params_lib.flatten(dtype)
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = dict.fromkeys(abstract, one)

@@ -17,8 +17,7 @@ _LONG = re.compile(r"\S{300,}")
 def shortened(message: str) -> str:
     """A message that quotes a file's or a user's text of any length, without most of that text.
 
-    What has no blanks is cut first, so that the words around it stay; then the message's middle:
-    its beginning has the place, and its end what is expected.
+    What has no blanks is cut first; then the middle: its beginning has the place, its end the fix.
     """
     if len(message) <= MESSAGE:
         return message
@@ -70,10 +69,7 @@ class WriteError(UserError, OSError):
 
 @contextlib.contextmanager
 def writing(what: str, path: Path | str) -> Iterator[None]:
-    """The system's own errors inside, such as a missing permission, become a WriteError.
-
-    what: the option that names `path`, for the message.
-    """
+    """The system's errors inside become a WriteError; `what` is the option that names `path`."""
     try:
         yield
     except OSError as e:
@@ -84,10 +80,8 @@ class LockedError(UserError, RuntimeError):
     """A workdir in which another run goes on; the message says which, and where its lock lies."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop, and has; no mistake. The message says where it stands.
-
-    It is a KeyboardInterrupt, so that code which handles all errors does not take it for one.
+class Stopped(KeyboardInterrupt):  # code that handles all errors lets this one through
+    """A run that was asked to stop, and has; the message says where it stands.
 
     Attributes:
       status: the exit status, EX_TEMPFAIL of sysexits.h: the same command goes on later.
@@ -113,9 +107,7 @@ class ProcessError(UserError, RuntimeError):
 
 
 class DataError(UserError, ValueError):
-    """Data that can't be used. The message names the file, the row, what is wrong and the fix.
-
-    It holds its parts, so that nobody has to take its message apart.
+    """Data that can't be used, by its parts; the message names the file, the row and the fix.
 
     Attributes:
       where: the file and row, "file.jsonl:17", as the source's `where` gives it; the file alone if

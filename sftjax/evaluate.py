@@ -31,7 +31,8 @@ from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.terminal import columns, json_text, show
 from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
-from sftjax.training.checkpoint import weights
+from sftjax.training.checkpoint import disk
+from sftjax.training.checkpoint.table import read_weights
 
 OPTIONS = ("--model", "--data", "--config", "--step", "--shots", "--json", "--out")
 
@@ -131,7 +132,7 @@ def evaluate(
     """{"data", "n" rows, "metrics": {name: value}, "tables"} of the config's model on `data`.
 
     run: the workdir of which a checkpoint is measured, else model.path itself is; step: which, see
-    weights.find. Raises: NotFoundError, CheckpointError, DataError, ConfigError.
+    disk.find. Raises: NotFoundError, CheckpointError, DataError, ConfigError.
     """
     if "," in data and not Path(data).exists():
         raise ConfigError(f"--data={data}: name one data set each time: --data=A --data=B")
@@ -182,11 +183,11 @@ def _weights(config, task, model, trainable, mesh: Mesh, run, step):
         return *build.make_params(config.model, model, trainable, mesh, seed=config.seed), None
     directory = run / "checkpoints"
     best = config.eval.best
-    at = weights.find(directory, step, best, task.lower_is_better(best))
+    at = disk.find(directory, step, best, task.lower_is_better(best))
     nothing = optax.identity()  # in place of the optimizer, whose state is not read
     whole = build.abstract_state(config.model, model, trainable, nothing, mesh)
     target = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state)
-    found = weights.read(directory, at, target)
+    found = read_weights(directory / str(at), target)
     return params_lib.combine(found["params"], found["frozen"]), found["model_state"], at
 
 

@@ -17,8 +17,7 @@ LEAVE = 5.0  # seconds that threads have to end after the message that a checkpo
 def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -> None:
     """Run a command: a UserError is shown as one message, and the exit status is 1.
 
-    A run that was asked to stop ends with status 75 (see training/stops.py), another command that
-    Ctrl-C ends with 130. Any other error is a bug, and keeps its traceback.
+    A stop ends with status 75 (docs/runs.md), or 130; any other error keeps its traceback.
     """
     # transformers is here for tokenizers and templates; its advice to install torch is not wanted.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -40,10 +39,7 @@ def run(main_fn: Callable[[list[str]], object], argv: list[str] | None = None) -
 
 
 def _end_soon() -> None:
-    """As Python ends: one more signal ends it without a word, and so do ten seconds.
-
-    Libraries wait there for their threads, and for processes that may be gone.
-    """
+    """As Python ends, where libraries wait: one more signal ends it, and so do ten seconds."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     timer = threading.Timer(10, os._exit, [Stopped.status])

@@ -19,10 +19,7 @@ JSON_BYTES = 1 << 28  # no config, index or tokenizer has more
 
 
 def write_atomic(path: Path | str, text: str) -> None:
-    """Write a file in UTF-8, and its folder; who reads it finds the old text or the new one.
-
-    Several processes may write it at once. Raises: WriteError, and then the old file is as it was.
-    """
+    """Write a UTF-8 file, and its folder, whole or not at all (WriteError); others may at once."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # on the same disk
     with writing("the file", path):
@@ -35,10 +32,7 @@ def write_atomic(path: Path | str, text: str) -> None:
 
 
 def load_python(path: str, key: str) -> ModuleType:
-    """The module of a Python file of the user's, which is run. key: of the config, that names it.
-
-    Raises: ConfigError where there is none.
-    """
+    """The module of a Python file, which is run. Raises: ConfigError, by its key, without one."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{key}: {path} is no Python file, NAME.py, that is there")
@@ -57,10 +51,7 @@ _INSTEAD = {
 
 
 def url_problem(text: object) -> str:
-    """What is wrong with a URL where a path is expected; "" of what is none.
-
-    Without it, a URL becomes a folder of its name: gs://bucket/run is gs:/bucket/run to a system.
-    """
+    """What is wrong with a URL where a path is expected, which pathlib would take; "" of no URL."""
     match = _URL.match(str(text))
     if match is None:
         return ""

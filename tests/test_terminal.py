@@ -89,7 +89,7 @@ def test_lines_of_a_run(capsys, caplog, tmp_path):
     log.say("data", EVIL)
     show(EVIL)
     heads.report(tmp_path / EVIL.replace("\0", ""), [EVIL], [], 0)
-    writer = metrics.Writer(tmp_path, 3, 0, False)
+    writer = metrics.Writer(tmp_path, 3, False)
     writer.write(1, {EVIL: 1.0})
     writer.close()
     out = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""ResNets, by transformers' files (model_type "resnet") and by torchvision's names, as timm has them.
+"""ResNets, by transformers' files (model_type "resnet") and by torchvision's names, as of timm.
 
 timm's config.json says {"architecture": "resnet50", "num_classes": ..., "pretrained_cfg": ...}. The
 small ones of He et al. for CIFAR are read under "resnet20_cifar", "resnet56_cifar": 6 n + 2 layers.
@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from sftjax.errors import ModelError
-from sftjax.families import common
+from sftjax.families import common, pixels
 from sftjax.models.resnet import Config, blocks, convolutions
 
 DEPTHS = {
@@ -41,7 +41,7 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
         early_stride=hf.get("downsample_in_bottleneck", False),
         files="transformers",
         channels=hf.get("num_channels", 3),
-        **common.pixels(preprocessor or {}),
+        **pixels.fields(preprocessor or {}),
     )
 
 

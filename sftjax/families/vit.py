@@ -5,7 +5,7 @@ text tower and the pooling of its contrastive head are left out.
 """
 
 from sftjax.errors import ModelError
-from sftjax.families import bert, common
+from sftjax.families import bert, common, pixels
 from sftjax.models.vision import Config
 
 IMAGES = True
@@ -23,12 +23,12 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
     common.check(own)
     base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
     own = base | {"intermediate_size": 3072} | own
-    pixels = common.pixels(preprocessor or {})
+    said = pixels.fields(preprocessor or {})
     side, patch = own.get("image_size", 224), own.get("patch_size", 16)
-    if pixels.pop("image_size", side) != side or side % patch:
+    if said.pop("image_size", side) != side or side % patch:
         raise ModelError(
-            f"image_size={side}, of patches of {patch}: preprocessor_config.json must ask for images"
-            " of that size, and patches divide it"
+            f"image_size={side}, of patches of {patch}: {pixels.FILE} must ask for images of that"
+            " size, and patches divide it"
         )
     return Config(
         vocab=1,  # it has none
@@ -47,7 +47,7 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
         image_size=side,
         patch=patch,
         class_token=not siglip,
-        **pixels,
+        **said,
     )
 
 

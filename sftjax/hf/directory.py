@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from sftjax import params as params_lib
 from sftjax.errors import ModelError, NotFoundError, WeightsError, WriteError, writing
-from sftjax.families import common
+from sftjax.families import common, pixels
 from sftjax.files import read_json, refuse_url
 from sftjax.hf import heads
 from sftjax.hf.names import FAMILIES as FAMILIES
@@ -39,11 +39,10 @@ from sftjax.parallel import param_shardings, processes
 MODELS: dict[type, Any] = {
     kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision)
 }
-PREPROCESSOR = "preprocessor_config.json"
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
-    r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)|(\w+\.)?embeddings\.position_ids"
-    r"|(cls\.predictions|lm_head)\.decoder\.bias"  # another name of their bias
+    r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)"
+    r"|(\w+\.)?embeddings\.position_ids|(cls\.predictions|lm_head)\.decoder\.bias"  # another name of their bias
 )
 
 
@@ -60,10 +59,7 @@ class Origin:
 
 
 def resolve(path_or_id: str | Path, weights: bool = True) -> Path:
-    """A local path as it is; otherwise a hub id, downloaded (the only use of the network).
-
-    weights=False leaves the weights where they are.
-    """
+    """A local path as it is; otherwise a hub id, downloaded, with its weights or without."""
     refuse_url("model path", path_or_id, NotFoundError)
     path = Path(path_or_id).expanduser()
     if path.exists():
@@ -94,11 +90,10 @@ def load_model(
 ) -> base.Model:
     """The Model of a Hugging Face directory (or a config.json); reads no weights.
 
-    labels: the names of the classes of a head of classes, in order; None: the head that the files
-    have, with its labels (their id2label). head: "vocabulary" | "document" | "token" | "span", see
-    heads.ENDINGS; None: "document" for labels, else that of the files. problem: the problem_type
-    of an export. changes: fields of the Config, such as dtype, remat, split; classes=0 leaves a
-    head of classes out. Raises ValueError, naming the file and the field.
+    labels: the names of the classes of a head, in order; None: those of the files. head: a key of
+    heads.ENDINGS or "vocabulary"; None: "document" for labels, else that of the files. problem: the
+    problem_type of an export. changes: fields of the Config, such as dtype, remat, split; classes=0
+    leaves a head of classes out. Raises ValueError, naming the file and the field.
     """
     path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
@@ -109,9 +104,8 @@ def load_model(
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method")
             raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
-        pixels, classes = _preprocessor(file.parent), changes.pop("classes", None)
-        images = hasattr(family, "IMAGES")
-        config = family.config(hf, pixels) if images else family.config(hf)
+        images, classes = hasattr(family, "IMAGES"), changes.pop("classes", None)
+        config = family.config(hf, *([pixels.read(file.parent)] if images else []))
         head, labels = heads.choose(hf, config.causal, head, labels, classes, images)
         model = MODELS[type(config)](config).replace(**changes, head=head, classes=len(labels))
         if isinstance(model.config, decoder.Config):
@@ -169,12 +163,6 @@ def _check(c, hf):
             rope.frequencies(kind.rope, c.head_dim)
 
 
-def _preprocessor(directory) -> dict:
-    """How the directory's images are normalised, preprocessor_config.json; {} where it has none."""
-    file = directory / PREPROCESSOR
-    return _json(file) if file.exists() else {}
-
-
 def _json(file) -> dict:
     if not Path(file).exists():
         raise NotFoundError(f"{file} does not exist; a model directory needs a config.json")
@@ -217,9 +205,8 @@ def load_params(
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
     Under "stats" the tree holds the batch statistics of a model that has them: its model_state.
-
-    The parameters of a head that the files do not have are initialised from the seed, and the
-    tensors of a head that the model does not have are left out; a line of the log names both.
+    A head that the files do not have is initialised from the seed, and one that the model does not
+    have is left out; a line of the log names both.
     """
     reader = Reader(path)
     model = _stored(model, reader)
@@ -230,10 +217,9 @@ def load_params(
     heads.report(path, left_out, fresh, seed)
     tree = _stored_tree(model)
     abstract = params_lib.flatten(tree)
+    dtypes: dict[str, Any] = dict.fromkeys(abstract, dtype)
     if isinstance(dtype, dict):
-        dtypes = {name: jnp.float32 for name in abstract} | params_lib.flatten(dtype)
-    else:
-        dtypes = dict.fromkeys(abstract, dtype)
+        dtypes = dict.fromkeys(abstract, jnp.float32) | params_lib.flatten(dtype)
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = dict.fromkeys(abstract, one)
@@ -258,11 +244,7 @@ def _stored_tree(model) -> dict:
 
 
 def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
-    """The model, its source knowing the dtypes of the files in `path`; reads headers only.
-
-    Raises WeightsError where these are not the weights of the model, before anything is made of
-    the sizes that its config.json claims.
-    """
+    """The model, knowing the dtypes of the files, whose headers must be its own (WeightsError)."""
     reader = Reader(path)
     model = _stored(model, reader)
     _compare(model, reader, path)
@@ -331,10 +313,7 @@ def _aligned_zeros(shape, dtype) -> np.ndarray:
 
 
 def _compare(model, reader, path) -> list[str]:
-    """Raise WeightsError, of at most ten lines, on what differs between the files and the model.
-
-    Gives the names of the tensors that belong to a head which the model does not have.
-    """
+    """Names of another head's tensors; WeightsError, of ten lines at most, on all that differs."""
     abstract, expected = params_lib.flatten(_stored_tree(model)), dict[str, tuple]()
     for name, files, layout in tensors(model):
         shape = visible(model, name, abstract[name], len(next(iter(files))))
@@ -403,10 +382,9 @@ def save_pretrained(
 ) -> None:
     """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
-    Every tensor keeps the name and dtype it was read with (the parameter's dtype for a model that
-    was not loaded). stop_ids: token ids that end a turn; generation_config.json lists them with the
-    model's own. Tensors are written one at a time. In a multi-process run all processes must call
-    this; process 0 writes.
+    Every tensor keeps the name and dtype it was read with (else the parameter's dtype). stop_ids:
+    token ids that end a turn, for generation_config.json. Tensors are written one at a time. All
+    processes must call this; process 0 writes.
     """
     refuse_url("directory", directory, WriteError)
     if model.source is None:
@@ -442,8 +420,7 @@ def save_pretrained(
     if model.config.causal and model.config.head == "vocabulary":
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if hasattr(model.config, "image_size"):
-        pixels = _preprocessor(source) or common.preprocessor(model.config)
-        _write_json(temporary / PREPROCESSOR, pixels)
+        _write_json(temporary / pixels.FILE, pixels.exported(model.config, source))
     if tokenizer is not None:
         save_tokenizer(tokenizer, temporary)
     new = sorted(file.name for file in temporary.iterdir())

@@ -35,10 +35,7 @@ PARTS = ("score/", "pooler/", "pooler_norm/", "vocab_bias/")  # parameters that 
 
 
 def kind_of(hf: dict) -> str:
-    """The head that the directory of this config.json holds: a key of ENDINGS, "vocabulary", "".
-
-    "" also for one that says nothing of it, or a head that is not known here.
-    """
+    """The head that this config.json names: a key of ENDINGS, "vocabulary", or "" for another."""
     if "architecture" in hf:  # timm's form
         return "image" if hf.get("num_classes") else ""
     for name in hf.get("architectures") or ():
@@ -88,7 +85,8 @@ def choose(
     """(head, labels) of the model to load; labels () for a head of no classes.
 
     head, given (labels), classes (their number): what the user asks for, None for what the files
-    have; classes=0 is none. images: is it a model of images. ModelError where these and the directory's own head disagree.
+    have; classes=0 is none. images: is it a model of images. ModelError where these and the
+    directory's own head disagree.
     """
     plain, own_kind = "vocabulary" if causal else "", kind_of(hf)
     if head is None:
@@ -159,10 +157,7 @@ def fresh(model: Model, path: str, name: str) -> bool:
 
 
 def others(model: Model, family: ModuleType, head: str | None) -> re.Pattern[str]:
-    """The tensors that belong to a head which this model does not have.
-
-    head: the name of the family's vocabulary head.
-    """
+    """Tensors of a head which this model has not; head: the name of the vocabulary's."""
     known = [getattr(family, "OTHERS", r"score\.(weight|bias)")]
     if model.config.classes and head:
         known += [re.escape(head), r"lm_head\..*", r"score\.(weight|bias)", r"qa_outputs\..*"]

@@ -1,10 +1,9 @@
 """How a tensor in a file and a parameter hold the same numbers, in one notation for both ways.
 
-"(n h) d -> d n h": the file's first dimension is heads x head width. A file may hold several
-parameters in one tensor; `part` says which of a letter's places are this one's, as
-{letter: (offset, size in the file)}: the keys of a fused "(n h) d" begin at head N of N + 2K. A
-letter that is missing on the right has one place of the file's: "(n c h) d -> d n h" with
-{"c": (1, 3)} is the second of three interleaved parts.
+"(n h) d -> d n h": the file's first dimension is heads x head width. Of several parameters in one
+tensor, `part` says which of a letter's places are this one's, as {letter: (offset, size in the
+file)}: the keys of a fused "(n h) d" begin at head N of N + 2K. A letter that is not on the right
+has one place: "(n c h) d -> d n h" with {"c": (1, 3)} is the second of three interleaved parts.
 """
 
 import dataclasses
@@ -24,12 +23,7 @@ class Layout:
     """How the dimensions of a tensor in a file become those of a parameter, and back."""
 
     text: str
-    part: tuple[tuple[str, int, int], ...] = ()  # (letter, offset, size in the file)
-
-    @classmethod
-    def of(cls, text: str, part: Mapping[str, tuple[int, int]] | None = None) -> "Layout":
-        """Make a Layout of a table's row; part is {letter: (offset, size in the file)}."""
-        return cls(text, tuple((k, *v) for k, v in (part or {}).items()))
+    part: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def groups(self) -> list[list[str]]:
@@ -45,7 +39,7 @@ class Layout:
     def _sizes(self, shape) -> dict[str, int]:
         """{letter: places in the file} for a parameter of this shape."""
         sizes = dict(zip(self.letters, shape, strict=True))
-        return sizes | {letter: size for letter, _, size in self.part}
+        return sizes | {letter: size for letter, (_, size) in self.part.items()}
 
     def file_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the tensor in the file, for a parameter of this shape."""
@@ -54,8 +48,8 @@ class Layout:
 
     def _places(self, shape, index) -> dict[str, tuple[int, int]]:
         """{letter: (start, stop) in the file} of parameter[index]."""
-        offset = {letter: start for letter, start, _ in self.part}
-        places = {letter: (start, start + 1) for letter, start, _ in self.part}
+        offset = {letter: start for letter, (start, _) in self.part.items()}
+        places = {letter: (start, start + 1) for letter, start in offset.items()}
         for letter, size, i in zip(self.letters, shape, index, strict=True):
             start, stop, _ = i.indices(size)
             places[letter] = (start + offset.get(letter, 0), stop + offset.get(letter, 0))

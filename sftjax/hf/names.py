@@ -61,13 +61,12 @@ def tensors(
 ) -> Iterator[tuple[str, dict[tuple[int, ...], str], Layout]]:
     """(parameter, {leading index: name in the files}, Layout) of every parameter, or part of one.
 
-    The leading index is (), (layer of the stack,), or (layer, expert). Files of a bare model leave
-    out the first part of the names ("transformer.h.0..." is "h.0..."). as_read=False: the names
-    that transformers gives them today.
+    The leading index is (), (layer of the stack,), or (layer, expert). as_read=False: the
+    names that transformers gives today; in files of a bare model they lack the first part.
     """
     known = model.source.dtypes if as_read else {}
     for name, path, text, *part in names(model):
-        layout, c = Layout.of(text, *part), model.config
+        layout, c = Layout(text, *part), model.config
         if path.startswith("encoder/"):
             c = c.encoder
         if "layers/" not in path:

@@ -17,10 +17,7 @@ TEMPLATE_BYTES = 1 << 24
 
 
 def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of data.tokenizer, or of the model's directory, with data.template if set.
-
-    None where the config names neither: a task of images or of numbers needs none.
-    """
+    """The tokenizer that the config names, with data.template if set; None where it names none."""
     d = config.data
     if not (d.tokenizer or config.model.path):
         return None

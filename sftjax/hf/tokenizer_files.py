@@ -1,9 +1,4 @@
-"""A tokenizer's files, read without running what lies in them, and exported as they came.
-
-transformers writes a tokenizer in the form of its own version, in which an older one finds a class
-or a list that it does not know. So the files of a tokenizer that has not changed are copied, and
-those of one that has keep the class that they named.
-"""
+"""A tokenizer's files, read without running what lies in them, and exported: docs/trust.md."""
 
 import json
 import os
@@ -29,10 +24,7 @@ _REFERENCE = re.compile(r"(?:[\w./-]+--)?(\w+)\.\w+")  # a class in auto_map: fi
 
 
 def open_tokenizer(folder: Path, what: str = "data.tokenizer, else model.path") -> Any:
-    """The tokenizer of a directory; code that lies in it is never run, nor asked about.
-
-    what: the options that name the directory, for the message. Raises: ConfigError.
-    """
+    """The tokenizer of a directory, whose code is never run. what: the options that name it."""
     from transformers import AutoTokenizer  # slow to import
 
     for file in files_of(folder, existing=False):
@@ -54,10 +46,7 @@ def open_tokenizer(folder: Path, what: str = "data.tokenizer, else model.path") 
 
 
 def files_of(folder: Path, existing: bool = True) -> list[Path]:
-    """The tokenizer's files in a directory, in order.
-
-    existing: regular files only; else whatever goes by their names.
-    """
+    """A directory's files of a tokenizer, in order. existing=False: what is no regular file too."""
     found = sorted({path for name in NAMES for path in folder.glob(name)})
     return [path for path in found if path.is_file()] if existing else found
 

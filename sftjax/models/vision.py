@@ -64,7 +64,7 @@ class Model(base.Body):
     def features(
         self, params: dict[str, Any], images: jax.Array, rng: jax.Array | None = None
     ) -> jax.Array:
-        """[B, N, D] of images [B, H, W, C], after the last norm; rng: of dropout, None = without."""
+        """[B, N, D] of images [B, H, W, C], after the last norm; rng: of dropout, None for none."""
         c, B, side = self.config, images.shape[0], self.config.image_size // self.config.patch
         x = normalised(images, c.mean, c.std).astype(c.dtype)
         x = x.reshape(B, side, c.patch, side, c.patch, c.channels)

@@ -41,10 +41,7 @@ def abstract_batch(mesh: AnyMesh, spec: Mapping[str, tuple]) -> dict[str, jax.Sh
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process must read, ascending.
-
-    Not always a range: on a TPU slice the mesh may alternate between hosts.
-    """
+    """The rows of a global batch that this process must read, ascending; not always a range."""
     return _rows(mesh, batch_size).get(jax.process_index(), [])
 
 
@@ -67,10 +64,7 @@ def _rows(mesh, batch_size) -> dict[int, list[int]]:
 
 
 def put_batch(
-    mesh: Mesh,
-    batch: Mapping[str, np.ndarray],
-    batch_size: int,
-    axes: Mapping[str, tuple[str | None, ...]] | None = None,
+    mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int, axes: Mapping | None = None
 ) -> dict[str, jax.Array]:
     """Global arrays [batch_size, ...], laid out on the mesh, of NumPy rows of this process.
 

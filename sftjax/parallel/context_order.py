@@ -14,8 +14,7 @@ from sftjax.parallel.mesh import RULES, shard_map, spec
 def places(length: int, shards: int) -> np.ndarray:
     """The place in the row of each of its columns on a mesh with `shards` shards of the row.
 
-    Shard i holds parts i and 2 * shards - 1 - i of 2 * shards, so that each has the same share of
-    causal attention's work.
+    Shard i holds parts i and 2 * shards - 1 - i of 2 * shards: causal attention's work is shared.
     """
     if shards == 1:
         return np.arange(length, dtype=np.int32)
@@ -50,8 +49,7 @@ def _reorder(x, back):
 def _exchange(x, n, back):
     """A shard's two parts of the rows, for those that it holds in the other order.
 
-    Of the 2n parts of a row, shard i holds 2i and 2i + 1 in the natural order, and i and 2n - 1 - i
-    when spread: one of them is even, one odd, so two exchanges are all it takes.
+    They are 2i and 2i + 1 of 2n, or i and 2n - 1 - i: one is even, one odd, so two exchanges do.
     """
     natural_to_spread = [(p // 2, p if p < n else 2 * n - 1 - p) for p in range(2 * n)]
     moves = [pair[::-1] for pair in natural_to_spread] if back else natural_to_spread

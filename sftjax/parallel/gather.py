@@ -22,10 +22,9 @@ def in_use(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
 
 
 def for_use(w: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> jax.Array:
-    """The array w in `dtype`, gathered over fsdp for this use only.
+    """The array w in `dtype`, gathered over fsdp for this use only, or as it is: see GATHERED.
 
-    Its gradient is scattered as it is summed. An array with no gathered dimension comes back as it
-    is. Integers keep their dtype: they are numbers of fewer bits, and travel as such.
+    Its gradient is scattered as it is summed. Integers keep their dtype, and travel as such.
     """
     if not any(a in GATHERED for a in axes):
         return w
@@ -49,10 +48,7 @@ def _gather_fwd(w, axes):
 
 
 def _gather_bwd(axes, _, g):
-    """The sum over fsdp, scattered: along the minor part of the axis last.
-
-    In two steps, because over a whole square of chips XLA:TPU sums everything everywhere instead.
-    """
+    """The sum over fsdp, scattered in two steps, or XLA:TPU would sum everything everywhere."""
     if RULES["embed"] not in manual_axes():
         return (constrain(g, *axes),)
     dim, left = axes.index("embed"), spec(axes)

@@ -1,8 +1,4 @@
-"""The mesh, and the one table from logical axes to mesh axes.
-
-Model code names logical axes only. The five mesh axes are always present, size 1 unless set, so
-one program serves a laptop and a pod. GSPMD inserts the collectives.
-"""
+"""The mesh, and the one table from logical axes, which model code names, to mesh axes."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -47,8 +43,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of the five axes. sizes: {axis: size}; one size may be -1 and takes what is left.
 
-    Several TPU slices (devices with different slice_index) become the leading factor of `data`, so
-    that only data-parallel traffic crosses the data-centre network.
+    Several TPU slices (devices with different slice_index) become the leading factor of `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
@@ -166,9 +161,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
-
-
-# ---- programs over shards ------------------------------------------------------------------
 
 
 def manual_axes() -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -49,8 +49,7 @@ def initialize(
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 
     coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,
-    Slurm, ...); "" for one process. Raises ProcessError naming the processes that are missing after
-    `timeout` seconds.
+    Slurm, ...); "" for one process. Raises ProcessError, naming who is late by `timeout` seconds.
     """
     global _watch
     if not coordinator:
@@ -68,7 +67,9 @@ def initialize(
         else:
             _meet((host, port), processes, process_id, timeout)
     try:
-        with _outliving():
+        # The service of JAX that process 0 starts gets a process of its own: JAX aborts each one
+        # that cannot reach it, before it is told that process 0 is lost.
+        with mock.patch.object(_jax, "get_distributed_runtime_service", _Service):
             jax.distributed.initialize(initialization_timeout=timeout, **known)
     except RuntimeError as e:
         raise ProcessError(f"mesh.coordinator={coordinator}: JAX could not start: {e}") from e
@@ -76,21 +77,6 @@ def initialize(
         _watch = _connected("" if coordinator == "auto" else host)
     found = f"process {jax.process_index()} of {jax.process_count()}"
     show(f"{found}: {jax.local_device_count()} of {jax.device_count()} devices")
-
-
-@contextlib.contextmanager
-def _outliving() -> Iterator[None]:
-    """JAX's coordination service, which process 0 starts, gets a process of its own.
-
-    In process 0 it would end with it, and JAX aborts each process that cannot reach it, within
-    milliseconds and with a stack of C++, where the user has to be told that process 0 is lost.
-    """
-    real = _jax.get_distributed_runtime_service
-    _jax.get_distributed_runtime_service = _Service
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_service = real
 
 
 class _Service:
@@ -158,11 +144,7 @@ def _split(coordinator, processes, me):
 
 
 def _own_address(host, port):
-    """(family, (address, port)) at which process 0 listens: where the coordinator's address says.
-
-    JAX's own variable JAX_COORDINATOR_BIND_ADDRESS names another, for a machine that the others
-    know by an address that it has not itself.
-    """
+    """(family, (address, port)) of process 0: the coordinator's, or of JAX's own variable."""
     own = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0]
     host = own.removeprefix("[").removesuffix("]") or host
     try:
@@ -179,10 +161,7 @@ def _written(host, port):
 
 
 def _meet(address, processes, me, timeout):
-    """Gather all processes at the coordinator's port before JAX uses it.
-
-    JAX ends a process without a name when another does not come; here it can be said who.
-    """
+    """Wait at the coordinator's port for all: JAX would not say whom it waits for in vain."""
     deadline = time.monotonic() + timeout
     while True:
         with contextlib.suppress(OSError):

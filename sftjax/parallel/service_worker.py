@@ -1,8 +1,4 @@
-"""JAX's coordination service in a process of its own; processes.py starts it, by its path.
-
-Its arguments are those of JAX's function, in JSON. It says "up", and ends when it is told to stop,
-or some seconds after the process that started it is gone.
-"""
+"""JAX's coordination service in a process of its own; arguments: its function's, in JSON."""
 
 import json
 import sys

@@ -1,10 +1,4 @@
-"""Processes that watch one another: the loss of one ends the others at once, by its name.
-
-Without it, collectives wait for a process that is gone, for minutes, and JAX's runtime then aborts
-with a stack of C++. Each process holds a connection to process 0; the system closes those of a
-process that is killed, and one that leaves says so before. What it holds of the others is their own
-times as well, so that a slow host can be named.
-"""
+"""Processes that watch one another: the loss of one ends the others; a slow host is named."""
 
 import atexit
 import contextlib
@@ -71,8 +65,7 @@ class Watch:
     def told(self, seconds: float, own: list[float]) -> None:
         """Take this process's times of a line of the log, in seconds of a step.
 
-        seconds: of a whole step; own: those that it did not wait for other processes, in several
-        ways of counting.
+        own: those that it did not wait for other processes, in several ways of counting.
         """
         if self.me:
             self._send(0, " ".join(["time", *map(str, [seconds, *own])]))
@@ -162,11 +155,7 @@ class Watch:
 
 
 def slow_ones(line: list[list[float]]) -> set[int]:
-    """The processes whose own part of a step is longer than the others' by much.
-
-    line: of each process the seconds of a step, and those that were its own, in several ways of
-    counting.
-    """
+    """The processes whose own part of a step is much longer; line: of each, as in Watch.told."""
     found = set[int]()
     for n in range(1, len(line[0])):
         for id, times in enumerate(line):
@@ -182,10 +171,7 @@ def slow_ones(line: list[list[float]]) -> set[int]:
 def accept(
     server: socket.socket, word: str, processes: int, seconds: float = JOIN, fix: str = ""
 ) -> dict[int, socket.socket]:
-    """The connections of all other processes; each says `word` and its id.
-
-    Raises: ProcessError, with `fix`, where one has not come within `seconds`.
-    """
+    """Connections of all others, which say `word` and an id. ProcessError: one is late."""
     peers, deadline = dict[int, socket.socket](), time.monotonic() + seconds
     with server:
         while len(peers) < processes - 1:

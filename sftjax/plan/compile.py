@@ -1,9 +1,4 @@
-"""What a config needs and how fast it may be, on hardware that you don't have.
-
-The real training step is compiled ahead of time for the target's devices, without data or weights:
-of the model only its config.json is read. For a GPU, where there is none, shapes give an estimate,
-and the report says so.
-"""
+"""What a config needs and how fast it may be, on hardware that you don't have: docs/plan.md."""
 
 import contextlib
 import dataclasses
@@ -48,15 +43,6 @@ class Work:
         out = max(n - window, 0) if window else 0
         return self.width / n * (n * (n + 1) / 2 - out * (out + 1) / 2)
 
-    def text(self) -> str:
-        """The assumption in words, for a report."""
-        if self.width == 1:
-            return f"{self.rows} examples of fixed shapes"
-        return (
-            f"{self.rows} rows of {self.width}, full, of documents of {self.document} tokens;"
-            f" {self.trained:.0%} of the tokens trained"
-        )
-
 
 @dataclasses.dataclass
 class Program:
@@ -72,20 +58,20 @@ class Program:
     step: jax.stages.Wrapped  # jitted
     work: Work
 
+    def _flops(self, pairs) -> float:
+        of, w = self.model.train_flops(self.trainable), self.work
+        n = w.width + w.targets
+        return w.rows * of(n, n * w.trained, pairs)
+
     @property
     def model_flops(self) -> float:
         """Of a step, over all devices; see Model.train_flops."""
-        of, w = self.model.train_flops(self.trainable), self.work
-        n = w.width + w.targets
-        return w.rows * of(n, n * w.trained, w.pairs)
+        return self._flops(self.work.pairs)
 
     @property
     def attention_flops(self) -> float:
         """Of one device, by shapes; attention forms its scores once more going backward."""
-        of, w = self.model.train_flops(self.trainable), self.work
-        n = w.width + w.targets
-        with_it, without = (of(n, n * w.trained, x) for x in (w.pairs, lambda window: 0))
-        return w.rows * (with_it - without) * 7 / 6 / self.mesh.size
+        return (self.model_flops - self._flops(lambda window: 0)) * 7 / 6 / self.mesh.size
 
     def kernel_flops(self, cost: hlo.Cost) -> float:
         """FLOPs of one device's kernels: as declared, or else those of attention."""
@@ -159,9 +145,6 @@ def _with_stored_dtype(config):
     return config
 
 
-# ---- the plan ------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Plan:
     """Everything the report says. Bytes are those of one device, FLOPs those of all."""
@@ -175,7 +158,7 @@ class Plan:
     work: str
     memory: dict  # part -> bytes
     total: float
-    limit: float | None
+    limit: float
     largest: list  # [(bytes, what)], the largest first
     model_flops: float
     hardware_flops: float
@@ -186,7 +169,7 @@ class Plan:
     def fits(self) -> bool:
         """An estimate has to leave a tenth free."""
         share = 1.0 if self.basis == "compiled" else 0.9
-        return self.limit is None or self.total <= share * self.limit
+        return self.total <= share * self.limit
 
     def as_json(self) -> dict:
         """All fields and whether it fits, as JSON holds them."""
@@ -214,8 +197,7 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
 def rounds(text: str, program: Program, attention: bool = False) -> int:
     """How often the loss's loop over chunks of trained tokens runs, or attention's over blocks.
 
-    No other loop is ended by data. As often as the FLOPs of its rounds make up those of the
-    vocabulary projection, or those of attention.
+    So often that their FLOPs make up those of the vocabulary projection, or of attention.
     """
     twice = hlo.analyze(text, lambda name: 1 + (("attention" in name) == attention))
     each = twice.flops - hlo.analyze(text).flops
@@ -242,7 +224,7 @@ def _too_large(program, message, began) -> Plan:
     """The estimate's parts, with the size and the largest buffers that the compiler named."""
     out = estimated(program, "does not fit, says the compiler", began)
     total, largest = memory_lib.exhausted(message)
-    out.total = max(total, out.total, (out.limit or 0) + 1)
+    out.total = max(total, out.total, out.limit + 1)
     out.largest = largest or out.largest
     return out
 
@@ -251,47 +233,49 @@ def account(
     program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account
 ) -> Plan:
     """The Plan of a step's cost and of its memory, both of one device, with its projection."""
-    target = program.target
-    out = Plan(
+    target, chip, work = program.target, program.target.chip, program.work
+    flops = (cost.flops + program.kernel_flops(cost)) * target.n
+    return Plan(
         target=f"{target.name}: {target.text()}",
         mesh=dict(program.mesh.shape),
         micro_batches=program.config.train.micro_batches,
         remat=program.config.model.remat,
         basis=basis,
         seconds=time.monotonic() - began,
-        work=program.work.text(),
+        work=f"{work.rows} rows of {work.width}, full, of documents of {work.document} tokens;"
+        f" {work.trained:.0%} of the tokens trained"
+        if work.width > 1
+        else f"{work.rows} examples of one shape",
         memory=found.parts,
         total=found.total,
-        limit=memory_lib.limit(target),
+        limit=chip.hbm * memory_lib.GIB if chip else build_lib.memory_limit(target.devices),
         largest=found.largest,
         model_flops=program.model_flops,
-        hardware_flops=(cost.flops + program.kernel_flops(cost)) * target.n,
+        hardware_flops=flops,
         cost=cost,
-        time=None,
+        time=project(program, cost, flops),
     )
-    out.time = project(out, program)
-    return out
 
 
 MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler counts no cycles
 
 
-def project(p: Plan, program: Program) -> dict | None:
+def project(program: Program, cost: hlo.Cost, flops: float) -> dict | None:
     """A projection of one step's seconds; None for a chip of which no figures are known.
 
     Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
-    without cycles all FLOPs so. Collectives: what a device sends, over what its links carry, those
-    across slices over the network; asynchronous ones hide behind work, the rest adds to it.
+    without cycles all of `flops`, those of all devices. Collectives: what a device sends, over what
+    its links carry, those across slices over the network; asynchronous ones hide behind work.
     """
     target, chip = program.target, program.target.chip
     if chip is None:
         return None
     rate = chip.flops * MATMUL_SHARE
-    if p.cost.total_cycles and chip.clock:
-        work = p.cost.total_cycles / (chip.clock * 1e9) + program.kernel_flops(p.cost) / rate
+    if cost.total_cycles and chip.clock:
+        work = cost.total_cycles / (chip.clock * 1e9) + program.kernel_flops(cost) / rate
     else:
-        work = p.hardware_flops / target.n / rate
-    links, share = seconds_of_collectives(p.cost, target), p.cost.async_share
+        work = flops / target.n / rate
+    links, share = seconds_of_collectives(cost, target), cost.async_share
     hidden = min(work, links * share)
     step = work + links - hidden
     tokens = program.work.tokens
@@ -300,7 +284,7 @@ def project(p: Plan, program: Program) -> dict | None:
         "collectives": links,
         "hidden": hidden,
         "step": step,
-        "mfu": p.model_flops / (step * target.n * chip.flops),
+        "mfu": program.model_flops / (step * target.n * chip.flops),
         "tokens_per_s": tokens / step,
         "trained_tokens_per_s": tokens * program.work.trained / step,
     }

@@ -46,10 +46,7 @@ def trace(program: "Program") -> Traced:
 
 
 def estimate(traced: Traced, program: "Program") -> tuple[hlo.Cost, memory.Account]:
-    """(Cost of one device, Account) of the traced step, on a program's mesh, in its micro-batches.
-
-    program: the one that was traced, but for the mesh and the micro-batches.
-    """
+    """(Cost of one device, Account) of a step that was traced for any mesh and micro-batches."""
     mesh, cost = program.mesh, hlo.Cost(flops=traced.flops / program.mesh.size)
     _collectives(program, cost)
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) * mesh.shape["context"]
@@ -73,9 +70,6 @@ def _parameters(program) -> tuple[float, float]:
         shape = parallel.named(program.mesh, *p.axes).shard_shape(p.shape)
         sizes[on[name]] += math.prod(shape) * kinds[name].itemsize
     return sizes[True], sizes[False]
-
-
-# ---- the traced program --------------------------------------------------------------------
 
 
 def _inner(eqn):
@@ -165,15 +159,8 @@ def _dots(jaxpr) -> float:
     return total
 
 
-# ---- collectives ---------------------------------------------------------------------------
-
-
 def _collectives(program, cost):
-    """Per micro-batch two gathers and one reduce-scatter of what fsdp shards.
-
-    Per step the sum of gradients over replicas; per layer the sums of tensor parallelism and the
-    keys of context.
-    """
+    """What fsdp shards, per micro-batch; gradients, per step; tensor's sums and context's keys."""
     mesh, m, c = program.mesh, program.mesh.shape, program.model.config
     n, item = program.config.train.micro_batches, jax.numpy.dtype(c.dtype).itemsize
     size = params_lib.count(program.model.abstract) * item / (m["tensor"] * m["expert"])

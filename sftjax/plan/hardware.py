@@ -1,8 +1,4 @@
-"""Hardware to plan for: chips by name, slices by product or topology, and devices to compile for.
-
-A TPU's devices come from libtpu's own description of the slice, on a machine without any TPU. A GPU
-can't be compiled for where there is none: it has figures here, and no devices.
-"""
+"""Hardware to plan for: chips by name, slices by product or topology, devices to compile for."""
 
 import dataclasses
 import math
@@ -138,10 +134,7 @@ def parse(text: str) -> Target:
 
 
 def resolve(text: str) -> Target:
-    """The Target with the devices to compile for, as far as this machine can.
-
-    For a TPU this must come before JAX's backends start: they are to be the CPU's.
-    """
+    """The Target with the devices to compile for; for a TPU before JAX's backends start."""
     if text == "here":
         devices = tuple(jax.devices())
         return Target(text, _present(devices[0]), len(devices), devices=devices)

@@ -4,10 +4,8 @@ XLA's own cost analysis counts the body of a loop once. Here a body counts as of
 the trip count that XLA noted, or by running the loop's scalars. A loop whose end depends on data
 counts as often as the caller assumes, and is listed.
 
-Bytes of a collective are those of its whole payload: what an all-gather gives, what a
-reduce-scatter takes, what an all-reduce or an all-to-all gives. Cycles are the TPU compiler's own
-estimate of each instruction; collectives and Pallas kernels have none. On a CPU or a GPU there are
-no cycles.
+Bytes of a collective are those of its whole payload: what a reduce-scatter takes, what all others
+give. Cycles are the TPU compiler's own estimate; collectives and Pallas kernels have none.
 """
 
 import dataclasses
@@ -114,8 +112,6 @@ def analyze(text: str, assume: int | Callable[[str], int] = 1) -> Cost:
     return reader.walk(reader.entry, {})
 
 
-# ---- the walk ------------------------------------------------------------------------------
-
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
 _BINARY: dict[str, Callable] = dict(add=operator.add, subtract=operator.sub, multiply=operator.mul)
 _BINARY |= {"minimum": min, "maximum": max, "and": operator.and_, "or": operator.or_}
@@ -189,8 +185,6 @@ class _Reader:
             return "matmul"
         return "copy" if one.op in ("copy", "transpose") else "other"
 
-    # -- collectives --
-
     def _collectives(self, one, body):
         """Those that this instruction starts or does."""
         name = one.attribute("calls") or (one.op == "call-start" and one.attribute("to_apply"))
@@ -217,8 +211,6 @@ class _Reader:
             if callee.find("AsyncCollectiveDone"):
                 return [c.key for c in _collectives_in(callee)]
         return []
-
-    # -- loops --
 
     def _trips(self, one, name, env, total):
         """(how often the body runs, the scalars that stay the same in it)."""
@@ -271,7 +263,13 @@ class _Reader:
             callee = one.attribute("calls") or one.attribute("to_apply")
             given = {(i, None): self._value(name, a, env) for i, a in enumerate(one.args)}
             return self._value(callee, self.computations[callee].root, given, k)
-        return self._scalar(one, name, env) if k is None else self._element(one, name, env, k)
+        if k is None:
+            return self._scalar(one, name, env)
+        if one.op == "tuple":
+            return self._value(name, one.args[k], env)
+        if one.op == "while" and self._invariant(one.attribute("body"), k):
+            return self._value(name, one.args[0], env, k)
+        return None
 
     def _scalar(self, one, name, env):
         if one.op == "constant":
@@ -284,13 +282,6 @@ class _Reader:
             # The directions of a comparison, such as LT, are called as Python's operators are.
             fn = _BINARY.get(one.op) or getattr(operator, one.attribute("direction").lower())
             return None if a is None or b is None else fn(a, b)
-        return None
-
-    def _element(self, one, name, env, k):
-        if one.op == "tuple":
-            return self._value(name, one.args[k], env)
-        if one.op == "while" and self._invariant(one.attribute("body"), k):
-            return self._value(name, one.args[0], env, k)
         return None
 
 

@@ -119,9 +119,6 @@ def nbytes(kind: str) -> float:
     return sum(bits[t] / 8 * math.prod(dims) for t, dims in shapes(kind))
 
 
-# ---- one instruction -----------------------------------------------------------------------
-
-
 def _dims(one, computation):
     return shapes(computation.instructions[one].type)[0][1]
 

@@ -1,17 +1,11 @@
-"""Where a compiled step's memory goes: what is held between steps, and the temporaries of a step.
-
-What is held follows from shapes and shardings, exactly. Of the temporaries the compiler gives the
-total only; where a step does not fit, its message names the largest (see `exhausted`).
-"""
+"""Where a step's memory goes: what is held between steps, exactly, and a step's temporaries."""
 
 import dataclasses
-import math
 import re
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from sftjax.plan.hardware import Target
 from sftjax.plan.hlo_text import first
 from sftjax.training import build
 from sftjax.training.metrics import peak_bytes
@@ -35,8 +29,7 @@ def held(program: "Program") -> dict:
     """Bytes a device holds between the steps, exactly: its shards of state and batch."""
     parts = {"parameters": program.state.params, "frozen": program.state.frozen}
     parts |= {"optimizer": program.state.opt_state, "batch": program.batch}
-    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-    return {name: sum(map(size, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    return {name: build.shard_bytes(tree) for name, tree in parts.items()}
 
 
 def account(program: "Program", compiled: jax.stages.Compiled) -> Account:
@@ -48,18 +41,6 @@ def account(program: "Program", compiled: jax.stages.Compiled) -> Account:
     # The step's number, the random key, the metrics, and what fills up the tiles of all arrays.
     parts["other"] = max(0, total - sum(parts.values()))
     return Account(parts, total, named)
-
-
-def limit(target: Target) -> float | None:
-    """Bytes that a device's program may use; None where nothing says it."""
-    if target.chip is not None:
-        return target.chip.hbm * GIB
-    stats = target.devices[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if target.devices[0].platform == "cpu":  # forced devices share the machine's
-        return build.host_memory() / target.n
-    return None
 
 
 def exhausted(message: str) -> tuple[float, list]:

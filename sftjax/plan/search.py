@@ -27,8 +27,7 @@ def search(
 ) -> list[compile_lib.Plan]:
     """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
 
-    Each remat is traced once; from that, every candidate is estimated. Where the target has
-    devices, the fastest that may fit are compiled.
+    Each remat is traced once; from that, every candidate is estimated.
     """
     found = []
     on_cpu = compile_lib.platform(target) == "cpu"  # whose memory is the host's
@@ -64,9 +63,8 @@ def candidates(
     config: ConfigDict, target: Target, remat: str
 ) -> Iterator[tuple[ConfigDict, AbstractMesh]]:
     """(config, mesh without devices) of what a search tries: where all sizes divide."""
-    model, _ = build.make_model(
-        config, tasks.make(config, None), platform=compile_lib.platform(target)
-    )
+    task = tasks.make(config, None)
+    model, _ = build.make_model(config, task, compile_lib.platform(target))
     rows, width = config.train.batch_size, config.data.max_length
     for sizes in _meshes(target):
         mesh = compile_lib.abstract_mesh(sizes, target)

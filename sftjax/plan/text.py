@@ -36,10 +36,9 @@ def report(p: Plan) -> str:
 def _memory(p) -> str:
     rows = [f"{name:<16}{amount(size)}" for name, size in p.memory.items()]
     rows.append(f"{'needed':<16}{amount(p.total)} a device")
-    if p.limit is not None:
-        left = amount(abs(p.limit - p.total)).strip()
-        said = f"{left} remain" if p.total <= p.limit else f"it does NOT fit, {left} over"
-        rows.append(f"{'of':<16}{amount(p.limit)}; {said}")
+    left = amount(abs(p.limit - p.total)).strip()
+    said = f"{left} remain" if p.total <= p.limit else f"it does NOT fit, {left} over"
+    rows.append(f"{'of':<16}{amount(p.limit)}; {said}")
     if not p.fits:
         rows.append(f"largest: {amount(p.largest[0][0]).strip()}, {p.largest[0][1]}")
         rows += [f"{'':9}{amount(size).strip()}, {what}" for size, what in p.largest[1:5]]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
 from sftjax import config as config_lib
 from sftjax import hf, optim, parallel
@@ -22,6 +23,7 @@ from sftjax.errors import ConfigError, OutOfMemory
 from sftjax.models import vocab
 from sftjax.models.base import Model
 from sftjax.ops import attention
+from sftjax.parallel.mesh import AnyMesh
 from sftjax.step import Loss, TrainState, train_step
 from sftjax.training import metrics, xla_flags
 from sftjax.training.log import say
@@ -34,9 +36,8 @@ if TYPE_CHECKING:
 def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
     """(Model, tree of bools: is each parameter trained); reads no weights.
 
-    Of a task without a tokenizer the model's files may be a config.json alone: nothing else is
-    read, and the embedding has the rows that it says. platform: where the model is to run; "" =
-    here.
+    Of a task without a tokenizer a config.json is enough, and the embedding has the rows that it
+    says. platform: where the model is to run; "" = here.
     """
     m = config.model
     names = ("dtype", "remat", "attention", "scan", "vocab_multiple")
@@ -55,10 +56,7 @@ def from_files(model: Any) -> bool:
 
 
 def _checked(config, model, tokenizer, platform):
-    """The model with a row for every token; only tokens of data.add_tokens may lack one.
-
-    Raises what its backend or its positions refuse.
-    """
+    """The model with a row for every token; raises what it refuses of the config."""
     if hasattr(model.config, "image_size"):
         if config.model.init != "pretrained":
             return model
@@ -117,11 +115,7 @@ def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def abstract_state(
-    section: ConfigDict,
-    model: Model,
-    trainable: Any,
-    tx: optax.GradientTransformation,
-    mesh: Mesh | AbstractMesh,
+    section: ConfigDict, model: Model, trainable: Any, tx: GradientTransformation, mesh: AnyMesh
 ) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
 
@@ -148,23 +142,16 @@ def abstract_state(
 
 def make_step(
     loss_fn: Callable[..., Loss],
-    tx: optax.GradientTransformation,
+    tx: GradientTransformation,
     target: TrainState,
     micro_batches: int = 1,
     device: jax.Device | None = None,
 ) -> jax.stages.Wrapped:
-    """The jitted train_step, to be compiled for a device (None: one that is here).
-
-    target: the abstract state.
-    """
+    """The jitted train_step of an abstract state, for a device (None: one that is here)."""
     step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
     platform = device.platform if device else jax.default_backend()
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(shardings_of(target), None),
-        compiler_options=xla_flags.options(platform, device),
-    )
+    options, out = xla_flags.options(platform, device), (shardings_of(target), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def state_text(state: TrainState, flops: float) -> str:
@@ -196,12 +183,11 @@ def shardings_of(tree: Any) -> Any:
 def _added_text(model, trainable, new) -> str:
     """Which tokens are new, and where their rows will not be learned."""
     text = f"{len(new)} added, {min(new)} to {max(new)} of {model.config.vocab}"
-    on = params_lib.flatten(trainable)
-    parts = {
-        table: [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
-        for table in ("embed/w", "head/w")
-    }
-    if frozen := [table for table, found in parts.items() if found and not any(found)]:
+    frozen, on = [], params_lib.flatten(trainable)
+    for table in ("embed/w", "head/w"):
+        parts = [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
+        frozen += [table] if parts and not any(parts) else []
+    if frozen:
         text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
     return text
 
@@ -210,7 +196,7 @@ def first_state(
     section: ConfigDict,
     model: Model,
     trainable: Any,
-    tx: optax.GradientTransformation,
+    tx: GradientTransformation,
     target: TrainState,
     mesh: Mesh,
     *,
@@ -259,27 +245,27 @@ def make_params(
 
 
 def check_memory(target: Any) -> None:
-    """Raise OutOfMemory where the state alone is more than the devices have.
-
-    To find that out by making it takes minutes of a machine that has no memory left. target: the
-    abstract state, with shardings.
-    """
-    devices = jax.local_devices()
-    most = (devices[0].memory_stats() or {}).get("bytes_limit") or host_memory() / len(devices)
-    leaves = jax.tree.leaves(target)
-    sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
-    if sum(sizes) > most:
-        largest = max(leaves, key=lambda x: math.prod(x.shape))
+    """Raise OutOfMemory where an abstract state alone is more than the devices have."""
+    most, needed = memory_limit(jax.local_devices()), shard_bytes(target)
+    if needed > most:
+        largest = max(jax.tree.leaves(target), key=lambda x: math.prod(x.shape))
         raise OutOfMemory(
-            f"parameters and optimizer take {sum(sizes) / 2**30:,.1f} GiB of each device, which has"
+            f"parameters and optimizer take {needed / 2**30:,.1f} GiB of each device, which has"
             f" {most / 2**30:,.1f} GiB; the largest array is {list(largest.shape)}. Take a smaller"
             " model, more devices on the axis fsdp, or freeze a part of it (optim.trainable)"
         )
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory, which its CPU devices share."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_limit(devices: Sequence[jax.Device]) -> float:
+    """Bytes that a program may use of each device; CPU devices share this machine's memory."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (devices[0].memory_stats() or {}).get("bytes_limit") or host / len(devices)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's shards of a tree of arrays or shapes."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def _drawn(abstract, mesh, seed):

@@ -66,10 +66,7 @@ def _said(error):
 
 
 def line_of(path: Path | str, key: str) -> int:
-    """The line of a config file that sets a key last, as far as it can be read; else get_config's.
-
-    key: as in "train.batch_size". A file may set it through a variable, in a dict, or by its name.
-    """
+    """The line that sets a key ("train.batch_size") last, as far as can be read; or get_config."""
     whole, part, start = 0, 0, 1
     tail = key.rpartition(".")[2]
     for node in ast.walk(ast.parse(Path(path).read_bytes())):

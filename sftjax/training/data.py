@@ -151,10 +151,7 @@ class Feed(Sets):
         return out
 
     def documents(self, step: int) -> list[str]:
-        """The file and row of each document in the batch of `step`, the first being 1.
-
-        Of a stream, which has no index, the shard and row up to which its parts were read.
-        """
+        """The files and rows in the batch of `step`, or how far a stream was read."""
         if self.config.data.streaming:
             return [f"a stream, read to {json.dumps(self.state(step))}"]
         rows = range((step - 1) * self.batch_size, min(step * self.batch_size, self.rows.total))
@@ -217,11 +214,7 @@ class Feed(Sets):
         return parallel.abstract_batch(self.mesh, self.spec(self.batch_size, width))
 
     def batches(self, start: int, state: Mapping | None = None) -> Iterator[dict[str, jax.Array]]:
-        """Global batches of steps start, start+1, ... on the mesh, a few made ahead.
-
-        state: what `state` returned at step `start`; a stream goes on from there, and for indexed
-        rows it must be what it would be now.
-        """
+        """Global batches of steps start, start+1, ...; state: what `state` returned at `start`."""
         prefetch = max(self.config.data.prefetch, 1)
         if self.config.data.streaming:
             host = self._stream(start, state, prefetch)

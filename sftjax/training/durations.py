@@ -21,8 +21,7 @@ def duration(
     """Whole steps of "300 steps", "2 epochs", "1000 examples", "5e6 tokens", "10%" or "300".
 
     total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch;
-    per_row: (examples, tokens) in a row on average. Rounded up, so that "1 epoch" sees every row.
-    Raises ConfigError, naming the key `what`, for anything else.
+    per_row: (examples, tokens) in a row on average. Rounded up. Raises ConfigError, naming `what`.
     """
     n, unit = amount(text, what)
     if unit == "steps":

@@ -1,9 +1,7 @@
 """Steps that went wrong: not finite, or with a loss far above those before it.
 
-The step itself has skipped the update of one that is not finite; see step.train_step. What is done
-here is on the host, with metrics that were fetched for the log anyway, so it is known a log
-interval late: the step is counted, its documents are written to suspects.jsonl, and after
-`train.bad_steps` of them in a row the run stops or rolls back.
+The step itself has skipped the update of one that is not finite. Here it is counted and written
+down, with metrics that were fetched for the log anyway, and so a log interval late: docs/runs.md.
 """
 
 import dataclasses
@@ -39,12 +37,10 @@ class Health:
     """Watches the metrics of every step. What `record` gives goes into the checkpoint.
 
     Attributes:
-      state: skipped, the updates skipped so far; spikes; rollbacks; lag, by how many updates the
-        optimizer is behind the step, as skipped ones and those rolled back do not count in it.
-      ill: (what the config wants done, message), once there were so many bad steps in a row that
-        `mend` has something to do; else None.
-      sound: was the last step that was seen finite. No checkpoint is made where it was not: the
-        parameters may be what made it so.
+      state: skipped (updates), spikes, rollbacks; lag, by how many updates the optimizer is behind
+        the step, as skipped ones and those rolled back do not count in it.
+      ill: (what the config wants done, message), once too many bad steps came in a row; else None.
+      sound: was the last step that was seen finite; else no checkpoint is made.
     """
 
     def __init__(
@@ -61,10 +57,7 @@ class Health:
         self.ill: tuple[str, str] | None = None
 
     def see(self, first: int, window: Sequence[dict[str, Any]]) -> None:
-        """Take the metrics of the steps from `first` on, fetched from the device.
-
-        Each gets `lag` beside them, of before the step; those that have one were seen before.
-        """
+        """Take the metrics of the steps from `first` on; each gets the `lag` before it."""
         for step, metrics in enumerate(window, first):
             if "lag" in metrics:
                 continue
@@ -115,8 +108,7 @@ class Health:
         """Roll back: the newest checkpoint's state as that of `step`; the data after it come next.
 
         state: the present one, whose buffers are given up. target: see Checkpointer.restore.
-        Raises: DivergenceError where the config says stop, where there is no checkpoint, or where
-        this has been done ROLLBACKS times.
+        Raises: DivergenceError where the config says stop, or this can't be done (again).
         """
         assert self.ill, "only after too many bad steps"
         newest, (how, message) = checkpoints.latest_step(), self.ill
@@ -135,18 +127,12 @@ class Health:
         return dataclasses.replace(restored, step=at)
 
     def finish(self, step: int, checkpoints: "Checkpointer") -> None:
-        """Raises: DivergenceError if the last step was not finite, or the run should have stopped.
-
-        The last step is not finite if none was, that is, where no update was applied at all.
-        """
+        """Raises: DivergenceError if the last step was not finite, or a stop was still to come."""
         if self.ill or not self.sound:
             end(self.ill[1] if self.ill else self._message(step), checkpoints)
 
     def may_save(self, step: int, state: TrainState) -> bool:
-        """Is the last step, and every number of the state after it, finite; says if not.
-
-        And is nothing to be mended: what is rolled back to is from before the bad steps.
-        """
+        """Is nothing to be mended, and all of the last step and its state finite; says if not."""
         if self.ill:
             return False
         what = "its loss or gradient"

@@ -1,9 +1,4 @@
-"""What a run is: its data, tokenizer, template and model; and what of it differs on resumption.
-
-manifest.json in the directory of checkpoints holds it. What would change the batches or the model
-is refused, with the rows that were added, removed or edited; what only measures may change, and is
-said.
-"""
+"""What a run is: its data, tokenizer, template and model; what differs on resumption."""
 
 import hashlib
 import importlib.metadata
@@ -23,9 +18,8 @@ from sftjax.training.log import warn
 def make_manifest(identity: Mapping, **facts: Any) -> dict:
     """What a run is: `identity`, and what explains a difference in it.
 
-    identity: flat {name: JSON value} of what must not change inside one directory. facts: what else
-    is known, as JSON holds it, by which a difference is explained: "data" and "evaluation", each
-    {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
+    identity: flat {name: JSON value} of what must not change in one directory. facts: "data" and
+    "evaluation", each {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
     """
     return json.loads(json.dumps(dict(identity=dict(identity)) | facts))
 
@@ -44,10 +38,7 @@ def version(name: str) -> str | None:
 
 
 def check_manifest(directory: Path | str, manifest: Mapping) -> None:
-    """Claim `directory` for the manifest's identity, or raise CheckpointError if it has another.
-
-    What may differ is said.
-    """
+    """Claim `directory` for the manifest's identity, or raise CheckpointError if it has another."""
     path = Path(directory) / "manifest.json"
     old = read_manifest(path) if path.exists() else {}
     if old:
@@ -132,32 +123,23 @@ def _compared(old, new) -> list[str]:
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two results of `facts_of`, by file and row; "" = nothing."""
     was, now = ({f["name"]: f for f in facts["files"]} for facts in (old, new))
-    same = [[f["sha256"] for f in facts["files"]] for facts in (old, new)]
     before, after = _rows(old), _rows(new)
     if before is None or after is None:
-        return "" if same[0] == same[1] and old["rows"] == new["rows"] else _by_file(was, now)
+        same = [[f["sha256"] for f in x["files"]] + [x["rows"]] for x in (old, new)]
+        return "" if same[0] == same[1] else _by_file(was, now)
     if np.array_equal(before, after):
         return ""
-    parts = []
     # Are they all rows of their files, one file after the other?
     whole = all(x["rows"] == sum(f["rows"] for f in x["files"]) for x in (old, new))
     if whole and len(was) > 1:
-        apart = _parts(was, before), _parts(now, after)
-        for name in sorted(was.keys() & now.keys()):
-            if text := compare_rows(apart[0][name], apart[1][name]):
-                parts.append(f"{name}: {text}")
-        parts += [f"{name} is new" for name in sorted(now.keys() - was.keys())]
-        parts += [f"{name} is not there any more" for name in sorted(was.keys() - now.keys())]
-        return "; ".join(parts) or "the same files in another order"
+        parts = _by_file(was, now, _parts(was, before), _parts(now, after))
+        return parts or "the same files in another order"
     text = compare_rows(before, after)
     return f"{next(iter(now))}: {text}" if len(now) == 1 else f"{text} ({_by_file(was, now)})"
 
 
 def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
-    """What became of rows, told by their hashes: "12 rows added at the end"; "" = nothing.
-
-    old, new: uint32 [rows], a hash of each.
-    """
+    """What became of uint32 [rows], hashes: "12 rows added at the end"; "" = nothing."""
     start = _common(old, new)
     end = _common(old[start:][::-1], new[start:][::-1])
     gone, come = len(old) - start - end, len(new) - start - end
@@ -195,15 +177,18 @@ def _parts(files, rows) -> dict[str, np.ndarray]:
     return dict(zip(files, np.split(rows, ends[:-1]), strict=True))
 
 
-def _by_file(was, now) -> str:
-    """What differs by the sizes and hashes of whole files."""
+def _by_file(was, now, before=None, after=None) -> str:
+    """What differs by file: by rows if they are given for each, else by sizes and hashes."""
     parts = []
-    for name in sorted(was.keys() | now.keys()):
-        if name not in now or name not in was:
-            parts.append(f"{name} is {'new' if name in now else 'not there any more'}")
+    for name in sorted(was.keys() & now.keys()):
+        if before and after:
+            text = compare_rows(before[name], after[name])
+            parts += [f"{name}: {text}"] if text else []
         elif was[name]["rows"] != now[name]["rows"]:
             parts.append(f"{name} has {now[name]['rows']:,} rows instead of {was[name]['rows']:,}")
         elif was[name]["sha256"] != now[name]["sha256"]:
             sizes = f"{was[name]['bytes']:,} bytes there, {now[name]['bytes']:,} now"
             parts.append(f"{name} was edited ({sizes})")
-    return "; ".join(parts) or "other rows of the same files"
+    parts += [f"{name} is new" for name in sorted(now.keys() - was.keys())]
+    parts += [f"{name} is not there any more" for name in sorted(was.keys() - now.keys())]
+    return "; ".join(parts) or ("" if before else "other rows of the same files")

@@ -1,13 +1,8 @@
 """The lock of a workdir: one run at a time.
 
-It is an flock on `workdir/lock`, which the kernel gives back when its process ends, however it
-ends. The file says in JSON whose it is, for those who find it taken, and its time is renewed every
-few seconds. Where the file system keeps flock for all its machines (a local disk; NFS of Linux with
-lockd, or of version 4), the flock alone decides. Some keep it for one machine only (NFS mounted
-with nolock or local_lock, many mounted buckets) or have none: there the file's time decides about a
-process of another machine, and its process id about one of this machine.
-
-This module loads no JAX: `sftjax status` reads locks with it, and never takes one.
+It is an flock on `workdir/lock`, which says in JSON whose it is. Where a file system keeps none for
+all its machines, the file's time decides about a process of another machine, and its process id
+about one of this machine: docs/runs.md. This module loads no JAX: `sftjax status` uses it too.
 """
 
 import contextlib
@@ -36,10 +31,7 @@ class Lock:
     """A taken lock; `release` gives it back."""
 
     def __init__(self, workdir: Path) -> None:
-        """Take the lock of a workdir, and say so if a dead process has left it.
-
-        Raises: LockedError, with whose it is, if a run goes on there.
-        """
+        """Take the lock of a workdir, or one that a dead process left. Raises: LockedError."""
         self.path = workdir / NAME
         self._file, flocked = _open(self.path)
         try:
@@ -130,10 +122,7 @@ def whose(lock: dict[str, Any]) -> str:
 
 
 def holder(workdir: Path) -> tuple[dict[str, Any], bool]:
-    """(what the lock of a workdir says, does that process live); ({}, False) without a lock.
-
-    It reads and takes nothing, so a run that begins meanwhile is not refused.
-    """
+    """(what the lock of a workdir says, does that process live); ({}, False) without one."""
     path = workdir / NAME
     try:
         lock = parse_object(path.read_text("utf-8", "replace"))

@@ -37,12 +37,11 @@ def warn(text: object) -> None:
 class Log:
     """Collects each step's metrics and writes a line every section.log_every.
 
-    A line holds its last step's loss, gradient norm and so on; rates are over all its steps:
-    <count>_per_s of the task's counts (of texts cells, tokens and trained_tokens: all positions,
-    those that are not padding, those trained), step_time, data_wait (the share of time spent
-    waiting for a batch), mfu. skipped: updates skipped among its steps.
-    Of several sources each has, over all the line's steps, trained_tokens/<name> and the mean
-    loss/<name> of these tokens; and documents/<name>, epochs/<name> since the run's beginning.
+    A line holds its last step's loss, gradient norm and so on; over all its steps are <count>_per_s
+    of the task's counts (of texts cells, tokens and trained_tokens: all positions, those not of
+    padding, those trained), step_time, data_wait (the share of time spent waiting for a batch),
+    mfu, skipped (updates), and of each of several sources trained_tokens/<name> and the mean
+    loss/<name> of these; documents/<name> and epochs/<name> are since the run's beginning.
     """
 
     def __init__(
@@ -68,9 +67,7 @@ class Log:
         if window and lines.exists():  # else the run ended there, and its last line is written
             read = metrics.read_lines(lines)
             window = () if any("lr" in m and m["step"] == start for _, m in read) else window
-        self.writer = metrics.Writer(
-            workdir, feed.steps, jax.process_index(), board, start_step=start, trackers=trackers
-        )
+        self.writer = metrics.Writer(workdir, feed.steps, board, start, trackers)
         self.sources, self.position = feed.names, feed.position
         self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
@@ -108,18 +105,12 @@ class Log:
         self._last += self._left - began
 
     def state(self) -> list[dict[str, float | None]]:
-        """The metrics of the steps since the last line, for the checkpoint: a line is of all.
-
-        None is a number that is not finite.
-        """
+        """The metrics of the steps since the last line, for the checkpoint; None: not finite."""
         window = jax.device_get(self._window)
         return finite([{k: float(v) for k, v in m.items()} for m in window])
 
     def close(self, rest: bool = True) -> None:
-        """Write the lines that are left and close the files.
-
-        rest: also one of the steps since the last line; a run that goes on later writes it then.
-        """
+        """Write the lines left and close. rest: also one of the steps since the last line."""
         if self._window and rest:
             self._cut(self._at)
         while self._lines:

@@ -17,23 +17,19 @@ from sftjax.files import check_regular, finite, parse_object, write_atomic
 from sftjax.terminal import printable, show, warn
 from sftjax.training.trackers import Tracker
 
-# ---- writing -------------------------------------------------------------------------------
-
 
 class Writer:
     """Metrics to <workdir>/metrics.jsonl, <workdir>/tensorboard/ and one line on stderr.
 
-    metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null, as
-    JSON has neither. start_step: the step a resumed run goes on from; what a killed run wrote of
-    later steps is dropped, so that no step appears twice. Processes other than 0 write nothing.
-    The progress line is a bar on a terminal, else one plain line per write.
+    metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null.
+    start_step: the step a resumed run goes on from; what a killed run wrote of later ones is
+    dropped. Processes other than 0 write nothing. On a terminal the line is a bar.
     """
 
     def __init__(
         self,
         workdir: Path | str,
         total_steps: int,
-        process_index: int = 0,
         tensorboard: bool = True,
         start_step: int = 0,
         trackers: Sequence[Tracker] = (),
@@ -41,7 +37,7 @@ class Writer:
         self._total, self._start = total_steps, start_step
         self._file = self._board = self._bar = None
         self._trackers = trackers
-        if process_index != 0:
+        if jax.process_index() != 0:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +51,9 @@ class Writer:
             self._board = Board(Path(workdir) / "tensorboard", start_step + 1)
         self._started = time.monotonic()
         if sys.stderr.isatty():
+            form = "step {n_fmt}/{total_fmt} |{bar:20}| {postfix}"
             self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {postfix}",
+                total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form
             )
 
     def write(self, step: int, values: Mapping) -> None:
@@ -125,10 +119,7 @@ def _number(name, value):
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(text, object) of every whole line of a metrics.jsonl: a step, and numbers or nulls.
-
-    A line torn by a kill is left out; so is one that something else has written, which is said.
-    """
+    """(text, object) of every line that is ours; what is none is said, but for a torn last one."""
     check_regular(path, MetricError)
     damaged = list[int]()
     with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
@@ -151,8 +142,6 @@ def _line(text) -> dict | None:
     plain = (type(v) in (int, float) and abs(v) < 1e300 for v in parsed.values() if v is not None)
     return parsed if all(plain) else None
 
-
-# ---- speed and memory ----------------------------------------------------------------------
 
 # Peak dense bf16 TFLOP/s of one JAX device, by parts of its device_kind; the first match counts.
 PEAK_TFLOPS = (
@@ -177,8 +166,6 @@ def peak_flops(device_kind: str) -> float | None:
 
 def mfu(flops_per_step: float, seconds: float, device_kind: str, n_devices: int) -> float | None:
     """Model FLOPs utilisation, 0 to 1; None on a device whose peak is not in the table.
-
-    MFU = FLOPs the model needs for a step / (seconds per step x devices x peak bf16 FLOP/s of one)
 
     flops_per_step: of the whole global batch, forward and backward without recomputation
     (Chowdhery et al. 2022, PaLM, appendix B). seconds: one step's wall time.

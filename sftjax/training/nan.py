@@ -1,8 +1,4 @@
-"""The first operation of a step whose result is not finite, with the line that wrote it.
-
-The step is run operation by operation, as its jaxpr says: slow, so only for `--debug.nan`, and only
-for a step whose update was skipped. That step's state is still there, as it was before it.
-"""
+"""The first operation of a step whose result is not finite, found by running its jaxpr."""
 
 import dataclasses
 import functools
@@ -29,9 +25,8 @@ TESTS = {"nan": jnp.isnan, "inf": jnp.isinf}
 def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
     """{"inf": the first operation of fn(*args) that makes one, in words; "nan": the same}.
 
-    An inf counts where no input has one: what is masked with -inf is no mistake. Loops and
-    branches are gone through; a shard_map or a kernel is one operation. Both where there are both,
-    in the order in which they come.
+    An inf counts where no input has one: what is masked with -inf is no mistake. Loops and branches
+    are gone through; a shard_map or a kernel is one operation. They come in their order.
     """
     closed = jax.make_jaxpr(fn)(*args)
     found = dict[str, str]()
@@ -54,8 +49,7 @@ def check(
 ) -> None:
     """Raises: DivergenceError with what `first_operations` finds in a step that was skipped.
 
-    state: after that step, which is as before it. The other arguments are those of train_step; the
-    batch is taken as a whole, without micro-batches.
+    state: after that step, which is as before it. The others are those of train_step.
     """
     if not float(metrics["skipped"]):
         return
@@ -67,9 +61,6 @@ def check(
     else:
         title = f"step {step} is not finite as it is compiled, and finite by single operations"
     raise DivergenceError("\n".join([title, *lines]))
-
-
-# ---- running a jaxpr -----------------------------------------------------------------------
 
 
 def _run(closed, args) -> Operations:
@@ -127,9 +118,6 @@ def _scan(eqn, inputs) -> Operations:
 def _alike(inner, outer) -> int:
     """How many variables of a loop have the shape that they have in its body."""
     return sum(a.aval.shape == b.aval.shape for a, b in zip(inner, outer, strict=True))
-
-
-# ---- words ---------------------------------------------------------------------------------
 
 
 def _floats(values):

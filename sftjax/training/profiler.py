@@ -12,11 +12,7 @@ from sftjax.config import ConfigError
 
 
 class Profiler:
-    """Traces some steps, "10-12" or "10" (the config's profile.steps), to <workdir>/profile.
-
-    Every step is annotated by its number, traced or not, so that a trace begun from outside reads
-    the same.
-    """
+    """Traces some steps, "10-12" or "10", to <workdir>/profile; numbers all of them."""
 
     def __init__(self, steps: str, workdir: Path, total: int) -> None:
         self.where, text = workdir / "profile", steps

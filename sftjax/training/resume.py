@@ -23,8 +23,7 @@ MOST = 10  # lines of keys that differ
 def check_config(file: Path, new: Mapping, began: Path) -> None:
     """Compare config.json, of the run's last start, with the config now, and say what may differ.
 
-    began: the directory that relative paths are taken from. Raises: ConfigError naming each key
-    that may not differ, its two values and what to do; or for a config.json that is torn.
+    began: the directory that relative paths are taken from. Raises: ConfigError for what may not.
     """
     try:
         old = read_json(file, ConfigError)
@@ -93,14 +92,8 @@ def _meant(key, value, began):
     return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
 
 
-# ---- env.json ------------------------------------------------------------------------------
-
-
 def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
-    """What env.json is to hold: the first start's record, and under "resumed" those since.
-
-    It says which versions differ from the last start's, and sets a file aside that is torn.
-    """
+    """env.json: the first start's record, and under "resumed" those since; says what differs."""
     old = read_object(file)
     if not old and file.exists() and jax.process_index() == 0:
         aside = file.with_name(f"{file.name}.damaged")
@@ -126,15 +119,8 @@ def _versions(record) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-# ---- what a checkpoint remembers of evaluation ---------------------------------------------
-
-
 def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[str, Any]:
-    """The `extra` of a checkpoint without numbers of sets whose rows are others now.
-
-    The metrics before training of such a set can't be had any more, and early stopping by it begins
-    anew.
-    """
+    """The `extra` of a checkpoint without numbers of sets whose rows are others now."""
     written = extra.get("manifest", {})
     if not isinstance(written.get("evaluation"), dict):  # of an older version
         return extra

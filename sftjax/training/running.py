@@ -21,15 +21,12 @@ class Run:
     """One run, from its lock to its end; of several processes, process 0 does all of it.
 
     run.json: state (starting | running | stopped | finished | failed), steps (of the whole run),
-    step (where this start began, or ended), best (the metric of eval.best) and lower (is a lower
-    one better), error (why it failed or stopped), written (seconds since 1970).
+    step (where this start began, or ended), best (eval.best) and lower (is less of it better),
+    error (why it failed or stopped), written (seconds since 1970).
     """
 
     def __init__(self, workdir: Path | str, stop: stops.Stop) -> None:
-        """Make the workdir if need be, and take its lock.
-
-        Raises: LockedError, in all processes, where another run goes on; WriteError, ConfigError.
-        """
+        """Make the workdir and take its lock. Raises, in all processes: LockedError."""
         me, several = stops.group()
         self.workdir, self._lock, problem = make_workdir(workdir), None, ""
         if me == 0:

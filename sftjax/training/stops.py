@@ -1,19 +1,14 @@
 """Stops: a signal ends the loop after a step that all processes share, with a checkpoint.
 
-SIGTERM, SIGINT (Ctrl-C) and JAX's preemption notice ask a run to stop. In the loop it saves a
-checkpoint after the present step and raises `Stopped`; elsewhere there is nothing to save, and it
-ends at once. `exits.run` makes exit status 75 of it. A second signal ends the process at once,
-with 128 + its number; so does, with 75, the end of the grace time.
+What asks for a stop, and what becomes of it: docs/runs.md.
 
 Python runs a signal's handler between two of its own instructions, which a compilation or a
 collective keeps it from for minutes. So a thread is told of the signal too (signal.set_wakeup_fd):
 it prints, counts, and ends the process where the main thread does not.
 
-With several processes JAX's runtime takes SIGTERM for its own notice; `listen` takes it back. A
-process that is asked to stop tells the others by a key of JAX's coordination service, and they
+A process that is asked to stop tells the others by a key of JAX's coordination service, and they
 agree in threads on the step after the latest that any of them has reached: the loop asks a flag,
-and waits for nobody. JAX's own notice (`reached_preemption_sync_point`) goes by the same rule, and
-is asked besides.
+and waits for nobody. JAX's own notice (`reached_preemption_sync_point`) goes by the same rule.
 """
 
 import contextlib
@@ -51,9 +46,8 @@ def group() -> tuple[int, int]:
 class Stop:
     """Whether this run is asked to stop, and after which step it may.
 
-    Used as a context manager in the main thread, it takes SIGTERM and SIGINT until its end; a
-    signal that the process was started to ignore stays ignored. Without that, as in a program of
-    the user's that calls `train`, it knows of JAX's preemption notice and of `ask` alone.
+    As a context manager in the main thread, it takes SIGTERM and SIGINT until its end, but for one
+    that the process was started to ignore; else it knows of JAX's notice and of `ask` alone.
 
     Attributes:
       asked: by what the run is asked to stop, "SIGTERM"; "" = it is not.
@@ -83,8 +77,8 @@ class Stop:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        self._old = {s: signal.getsignal(s) for s in SIGNALS}
-        self._old = {s: old for s, old in self._old.items() if old != signal.SIG_IGN}
+        found = {s: signal.getsignal(s) for s in SIGNALS}
+        self._old = {s: old for s, old in found.items() if old != signal.SIG_IGN}
         self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread = threading.Thread(target=self._watch, name="sftjax stop", daemon=True)
@@ -121,10 +115,7 @@ class Stop:
             raise Stopped(self._nothing_saved())
 
     def _unraisable(self, what: Any) -> None:
-        """Say nothing of a Stopped that Python swallows, as in a callback of its collector.
-
-        `hold` raises it again, or the thread ends the process.
-        """
+        """Say nothing of a Stopped that Python swallows, which `hold` raises again."""
         if what.exc_type is not Stopped:
             self._old_hook(what)
 
@@ -132,11 +123,8 @@ class Stop:
         """The thread: signals, the notice of other processes, and the end of the grace time."""
         first = 0.0  # when the first signal came
         while not self._closed.is_set():
-            select.select([self._pipe[0]], [], [], _TICK)
-            numbers = b""
-            with contextlib.suppress(BlockingIOError):
-                numbers = os.read(self._pipe[0], 64)
-            for number in numbers:
+            ready, _, _ = select.select([self._pipe[0]], [], [], _TICK)
+            for number in os.read(self._pipe[0], 64) if ready else b"":
                 if number not in self._old:  # somebody else's signal
                     continue
                 name = signal.Signals(number).name
@@ -152,10 +140,7 @@ class Stop:
     # ---- asking and agreeing ----
 
     def ask(self, reason: str) -> None:
-        """Ask the run to stop, from any thread; it does so after the present step.
-
-        With several processes it is enough to ask one. reason: what asks, for the message.
-        """
+        """Ask the run, or one process of it, to stop after this step, and say why."""
         self.asked = self.asked or reason
         if not self._once.acquire(blocking=False):
             return
@@ -176,10 +161,7 @@ class Stop:
             self.ask(client.key_value_try_get(f"{self._key}/by"))
 
     def _agree(self) -> None:
-        """Agree with all processes on the step after the latest that one of them has reached.
-
-        If one has not begun its loop, or has ended it, there is no such step, and all end now.
-        """
+        """Agree on a step with all; if one has not begun its loop, or has ended it, all end now."""
         client, (me, _) = distributed.global_state.client, group()
         assert client is not None
         try:
@@ -206,11 +188,7 @@ class Stop:
             raise Stopped(self._nothing_saved())
 
     def due(self, step: int) -> bool:
-        """Must the run stop after this step, of which a checkpoint is to be saved?
-
-        All processes are told the same. Call it once a step. It waits for no device, and in several
-        processes for the others only in the moment in which they agree.
-        """
+        """Must the run stop after this step, and save? Asked once a step, by all processes."""
         with self._agreeing:
             self._counter = step
             if self._at == step or (self.asked and not self._several):

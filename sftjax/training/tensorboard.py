@@ -1,8 +1,4 @@
-"""TensorBoard's event file, written in this thread.
-
-tensorboardX's SummaryWriter has a thread and a queue, which its flush does not wait for: a killed
-run lost points before its last checkpoint.
-"""
+"""TensorBoard's event file, written in this thread: SummaryWriter's flush waits for no queue."""
 
 import os
 import time
@@ -14,11 +10,7 @@ from tensorboardX.summary import scalar
 
 
 class Board(EventsWriter):
-    """The scalars of one start of a run, in an event file of its own.
-
-    directory: made if absent. first: the step of the first scalar; TensorBoard drops those that a
-    killed run wrote of it and of later ones.
-    """
+    """The scalars of one start of a run, from step `first` on, where a killed run's are dropped."""
 
     def __init__(self, directory: Path, first: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)

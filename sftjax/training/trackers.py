@@ -7,7 +7,6 @@ MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of 
 import contextlib
 import functools
 import hashlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,9 @@ class Tracker(NamedTuple):
 
 def wandb(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
     """Weights & Biases, with its files in the workdir."""
-    run = package("wandb").init(
+    import wandb
+
+    run = wandb.init(
         project=PROJECT, name=workdir.name, id=key, resume="allow", dir=workdir, config=dict(config)
     )
     return Tracker(lambda step, values: run.log(values, step=step), run.finish)
@@ -38,7 +39,9 @@ def wandb(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
 
 def mlflow(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
     """MLflow; the config is its parameters."""
-    client = package("mlflow").MlflowClient()
+    import mlflow
+
+    client = mlflow.MlflowClient()
     found = client.get_experiment_by_name(PROJECT)
     where = found.experiment_id if found else client.create_experiment(PROJECT)
     runs = client.search_runs([where], f"tags.workdir = '{key}'", max_results=1)
@@ -57,9 +60,10 @@ def mlflow(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
 
 def trackio(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
     """Trackio; a database on this machine, or the Space that TRACKIO_SPACE_ID names."""
-    run = package("trackio").init(
-        project=PROJECT, name=f"{workdir.name}-{key[:6]}", resume="allow", config=dict(config)
-    )
+    import trackio
+
+    name = f"{workdir.name}-{key[:6]}"
+    run = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(config))
     return Tracker(lambda step, values: run.log(values, step=step), run.finish)
 
 
@@ -76,8 +80,11 @@ def start(names: tuple[str, ...], workdir: Path, config: Mapping[str, Any]) -> l
     for name in names if jax.process_index() == 0 else ():
         try:
             begun.append(guarded(name, TRACKERS[name](workdir, key, flat(config))))
-        except ConfigError:
-            raise
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"train.trackers={name!r} needs the package {name}, which is not installed: pip"
+                f" install 'sftjax[{name}]'"
+            ) from None
         except Exception as e:  # whatever a package of others may raise
             warn(f"{name} does not begin, and gets no numbers: {e}")
     return begun
@@ -103,14 +110,3 @@ def guarded(name: str, tracker: Tracker) -> Tracker:
             warn(f"{name} did not take a run's numbers: {e}")
 
     return Tracker(*(functools.partial(call, fn) for fn in tracker))
-
-
-def package(name: str) -> Any:
-    """A tracker's package. Raises: ConfigError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ConfigError(
-            f"train.trackers={name!r} needs the package {name}, which is not installed: pip install"
-            f" 'sftjax[{name}]'"
-        ) from None

@@ -56,10 +56,7 @@ def prepare_workdir(config: ConfigDict, workdir: Path | str) -> Path:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run, from its config.json; what that lacks is as by default.
-
-    Raises: ConfigError for a file that is torn, an unknown key or a wrong value.
-    """
+    """The config of a run, and defaults for what its config.json lacks. Raises: ConfigError."""
     file = workdir / "config.json"
     config, values = config_lib.get_default(), read_json(file, ConfigError)
 
@@ -85,10 +82,7 @@ def _tuples(value):
 
 
 def began_in(workdir: Path) -> Path:
-    """The directory from which the relative paths of a run's config are taken: where it began.
-
-    Here, for a run that begins, or whose first directory is not there any more.
-    """
+    """Where a run began, by which its relative paths are taken; else the directory here."""
     here, found = Path.cwd(), read_object(workdir / "env.json")
     if not _trained(workdir) or not isinstance(found.get("directory"), str):
         return here
@@ -112,10 +106,7 @@ def warn(config: ConfigDict) -> None:
 
 
 def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
-    """What checkpoints belong to: the data as tokenised (so its files, tokenizer and template).
-
-    And the config.json of a model that has one; besides, by what a difference is explained.
-    """
+    """What checkpoints belong to: the tokenised data, the config.json of a model that has one."""
     identity, task = {"tokenised data": feed.identity}, feed.task
     reading = json.dumps(task.key(), sort_keys=True, default=str)
     hashes = {"how rows are read (the chat template, special tokens)": reading}

@@ -1,8 +1,4 @@
-"""XLA's options for the training step, by platform: one table.
-
-They go with the step as compile options, so that `plan` compiles what `train` runs. An option that
-you set in XLA_FLAGS or LIBTPU_INIT_ARGS is left to you; one that XLA does not know is left out.
-"""
+"""XLA's options for the training step, by platform: one table, for `train` and `plan` alike."""
 
 import functools
 import os
@@ -45,13 +41,8 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
     },
 }
 
-# What newer XLAs (that of JAX 0.11.1 is one) call some of them, and the value there.
-_ON = "COLLECTIVE_PIPELINING_MODE_ON"
-NEWER = {
-    "xla_gpu_enable_pipelined_all_gather": ("xla_gpu_pipeline_all_gather", _ON),
-    "xla_gpu_enable_pipelined_reduce_scatter": ("xla_gpu_pipeline_reduce_scatter", _ON),
-    "xla_gpu_enable_pipelined_all_reduce": ("xla_gpu_pipeline_all_reduce", _ON),
-}
+# In newer XLAs (that of JAX 0.11.1 is one) pipelining has another name, and this value.
+PIPELINED = ("enable_pipelined", "pipeline"), "COLLECTIVE_PIPELINING_MODE_ON"
 
 
 # Over several CPU devices, this schedule of older XLAs lets programs give other sums, or NaN, now
@@ -60,18 +51,14 @@ NEWER = {
 RACES = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-# A collective on a CPU device blocks one of the threads that all devices of the process share, and
-# XLA starts those that do not depend on each other at once. By default there are as many threads
-# as devices, so that of two collectives each may have some of its devices waiting and no thread for
-# the others: such a program waits for ever. XLA takes this variable for its number of threads.
+# A collective on a CPU device blocks one of the threads that all devices of the process share. By
+# default there are as many as devices, and two collectives at once may wait for ever. XLA takes
+# this variable for its number of threads.
 THREADS, THREADS_A_DEVICE = "NPROC", 16
 
 
 def settle() -> None:
-    """Set in the environment what can be set nowhere else. It has to come before the first device.
-
-    Nothing that the user has set is changed.
-    """
+    """Set in the environment what can be set nowhere else, before the first device."""
     if jax.__version_info__ < (0, 12) and RACES not in yours():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{RACES}=false".strip()
     forced = yours().get("xla_force_host_platform_device_count", "0")
@@ -102,8 +89,9 @@ def known(platform: str, device: jax.Device | None = None) -> dict[str, tuple]:
         return found
     while refused := _refused(dict(found.values()), device or jax.local_devices()[0]):
         key = next(k for k, (name, _) in found.items() if name == refused)
-        if key == refused and key in NEWER:
-            found[key] = NEWER[key]
+        newer, on = key.replace(*PIPELINED[0]), PIPELINED[1]
+        if key == refused and newer != key:
+            found[key] = (newer, on)
         else:
             del found[key]
     return found
@@ -123,10 +111,7 @@ def _refused(options, device) -> str | None:
 
 
 def options(platform: str, device: jax.Device | None = None) -> dict:
-    """The compile options of a platform: the table's, without those that the user has set.
-
-    device: what is compiled for, where it is none of this machine's.
-    """
+    """The compile options of a platform, or a device elsewhere, that the user has not set."""
     own, table = yours(), known(platform, device)
     return {name: value for k, (name, value) in table.items() if not own.keys() & {k, name}}
 

@@ -38,7 +38,8 @@ def test_a_state_that_no_machine_holds_is_refused_before_it_is_made(tmp_path):
 def test_shards_count_and_not_the_whole(monkeypatch):
     mesh = parallel.make_mesh(dict(data=1, fsdp=8, context=1, tensor=1, expert=1))
     split, whole = (NamedSharding(mesh, spec) for spec in (P("fsdp"), P()))
-    monkeypatch.setattr(build, "host_memory", lambda: 8 * 1000)
+    host = {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(build.os, "sysconf", host.__getitem__)
     array = lambda sharding: jax.ShapeDtypeStruct((800,), jnp.float32, sharding=sharding)  # noqa: E731
     build.check_memory({"a": array(split), "key": jax.random.key(0)})
     with pytest.raises(OutOfMemory, match="the largest array is"):

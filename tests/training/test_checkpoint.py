@@ -18,8 +18,9 @@ import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sftjax.training.checkpoint import Checkpointer, CheckpointError, disk, seal, weights
+from sftjax.training.checkpoint import Checkpointer, CheckpointError, disk, seal
 from sftjax.training.checkpoint.disk import check_writable
+from sftjax.training.checkpoint.table import read_weights
 from sftjax.training.identity import make_manifest
 
 
@@ -328,8 +329,8 @@ def test_a_damaged_one_that_is_asked_for_is_named(tmp_path):
     text, state = spoiled(tmp_path / "2", "truncated"), make_state(1)
     target = {"params": abstract_like(state.params), "frozen": abstract_like(state.frozen)}
     with pytest.raises(CheckpointError, match=f"2 is damaged: {text}"):
-        weights.read(tmp_path, 2, target)
-    assert_same(weights.read(tmp_path, 1, target), {k: getattr(state, k) for k in target})
+        read_weights(tmp_path / "2", target)
+    assert_same(read_weights(tmp_path / "1", target), {k: getattr(state, k) for k in target})
 
 
 def test_what_does_not_fit_is_no_damage(tmp_path):

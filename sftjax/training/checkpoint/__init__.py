@@ -1,16 +1,10 @@
-"""Checkpoints: a state and its host-side companions, written by Orbax behind the training loop.
-
-A step directory appears under its number only when every byte of it is on the disk and files.json
-in it says what they are; an old one is deleted only after that. So a killed run leaves complete
-checkpoints and no others, and a damaged one is found before anything is trained on it.
-"""
+"""Checkpoints: a state and its companions, by Orbax behind the loop: docs/resuming.md."""
 
 import contextlib
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import threading
 import weakref
@@ -27,7 +21,7 @@ from sftjax.files import finite, read_object
 from sftjax.parallel import processes
 from sftjax.training.checkpoint import disk, seal
 from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
-from sftjax.training.checkpoint.table import check_table, from_table, placed, to_table
+from sftjax.training.checkpoint.table import restore, to_table
 from sftjax.training.identity import check_manifest
 from sftjax.training.log import warn
 
@@ -38,13 +32,10 @@ FAILURES = 3  # saves in a row that may fail before the run ends
 class Checkpointer:
     """The checkpoints of one run, in one directory on a disk that all processes share.
 
-    directory: created when absent; a CheckpointError says when it cannot be written.
-    manifest: see identity.make_manifest; a directory of another identity raises CheckpointError.
-    keep: newest checkpoints kept. best_metric: name of the metric whose best checkpoint is kept
-    besides ("" = none), lower: is less of it better. Call close() at the end.
-
-    A save that fails (a full disk, a missing permission) is said, and the next one tried; the
-    FAILURES-th in a row raises CheckpointError. Process 0 seals what all have written.
+    directory: created when absent. manifest: see identity.make_manifest. keep: newest checkpoints
+    kept; besides the best by best_metric ("" = none), of which lower says: is less of it better.
+    Raises CheckpointError where the directory can't be written, or is another identity's. Process 0
+    seals what all have written. Call close() at the end.
     """
 
     def __init__(
@@ -84,20 +75,14 @@ class Checkpointer:
     # ---- saving ----
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        extra: Mapping | None = None,
-        metrics: Mapping[str, float] | None = None,
+        self, step: int, state: Any, extra: Mapping | None = None, metrics: Mapping | None = None
     ) -> bool:
         """Copy `state` off the devices and write it behind the loop; True when a save was begun.
 
-        The state may be donated to the next step at once. extra: anything JSON holds (data
-        position, counters, config); it comes back with lists for tuples, and with None for numbers
-        that JSON has not. metrics: {name: number} that best_metric is looked up in; None when
-        the step was not evaluated. False when `step` is the newest checkpoint already. Raises
-        CheckpointError when FAILURES saves in a row, the one before this the last of them, have
-        failed.
+        The state may be donated to the next step at once. extra: anything JSON holds; None comes
+        back for numbers that JSON has not. metrics: {name: number} of an evaluation of this step.
+        False when `step` is the newest checkpoint already. Raises CheckpointError when FAILURES
+        saves in a row, the one before this the last of them, have failed.
         """
         self._settle()
         latest = self.latest_step()
@@ -135,7 +120,7 @@ class Checkpointer:
                 self._saving(step).mkdir()
             except OSError as e:
                 problem = e
-        texts = [text for text in processes.gather(problem and _reason(problem)) if text]
+        texts = [text for text in processes.gather(problem and disk.reason(problem)) if text]
         return problem or (OSError(texts[0]) if texts else None)
 
     def _check_there(self):
@@ -148,10 +133,7 @@ class Checkpointer:
             raise FileNotFoundError("the directory is gone: it was deleted, moved or unmounted")
 
     def _finish(self, step, beside, problem):
-        """In a thread: wait until all is written, then let it count and delete what is too old.
-
-        beside: {name of a file: its JSON value, or None for no file}.
-        """
+        """In a thread: wait until all is written, let it count, and delete what is too old."""
         agreement = self._agreement
         try:
             if problem:
@@ -172,7 +154,7 @@ class Checkpointer:
             agreement.wait("committed", 1)
         except Exception as e:
             with contextlib.suppress(Exception):  # the others may be gone
-                agreement.post("failed", _reason(e) or "it failed")
+                agreement.post("failed", disk.reason(e) or "it failed")
             if jax.process_index() == 0:
                 disk.sweep(self.directory)  # what it has written may fill the disk
             problem = e
@@ -185,11 +167,7 @@ class Checkpointer:
         return [s for s in steps[: -self.keep] if s != best]
 
     def check(self) -> None:
-        """Say it if the save under way has already failed; does not block.
-
-        Raises CheckpointError if that was the FAILURES-th in a row. Several processes learn at the
-        next save, so that all do at the same step.
-        """
+        """Say it, or raise as `save` does, if the save under way has failed already."""
         if self._thread and not self._thread.is_alive() and jax.process_count() == 1:
             self._settle()
 
@@ -237,7 +215,8 @@ class Checkpointer:
         if self._failures >= FAILURES:
             many = f" {self._failures} saves in a row have failed."
         return CheckpointError(
-            f"checkpoint of step {step} in {self.directory} was not written: {_reason(problem)}\n"
+            f"checkpoint of step {step} in {self.directory} was not written:"
+            f" {disk.reason(problem)}\n"
             f"The newest complete one there: {there}{free}.{many} Make room"
             " or choose another workdir; the same command, started again, resumes."
         )
@@ -293,26 +272,24 @@ class Checkpointer:
     # ---- restoring ----
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict]:
-        """(state, extra) of the newest checkpoint whose files are intact.
+        """(state, extra) of the newest checkpoint whose files are intact; newer ones are set aside.
 
-        Damaged ones that are newer are said, and renamed (`12.damaged`), never deleted.
-
-        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings on the present
-        mesh. Raises NotFoundError when there is no checkpoint, and CheckpointError where none is
-        intact, or naming every leaf whose name, shape or dtype is another.
+        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings. Raises
+        NotFoundError when there is no checkpoint, and CheckpointError where none is intact, or
+        naming every leaf whose name, shape or dtype is another.
         """
         self.wait()
         wrong, steps = dict[int, str](), self.all_steps()
         if not steps:
             raise NotFoundError(f"no checkpoint in {self.directory}; complete steps there: none")
         for at in reversed(steps):
-            try:
-                found = self._read(at, abstract_state)
-            except _Damaged as e:
-                wrong[at] = str(e)
-            else:
-                self._set_aside(wrong, at)
-                return found
+            if problem := self._damage(at):
+                wrong[at] = problem
+                continue
+            folder = self.directory / str(at)
+            state = restore(folder, abstract_state)
+            self._set_aside(wrong, at)
+            return state, read_object(folder / EXTRA)
         raise disk.none_is_whole(self.directory, wrong)
 
     def _damage(self, step) -> str:
@@ -320,25 +297,6 @@ class Checkpointer:
         folder = self.directory / str(step)
         problem = seal.damage(folder, jax.process_index(), jax.process_count())
         return next((text for text in processes.gather(problem) if text), "")
-
-    def _read(self, step, abstract_state) -> tuple[Any, dict]:
-        folder, wanted = self.directory / str(step), to_table(abstract_state)
-        if problem := self._damage(step):
-            raise _Damaged(problem)
-        target = {name: placed(x) for name, x in wanted.items()}
-        try:
-            check_table(folder, dict(self._orbax.metadata(folder / "state").item_metadata), wanted)
-            args = ocp.args.StandardRestore(target)
-            table = self._orbax.restore(folder / "state", args=args)
-        except CheckpointError:
-            raise
-        except Exception as e:
-            raise CheckpointError(
-                f"checkpoint {folder} cannot be read, though its files are as they were written:"
-                f" {_reason(e)}\nOther complete steps there:"
-                f" {[s for s in self.all_steps() if s != step]}"
-            ) from e
-        return from_table(table, abstract_state), read_object(folder / EXTRA)
 
     def _set_aside(self, wrong: Mapping[int, str], taken: int | None = None) -> None:
         """Rename damaged ones, and say what that costs. taken: the step that is gone back to."""
@@ -357,15 +315,11 @@ class Checkpointer:
 
     def all_steps(self) -> list[int]:
         """Steps completely on disk, ascending; one still being written is not among them."""
-        return [step for step, lacks in disk.steps(self.directory).items() if not lacks]
+        return disk.complete(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest step completely on disk."""
         return max(self.all_steps(), default=None)
-
-
-class _Damaged(Exception):
-    """A checkpoint whose files are not as they were written."""
 
 
 def _orbax(barrier) -> ocp.AsyncCheckpointer:
@@ -387,14 +341,3 @@ def _orbax(barrier) -> ocp.AsyncCheckpointer:
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
-
-
-def _reason(error) -> str:
-    """An error on one line; of tensorstore's, which go on for pages, what the system said."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
-    text = (str(error).strip().splitlines() or [""])[0]
-    named = not isinstance(error, (OSError, CheckpointError))
-    return f"{type(error).__name__}: " * named + text[:300]

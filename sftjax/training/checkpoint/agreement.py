@@ -1,9 +1,4 @@
-"""What the processes of a run tell one another of a save that goes on beside the training.
-
-They can't use collectives for it, which belong to the step; and at a barrier those who are well
-wait for one that failed until time is up. So each says in JAX's key-value store what it has done or
-why it failed, and whoever waits learns of a failure at once.
-"""
+"""What processes tell one another of a save, in JAX's key-value store: a failure at once."""
 
 import itertools
 import time

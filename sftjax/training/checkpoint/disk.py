@@ -3,12 +3,13 @@
 import contextlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sftjax.errors import CheckpointError
+from sftjax.errors import CheckpointError, NotFoundError
 from sftjax.files import read_object
 from sftjax.training.checkpoint import seal
 
@@ -30,6 +31,11 @@ def steps(directory: Path) -> dict[int, str]:
     return {step: lacking(directory / str(step)) for step in found}
 
 
+def complete(directory: Path) -> list[int]:
+    """The steps that lack nothing, ascending; one still being written is not among them."""
+    return [step for step, lacks in steps(directory).items() if not lacks]
+
+
 def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int | None:
     """The step that scores best, of equals the latest; None where none was measured."""
     scores = dict[int, float]()
@@ -42,6 +48,26 @@ def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int
     return max(known, key=lambda step: (sign * scores[step], step), default=None)
 
 
+def find(directory: Path, step: str, metric: str = "", lower: bool = True) -> int:
+    """The step that "latest", "best" (by a metric: is less of it better) or a number names.
+
+    Raises: NotFoundError where there is none, or metric is "".
+    """
+    whole = complete(directory)
+    there = f"; complete steps in {directory}: {whole or 'none'}"
+    if step == "latest" and whole:
+        return whole[-1]
+    if step.isdecimal() and int(step) in whole:
+        return int(step)
+    if step == "best":
+        if not metric:
+            raise NotFoundError(f"--step=best: the run has no eval.best to choose by{there}")
+        found = best(directory, whole, metric, lower)
+        if found is not None:
+            return found
+    raise NotFoundError(f"--step={step} is no checkpoint{there}; or take latest or best")
+
+
 def sweep(directory: Path) -> None:
     """Delete what a killed run has left of saves and deletions."""
     for pattern in LEFT_BEHIND:
@@ -51,8 +77,6 @@ def sweep(directory: Path) -> None:
 
 def commit(written: Path, final: Path) -> None:
     """Seal a checkpoint that is written, and give it its number. Raises: OSError."""
-    if absent := lacking(written):
-        raise OSError(f"{written.name}: {absent}")
     seal.seal(written)
     os.rename(written, final)
     seal.sync(final.parent)
@@ -70,10 +94,7 @@ def set_aside(directory: Path, step: int) -> str:
 
 
 def remove(directory: Path, unwanted: Sequence[int]) -> None:
-    """Delete checkpoints: a number goes first, so that no part of one ever bears it.
-
-    What can't be deleted is left to the next start.
-    """
+    """Delete checkpoints, the number first; what can't be deleted is left to the next start."""
     for step in unwanted:
         hidden = directory / f".deleting-{step}"
         os.rename(directory / str(step), hidden)
@@ -100,3 +121,14 @@ def check_writable(directory: Path | str) -> None:
             f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is"
             " writable and not full."
         ) from e
+
+
+def reason(error: Exception) -> str:
+    """An error on one line; of tensorstore's, which go on for pages, what the system said."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    text = (str(error).strip().splitlines() or [""])[0]
+    named = not isinstance(error, (OSError, CheckpointError))
+    return f"{type(error).__name__}: " * named + text[:300]

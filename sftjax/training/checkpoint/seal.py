@@ -1,12 +1,7 @@
 """files.json of a checkpoint: the size and checksum of every file in it.
 
-The checksum is zlib's CRC-32. It finds every single damaged bit, every burst of up to 32 of them,
-and all but one in 4 billion of other accidents; it is in the standard library, releases the GIL,
-and is more than twice as fast as SHA-256 (1.8 GB/s a thread against 0.7 on the machine where it was
-chosen). It does not keep out somebody who forges a checkpoint.
-
-Tensorstore reads a checkpoint's bytes inside C++, so the check reads them first: once from the
-disk, and what then restores the state finds them in the system's page cache.
+The checksum is zlib's CRC-32, which finds accidents, releases the GIL and is twice as fast as SHA
+(1.8 GB/s a thread against 0.7). It does not keep out somebody who forges a checkpoint.
 """
 
 import json
@@ -25,10 +20,7 @@ PIECE = 1 << 22  # bytes
 
 
 def seal(folder: Path) -> None:
-    """Write files.json, once every file of `folder` is read back and is on the disk itself.
-
-    Raises: OSError.
-    """
+    """Write files.json, once every file is read back and on the disk itself. Raises: OSError."""
     paths = list(_files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda path: _measure(path, sync=True), paths))

@@ -1,8 +1,7 @@
 """A state as a flat table {name: array}, which is what a checkpoint holds.
 
 PRNG keys are stored as their key data, arrays of size 0 and None not at all: the restore target
-supplies the structure, the shardings and thereby the mesh, which may differ from the one that
-saved.
+supplies the structure and the shardings, on a mesh that may be another.
 """
 
 import math
@@ -12,13 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError
+from sftjax.training.checkpoint import disk, seal
 
 
 def to_table(tree: Any) -> dict[str, Any]:
-    """{name: array or ShapeDtypeStruct}; Orbax takes no PRNG keys and no arrays of size 0."""
+    """{name: array or ShapeDtypeStruct} of a tree of them."""
     table = {}
     for name, x in params_lib.named_leaves(tree):
         if name in table:
@@ -60,13 +61,50 @@ def _key_impl(spec):
     return found[0]
 
 
-def placed(x: Any) -> jax.ShapeDtypeStruct:
+def restore(folder: Path, target: Any, beginnings: tuple[str, ...] = ("",)) -> Any:
+    """The arrays of a checkpoint in the structure of `target`, laid out as it says.
+
+    beginnings: of the names that are read. Raises: CheckpointError where a leaf has another name,
+    shape or dtype, or Orbax can't read it.
+    """
+    wanted = to_table(target)
+    places = {name: _placed(x) for name, x in wanted.items()}
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            stored = dict(orbax.metadata(folder / "state").item_metadata)
+            _check(folder, {k: v for k, v in stored.items() if k.startswith(beginnings)}, wanted)
+            how = ocp.checkpoint_utils.construct_restore_args(places)
+            args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
+            table = orbax.restore(folder / "state", args=args)
+        return from_table(jax.block_until_ready(table), target)
+    except (CheckpointError, jax.errors.JaxRuntimeError):  # the other is of no memory
+        raise
+    except Exception as e:
+        others = [step for step in disk.complete(folder.parent) if str(step) != folder.name]
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read, though its files are as they were written:"
+            f" {disk.reason(e)}\nOther complete steps there: {others}"
+        ) from e
+
+
+def read_weights(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The trees of a checkpoint under "params", "frozen" and "model_state", without a lock.
+
+    target: the same, of jax.ShapeDtypeStruct with shardings. Raises: CheckpointError for damaged
+    files, or where a leaf has another name, shape or dtype.
+    """
+    if problem := seal.damage(folder):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
+    return restore(folder, dict(target), ("params/", "frozen/", "model_state/"))
+
+
+def _placed(x) -> jax.ShapeDtypeStruct:
     """A restore target always says where: without a sharding, the default device."""
     sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def check_table(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check(path, found, wanted):
     """CheckpointError unless both tables have the same names, shapes and dtypes."""
 
     def text(table, name):

@@ -98,10 +98,6 @@ def places(workdir: Path) -> list[tuple[str, Path]]:
         "answers to the test": "samples/test.jsonl",
         "exported model": "export",
     }
-    return [(what, workdir / name) for what, name in names.items() if _filled(workdir / name)]
-
-
-def _filled(path: Path) -> bool:
-    return path.is_file() or (
-        path.is_dir() and any(p.name != "manifest.json" for p in path.iterdir())
-    )
+    full = lambda path: any(p.name != "manifest.json" for p in path.glob("*"))  # noqa: E731
+    paths = {what: workdir / name for what, name in names.items()}
+    return [(what, path) for what, path in paths.items() if path.is_file() or full(path)]

@@ -73,10 +73,7 @@ def write_report(
     title: str,
     form: Mapping[str, Any] | None = None,
 ) -> None:
-    """The findings as one HTML page, rule by rule with every row; nothing in it is fetched.
-
-    form: the keywords of `to_conversation`, for the texts shown.
-    """
+    """The findings as one HTML page, rule by rule with every row. form: of `to_conversation`."""
     from sftjax.reports import html  # training that cleans nothing draws no page
 
     counts, kept = findings.counts(), len(findings.kept)

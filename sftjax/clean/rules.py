@@ -143,10 +143,7 @@ NEEDS = {
 
 
 class Texts:
-    """The rows as rules see them, read once.
-
-    Attributes: prompts and answers (normalised), tools (JSON), errors {row: why it can't be read}.
-    """
+    """The rows, read once: normalised prompts and answers, tools (JSON), errors by row."""
 
     def __init__(self, source: RecordSource, form: Mapping[str, Any]) -> None:
         self.source, self.form, self.errors = source, form, dict[int, DataError]()
@@ -167,10 +164,7 @@ class Texts:
 
 
 def sides(source: RecordSource, i: int, form: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(prompt, answer, tools) of row `i`; all messages but the last are the prompt.
-
-    Raises: DataError for one that can't be read.
-    """
+    """(prompt, answer, tools) of row `i`; the answer is its last message. Raises: DataError."""
     chat = to_conversation(source[i], where=source.where(i), **form)
     *prompt, answer = (said(m) for m in chat["messages"])
     return "\n".join(prompt), answer, json.dumps(chat["tools"]) if chat["tools"] else ""

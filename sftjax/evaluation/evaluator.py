@@ -36,9 +36,8 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """({"loss", <metrics>}, predictions of all rows) of a set. held: what is kept of a batch's.
 
-    step(params, batch, *state) -> Loss, or (Loss, predictions), jitted. The sums are added in
-    float64 on the host and divided once, so neither the batch size nor a last partial batch changes
-    the result. Raises: DataError for a set without anything to measure.
+    The sums are added in float64 on the host and divided once, so neither the batch size nor a last
+    partial batch changes the result. Raises: DataError for a set without anything to measure.
     """
     total, found = None, []
     for batch in batches:
@@ -76,10 +75,7 @@ class Evaluator:
         self.measures = bool(sets.sets) or self.asks  # is there anything for `losses`
 
     def losses(self, params: Any, model_state: Any = None) -> dict[str, float]:
-        """{"<set>/loss", "<set>/<metric>"} of every validation set.
-
-        And "answers/<metric>", where eval.best is one of them.
-        """
+        """{"<set>/<metric>": value} of validation sets; of "answers" where eval.best is of them."""
         values = self._measured(self.sets.sets, params, model_state, final=False)["losses"]
         if self.asks:
             found = self._answers(params)
@@ -105,8 +101,9 @@ class Evaluator:
             beside = {k: found.pop(k, {}) for k in BESIDE}
             self._add(out, ANSWERS, n, np.arange(n), self.sets.groups, **beside)
             out |= found
-        out = {k: v for k, v in out.items() if v != {} or k == "losses"}
-        return out if rows else {k: v for k, v in out.items() if k != "rows"}
+        if not rows:
+            out["rows"] = {}
+        return {k: v for k, v in out.items() if v != {} or k == "losses"}
 
     def _answers(self, params):
         own = dict(groups=self.sets.groups) if self.sets.groups else {}

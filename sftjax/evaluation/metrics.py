@@ -316,8 +316,7 @@ def texts(
 ) -> Scores:
     """Of answers, by the metrics of these names.
 
-    wanted: the reference of each row, or several: a metric of rows takes the best of them, another
-    the first.
+    wanted: the reference of each row, or several: metrics of rows take the best, others the first.
     answer: the pattern before a number, or around its group (`number`); "" = the last number.
     baselines: other answers to the same questions, such as the first sentences. Raises: ConfigError
     for a package that is not there, or a pattern that is none.
@@ -326,28 +325,24 @@ def texts(
     if not n:
         return Scores({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
+
+    def measure(name: str, at: Sequence[int]) -> float | np.ndarray:
+        w, g = ([x[i] for i in at] for x in (wanted, given))
+        return _text_metric(name, w, g, answer)
+
     for name in names:
-        found = _text_metric(name, list(wanted), list(given), answer)
-        if isinstance(found, float):
-            values[name] = found
-            if errors and ":" not in name:  # a function of the user's may take its time
-                some = functools.partial(_of_rows, name, wanted, given, answer)
-                spread |= bootstrap(some, n, groups)
-            continue
-        rows[name], values[name] = found, float(found.mean())
-        if errors:
-            spread[name] = standard_error(found, groups)
+        found = measure(name, range(n))
+        values[name] = float(np.mean(found))
+        if isinstance(found, np.ndarray):
+            rows[name] = found
+            spread |= {name: standard_error(found, groups)} if errors else {}
+        elif errors and ":" not in name:  # a function of the user's may take its time
+            spread |= bootstrap(lambda at, name=name: {name: measure(name, at)}, n, groups)
     others = {
         what: texts(names, wanted, answers, answer=answer).values
         for what, answers in (baselines or {}).items()
     }
     return Scores(values, {}, spread, others, rows)
-
-
-def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
-    """The metric of the rows at these indices."""
-    w, g = ([x[i] for i in at] for x in (wanted, given))
-    return {name: float(np.mean(_text_metric(name, w, g, answer)))}
 
 
 def _text_metric(name, wanted, given, answer) -> float | np.ndarray:

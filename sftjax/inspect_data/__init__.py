@@ -76,10 +76,9 @@ def collect(
 ) -> dict[str, Any]:
     """What the views show, of plain values; the config's tokenizer is read, not its model.
 
-    Raises: DataError for a bad row among those looked at, or an option that there is not.
-    Returns: {"set", "problem": what training would raise, "warnings": what training would warn of,
-      "sources": {name: totals}, "totals", "examples"}; with `against` {"set", "problem": "",
-      "warnings", "comparison", "differences"}.
+    {"set", "problem": what training would raise, "warnings", "sources": {name: totals}, "totals",
+    "examples"}; with `against` "comparison" and "differences" in place of the last three. Raises:
+    DataError for a bad row among those looked at, or an option that there is not.
     """
     wanted.check()
     if set not in ("train", "validation", "test"):

@@ -19,10 +19,7 @@ from sftjax.inspect_data.rows import Part, Wanted, encode
 def compare(
     parts: Sequence[Part], config: ConfigDict, other: ConfigDict, wanted: Wanted
 ) -> dict[str, Any]:
-    """The rows of `parts` in which `other` would feed or train other tokens.
-
-    Returns: {"comparison": counts over all rows wanted, "differences": the first of each source}.
-    """
+    """{"comparison", "differences"}: rows in which `other` would feed or train other tokens."""
     other = other.copy_and_resolve_references()
     if not (other.data.tokenizer or other.model.path):
         other.data.tokenizer = config.data.tokenizer or config.model.path

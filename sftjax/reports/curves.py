@@ -65,10 +65,7 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, path: str | Path | io.BytesIO, title: str) -> None:
-    """Write a figure as an SVG file, the same bytes for the same figure.
-
-    title: what the file is called where a browser or a screen reader says its name.
-    """
+    """Write a figure as SVG, the same bytes each time. title: its name in a browser."""
     with style():
         figure.savefig(path, format="svg", metadata={"Title": title, "Date": None, "Creator": None})
 
@@ -122,10 +119,7 @@ def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figu
 
 @style()
 def reliability_figure(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """How often answers of a confidence are right; the larger a point, the more rows it has.
-
-    bins: as metrics.labels gives them: {"share" of rows, "confidence", "accuracy"}.
-    """
+    """How often answers of a confidence are right; bins: the table "calibration" of labels."""
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="mean confidence", ylabel="share right")
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)

@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """A before/after table of what the answers and each set score, with standard errors.
-
-    Under it, what each set's baselines score: answers that need no model.
-    """
+    """What the answers and each set score, before and after; under it what baselines score."""
     rows = [("", "before", "after")]
     for name, old, new, error in measured(before, after):
         rows.append((name, old, f"{new} ± {error}" if error else new))

@@ -115,18 +115,17 @@ class Evaluator:
             batches = self.sets.eval_batches(store)
             held = functools.partial(self.task.held, final=final)
             found, predictions = measure(self.step, params, batches, model_state, held=held)
-            groups = self.sets.groups_of(name, store) if final else []
             if final:
+                groups = self.sets.groups_of(name, store)
                 own = dict(groups=groups) if groups else {}
                 scores = self.task.final_scores(found["loss"], predictions, **own)
+                records = self.sets.record_order(store) if scores.rows else None
+                beside = {k: getattr(scores, k) for k in BESIDE}
+                self._add(out, name, len(store), records, groups, **beside)
             else:
                 scores = self.task.score(found["loss"], predictions)
             found = {k: v for k, v in found.items() if k not in self.task.counts}
             out["losses"] |= {f"{name}/{k}": v for k, v in (found | scores.values).items()}
-            if final:
-                records = self.sets.record_order(store) if scores.rows else None
-                beside = {k: getattr(scores, k) for k in BESIDE}
-                self._add(out, name, len(store), records, groups, **beside)
         return out
 
     def _add(self, out, name, n, records, groups, tables, errors, baselines, rows) -> None:

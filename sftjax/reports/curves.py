@@ -19,7 +19,6 @@ if (_logger := logging.getLogger("matplotlib")).level == logging.NOTSET:
     _logger.setLevel(logging.ERROR)
 
 import matplotlib.style
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -33,26 +32,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^Dv"
 LONG = 100  # points from which a train loss is drawn under its running mean
 
-STYLE = {
-    "axes.formatter.useoffset": False,
-    "axes.grid": True,
-    "axes.prop_cycle": cycler(color=COLOURS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.xmargin": 0.02,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.1,
-    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",  # text stays text: to be searched, copied and read aloud
-    "svg.hashsalt": "sftjax",  # ids that do not change from one drawing to the next
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-}
+STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
 
 @contextlib.contextmanager

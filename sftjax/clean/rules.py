@@ -391,7 +391,7 @@ def label_suspects(
         yield rows[at], f"trust {values[at]:.3g}", None
 
 
-_EVERY = [missing, empty, too_long, markup, contamination]
+_EVERY: list[Any] = [missing, empty, too_long, markup, contamination]
 _EVERY += [conflict, exact_duplicate, near_duplicate, label_suspects]
 RULES: dict[str, Callable[..., Iterator[Hit]]] = {rule.__name__: rule for rule in _EVERY}
 

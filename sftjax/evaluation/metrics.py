@@ -337,7 +337,8 @@ def texts(
             rows[name] = found
             spread |= {name: standard_error(found, groups)} if errors else {}
         elif errors and ":" not in name:  # a function of the user's may take its time
-            spread |= bootstrap(lambda at, name=name: {name: measure(name, at)}, n, groups)
+            some: Any = lambda at, name=name: {name: measure(name, at)}  # noqa: E731
+            spread |= bootstrap(some, n, groups)
     others = {
         what: texts(names, wanted, answers, answer=answer).values
         for what, answers in (baselines or {}).items()

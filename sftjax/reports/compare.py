@@ -118,7 +118,7 @@ def settings(sides: Sequence[Measured]) -> dict[str, list[Any]]:
 
 def differences(a: Measured, b: Measured) -> list[Difference]:
     """Of every metric that both have of the same rows of the same files; see `paired`."""
-    found = [(name, paired(*values, **about)) for name, values, about in _common(a, b)[0]]
+    found = [(name, paired(x, y, **about)) for name, (x, y), about in _common(a, b)[0]]
     out, alive = dict[str, Difference](), True
     # Holm's rule: of several metrics the least likely is held to LEVEL / their number, and so on.
     for rank, (metric, numbers) in enumerate(sorted(found, key=lambda x: x[1][-1])):
@@ -147,13 +147,13 @@ def _common(a, b) -> tuple[list[tuple[str, list[np.ndarray], dict[str, Any]]], l
         if about[0].get("of") != about[1].get("of"):
             lacking.append(f"{name}: measured on other files")
             continue
-        at = [np.arange(len(records[0]))] * 2
+        at: Any = [np.arange(len(records[0]))] * 2
         if records[0] != records[1]:
             at = np.intersect1d(*records, return_indices=True)[1:]
         if not len(at[0]):
             lacking.append(f"{name}: no row in common")
             continue
-        if len(at[0]) < len(records[0]) and any(len({*some}) < len(some) for some in records):
+        if records[0] != records[1] and any(len({*some}) < len(some) for some in records):
             lacking.append(f"{name}: rows in other pieces")
             continue
         take = lambda value, i: np.asarray(value, np.float64)[at[i]]  # noqa: B023, E731
@@ -246,7 +246,7 @@ def page(sides: Sequence[Measured]) -> str:
     named = {f"{chr(65 + i)} {one.name}": one.losses for i, one in enumerate(sides) if one.losses}
     title = "Loss over steps"
     drawn = [curves.picture(curves.overlay_figure(named, title), title)] if named else []
-    values = dict(title="Comparison", parts=parts(sides), pictures=drawn)
+    values: dict[str, Any] = dict(title="Comparison", parts=parts(sides), pictures=drawn)
     return html.render("compare.html.jinja", styles=("report.css",), **values)
 
 

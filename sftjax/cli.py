@@ -27,10 +27,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Run the command that the first argument names, with the arguments after it.
-
-    Raises: SystemExit, with status 2 if the first argument is no command.
-    """
+    """Run the command that the first argument names. Raises: SystemExit, 2 if it names none."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", "help"):
         show(usage())

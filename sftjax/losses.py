@@ -183,7 +183,8 @@ def classification(
     weights that counted. A batch with `partner` and `share` [B, S], of mixed images, wants of each
     its target for the share, and the partner for the rest. predictions: return (Loss, {"wanted",
     "given" int32 [B, S], "weights", "scores" [B, S, C]}) in place of the Loss; "given" is -1 where
-    a logit is not finite, scores are probabilities. sources: as of causal_lm. options: fields of Options.
+    a logit is not finite, scores are probabilities. sources: as of causal_lm. options: fields of
+    Options.
     """
     loss_of = _loss_of(LABEL, kind, options)
 

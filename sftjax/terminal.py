@@ -30,10 +30,7 @@ def in_json(character: str) -> str:
 
 
 def printable(text: object, escape: Callable[[str], str] = _escaped) -> str:
-    r"""Text that can be printed: what would drive a terminal is shown as its escape, "\x1b".
-
-    escape: how a character is written; `in_json` where the text is JSON.
-    """
+    r"""Text with what would drive a terminal as its escape, "\x1b"; in JSON by `in_json`."""
     return _DRIVING.sub(lambda match: escape(match[0]), str(text))
 
 

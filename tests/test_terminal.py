@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from inspecting import inspect
 from test_chat import make_tokenizer
 
 import sftjax
@@ -16,7 +17,6 @@ from sftjax import exits
 from sftjax.data.masking.question import Question
 from sftjax.errors import DataError
 from sftjax.hf import heads
-from sftjax.inspect_data import inspect
 from sftjax.reports import run as report
 from sftjax.tasks.causal_lm import CausalLM
 from sftjax.terminal import columns, in_json, json_text, printable, show

@@ -43,10 +43,7 @@ def main(argv: Sequence[str]) -> None:
 def clean(
     config: ConfigDict, out: Path | str, report: Path | str = "", rejects: Path | str = ""
 ) -> Findings:
-    """Clean data.train into `out`; rejects default to out's name with .rejects.jsonl.
-
-    Raises: DataError, ConfigError.
-    """
+    """Clean data.train into `out`; by default rejects go to out's name with .rejects.jsonl."""
     for what, path in dict(out=out, report=report, rejects=rejects).items():
         refuse_url(f"--{what}", path, ConfigError)
     d, out = config.data, Path(out)

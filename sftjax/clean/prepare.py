@@ -77,10 +77,7 @@ def training_rows(
 
 
 def clean_options(config: ConfigDict, task: Task) -> dict[str, Any]:
-    """The keywords of `clean.find` that the config sets, for sources as Task.prepared gives them.
-
-    Without a tokenizer nothing can be said of lengths.
-    """
+    """The keywords of `find` that the config sets, for sources as Task.prepared gives them."""
     d, c = config.data, config.data.clean
     evaluation = [open_source(paths) for paths in (d.validation, d.test) if paths]
     _, encoder, form = task.prepared(None)
@@ -94,7 +91,7 @@ def clean_options(config: ConfigDict, task: Task) -> dict[str, Any]:
         ngram=c.ngram,
         evaluation=[task.prepared(source)[0] for source in evaluation],
         max_tokens=c.max_tokens or d.max_length,
-        count_tokens=count_tokens if task.tokenizer is not None else None,
+        count_tokens=count_tokens if task.tokenizer is not None else None,  # nothing to count by
         suspects=c.suspects,
         remove_suspects=c.remove_suspects,
     )

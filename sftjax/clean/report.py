@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,11 @@ def write_rejects(path: Path | str, source: RecordSource, findings: Findings) ->
         | {"record": record(source, i)}
         for i, f in findings.removed.items()
     )
-    _write_lines(path, lines)
-
-
-def _write_lines(path, values):
-    with _open(path) as file:
-        file.writelines(_line(value) + "\n" for value in values)
+    _write(path, map(_line, lines))
 
 
 def _line(value) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
 
 
 def write_records(path: Path | str, source: RecordSource, rows: Iterable[int]) -> None:
@@ -46,7 +40,7 @@ def write_records(path: Path | str, source: RecordSource, rows: Iterable[int]) -
     path = Path(path)
     records = (source[i] for i in rows)
     if path.suffix == ".jsonl":
-        _write_lines(path, records)
+        _write(path, map(_line, records))
     elif path.suffix == ".parquet":
         _write_parquet(path, list(records))
     else:
@@ -60,8 +54,7 @@ def _write_parquet(path, records):
 
     names = dict.fromkeys(name for record in records for name in record)
     try:
-        columns = {name: pa.array([record.get(name) for record in records]) for name in names}
-        rows = pa.table(columns)
+        rows = pa.table({name: pa.array([r.get(name) for r in records]) for name in names})
         with writing("the file", path):
             pq.write_table(rows, path)
     except (pa.ArrowException, UnicodeError, TypeError) as error:
@@ -80,10 +73,7 @@ def write_report(
     title: str,
     form: Mapping[str, Any] | None = None,
 ) -> None:
-    """The findings as one HTML page, rule by rule with every row; nothing in it is fetched.
-
-    form: the keywords of `to_conversation`, for the texts shown.
-    """
+    """The findings as one HTML page, rule by rule with every row. form: of `to_conversation`."""
     from sftjax.reports import html  # training that cleans nothing draws no page
 
     counts, kept = findings.counts(), len(findings.kept)
@@ -92,34 +82,28 @@ def write_report(
         (rule, counts[rule], "removed" if rule in findings.removes else "reported only")
         for rule in counts
     ]
-    rules = [_section(rule, source, findings, form) for rule in counts]
-    with _open(path) as file:
-        file.write(html.render("clean.html.jinja", title=title, totals=totals, rules=rules))
-
-
-def _section(rule, source, findings, form):
-    found = [f for f in findings.found if f.rule == rule]
-    return dict(
-        name=rule,
-        about=" ".join((RULES[rule].__doc__ or "").split("\n\n")[0].split()),
-        rows=[(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form))
-              for f in found],
-    )  # fmt: skip
+    rules = []
+    for rule in counts:
+        found = [f for f in findings.found if f.rule == rule]
+        rows = [(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form or {}))
+                for f in found]  # fmt: skip
+        about = " ".join((RULES[rule].__doc__ or "").split("\n\n")[0].split())
+        rules.append(dict(name=rule, about=about, rows=rows))
+    _write(path, [html.render("clean.html.jinja", title=title, totals=totals, rules=rules)])
 
 
 def _excerpts(source, i, form):
     """(prompt, answer) in short; of a row that can't be read, its JSON."""
     try:
-        texts = sides(source, i, form or {})[:2]
+        texts = sides(source, i, form)[:2]
     except DataError:
-        texts = (_line(record(source, i)), "")
+        texts = (_line(record(source, i)).rstrip(), "")
     return [t if len(t) <= EXCERPT else t[: EXCERPT - 1] + "…" for t in texts]
 
 
-@contextmanager
-def _open(path):
+def _write(path, texts):
     """A lone surrogate, which is damage that gets here, is written as its escape."""
     with writing("the file", path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
+            file.writelines(texts)

@@ -1,6 +1,6 @@
 """Find the rows that should not be trained on, each with its reason; nothing is changed here.
 
-A new rule is one function that yields (row, note, other row or its place or None) and one line in
+A new rule is one function that yields (row, note, other row or its place or None) and its name in
 `RULES`. Rules run in the table's order, each on the rows that none before it has taken: a row has
 one reason, and the counts add up.
 """
@@ -143,10 +143,7 @@ NEEDS = {
 
 
 class Texts:
-    """The rows as rules see them, read once.
-
-    Attributes: prompts and answers (normalised), tools (JSON), errors {row: why it can't be read}.
-    """
+    """The rows, read once: normalised prompts and answers, tools (JSON), errors by row."""
 
     def __init__(self, source: RecordSource, form: Mapping[str, Any]) -> None:
         self.source, self.form, self.errors = source, form, dict[int, DataError]()
@@ -167,10 +164,7 @@ class Texts:
 
 
 def sides(source: RecordSource, i: int, form: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(prompt, answer, tools) of row `i`; all messages but the last are the prompt.
-
-    Raises: DataError for one that can't be read.
-    """
+    """(prompt, answer, tools) of row `i`; the answer is its last message. Raises: DataError."""
     chat = to_conversation(source[i], where=source.where(i), **form)
     *prompt, answer = (said(m) for m in chat["messages"])
     return "\n".join(prompt), answer, json.dumps(chat["tools"]) if chat["tools"] else ""
@@ -340,12 +334,11 @@ def near_duplicate(texts: Texts, rows: Sequence[int], *, near: float, **_: Any) 
         """Hashed pieces of the row's prompt, of its answer, of both."""
         both = texts.prompts[i], texts.answers[i]
         numbers = np.uint32(zlib.crc32(" ".join(re.findall(r"\d+", " ".join(both))).encode()))
-        prompt, answer = (_rare(_pieces(side), common) ^ numbers for side in both)
-        return prompt, answer, np.union1d(prompt, answer)
-
-    def likeness(i, j):
-        prompt, answer, whole = map(_jaccard, pieces(i), pieces(j))
-        return whole if min(prompt, answer) >= near / 2 else 0.0
+        found = []
+        for every in map(_pieces, both):
+            rare = every[~common[every & (len(common) - 1)]]
+            found.append((rare if len(rare) else every) ^ numbers)
+        return *found, np.union1d(*found)
 
     # The weights favour finding too many: what LSH returns is checked, by estimate, then exactly.
     index = MinHashLSH(threshold=near, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
@@ -357,8 +350,9 @@ def near_duplicate(texts: Texts, rows: Sequence[int], *, near: float, **_: Any) 
         alike = np.array(sorted(index.query(minhash)), np.int64)
         estimates = (signatures[alike] == signatures[at]).mean(1)
         for other in alike[estimates >= near - MARGIN].tolist():
-            if (like := likeness(rows[at], rows[other])) >= near:
-                yield rows[at], f"{like:.0%} like an earlier row", rows[other]
+            prompt, answer, whole = map(_jaccard, pieces(rows[at]), pieces(rows[other]))
+            if whole >= near and min(prompt, answer) >= near / 2:
+                yield rows[at], f"{whole:.0%} like an earlier row", rows[other]
                 break
         else:
             index.insert(at, minhash, check_duplication=False)
@@ -382,11 +376,6 @@ def _common_pieces(texts, rows):
     return counts > max(20, COMMON * len(rows))
 
 
-def _rare(pieces, common):
-    rare = pieces[~common[pieces & (len(common) - 1)]]
-    return rare if len(rare) else pieces
-
-
 def _jaccard(a, b):
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
@@ -402,17 +391,9 @@ def label_suspects(
         yield rows[at], f"trust {values[at]:.3g}", None
 
 
-RULES: dict[str, Callable[..., Iterator[Hit]]] = {
-    "missing": missing,
-    "empty": empty,
-    "too_long": too_long,
-    "markup": markup,
-    "contamination": contamination,
-    "conflict": conflict,
-    "exact_duplicate": exact_duplicate,
-    "near_duplicate": near_duplicate,
-    "label_suspects": label_suspects,
-}
+_EVERY: list[Any] = [missing, empty, too_long, markup, contamination]
+_EVERY += [conflict, exact_duplicate, near_duplicate, label_suspects]
+RULES: dict[str, Callable[..., Iterator[Hit]]] = {rule.__name__: rule for rule in _EVERY}
 
 
 # --- once per data --------------------------------------------------------------------------------

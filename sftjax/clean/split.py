@@ -54,14 +54,12 @@ def split(
 ) -> tuple[Subset, Subset]:
     """Training and validation rows: (Subset, Subset).
 
-    Without `stratify_by` a row's side depends on its prompt (or group) alone: rows added, removed
-    or moved change no other row's side. A label's share is then right only within sampling error,
-    sqrt(share * (1 - share) / rows of that label).
+    Without `stratify_by` a row's side depends on its prompt (or group) alone: no other row moves
+    it. A label's share is right within sampling error, sqrt(share * (1 - share) / its rows).
 
-    With `stratify_by` the hash decides unless the label's share, counted from the first row on,
-    would be off by more than half a percent (and more than one row); then the other side is taken.
-    A side then depends on the rows before it too, as with any rule that gives exact shares: rows
-    appended to the data still move no other. Rows that share a prompt or group stay together first.
+    With it the hash decides unless the label's share, counted from the first row on, would be off
+    by more than half a percent (and more than one row). A side then depends on the rows before it
+    too; rows appended move no other. Rows that share a prompt or group stay together first.
 
     share, group_by, stratify_by: as in the config's data.split. form: keywords of to_conversation:
     fields, roles; the prompt is the first user message. skip: leave a row that can't be read to

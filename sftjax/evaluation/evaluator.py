@@ -36,9 +36,8 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """({"loss", <metrics>}, predictions of all rows) of a set. held: what is kept of a batch's.
 
-    step(params, batch, *state) -> Loss, or (Loss, predictions), jitted. The sums are added in
-    float64 on the host and divided once, so neither the batch size nor a last partial batch changes
-    the result. Raises: DataError for a set without anything to measure.
+    The sums are added in float64 on the host and divided once, so neither the batch size nor a last
+    partial batch changes the result. Raises: DataError for a set without anything to measure.
     """
     total, found = None, []
     for batch in batches:
@@ -76,10 +75,7 @@ class Evaluator:
         self.measures = bool(sets.sets) or self.asks  # is there anything for `losses`
 
     def losses(self, params: Any, model_state: Any = None) -> dict[str, float]:
-        """{"<set>/loss", "<set>/<metric>"} of every validation set.
-
-        And "answers/<metric>", where eval.best is one of them.
-        """
+        """{"<set>/<metric>": value} of validation sets; of "answers" where eval.best is of them."""
         values = self._measured(self.sets.sets, params, model_state, final=False)["losses"]
         if self.asks:
             found = self._answers(params)
@@ -105,8 +101,9 @@ class Evaluator:
             beside = {k: found.pop(k, {}) for k in BESIDE}
             self._add(out, ANSWERS, n, np.arange(n), self.sets.groups, **beside)
             out |= found
-        out = {k: v for k, v in out.items() if v != {} or k == "losses"}
-        return out if rows else {k: v for k, v in out.items() if k != "rows"}
+        if not rows:
+            out["rows"] = {}
+        return {k: v for k, v in out.items() if v != {} or k == "losses"}
 
     def _answers(self, params):
         own = dict(groups=self.sets.groups) if self.sets.groups else {}
@@ -118,18 +115,17 @@ class Evaluator:
             batches = self.sets.eval_batches(store)
             held = functools.partial(self.task.held, final=final)
             found, predictions = measure(self.step, params, batches, model_state, held=held)
-            groups = self.sets.groups_of(name, store) if final else []
             if final:
+                groups = self.sets.groups_of(name, store)
                 own = dict(groups=groups) if groups else {}
                 scores = self.task.final_scores(found["loss"], predictions, **own)
+                records = self.sets.record_order(store) if scores.rows else None
+                beside = {k: getattr(scores, k) for k in BESIDE}
+                self._add(out, name, len(store), records, groups, **beside)
             else:
                 scores = self.task.score(found["loss"], predictions)
             found = {k: v for k, v in found.items() if k not in self.task.counts}
             out["losses"] |= {f"{name}/{k}": v for k, v in (found | scores.values).items()}
-            if final:
-                records = self.sets.record_order(store) if scores.rows else None
-                beside = {k: getattr(scores, k) for k in BESIDE}
-                self._add(out, name, len(store), records, groups, **beside)
         return out
 
     def _add(self, out, name, n, records, groups, tables, errors, baselines, rows) -> None:

@@ -93,17 +93,13 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, how):
     if beams > 1:
         return search(model, params, cache, last, first, stops, new, beams, penalty)
 
-    def pick(last, i):
-        key = jax.random.fold_in(rng, i)
-        return sample(model.logits(params, last), key, *drawn)
-
     def going(carry):
         i, _, done, *_ = carry
         return (i < new) & ~jnp.all(done)
 
     def body(carry):
         i, last, done, count, out, cache = carry
-        token = pick(last, i)
+        token = sample(model.logits(params, last), jax.random.fold_in(rng, i), *drawn)
         stop = jnp.any(token[:, None] == stops, axis=1)
         keep = ~done & ~stop
         out = out.at[:, i].set(jnp.where(keep, token, 0))
@@ -196,13 +192,10 @@ def generate(
     # A batch on a CPU keeps one core busy and now and then the others: two at a time keep two.
     # Over several devices programs have to run one after the other.
     alone = jax.device_count() == 1 and jax.default_backend() == "cpu"
-    pool = ThreadPoolExecutor(WORKERS)
-    try:
+    with ThreadPoolExecutor(WORKERS) as pool:
         answered = (pool.map if alone else map)(answer, range(len(batches)))
         for at, _ in enumerate(answered, 1):
             said(min(at * size, len(prompts)), len(prompts))
-    finally:
-        pool.shutdown(cancel_futures=True)
     return answers
 
 

@@ -127,6 +127,12 @@ def bootstrap(
     return {k: float(np.std(v, ddof=1)) for k, v in every.items() if len(v) > 1}
 
 
+def _spread(fn, rows, groups) -> dict[str, float]:
+    """Standard errors of fn(indices): of means over `rows` exactly, of the rest by drawing."""
+    exact = {name: standard_error(values, groups) for name, values in rows.items()}
+    return bootstrap(fn, len(next(iter(rows.values()))), groups) | exact
+
+
 # ---- labels --------------------------------------------------------------------------------
 
 
@@ -145,22 +151,20 @@ def labels(
     n = len(wanted)
     if not n:
         return Scores({})
-    values = _label_values(wanted, given, len(names), scores)
-    hits = (wanted == given).astype(np.float64)
-    spread = {}
-    if errors:
-        some = lambda at: _label_values(  # noqa: E731
-            wanted[at], given[at], len(names), None if scores is None else scores[at]
-        )
-        spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
+
+    def measure(at: Any = slice(None)) -> dict[str, float]:
+        own = None if scores is None else scores[at]
+        return _label_values(wanted[at], given[at], len(names), own)
+
+    rows = {"accuracy": (wanted == given).astype(np.float64)}
     usual = int(np.bincount(wanted).argmax())
     baseline = _label_values(wanted, np.full(n, usual), len(names), None)
-    shown = {k: baseline[k] for k in ("accuracy", "f1")}
-    tables = _label_tables(wanted, given, names, scores)
+    baselines = {f"always {names[usual]}": {k: baseline[k] for k in ("accuracy", "f1")}}
+    values = measure()
     if lost := int((given < 0).sum()):
         values["not_finite"] = float(lost)
-    baselines = {f"always {names[usual]}": shown}
-    return Scores(values, tables, spread, baselines, {"accuracy": hits})
+    spread = _spread(measure, rows, groups) if errors else {}
+    return Scores(values, _label_tables(wanted, given, names, scores), spread, baselines, rows)
 
 
 def _label_values(wanted, given, classes, scores) -> dict[str, float]:
@@ -232,23 +236,19 @@ def multi_labels(
     A label is given from a probability of one half on; accuracy is the share of rows of which all
     labels are right. A row whose scores are not finite is given none.
     """
-    n = len(wanted)
-    if not n:
+    if not len(wanted):
         return Scores({})
     lost = ~np.isfinite(scores).all(1)
     given = (np.where(lost[:, None], 0.0, scores) >= 0.5) & ~lost[:, None]
-    hits = (given == wanted).all(1).astype(np.float64)
     values = _multi_values(wanted, given, None if lost.any() else scores)
     values |= {"not_finite": float(lost.sum())} if lost.any() else {}
-    spread = {}
-    if errors:
-        some = lambda at: _multi_values(wanted[at], given[at], None)  # noqa: E731
-        spread = bootstrap(some, n, groups) | {"accuracy": standard_error(hits, groups)}
+    rows = {"accuracy": (given == wanted).all(1).astype(np.float64)}
+    some = lambda at: _multi_values(wanted[at], given[at], None)  # noqa: E731
+    spread = _spread(some, rows, groups) if errors else {}
     usual = np.broadcast_to(wanted.mean(0) >= 0.5, wanted.shape)
-    shown = _multi_values(wanted, usual, None)
+    baselines = {"each label's majority": _multi_values(wanted, usual, None)}
     tables = {"per_label": _per_label(wanted.astype(int), given.astype(int), names)}
-    rows = {"accuracy": hits}
-    return Scores(values, tables, spread, {"each label's majority": shown}, rows)
+    return Scores(values, tables, spread, baselines, rows)
 
 
 def _multi_values(wanted, given, scores) -> dict[str, float]:
@@ -279,15 +279,12 @@ def numbers(
         return Scores({})
     if lost := int((~np.isfinite(given)).sum()):
         return Scores({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
-    off = np.abs(wanted - given)
-    spread = {}
-    if errors:
-        spread = bootstrap(lambda at: _number_values(wanted[at], given[at]), len(wanted), groups)
-        spread["mae"] = standard_error(off, groups)
+    rows = {"mae": np.abs(wanted - given)}
+    some = lambda at: _number_values(wanted[at], given[at])  # noqa: E731
+    spread = _spread(some, rows, groups) if errors else {}
     mean = _number_values(wanted, np.full(len(wanted), wanted.mean()))
-    shown = {k: mean[k] for k in ("mae", "rmse")}
-    values = _number_values(wanted, given)
-    return Scores(values, {}, spread, {"the mean": shown}, {"mae": off})
+    baselines = {"the mean": {k: mean[k] for k in ("mae", "rmse")}}
+    return Scores(_number_values(wanted, given), {}, spread, baselines, rows)
 
 
 def _number_values(wanted, given) -> dict[str, float]:
@@ -319,8 +316,7 @@ def texts(
 ) -> Scores:
     """Of answers, by the metrics of these names.
 
-    wanted: the reference of each row, or several: a metric of rows takes the best of them, another
-    the first.
+    wanted: the reference of each row, or several: metrics of rows take the best, others the first.
     answer: the pattern before a number, or around its group (`number`); "" = the last number.
     baselines: other answers to the same questions, such as the first sentences. Raises: ConfigError
     for a package that is not there, or a pattern that is none.
@@ -329,28 +325,25 @@ def texts(
     if not n:
         return Scores({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
+
+    def measure(name: str, at: Sequence[int]) -> float | np.ndarray:
+        w, g = ([x[i] for i in at] for x in (wanted, given))
+        return _text_metric(name, w, g, answer)
+
     for name in names:
-        found = _text_metric(name, list(wanted), list(given), answer)
-        if isinstance(found, float):
-            values[name] = found
-            if errors and ":" not in name:  # a function of the user's may take its time
-                some = functools.partial(_of_rows, name, wanted, given, answer)
-                spread |= bootstrap(some, n, groups)
-            continue
-        rows[name], values[name] = found, float(found.mean())
-        if errors:
-            spread[name] = standard_error(found, groups)
+        found = measure(name, range(n))
+        values[name] = float(np.mean(found))
+        if isinstance(found, np.ndarray):
+            rows[name] = found
+            spread |= {name: standard_error(found, groups)} if errors else {}
+        elif errors and ":" not in name:  # a function of the user's may take its time
+            some: Any = lambda at, name=name: {name: measure(name, at)}  # noqa: E731
+            spread |= bootstrap(some, n, groups)
     others = {
         what: texts(names, wanted, answers, answer=answer).values
         for what, answers in (baselines or {}).items()
     }
     return Scores(values, {}, spread, others, rows)
-
-
-def _of_rows(name, wanted, given, answer, at) -> dict[str, float]:
-    """The metric of the rows at these indices."""
-    w, g = ([x[i] for i in at] for x in (wanted, given))
-    return {name: float(np.mean(_text_metric(name, w, g, answer)))}
 
 
 def _text_metric(name, wanted, given, answer) -> float | np.ndarray:

@@ -85,8 +85,7 @@ class Sets:
     def shots(self) -> Callable[[int, dict], list[dict]] | None:
         """What draws the examples before each question from the training rows; None for none.
 
-        It gets the question's number and record, which is no example of itself. Raises: ConfigError
-        where there are no such rows.
+        It gets the question's number and record. Raises: ConfigError where there are too few rows.
         """
         k, seed, rows = self.config.eval.shots, self.config.seed, self.records
         if not k:
@@ -138,10 +137,7 @@ class Sets:
         return parallel.put_batch(self.mesh, batch, size, axes)
 
     def record_order(self, store: TokenStore) -> np.ndarray | None:
-        """The record of each document, in the order in which `eval_batches` gives them.
-
-        None where a document is given in parts.
-        """
+        """The record of each document, in the order of `eval_batches`; None where one is cut."""
         rows = self._eval_rows(store)[0]
         documents = [doc for r in range(rows.total) for doc, _, _ in rows.pieces(r)]
         if len(set(documents)) < len(documents):
@@ -154,10 +150,7 @@ class Sets:
         return hashlib.sha256(" ".join(f["sha256"] for f in files).encode()).hexdigest()[:16]
 
     def groups_of(self, name: str, store: TokenStore) -> list[Any]:
-        """What each document of a set has under eval.group; [] where that is "".
-
-        Raises: ConfigError where documents are cut over rows; DataError for a row without it.
-        """
+        """What each document has under eval.group; [] for "". Raises: ConfigError, DataError."""
         if not self.config.eval.group:
             return []
         records = self.record_order(store)

@@ -42,7 +42,8 @@ MODELS: dict[type, Any] = {
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
     r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)"
-    r"|(\w+\.)?embeddings\.position_ids|(cls\.predictions|lm_head)\.decoder\.bias"  # another name of their bias
+    r"|(\w+\.)?embeddings\.position_ids"
+    r"|(cls\.predictions|lm_head)\.decoder\.bias"  # another name of their bias
 )
 
 
@@ -204,8 +205,7 @@ def load_params(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
-    Under "stats" the tree holds the batch statistics of a model that has them: its model_state.
-    A head that the files do not have is initialised from the seed, and one that the model does not
+    Under "stats" stand the batch statistics of a model that has them: its model_state. A head that the files do not have is initialised from the seed, and one that the model does not
     have is left out; a line of the log names both.
     """
     reader = Reader(path)

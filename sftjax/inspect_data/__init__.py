@@ -18,7 +18,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -34,7 +34,7 @@ from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
-from sftjax.inspect_data.views import VIEWS
+from sftjax.inspect_data.views import COLUMNS, VIEWS
 from sftjax.terminal import show
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     against = config_lib.load(flags.against) if flags.against else None
     if against is not None:
         config_lib.check(against, flags.against)
-    view, color = _view(flags.format), not flags.out
+    view, color = view_of(flags.format), not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
     report = collect(config, Wanted(**wanted), flags.set, against)
     # Damaged text may hold what UTF-8 can't: shown as its escape.
@@ -64,28 +64,8 @@ def main(argv: Sequence[str]) -> None:
             sys.exit(1)
 
 
-def inspect(
-    config: ConfigDict,
-    n: int = 5,
-    format: str = "terminal",
-    set: str = "train",
-    color: bool = True,
-    width: int = 0,
-    against: ConfigDict | None = None,
-    **wanted: Any,
-) -> str:
-    """The report as a string; the options are those of the command, `wanted` more of `Wanted`.
-
-    config: its tokenizer is read, not its model. format: "terminal" | "json" | "html". color: of a
-    terminal: escape codes mark what is trained. width: columns of the terminal, 0 = of a file; from
-    120 on, tokens stand beside the text. Raises: DataError for a bad row among those looked at, or
-    an option that there is not. What training would raise for the whole set is in the report.
-    """
-    view = _view(format)
-    return view(collect(config, Wanted(n, **wanted), set, against), color, width)
-
-
-def _view(format):
+def view_of(format: str) -> Callable[..., str]:
+    """The view called so: (report, color, width) -> text. Raises: DataError for none."""
     if format not in VIEWS:
         raise DataError(f"--format={format}: expected {' | '.join(VIEWS)}", kind="setting")
     return VIEWS[format]
@@ -94,11 +74,11 @@ def _view(format):
 def collect(
     config: ConfigDict, wanted: Wanted, set: str = "train", against: ConfigDict | None = None
 ) -> dict[str, Any]:
-    """What the views show, of plain values.
+    """What the views show, of plain values; the config's tokenizer is read, not its model.
 
-    Returns: {"set", "problem": what training would raise, "warnings": what training would warn of,
-      "sources": {name: totals}, "totals", "examples"}; with `against` {"set", "problem": "",
-      "warnings", "comparison", "differences"}.
+    {"set", "problem": what training would raise, "warnings", "sources": {name: totals}, "totals",
+    "examples"}; with `against` "comparison" and "differences" in place of the last three. Raises:
+    DataError for a bad row among those looked at, or an option that there is not.
     """
     wanted.check()
     if set not in ("train", "validation", "test"):
@@ -152,7 +132,8 @@ def _examples(part, rows, tokenizer) -> list[dict]:
     data = part.config.data
     docs = [(row, indices) for row in rows for indices in row.kept]
     packed = pack([len(indices) for _, indices in docs], data.max_length, data.packing)
-    places = {id(row): np.zeros((len(row.example.tokens), 2), int) for row in rows}
+    # A token that is cut away has no place.
+    places = {id(row): np.full((len(row.example.tokens), 2), None) for row in rows}
     for pieces in packed:
         for segment, (doc, start, stop) in enumerate(pieces, 1):
             row, indices = docs[doc]
@@ -164,14 +145,8 @@ def _examples(part, rows, tokenizer) -> list[dict]:
 def _example(name, row, places, tokenizer):
     ids, weights = row.example.tokens.tolist(), row.example.weights.tolist()
     tokens = [
-        dict(
-            token=tokenizer.decode([i]),
-            id=i,
-            weight=weight,
-            segment=segment or None,  # a token that is cut away has no place
-            position=position if segment else None,
-        )
-        for i, weight, (segment, position) in zip(ids, weights, places, strict=True)
+        dict(zip(COLUMNS, (tokenizer.decode([i]), i, weight, *place), strict=True))
+        for i, weight, place in zip(ids, weights, places, strict=True)
     ]
     return dict(
         source=name,

@@ -19,10 +19,7 @@ from sftjax.inspect_data.rows import Part, Wanted, encode
 def compare(
     parts: Sequence[Part], config: ConfigDict, other: ConfigDict, wanted: Wanted
 ) -> dict[str, Any]:
-    """The rows of `parts` in which `other` would feed or train other tokens.
-
-    Returns: {"comparison": counts over all rows wanted, "differences": the first of each source}.
-    """
+    """{"comparison", "differences"}: rows in which `other` would feed or train other tokens."""
     other = other.copy_and_resolve_references()
     if not (other.data.tokenizer or other.model.path):
         other.data.tokenizer = config.data.tokenizer or config.model.path
@@ -34,10 +31,13 @@ def compare(
     words = [functools.cache(lambda i, t=t: t.decode([i])) for t in tokenizers]
     keys: Sequence[Callable[[int], int | str]] = [int, int] if here == there else words
     counts = Counter(rows=0, differ=0, other_tokens=0, trained_here=0, trained_there=0)
+    alone = {s.name: s.config for s in mix.sources(other)} if other.data.sources else {}
     differences = []
     for part in parts:
-        shown = 0
-        for a, b in _both(part, other, tokenizers[1], wanted.start):
+        shown, rows = 0, range(len(part.source))[wanted.start :]
+        theirs = part._replace(config=alone.get(part.name, other))
+        theirs = theirs._replace(task=tasks.make(theirs.config, tokenizers[1]))
+        for a, b in zip(encode(part, rows), _blamed(encode(theirs, rows)), strict=True):
             if not wanted.takes(a):
                 continue
             (ids, weights), (ids_there, weights_there) = fed = _fed(a), _fed(b)
@@ -52,15 +52,6 @@ def compare(
     names = [tokenizer.name_or_path for tokenizer in tokenizers]
     comparison = dict(counts) | dict(tokenizers=names if keys is words else [])
     return dict(comparison=comparison, differences=differences)
-
-
-def _both(part, other, there, start):
-    """Each row as its own config has it, and as the other one would."""
-    alone = {s.name: s.config for s in mix.sources(other)} if other.data.sources else {}
-    theirs = part._replace(config=alone.get(part.name, other))
-    theirs = theirs._replace(task=tasks.make(theirs.config, there))
-    rows = range(len(part.source))[start:]
-    return zip(encode(part, rows), _blamed(encode(theirs, rows)), strict=True)
 
 
 def _blamed(rows):

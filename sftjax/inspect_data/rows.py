@@ -80,7 +80,7 @@ def parts_of(
     data, parts = config.data, []
     if set == "train" or (set == "validation" and not data.validation):
         sources = mix.sources(config) if data.train or data.sources else []
-        for source in _choose(sources, chosen, [s.name for s in sources]):
+        for source in _choose({s.name: s for s in sources}, chosen):
             task = tasks.make(source.config, tokenizer)
             source.config.data.augment = source.config.data.augment if augment else ()
             rows = prepare.training_rows(source.config, task, cache)
@@ -91,7 +91,7 @@ def parts_of(
             parts += [part] if part.source else []
     else:
         sets = sets_lib.named(data.validation) if set == "validation" else {"test": data.test}
-        for name in _choose(list(sets), chosen, list(sets)) if data[set] else ():
+        for name in _choose({k: k for k in sets}, chosen) if data[set] else ():
             parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
     if not parts:
         problem, fix = f"data.{set} is empty", "give a file, a glob or a hub data set id"
@@ -99,10 +99,10 @@ def parts_of(
     return parts
 
 
-def _choose(items, name, names):
-    if name and name not in names:
-        raise DataError(f"--source={name}: expected {' | '.join(names)}", kind="setting")
-    return [item for item, its in zip(items, names, strict=True) if name in ("", its)]
+def _choose(items: dict, name: str) -> list:
+    if name and name not in items:
+        raise DataError(f"--source={name}: expected {' | '.join(items)}", kind="setting")
+    return [items[name]] if name else [*items.values()]
 
 
 @dataclass(frozen=True)

@@ -285,24 +285,15 @@ def _cells(token, *weights: str):
 
 
 def _difference_page(render, report):
-    several = len({d["source"] for d in report["differences"]}) > 1
-    return render(
-        "difference.html.jinja",
-        styles=["inspect.css"],
-        title=report["set"],
-        comparison=_comparison(report),
-        differences=[_difference(d, several) for d in report["differences"]],
-    )
-
-
-def _difference(difference, several):
-    source = f"{difference['source']}: " if several else ""
+    several, shown = len({d["source"] for d in report["differences"]}) > 1, []
     left_out = "", ("…", "", "", "")
-    changes = _changes(difference)
-    rows = [(t["mark"], _cells(t, "here", "there")) if t else left_out for t in changes]
-    sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(difference)]
-    title = f"{source}{difference['where']}, {_only(difference)}"
-    return dict(title=title, sides=sides, rows=rows)
+    for d in report["differences"]:
+        rows = [(t["mark"], _cells(t, "here", "there")) if t else left_out for t in _changes(d)]
+        sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(d)]
+        source = f"{d['source']}: " if several else ""
+        shown.append(dict(title=f"{source}{d['where']}, {_only(d)}", sides=sides, rows=rows))
+    values = dict(title=report["set"], comparison=_comparison(report), differences=shown)
+    return render("difference.html.jinja", styles=["inspect.css"], **values)
 
 
 VIEWS = {"terminal": terminal, "json": as_json, "html": as_html}

@@ -8,7 +8,7 @@ interval of it. That is far sharper than two means with an error each.
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple
@@ -78,14 +78,13 @@ def read(path: Path) -> list[Measured]:
     every = found.get("results", [found]) if isinstance(found, dict) else []
     if not every or not all(isinstance(one, dict) and "metrics" in one for one in every):
         raise DataError("no result of sftjax evaluate --out", where=str(path), kind="bad_file")
-    return [_read_result(one, path) for one in every]
-
-
-def _read_result(one, path) -> Measured:
-    name, rows = Path(str(one.get("data", "data"))).stem, one.get("rows", {})
-    values = {f"{name}/{k}": v for k, v in one["metrics"].items()}
-    rows = {f"{name} answers" if k == "answers" else name: v for k, v in rows.items()}
-    return Measured(f"{one.get('model', path.stem)}", {}, values, rows)
+    out = []
+    for one in every:
+        name, rows = Path(str(one.get("data", "data"))).stem, one.get("rows", {})
+        values = {f"{name}/{k}": v for k, v in one["metrics"].items()}
+        rows = {f"{name} answers" if k == "answers" else name: v for k, v in rows.items()}
+        out.append(Measured(f"{one.get('model', path.stem)}", {}, values, rows))
+    return out
 
 
 def _read_run(path) -> Measured:
@@ -119,10 +118,7 @@ def settings(sides: Sequence[Measured]) -> dict[str, list[Any]]:
 
 def differences(a: Measured, b: Measured) -> list[Difference]:
     """Of every metric that both have of the same rows of the same files; see `paired`."""
-    found = list[tuple[str, tuple[int, float, float, float, float]]]()
-    for name, metric, values, about in _common(a, b):
-        if all(np.isfinite(x).all() for x in values):
-            found.append((f"{name}/{metric}", paired(values[0], values[1], **about)))
+    found = [(name, paired(x, y, **about)) for name, (x, y), about in _common(a, b)[0]]
     out, alive = dict[str, Difference](), True
     # Holm's rule: of several metrics the least likely is held to LEVEL / their number, and so on.
     for rank, (metric, numbers) in enumerate(sorted(found, key=lambda x: x[1][-1])):
@@ -136,50 +132,42 @@ def differences(a: Measured, b: Measured) -> list[Difference]:
 
 def left_out(a: Measured, b: Measured) -> list[str]:
     """What can't be compared row by row, and why, in words."""
-    out = []
+    return _common(a, b)[1]
+
+
+def _common(a, b) -> tuple[list[tuple[str, list[np.ndarray], dict[str, Any]]], list[str]]:
+    """([("<set>/<metric>", values of the rows that both have, weights and groups)], `left_out`)."""
+    found, lacking = [], []
     for name in dict.fromkeys([*a.rows, *b.rows]):
-        mine, other = a.rows.get(name), b.rows.get(name)
-        if mine is None or other is None:
-            out.append(f"{name}: one side has no values of its rows")
-        elif _of(mine) != _of(other):
-            out.append(f"{name}: measured on other files")
-        elif not set(mine["record"]) & set(other["record"]):
-            out.append(f"{name}: no row in common")
-    for name, metric, values, _ in _common(a, b):
-        if not all(np.isfinite(x).all() for x in values):
-            out.append(f"{name}/{metric}: not a number in some rows")
-    return out
-
-
-def _of(rows) -> Any:
-    return rows.get("about", {}).get("of")
-
-
-def _common(a, b) -> Iterator[tuple[str, str, list[np.ndarray], dict[str, Any]]]:
-    """(set, metric, the values of both, weights and groups) of the rows that both have."""
-    for name, mine in a.rows.items():
-        other = b.rows.get(name)
-        if other is None or _of(mine) != _of(other):
+        if name not in a.rows or name not in b.rows:
+            lacking.append(f"{name}: one side has no values of its rows")
             continue
-        sides = [mine, other]
-        places = [{record: i for i, record in enumerate(one["record"])} for one in sides]
-        if any(len(p) < len(one["record"]) for p, one in zip(places, sides, strict=True)):
-            if mine["record"] != other["record"]:
+        sides = [a.rows[name], b.rows[name]]
+        records, about = ([one.get(key, {}) for one in sides] for key in ("record", "about"))
+        if about[0].get("of") != about[1].get("of"):
+            lacking.append(f"{name}: measured on other files")
+            continue
+        at: Any = [np.arange(len(records[0]))] * 2
+        if records[0] != records[1]:
+            at = np.intersect1d(*records, return_indices=True)[1:]
+        if not len(at[0]):
+            lacking.append(f"{name}: no row in common")
+            continue
+        if records[0] != records[1] and any(len({*some}) < len(some) for some in records):
+            lacking.append(f"{name}: rows in other pieces")
+            continue
+        take = lambda value, i: np.asarray(value, np.float64)[at[i]]  # noqa: B023, E731
+        how = {"groups": [about[0]["group"][i] for i in at[0]]} if "group" in about[0] else {}
+        for metric in [k for k in sides[0] if k in sides[1] and k not in ("record", "about")]:
+            values = [take(side[metric], i) for i, side in enumerate(sides)]
+            if not np.isfinite(values).all():
+                lacking.append(f"{name}/{metric}: not a number in some rows")
                 continue
-            places = [dict(enumerate(range(len(mine["record"]))))] * 2  # rows in pieces
-        shared = [record for record in places[0] if record in places[1]]
-        at = [[p[record] for record in shared] for p in places]
-        about: dict[str, Any] = {}
-        if "group" in mine.get("about", {}):
-            about["groups"] = [mine["about"]["group"][i] for i in at[0]]
-        pairs = list(zip(sides, at, strict=True))
-        known = ((one.get("about", {}).get("weight"), i) for one, i in pairs)
-        weights = [np.asarray(w, np.float64)[i] for w, i in known if w is not None]
-        for metric in mine:
-            if shared and metric in other and metric not in ("record", "about"):
-                values = [np.asarray(one[metric], np.float64)[i] for one, i in pairs]
-                own = {"weights": weights} if len(weights) == 2 and metric == "loss" else {}
-                yield name, metric, values, about | own
+            own = {}
+            if metric == "loss" and all("weight" in one for one in about):
+                own = {"weights": [take(one["weight"], i) for i, one in enumerate(about)]}
+            found.append((f"{name}/{metric}", values, how | own))
+    return found, lacking
 
 
 def paired(
@@ -258,13 +246,8 @@ def page(sides: Sequence[Measured]) -> str:
     named = {f"{chr(65 + i)} {one.name}": one.losses for i, one in enumerate(sides) if one.losses}
     title = "Loss over steps"
     drawn = [curves.picture(curves.overlay_figure(named, title), title)] if named else []
-    return html.render(
-        "compare.html.jinja",
-        styles=("report.css",),
-        title="Comparison",
-        parts=parts(sides),
-        pictures=drawn,
-    )
+    values: dict[str, Any] = dict(title="Comparison", parts=parts(sides), pictures=drawn)
+    return html.render("compare.html.jinja", styles=("report.css",), **values)
 
 
 def _line(one: Difference, letter: str) -> list[str]:
@@ -284,8 +267,6 @@ def as_json(sides: Sequence[Measured]) -> dict[str, Any]:
         "models": [one.name for one in sides],
         "settings": settings(sides),
         "metrics": [finite(dict(one.values)) for one in sides],
-        "differences": [
-            [finite(one._asdict()) for one in differences(first, b)] for b in sides[1:]
-        ],
+        "differences": [[finite(x._asdict()) for x in differences(first, b)] for b in sides[1:]],
         "left_out": [left_out(first, b) for b in sides[1:]],
     }

@@ -19,7 +19,6 @@ if (_logger := logging.getLogger("matplotlib")).level == logging.NOTSET:
     _logger.setLevel(logging.ERROR)
 
 import matplotlib.style
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -33,26 +32,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^Dv"
 LONG = 100  # points from which a train loss is drawn under its running mean
 
-STYLE = {
-    "axes.formatter.useoffset": False,
-    "axes.grid": True,
-    "axes.prop_cycle": cycler(color=COLOURS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.xmargin": 0.02,
-    "figure.constrained_layout.h_pad": 0.1,
-    "figure.constrained_layout.w_pad": 0.1,
-    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",  # text stays text: to be searched, copied and read aloud
-    "svg.hashsalt": "sftjax",  # ids that do not change from one drawing to the next
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-}
+STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
 
 @contextlib.contextmanager
@@ -65,10 +45,7 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, path: str | Path | io.BytesIO, title: str) -> None:
-    """Write a figure as an SVG file, the same bytes for the same figure.
-
-    title: what the file is called where a browser or a screen reader says its name.
-    """
+    """Write a figure as SVG, the same bytes each time. title: its name in a browser."""
     with style():
         figure.savefig(path, format="svg", metadata={"Title": title, "Date": None, "Creator": None})
 
@@ -122,10 +99,7 @@ def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figu
 
 @style()
 def reliability_figure(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """How often answers of a confidence are right; the larger a point, the more rows it has.
-
-    bins: as metrics.labels gives them: {"share" of rows, "confidence", "accuracy"}.
-    """
+    """How often answers of a confidence are right; bins: the table "calibration" of labels."""
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="mean confidence", ylabel="share right")
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)

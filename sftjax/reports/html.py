@@ -51,10 +51,7 @@ def render(template: str, *, styles: Sequence[str] = (), script: str = "", **val
 
 
 def csp(style: str, script: str, pictures: bool = False) -> Markup:
-    """The Content-Security-Policy that allows this inline style and script, and nothing else.
-
-    pictures: also those that the page itself holds.
-    """
+    """The policy that allows this inline style and script, and pictures that the page holds."""
     images = "img-src data:; " * pictures
     return Markup(
         f"default-src 'none'; {images}style-src {_source(style)}; script-src {_source(script)}; "

@@ -31,6 +31,12 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
     figure = curves.loss_figure(series, f"Loss of {workdir.name}")
     curves.save(figure, workdir / "curve.svg", "Loss")
     pictures = [curves.picture(figure, "Loss over steps")]
+    baselines = [
+        (f"{name}/{metric}", what, number(metric, value))
+        for name, some in after.get("baselines", {}).items()
+        for what, values in some.items()
+        for metric, value in values.items()
+    ]
     for name, bins in after.get("tables", {}).items():
         if name.endswith("/calibration"):
             title = f"Reliability of {name.removesuffix('/calibration')}"
@@ -40,10 +46,13 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
         "report.html.jinja",
         styles=("report.css",),
         title=f"Run {workdir.name}",
-        facts=_facts(config, feed, result["steps"]),
+        run=config,
+        trained_on=config.data.train or ", ".join(str(s["path"]) for s in config.data.sources),
+        examples=feed.summary().replace("\n", "; "),
+        steps=result["steps"],
         sentences=overfitting(series),
         measured=list(measured(before, after)),
-        baselines=list(_baselines(after)),
+        baselines=baselines,
         pictures=pictures,
         tables=list(_tables(after.get("tables", {}))),
         rows=[*_worst(task, feed, after), *_answers(task, feed, before, after)],
@@ -74,27 +83,6 @@ def overfitting(series: Mapping[str, curves.Points]) -> list[str]:
                 f" best checkpoint with eval.best={name}."
             )
     return said
-
-
-def _facts(config, feed, steps) -> list[tuple[str, str]]:
-    d, t = config.data, config.train
-    trained = d.train or ", ".join(str(s["path"]) for s in d.sources)
-    return [
-        ("task", config.task),
-        ("model", config.model.path or "the task's own"),
-        ("trained on", trained),
-        ("examples", feed.summary().replace("\n", "; ")),
-        ("steps", f"{steps:,} of {t.batch_size} rows"),
-        ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}"),
-        ("seed", str(config.seed)),
-    ]
-
-
-def _baselines(after) -> Iterator[tuple[str, ...]]:
-    for name, baselines in after.get("baselines", {}).items():
-        for what, values in baselines.items():
-            for metric, value in values.items():
-                yield f"{name}/{metric}", what, number(metric, value)
 
 
 def _tables(tables: Mapping[str, Any]) -> Iterator[html.Part]:

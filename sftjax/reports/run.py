@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """A before/after table of what the answers and each set score, with standard errors.
-
-    Under it, what each set's baselines score: answers that need no model.
-    """
+    """What the answers and each set score, before and after; under it what baselines score."""
     rows = [("", "before", "after")]
     for name, old, new, error in measured(before, after):
         rows.append((name, old, f"{new} ± {error}" if error else new))
@@ -98,10 +95,6 @@ def places(workdir: Path) -> list[tuple[str, Path]]:
         "answers to the test": "samples/test.jsonl",
         "exported model": "export",
     }
-    return [(what, workdir / name) for what, name in names.items() if _filled(workdir / name)]
-
-
-def _filled(path: Path) -> bool:
-    return path.is_file() or (
-        path.is_dir() and any(p.name != "manifest.json" for p in path.iterdir())
-    )
+    full = lambda path: any(p.name != "manifest.json" for p in path.glob("*"))  # noqa: E731
+    paths = {what: workdir / name for what, name in names.items()}
+    return [(what, path) for what, path in paths.items() if path.is_file() or full(path)]

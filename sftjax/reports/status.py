@@ -7,6 +7,7 @@ lost its power may leave it, is said in a note, and the rest is shown.
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from math import isfinite
 from pathlib import Path
@@ -22,6 +23,7 @@ from sftjax.training import lock as lock_lib
 PARTS = ("state/_METADATA", "extra/metadata")
 # Beginnings of the names of what training logs of its sources.
 OF_TRAINING = ("loss/", "trained_tokens/", "documents/", "epochs/")
+NUMBER = (int, float)  # as JSON has them
 LOWER = ("loss", "perplexity")  # metrics of which less is better, where the run does not say
 
 
@@ -54,7 +56,8 @@ def status(workdir: Path | str) -> dict[str, Any]:
         problem = what if workdir.is_dir() else "does not exist"
         raise NotFoundError(f"{workdir} {problem}; name the folder given to train as --workdir")
     run, config = (_read(workdir / name, notes) for name in ("run.json", "config.json"))
-    lines = list(_lines(workdir / "metrics.jsonl", notes))
+    log = workdir / "metrics.jsonl"
+    lines = list(_lines(log, notes))
     trained = [line for line in lines if "lr" in line]
     measured = [line for line in lines if "lr" not in line]
     last = trained[-1] if trained else {}
@@ -70,10 +73,10 @@ def status(workdir: Path | str) -> dict[str, Any]:
     eta = None
     if state == "running" and isinstance(steps, int) and isinstance(last.get("step_time"), float):
         eta = last["step_time"] * max(steps - step, 0)
-    section = config.get("eval")
-    metric = run.get("best") or (isinstance(section, dict) and section.get("best")) or ""
+    metric = run.get("best") or config.get("eval", {}).get("best") or ""
     there = [line for line in measured if line["step"] in kept]  # of them eval.best names one
     best, still = (_best(lines, metric, run.get("lower")) for lines in (measured, there))
+    saved = still.get(metric, {}).get("step")
     return dict(
         workdir=str(workdir),
         state=state,
@@ -87,10 +90,8 @@ def status(workdir: Path | str) -> dict[str, Any]:
         evaluation=_metrics(measured[-1]) if measured else {},
         evaluated=measured[-1]["step"] if measured else None,
         best=best,
-        checkpoints=dict(
-            steps=kept, newest=newest, best=still.get(metric, {}).get("step"), bytes=size
-        ),
-        written=_time(workdir / "metrics.jsonl"),
+        checkpoints=dict(steps=kept, newest=newest, best=saved, bytes=size),
+        written=log.stat().st_mtime if log.exists() else None,
         export=(workdir / "export" / "config.json").exists(),
         notes=notes,
     )
@@ -152,17 +153,12 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 def _checkpoints(folder: Path) -> tuple[list[int], int]:
     """(steps of the whole checkpoints, ascending; bytes of all there is). They may come and go."""
-    try:
-        names = [p for p in folder.iterdir() if p.name.isdecimal()]
-    except OSError:
-        return [], 0
+    names = [p for p in folder.glob("*") if p.name.isdecimal()]
     kept = sorted(int(p.name) for p in names if all((p / part).exists() for part in PARTS))
     size = 0
     for path in folder.rglob("*"):
-        try:
+        with suppress(OSError):  # deleted meanwhile
             size += path.lstat().st_size if path.is_file() else 0
-        except OSError:  # deleted meanwhile
-            continue
     return kept, size
 
 
@@ -176,24 +172,13 @@ def _best(measured: list[dict], metric: str, lower: Any) -> dict[str, Any]:
     names = dict.fromkeys(k for line in measured for k in _metrics(line) if k.endswith("/loss"))
     out = {}
     for name in [metric] if metric else names:
-        found = [(line[name], line["step"]) for line in measured if _is_number(line.get(name))]
+        found = [(line[name], line["step"]) for line in measured if type(line.get(name)) in NUMBER]
         if found:
             known = metric and isinstance(lower, bool)
             less = lower if known else name.rpartition("/")[2] in LOWER
             value, step = (min if less else max)(found, key=lambda pair: pair[0])
             out[name] = dict(value=value, step=step)
     return out
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _time(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
 
 
 def text(found: dict[str, Any]) -> str:
@@ -204,19 +189,17 @@ def text(found: dict[str, Any]) -> str:
         "tokens_per_s": lambda v: f"tok/s {v:,.0f}",
         "eta": lambda v: f"eta {timedelta(seconds=round(v))}",
     }
-    now = [write(found[k]) for k, write in parts.items() if _is_number(found[k])]
+    now = [write(found[k]) for k, write in parts.items() if type(found[k]) in NUMBER]
     if found["logged"] not in (None, found["step"]):
         now.append(f"(logged at step {found['logged']})")
     total = "?" if found["steps"] is None else found["steps"]
-    state = found["state"]
-    if state == "stopped":
-        state = f"stopped at step {found['step']}"
+    state = found["state"] + f" at step {found['step']}" * (found["state"] == "stopped")
     rows = [
         ("state", f"{state} ({found['detail']})" if found["detail"] else state),
         ("step", "  ".join([f"{found['step']}/{total}", *now])),
     ]
     if found["evaluation"]:
-        values = (f"{k} {v:.4g}" for k, v in found["evaluation"].items() if _is_number(v))
+        values = (f"{k} {v:.4g}" for k, v in found["evaluation"].items() if type(v) in NUMBER)
         rows.append(("evaluated", f"step {found['evaluated']}: {'  '.join(values)}"))
     for name, best in found["best"].items():
         rows.append(("best", f"{name} {best['value']:.4g} at step {best['step']}"))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from inspecting import inspect
 from test_chat import make_tokenizer
 from test_clean import Records, good, places, planted
 
@@ -20,7 +21,6 @@ from sftjax.config import ConfigError, get_default
 from sftjax.data import DataError, make_batch, open_source
 from sftjax.evaluation.likelihood import weighted
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.inspect_data import inspect
 from sftjax.training.data import Feed
 
 REPO = Path(__file__).resolve().parents[2]

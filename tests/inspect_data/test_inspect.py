@@ -4,13 +4,14 @@ import subprocess
 import sys
 
 import pytest
+from inspecting import inspect
 from test_chat import make_tokenizer
 from test_reports import check_self_contained
 
 from sftjax import config as config_lib
 from sftjax.config import get_default
 from sftjax.data import DataError
-from sftjax.inspect_data import inspect, main
+from sftjax.inspect_data import main
 from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted
 from sftjax.inspect_data.views import GREEN, PLAIN, RED

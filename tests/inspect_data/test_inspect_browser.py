@@ -7,12 +7,12 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from inspecting import inspect
 from test_chat import make_tokenizer
 
 from sftjax.config import get_default
 from sftjax.data import encode
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.inspect_data import inspect
 from sftjax.reports import html as html_lib
 
 pytestmark = pytest.mark.browser

@@ -102,6 +102,9 @@ def test_rows_are_of_the_same_files_and_shared(tmp_path, pair):
     [d] = compare.read(apart)
     assert differences(a, d) == [] and compare.left_out(a, d) == ["dev: no row in common"]
     assert "B and A have no rows in common" in compare.text([a, d])
+    pieces = Measured("", {}, {}, {"dev": c.rows["dev"] | {"record": [0, *range(199)]}})
+    assert differences(a, pieces) == []
+    assert compare.left_out(a, pieces) == ["dev: rows in other pieces"]
     for side, of in ((a, "1"), (c, "2")):
         side.rows["dev"]["about"] = {"of": of, "lower": ["loss"]}
     assert differences(a, c) == [] and compare.left_out(a, c) == ["dev: measured on other files"]

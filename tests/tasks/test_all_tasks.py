@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from inspecting import inspect
 from PIL import Image
 from test_reports import check_self_contained
 from transformers import AutoTokenizer
@@ -26,7 +27,6 @@ from sftjax import train as train_lib
 from sftjax.data import DataError, open_source
 from sftjax.errors import DivergenceError, Stopped
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.inspect_data import inspect
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
 from sftjax.reports.run import number

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+from inspecting import inspect
 from test_chat import make_tokenizer
 
 from sftjax import config as config_lib
@@ -10,7 +11,6 @@ from sftjax import losses, tasks
 from sftjax import params as params_lib
 from sftjax.data import DataError, Rows, build_store, open_source
 from sftjax.errors import ConfigError
-from sftjax.inspect_data import inspect
 from sftjax.tasks.classification import Classification, Labels, confusion_text
 
 NAMES = ("negative", "positive")

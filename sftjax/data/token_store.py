@@ -22,7 +22,7 @@ import numpy as np
 
 from sftjax.data.packing.truncate import OVERLONG, describe
 from sftjax.data.records.notes import Notes, said
-from sftjax.data.records.protocols import RecordSource, RejectSink
+from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.rejects import Rejects, check
 from sftjax.errors import DataError
 from sftjax.terminal import warn
@@ -242,11 +242,11 @@ def encode_rows(
     source: RecordSource,
     rows: Sequence[int],
     task: "Task",
-    rejects: RejectSink,
+    rejects: Any,
     notes: Notes | None = None,
     read: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[tuple[str, "Encoded"]]:
-    """(file and row, example) of the rows that can be encoded; the others go to `rejects`.
+    """(file and row, example) of the rows that can be encoded; the others go to `rejects.add`.
 
     What a row holds and its example does not is counted in `notes`. read: in place of `source[i]`.
     Where it fails, halves of the rows are tried: the good ones are still encoded together.

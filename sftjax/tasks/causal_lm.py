@@ -18,7 +18,7 @@ from sftjax.data import open_source
 from sftjax.data.masking import encode as chat
 from sftjax.data.masking.conversation import read_field, read_record, to_conversation
 from sftjax.data.masking.question import SEPARATOR, Question, question, stop_ids
-from sftjax.data.masking.template import template_sources
+from sftjax.data.masking.template import template_texts
 from sftjax.data.packing.truncate import fit
 from sftjax.data.records.notes import Notes, said, unread
 from sftjax.data.records.sources import Source
@@ -89,7 +89,8 @@ class CausalLM(Answering[chat.Encoded]):
             raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
-        settings["template"] = template_sources(self.tokenizer, self.policy.get("template"))
+        texts = template_texts(self.tokenizer, self.policy.get("template"))
+        settings["template"] = list(texts.values())
         return [settings, special]
 
     def cut(self, example: chat.Encoded, max_length: int, overlong: str) -> list[tuple]:

@@ -94,8 +94,5 @@ def _leaves(value) -> Iterator[str]:
 def _in(part, text):
     """Is it there as it stands, in JSON, or with other blanks?"""
     part = part.strip()
-    if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
-        return True
-    if json.dumps(part)[1:-1] in text:
-        return True
-    return " ".join(part.split()) in " ".join(text.split())
+    forms = (part, *(json.dumps(part, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+    return any(f in text for f in forms) or " ".join(part.split()) in " ".join(text.split())

@@ -81,31 +81,31 @@ def load_template(
         )
     if chat and chat["kind"] in ("text", "segments"):
         return _load(tokenizer, "", len(tokenizer))
-    tools = bool(chat and chat["tools"])
-    return _load(tokenizer, template_text(tokenizer, template, tools, where), len(tokenizer))
+    texts = template_texts(tokenizer, template)
+    name = "tool_use" if chat and chat["tools"] and "tool_use" in texts else "default"
+    if name not in texts:
+        raise DataError(
+            "the tokenizer's chat templates are called "
+            f"{', '.join(sorted(named_templates(tokenizer)))}, and none is the 'default' that a "
+            "row without tools needs",
+            "set data.template to one of these names, or to a file",
+            where=where,
+            kind="no_template",
+        )
+    return _load(tokenizer, texts[name], len(tokenizer))
 
 
 def load_templates(
     tokenizer: "PreTrainedTokenizerBase", template: str | None = None
 ) -> list["ChatTemplate"]:
-    """All templates that rows may be rendered with: of several named ones two at the most."""
-    sources = template_sources(tokenizer, template)
-    return [_load(tokenizer, source, len(tokenizer)) for source in sources]
+    """All templates that rows may be rendered with, see `template_texts`."""
+    texts = template_texts(tokenizer, template).values()
+    return [_load(tokenizer, text, len(tokenizer)) for text in texts]
 
 
 @lru_cache(maxsize=8)
 def _load(tokenizer, source, vocabulary):
     return ChatTemplate(tokenizer, source)
-
-
-def template_sources(
-    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
-) -> list[str]:
-    """The texts of all templates that rows may be rendered with."""
-    named = named_templates(tokenizer)
-    if template or not named:
-        return [template_text(tokenizer, template)]
-    return [named[name] for name in ("default", "tool_use") if name in named]
 
 
 def named_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
@@ -114,38 +114,27 @@ def named_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     return given if isinstance(given, dict) else {}
 
 
-def template_text(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str | None = None,
-    tools: bool = False,
-    where: str = "",
-) -> str:
-    """The chat template in use: `template` (its text, a file's name) or the tokenizer's.
+def template_texts(
+    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
+) -> dict[str, str]:
+    """The templates that rows may be rendered with: "default", and "tool_use" for rows with tools.
 
-    Of several templates of the tokenizer's it is the one called `template`, else "tool_use" for a
-    row with tools and "default" for all others, as transformers chooses.
+    The default is `template` (its text, a file's name, the name of one of the tokenizer's). Without
+    it they are the tokenizer's own, as transformers chooses; "" where it has none.
     """
-    named: Any = named_templates(tokenizer)
+    named = named_templates(tokenizer)
     if template in named:
-        return named[template]
+        return {"default": named[template]}
     if not template:
-        name = "tool_use" if tools and "tool_use" in named else "default"
-        if named and name not in named:
-            raise DataError(
-                f"the tokenizer's chat templates are called {', '.join(sorted(named))}, and none "
-                "is the 'default' that a row without tools needs",
-                "set data.template to one of these names, or to a file",
-                where=where,
-                kind="no_template",
-            )
-        return named[name] if named else tokenizer.chat_template or ""
+        own: Any = named or {"default": tokenizer.chat_template or ""}
+        return {name: own[name] for name in ("default", "tool_use") if name in own}
     if "{" in template:
-        return template
+        return {"default": template}
     if not Path(template).is_file():
         problem = f"data.template={template!r}: no such file, and it is no template text"
         raise DataError(problem, kind="setting")
     try:
-        return Path(template).read_text(encoding="utf-8")
+        return {"default": Path(template).read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
         problem = f"data.template={template!r} can't be read as text: {error}"
         raise DataError(problem, kind="setting") from None

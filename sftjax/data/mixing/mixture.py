@@ -193,7 +193,9 @@ class Mixture(Rows):
             packed = self._pack(place, docs)
         if len(packed) > left:
             packed = take_rows(packed, np.arange(left))
-            self._put_back(place, np.delete(docs, packed.doc))
+            over = np.delete(docs, packed.doc)
+            owner = self.store.owner(over)
+            place.queues = [np.append(over[owner == s], q) for s, q in enumerate(place.queues)]
         packed = replace(packed, doc=docs[packed.doc])
         cycle = Cycle(place.row, place.given, packed)
         place.row, place.cycle = place.row + len(packed), place.cycle + 1
@@ -222,11 +224,6 @@ class Mixture(Rows):
             drawn.append(place.queues[s][:n])
             place.queues[s] = place.queues[s][n:]
         return np.concatenate(drawn)
-
-    def _put_back(self, place, docs):
-        owner = self.store.owner(docs)
-        for s, queue in enumerate(place.queues):
-            place.queues[s] = np.append(docs[owner == s], queue)
 
     def _shuffle(self, s, n) -> np.ndarray:
         """All documents of source s, in the order of its n-th pass."""

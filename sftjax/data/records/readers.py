@@ -22,7 +22,6 @@ import numpy as np
 
 from sftjax.data.records import failures, images
 from sftjax.data.records.failures import excerpt, readable
-from sftjax.data.records.protocols import Reader
 from sftjax.errors import DataError
 from sftjax.terminal import warn
 
@@ -34,40 +33,45 @@ PARQUET_GROWTH = 1000  # its columns are of one kind each, and compress better
 
 
 class JsonLines:
-    """One JSON object a line, found through an index of line starts; blank lines are skipped."""
+    """One JSON object a line, found through an index of the lines; blank ones are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.suffix.lower() in COMPRESSED:
-            with open_bytes(path) as file:
-                self._bytes: bytes | mmap.mmap = file.read()
-        else:
-            with open(path, "rb") as file:
+        self._bytes: bytes | mmap.mmap
+        with open_bytes(path) as file:
+            if path.suffix.lower() in COMPRESSED:
+                self._bytes = file.read()
+                found = _filled_lines(io.BytesIO(self._bytes))
+            else:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        starts = _line_starts(self._bytes)
-        stops = np.append(starts[1:], len(self._bytes))
-        first = np.frombuffer(self._bytes, np.uint8)[starts]
-        filled = np.ones(len(starts), bool)
-        for line in np.flatnonzero(np.isin(first, list(b" \t\r\n"))):
-            filled[line] = bool(self._bytes[starts[line] : stops[line]].strip())
-        self._lines = np.flatnonzero(filled)
-        self._starts, self._stops = starts[filled], stops[filled]
+                found = _filled_lines(file)
+            self._lines = np.fromiter(found, np.dtype((np.int64, 3)))
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, i: int) -> Any:
-        return parse_line(self._bytes[self._starts[i] : self._stops[i]], self.where(i))
+        _, start, stop = self._lines[i]
+        return parse_line(self._bytes[start:stop], self.where(i))
 
     def where(self, i: int) -> str:
         """The file and line of record `i`."""
-        return f"{self.path}:{self._lines[i] + 1}"
+        return f"{self.path}:{self._lines[i, 0] + 1}"
 
     @staticmethod
     def stream(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
         """(line number from 0, line) of the lines from `start` on that aren't blank."""
         with open_bytes(path) as file:
             yield from ((row, x) for row, x in enumerate(file) if row >= start and x.strip())
+
+
+def _filled_lines(file):
+    """(line number from 0, start, stop) of the lines that aren't blank."""
+    start = 0
+    for number, line in enumerate(file):
+        if line.strip():
+            yield number, start, start + len(line)
+        start += len(line)
 
 
 _ENDS = {
@@ -146,26 +150,21 @@ def _grown(path, found, growth):
     return DataError(problem, fix, where=path, kind="grown")
 
 
-def _line_starts(data, chunk=1 << 26):
-    found = [np.zeros(1, np.int64)]
-    for at in range(0, len(data), chunk):
-        block = np.frombuffer(data, np.uint8, min(chunk, len(data) - at), at)
-        found.append(np.flatnonzero(block == ord("\n")) + at + 1)
-    starts = np.concatenate(found)
-    return starts[starts < len(data)]
-
-
 class Table:
     """Rows in memory, with what `where` says of each.
 
     A line of JSON among them is parsed when it is asked for, so that a bad one is an error of its
-    own row. A place is the number of a line, or a file with it.
+    own row. A place is the number of a line, or a file with it. lists: as of `nested`.
     """
 
     def __init__(
-        self, path: Path | str, rows: Sequence[Any], places: Sequence[int | str] | None = None
+        self,
+        path: Path | str,
+        rows: Sequence[Any],
+        places: Sequence[int | str] | None = None,
+        lists: str = "",
     ) -> None:
-        self.path, self._rows, self._places = path, rows, places
+        self.path, self._rows, self._places, self.lists = path, rows, places, lists
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -202,49 +201,36 @@ def _read_json(path):
     return Table(path, lists[0])
 
 
-class Nested:
-    """A record for each element of the nested lists `lists`, a dotted name, in another's rows."""
+def nested(reader: Any, lists: str) -> Table:
+    """A record for each element of the nested lists `lists`, a dotted name, in a reader's rows.
 
-    def __init__(self, reader: Reader, lists: str) -> None:
-        self.path, self.lists, self._reader = reader.path, lists, reader
-        names = lists.split(".")
-        self._at = [
-            (row, at)
-            for row in range(len(reader))
-            for at in _elements(reader[row], names, reader.where(row))
-        ]
-        if not self._at:
-            problem = f"#{lists} holds no element in any row"
-            raise DataError(problem, where=self.path, kind="no_rows")
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        row, at = self._at[i]
-        record = element = self._reader[row]
-        for name, n in zip(self.lists.split("."), at, strict=True):
-            element = element[name][n]
-            record = {k: v for k, v in record.items() if k != name} | element
-        return record
-
-    def where(self, i: int) -> str:
-        """The place of the row, and the element in it: "file.json:1#paragraphs.0.qas.2"."""
-        row, at = self._at[i]
-        names = zip(self.lists.split("."), at, strict=True)
-        return f"{self._reader.where(row)}#{'.'.join(f'{name}.{n}' for name, n in names)}"
+    Its place is the row's, and the element in it: "file.json:1#paragraphs.0.qas.2".
+    """
+    found = []
+    for row in range(len(reader)):
+        where = reader.where(row)
+        found += _elements({}, reader[row], lists.split("."), where, f"{where}#")
+    if not found:
+        problem = f"#{lists} holds no element in any row"
+        raise DataError(problem, where=reader.path, kind="no_rows")
+    places, rows = zip(*found, strict=True)
+    return Table(reader.path, rows, places, lists)
 
 
-def _elements(value, names, where):
-    """The indices of all elements of the nested lists in one row."""
+def _elements(outer, value, names, where, place):
+    """(place, record) of all elements of the nested lists in a value, with what `outer` holds."""
     if not isinstance(value, dict):
         raise _no_list(f"{excerpt(value)} is no object", "an element", where)
+    record = outer | value
     if not names:
-        return [()]
+        return [(place.rstrip("."), record)]
     inner = value.get(names[0])
     if not isinstance(inner, list):
         raise _no_list(f"#{names[0]} is {excerpt(inner)}", repr(names[0]), where)
-    return [(n, *at) for n, e in enumerate(inner) for at in _elements(e, names[1:], where)]
+    del record[names[0]]
+    places = (f"{place}{names[0]}.{n}." for n in range(len(inner)))
+    pairs = zip(inner, places, strict=True)
+    return [one for e, at in pairs for one in _elements(record, e, names[1:], where, at)]
 
 
 def _no_list(found, subject, where):

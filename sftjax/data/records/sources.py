@@ -19,8 +19,7 @@ from sftjax.data.records import layout
 from sftjax.data.records.failures import excerpt, readable
 from sftjax.data.records.images import Folder
 from sftjax.data.records.layout import kind
-from sftjax.data.records.protocols import Reader
-from sftjax.data.records.readers import READERS, Nested
+from sftjax.data.records.readers import READERS, nested
 from sftjax.errors import DataError
 from sftjax.files import check_regular, url_problem
 
@@ -28,9 +27,9 @@ BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by
 
 
 class Source(Sequence):
-    """The records of several files, one after the other."""
+    """The records of several files, one after the other; readers: see readers.py."""
 
-    def __init__(self, readers: Sequence[Reader], limit: int = 0) -> None:
+    def __init__(self, readers: Sequence[Any], limit: int = 0) -> None:
         self.readers = readers
         self._ends = np.cumsum([len(r) for r in readers]).tolist()
         self._length = min(self._ends[-1], limit or self._ends[-1])
@@ -100,12 +99,12 @@ def open_source(spec: str, limit: int = 0) -> Source:
 
     Raises: DataError if a file is absent, empty, malformed or of an unknown kind.
     """
-    readers: list[Reader] = []
+    readers: list[Any] = []
     for part in str(spec or "").split(","):
         with readable(part.strip()):
             files, _, lists = (part, "", "") if Path(part.strip()).exists() else part.partition("#")
             opened = [_open(path) for path in find_files(files)]
-        readers += [Nested(reader, lists.strip()) for reader in opened] if lists else opened
+        readers += [nested(reader, lists.strip()) for reader in opened] if lists else opened
     if not readers:
         fix = "set data.train=FILE (JSONL, JSON, Parquet, CSV)"
         raise DataError("no data file is named", fix, kind="setting")

@@ -5,7 +5,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftjax.data import DataError, open_source
-from sftjax.data.records import readers
 from sftjax.data.records import sources as sources_lib
 
 
@@ -26,12 +25,6 @@ def test_jsonl_skips_blank_lines_and_counts_them(tmp_path):
     assert source[-1] == {"x": 3} and source[1:] == [{"x": "zwei ✓"}, {"x": 3}]
     with pytest.raises(IndexError):
         source[3]
-
-
-def test_line_index_over_several_blocks():
-    data = b'{"a": 1}\n' * 50
-    starts = readers._line_starts(data, chunk=7)
-    assert starts.tolist() == list(range(0, len(data), 9))
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,9 @@ def load_params(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
-    Under "stats" stand the batch statistics of a model that has them: its model_state. A head that the files do not have is initialised from the seed, and one that the model does not
-    have is left out; a line of the log names both.
+    Under "stats" stand the batch statistics of a model that has them: its model_state. A head that
+    the files do not have is initialised from the seed, and one that the model does not have is left
+    out; a line of the log names both.
     """
     reader = Reader(path)
     model = _stored(model, reader)

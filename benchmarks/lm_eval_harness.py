@@ -1,6 +1,6 @@
 """An adapter for lm-eval, EleutherAI's harness, as a command with its arguments.
 
-    python -m sftjax.evaluation.lm_eval --model=sftjax --model_args=pretrained=DIR --tasks=arc_easy
+    python benchmarks/lm_eval_harness.py --model=sftjax --model_args=pretrained=DIR --tasks=arc_easy
 
 model_args: pretrained, a Hugging Face directory or an export; dtype (float32), max_length (what the
 model has), add_bos_token (as the tokenizer). The log-likelihoods are those of its backend `hf`.

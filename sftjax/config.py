@@ -97,10 +97,7 @@ def get_default() -> ConfigDict:
     c.data.split.share = 0.0  # of data.train, for validation, by a hash of the prompt; 0 = none
     c.data.split.group_by = ""  # a field: rows with one value of it stay on one side
     c.data.split.stratify_by = ""  # a field: hold the share within each of its values
-    # Of training rows: names in sftjax/clean/augment.py, one after the other; of images, in
-    # sftjax/ops/pixels.py
-    c.data.augment = ()
-    c.data.augment_copies = 1  # variants of each row; an epoch goes through all of them
+    c.data.augment = ()  # of training images: names in ops/pixels.py, one after the other
     c.data.on_error = "raise"  # of a bad row: raise | skip (to rejects.jsonl in the cache)
     c.data.max_skipped = 0.01  # skip: the share of rows past which the run ends with an error
     c.data.cache_dir = ""  # tokenised data; "" = <workdir>/cache
@@ -219,7 +216,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.prefetch": (0, 10_000),
     "train.keep train.bad_steps loss.chunk_tokens eval.batch_size generate.batch_size": (1, 2**31),
     "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
-    "data.shuffle_window data.augment_copies data.clean.ngram model.vocab_multiple": (1, 2**31),
+    "data.shuffle_window data.clean.ngram model.vocab_multiple": (1, 2**31),
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
     "loss.label_smoothing optim.floor generate.top_p": (0, 1),
@@ -277,7 +274,7 @@ RULES = {  # ordered (regex, value) pairs: what a value is
 }
 # Keys of `data` that an entry of data.sources may set for its rows alone.
 OWN = """limit fields roles train_on stop_token reasoning system overlong template_kwargs clean
-split augment augment_copies on_error max_skipped""".split()
+split augment on_error max_skipped""".split()
 
 
 # ---- reading -------------------------------------------------------------------------------

@@ -242,7 +242,6 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
             "optim__name": "muon",
             "eval__best": "validation/loss",
             "eval__patience": 1,
-            "data__augment": "('token_dropout',)",
         },
     ]
     for i, overrides in enumerate(variants):

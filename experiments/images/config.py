@@ -22,7 +22,7 @@ def get_config(argument="last", data="runs/images"):
     c.data.labels = tuple("0123456789")
     c.data.augment = ("crop",)
     c.train.batch_size = 100
-    c.train.duration = "8 epochs" if rows in ("train", "shuffled") else "300 steps"
+    c.train.duration = "8 epochs" if rows in ("train", "shuffled") else "100 steps"
     c.optim.lr, c.optim.warmup = 3e-3, "5%"
     if what == "last":
         c.optim.trainable = ((r"(stages/2/|score/).*", True), (".*", False))

@@ -1,1 +1,1 @@
-"""Data made fit to train on: rules, near duplicates, suspects, splits, augmentation."""
+"""Data made fit to train on: rules, near duplicates, suspects, splits."""

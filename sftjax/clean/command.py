@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax import hf, tasks
-from sftjax.clean.augment import canonical
+from sftjax.clean.forms import canonical
 from sftjax.clean.prepare import clean_options
 from sftjax.clean.report import summary, write_records, write_rejects, write_report
 from sftjax.clean.rules import RULES, Findings, find

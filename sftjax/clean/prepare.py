@@ -1,11 +1,10 @@
-"""The training rows of a config: cleaned, parted from validation, augmented; in that order."""
+"""The training rows of a config: cleaned, then parted from validation."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from sftjax.clean.augment import Augmented
 from sftjax.clean.report import summary, write_rejects, write_report
 from sftjax.clean.rules import Finding, find_once
 from sftjax.clean.split import Subset, split
@@ -33,7 +32,7 @@ class Prepared(NamedTuple):
 def training_rows(
     config: ConfigDict, task: Task, cache_dir: Path | str, workdir: Path | str | None = None
 ) -> Prepared:
-    """The rows of data.train as data.clean, data.split and data.augment want them.
+    """The rows of data.train as data.clean and data.split want them.
 
     Of a stream, only the first rows of its shards: see `data.stream.sample`. cache_dir: where what
     cleaning found is kept, so that a restart does not look again. workdir: where the rejects and
@@ -48,10 +47,14 @@ def training_rows(
     source: RecordSource
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
     options, form = dict[str, Any](), dict[str, Any]()
-    varied = d.augment and not task.varies
+    if d.augment and not task.varies:
+        raise ConfigError(
+            f"data.augment={d.augment}: variants are of images; of texts, write a file of them, as"
+            " experiments/augment does"
+        )
     if d.clean.rules:
         options = clean_options(config, task)
-    if d.clean.rules or d.split.share or varied:
+    if d.clean.rules or d.split.share:
         source, task, form = task.prepared(source)
     held = task
     if d.clean.rules:
@@ -69,10 +72,6 @@ def training_rows(
         by["skip"] = d.on_error == "skip"
         source, held_out = split(source, d.split.share, form=_only(form, READING), **by)
         notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
-    if varied:
-        source = Augmented(source, d.augment, d.augment_copies, config.seed, form)
-        task = task.canonical()  # the form of the variants
-        notes.append(f"augmented by {', '.join(d.augment)}; copies of each row: {d.augment_copies}")
     return Prepared(source, task, held_out, held, notes, removed)
 
 

@@ -256,9 +256,8 @@ def encode_rows(
         records = [*map(read or source.__getitem__, rows)]
         examples = task.examples(records, wheres)
         if notes is not None:
-            unread = getattr(source, "unread", lambda i: ())  # of rows that variants are made of
-            for i, where, record, example in zip(rows, wheres, records, examples, strict=True):
-                notes.add(where, [*unread(i), *task.left_out(record, example)])
+            for where, record, example in zip(wheres, records, examples, strict=True):
+                notes.add(where, task.left_out(record, example))
         return list(zip(wheres, examples, strict=True))
     except DataError as error:
         if len(rows) == 1 or rejects.on_error == "raise":

@@ -147,20 +147,19 @@ class Task(Generic[E]):
         return Tally(self, max_length, overlong)
 
     def prepared(self, source: Source | None) -> tuple[Any, "Task", dict]:
-        """(source, task, form): the source as cleaning, splitting and augmentation read it.
+        """(source, task, form): the source as cleaning and splitting read it.
 
         task encodes its records; form: the keywords with which `to_conversation` reads them.
         Raises: DataError where a task's records are no texts.
         """
         raise DataError(
-            f"data.clean, data.split and data.augment read texts, and {type(self).__name__} has"
-            " none",
+            f"data.clean and data.split read texts, and {type(self).__name__} has none",
             "leave them out",
             kind="setting",
         )
 
     def canonical(self) -> "Task":
-        """The task that encodes records in the form of `augment.canonical`."""
+        """The task that encodes records in the form of `clean.forms.canonical`."""
         return self
 
     def answers_only(self) -> "Task":

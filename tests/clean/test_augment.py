@@ -1,17 +1,21 @@
-"""Augmentation: reproducible, of prompts only, never in evaluation."""
+"""Variants of rows: reproducible, and of prompts only."""
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_chat import TOKENIZER
 
-from sftjax.clean import augment as augment_lib
-from sftjax.clean.augment import AUGMENTATIONS, TEMPLATES, Augmented, canonical
-from sftjax.data import DataError, build_store, encode, open_source
+from sftjax.clean.forms import canonical
+from sftjax.data import encode, open_source
 from sftjax.data.masking.conversation import to_conversation
-from sftjax.tasks.causal_lm import CausalLM
+from sftjax.files import load_python
+
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "augment" / "augment.py"
+augment = load_python(str(SCRIPT), "the script")
+AUGMENTATIONS, TEMPLATES = augment.AUGMENTATIONS, augment.TEMPLATES
 
 LONG = "tell me one two three four five six seven eight nine ten eleven twelve words about the sea"
 CHAT = [
@@ -90,75 +94,30 @@ def test_the_canonical_form_has_the_fields_and_the_system_message():
 
 
 def test_variants_are_a_function_of_seed_copy_and_row(tmp_path):
-    data = source(tmp_path)
-    three = Augmented(data, ("token_dropout",), copies=3, seed=5)
-    assert len(three) == 15 and three.where(6) == data.where(1)
-    again = Augmented(data, ("token_dropout",), copies=3, seed=5)
-    assert [again[i] for i in reversed(range(15))] == list(three)[::-1]
-    one = Augmented(data, ("token_dropout",), copies=1, seed=5)
-    assert list(one) == list(three)[:5]  # more copies change none of the first
-    other = Augmented(data, ("token_dropout",), copies=3, seed=6)
+    data, names = source(tmp_path), ["token_dropout"]
+    three = list(augment.variants(data, names, 3, 5))
+    assert len(three) == 15 and three == list(augment.variants(data, names, 3, 5))
+    assert list(augment.variants(data, names, 1, 5)) == three[:5]  # more copies change no first
+    other = list(augment.variants(data, names, 3, 6))
     assert len({json.dumps(s[i]) for s in (three, other) for i in (0, 5, 10)}) == 6
-    with pytest.raises(IndexError):
-        three[15]
 
 
 def test_names_are_applied_in_order(tmp_path):
-    both = Augmented(source(tmp_path), ("token_dropout", "paraphrase_template"), copies=50)
+    both = list(augment.variants(source(tmp_path), ["token_dropout", "paraphrase_template"], 50, 0))
     begins = {t[: t.index("{")] for t in TEMPLATES if t != "{}"}
     prompts = [both[i]["prompt"] for i in range(0, len(both), 5)]
     assert all(any(p.startswith(b) for p in prompts) for b in begins)  # no word of these dropped
 
 
-def test_the_token_cache_knows_of_it(tmp_path, monkeypatch):
-    data = source(tmp_path)
-
-    def key(names=("token_dropout",), copies=1, seed=0, form=None):
-        return Augmented(data, names, copies, seed, form).fingerprint()
-
-    def noise(record, rng):
-        return record
-
-    monkeypatch.setitem(AUGMENTATIONS, "noise", noise)
-    keys = [key(), key(copies=2), key(seed=1), key(("noise",)), key(("token_dropout", "noise"))]
-    keys.append(key(form=dict(system="S")))
-
-    def noise(record, rng):
-        return dict(record)
-
-    monkeypatch.setitem(AUGMENTATIONS, "noise", noise)
-    keys.append(key(("noise",)))  # other code, though of the same name
-    monkeypatch.setattr(augment_lib, "DROPPED", 0.2)
-    keys.append(key())
-    assert len({*keys, data.fingerprint()}) == len(keys) + 1
-    assert key() == keys[-1]
-
-
-def test_the_answers_are_trained_as_they_stand(tmp_path):
-    data = source(tmp_path, RECORDS[:2])
-    policy = dict(train_on="assistant", stop_token="turn", fields={}, system="")
-    stores = [
-        build_store(s, CausalLM(TOKENIZER, policy), 0, "drop", tmp_path / "cache")
-        for s in (data, Augmented(data, ("token_dropout", "paraphrase_template"), copies=4))
-    ]
-    assert len(stores[1]) == 8 and stores[0].folder != stores[1].folder
+def test_a_file_of_variants_trains_the_same_answers(tmp_path):
+    path = source(tmp_path, RECORDS[:2]).readers[0].path
+    augment.main(str(path), str(tmp_path / "out.jsonl"), "token_dropout,paraphrase_template", "4")
+    rows = open_source(str(tmp_path / "out.jsonl"))
+    assert len(rows) == 8
     for i in range(8):
-        (a, v), (b, w) = stores[0][i % 2], stores[1][i]
-        np.testing.assert_array_equal(a[v > 0], b[w > 0])
-    assert len({tuple(stores[1][i][0]) for i in range(0, 8, 2)}) > 1
-
-
-def test_errors(tmp_path):
-    data = source(tmp_path)
-    with pytest.raises(DataError, match="unknown augmentation 'flip'; known: token_dropout, para"):
-        Augmented(data, ("token_dropout", "flip"))
-    with pytest.raises(DataError, match="augment_copies=0: expected 1 or more"):
-        Augmented(data, ("token_dropout",), copies=0)
-
-
-def test_what_a_row_holds_beside_its_variants_is_counted_once(tmp_path):
-    rows = [r | {"topic": "cats"} for r in RECORDS[:2]]
-    data = Augmented(source(tmp_path, rows), ("token_dropout",), copies=3)
-    store = build_store(data, CausalLM(TOKENIZER), 0, "drop", tmp_path / "cache")
-    n, where = store.report["left_out"]["field 'topic' is not read"]
-    assert n == 2 and where.endswith(":1")
+        a, b = encode(RECORDS[i % 2], TOKENIZER), encode(rows[i], TOKENIZER)
+        np.testing.assert_array_equal(a.tokens[a.weights > 0], b.tokens[b.weights > 0])
+    with pytest.raises(FileExistsError):
+        augment.main(str(path), str(tmp_path / "out.jsonl"), "token_dropout")
+    with pytest.raises(ValueError, match="'flip' is unknown; known: token_dropout, para"):
+        list(augment.variants(rows, ["flip"], 1, 0))

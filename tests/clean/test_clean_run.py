@@ -183,7 +183,7 @@ def test_a_run_on_what_training_would_refuse(config, tmp_path):
     assert not page.exists()
 
 
-def test_a_run_with_a_split_and_augmented_rows(config, tmp_path):
+def test_a_run_with_a_split(config, tmp_path):
     config.data.clean.rules = ("missing", "empty")
     config.data.split.share = 0.2
     plain = make_feed(config, tmp_path / "run")
@@ -191,14 +191,10 @@ def test_a_run_with_a_split_and_augmented_rows(config, tmp_path):
     assert list(plain.sets) == ["validation"] and 0 < held < 40
     assert len(plain.store) + held == 105
     assert f"{held} of 105 rows held out" in plain.summary()
-    config.data.augment, config.data.augment_copies = ("token_dropout", "paraphrase_template"), 2
-    feed = make_feed(config, tmp_path / "run")
-    assert len(feed.store) == 2 * len(plain.store)
-    assert (
-        "augmented by token_dropout, paraphrase_template; copies of each row: 2" in feed.summary()
-    )
-    # Evaluation sees no augmentation: the very same store.
-    assert feed.sets["validation"].folder == plain.sets["validation"].folder
+    config.data.augment = ("flip",)
+    with pytest.raises(ConfigError, match=r"data\.augment=.*: variants are of images"):
+        make_feed(config, tmp_path / "run")
+    config.data.augment = ()
     config.data.validation = config.data.test
     with pytest.raises(ConfigError, match="data.split.share takes validation rows from"):
         make_feed(config, tmp_path / "run")
@@ -207,13 +203,11 @@ def test_a_run_with_a_split_and_augmented_rows(config, tmp_path):
 def test_inspect_shows_the_rows_that_train(config):
     config.data.clean.rules = ("missing", "empty")
     config.data.split.share = 0.2
-    config.data.augment, config.data.augment_copies = ("paraphrase_template",), 3
     train = json.loads(inspect(config, 200, "json"))
     held = json.loads(inspect(config, 200, "json", set="validation"))
-    assert train["totals"]["examples"] == 3 * (105 - held["totals"]["examples"])
+    assert train["totals"]["examples"] == 105 - held["totals"]["examples"]
     places = [{e["where"] for e in part["examples"]} for part in (train, held)]
     assert not places[0] & places[1]
-    assert any("Here is a task. " in e["text"] for e in train["examples"])
 
 
 def test_every_key_is_read():

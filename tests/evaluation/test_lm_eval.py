@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -51,7 +52,10 @@ def test_equal_to_the_backend_hf(tmp_path, monkeypatch, fixtures):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     from lm_eval.models.huggingface import HFLM
 
-    from sftjax.evaluation.lm_eval import SftjaxLM
+    from sftjax.files import load_python
+
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "lm_eval_harness.py"
+    SftjaxLM = load_python(str(script), "the script").SftjaxLM
 
     path = os.fspath(fixtures / FIXTURE)
     ours = SftjaxLM(pretrained=path)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import vision
 from families import ALL
 
 from sftjax import config as config_lib
@@ -67,7 +68,8 @@ def is_package(module):
 def test_every_family_and_rope_variant_is_in_the_page_of_models():
     page = (REPO / "docs" / "models.md").read_text()
     assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(FAMILIES)
-    assert {c["model_type"] for c in ALL.values()} == set(FAMILIES)  # and each is tested
+    cases = [*ALL.values(), *vision.CASES.values(), {"model_type": "timm"}]
+    assert {c["model_type"] for c in cases} == set(FAMILIES)  # and each is tested
     for name in rope.FREQUENCIES:
         assert f"`{name}`" in page
 

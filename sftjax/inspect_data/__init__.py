@@ -10,7 +10,6 @@ Nothing is trained.
   --min_trained=0.1 --max_trained=0.5   rows of whose tokens this share is trained
   --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained
   --dropped=REASON    those lost for one reason
-  --against=OTHER.py  rows in which that config's data policy would train on something else
   --format=html       one file for a browser, with filters, to be sent around; also: json
 """
 
@@ -32,7 +31,6 @@ from sftjax.data import DataError, Rows, pack
 from sftjax.errors import writing
 from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
-from sftjax.inspect_data.diff import compare
 from sftjax.inspect_data.rows import Wanted, parts_of, wanted_rows
 from sftjax.inspect_data.views import COLUMNS, VIEWS
 from sftjax.terminal import show
@@ -41,15 +39,12 @@ from sftjax.terminal import show
 def main(argv: Sequence[str]) -> None:
     """Run the command line of `argv`, without the program's name."""
     argv = ["--dropped=any" if arg == "--dropped" else arg for arg in argv]
-    options = dict(format="terminal", set="train", out="", against="")
+    options = dict(format="terminal", set="train", out="")
     config, flags = config_lib.parse(argv, **options, **Wanted()._asdict())
-    wanted = {name: getattr(flags, name) for name in Wanted._fields}
-    against = config_lib.load(flags.against) if flags.against else None
-    if against is not None:
-        config_lib.check(against, flags.against)
+    wanted = Wanted(*(getattr(flags, name) for name in Wanted._fields))
     view, color = view_of(flags.format), not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
-    report = collect(config, Wanted(**wanted), flags.set, against)
+    report = collect(config, wanted, flags.set)
     # Damaged text may hold what UTF-8 can't: shown as its escape.
     page = view(report, color, width).encode("utf-8", "backslashreplace")
     if flags.out:
@@ -71,14 +66,11 @@ def view_of(format: str) -> Callable[..., str]:
     return VIEWS[format]
 
 
-def collect(
-    config: ConfigDict, wanted: Wanted, set: str = "train", against: ConfigDict | None = None
-) -> dict[str, Any]:
+def collect(config: ConfigDict, wanted: Wanted, set: str = "train") -> dict[str, Any]:
     """What the views show, of plain values; the config's tokenizer is read, not its model.
 
-    {"set", "problem": what training would raise, "warnings", "sources": {name: totals}, "totals",
-    "examples"}; with `against` "comparison" and "differences" in place of the last three. Raises:
-    DataError for a bad row among those looked at, or an option that there is not.
+    {"set", "problem": what training would raise, "sources": {name: totals}, "totals", "examples",
+    "warnings"}. Raises: DataError for a bad row among those looked at, or an option there is not.
     """
     wanted.check()
     if set not in ("train", "validation", "test"):
@@ -86,15 +78,23 @@ def collect(
     with _warnings() as warnings, tempfile.TemporaryDirectory() as temporary:
         tokenizer = load_tokenizer(config)
         cache = config.data.cache_dir or temporary  # where training's cache is not named
-        # Policies are compared on the rows as they are: an augmented one is in a form of its own.
-        parts = parts_of(config, set, wanted.source, tokenizer, cache, augment=against is None)
-        name = config.data[set] or config.data.train or ", ".join(part.name for part in parts)
-        name += " (a sample)" if set == "train" and config.data.streaming else ""
-        if against is not None:
-            report = dict(problem="") | compare(parts, config, against, wanted)
-        else:
-            report = _trained(parts, wanted, tokenizer, cache)
-    return dict(set=name) | report | dict(warnings=list(dict.fromkeys(warnings)))
+        parts = parts_of(config, set, wanted.source, tokenizer, cache)
+        examples = [e for part in parts for e in _examples(part, wanted, tokenizer)]
+        totals, problem = {}, ""
+        for part in parts:
+            try:
+                totals[part.name] = _totals(part, cache)
+            except DataError as error:
+                problem = str(error)
+    name = config.data[set] or config.data.train or ", ".join(part.name for part in parts)
+    return dict(
+        set=f"{name} (a sample)" if set == "train" and config.data.streaming else name,
+        problem=problem,
+        sources=totals,
+        totals=_sum(totals.values()),
+        examples=examples,
+        warnings=list(dict.fromkeys(warnings)),
+    )
 
 
 @contextmanager
@@ -114,22 +114,9 @@ def _warnings() -> Iterator[list[str]]:
         logger.removeFilter(note)
 
 
-def _trained(parts, wanted, tokenizer, cache):
-    examples, totals, problem = [], {}, ""
-    for part in parts:
-        rows = islice(wanted_rows(part, wanted), wanted.n)
-        examples += _examples(part, list(rows), tokenizer)
-    for part in parts:
-        try:
-            totals[part.name] = _totals(part, cache)
-        except DataError as error:
-            problem = str(error)
-    return dict(problem=problem, sources=totals, totals=_sum(totals.values()), examples=examples)
-
-
-def _examples(part, rows, tokenizer) -> list[dict]:
+def _examples(part, wanted, tokenizer) -> list[dict]:
     """Rows with their tokens, packed as training packs; here only these few."""
-    data = part.config.data
+    data, rows = part.config.data, list(islice(wanted_rows(part, wanted), wanted.n))
     docs = [(row, indices) for row in rows for indices in row.kept]
     packed = pack([len(indices) for _, indices in docs], data.max_length, data.packing)
     # A token that is cut away has no place.

@@ -1,7 +1,7 @@
 """The rows of a set as training would have them, one by one, each with what becomes of it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,16 +73,13 @@ def parts_of(
     chosen: str,
     tokenizer: "PreTrainedTokenizerBase | None",
     cache: Path | str,
-    augment: bool = True,
 ) -> list[Part]:
     """The sources of a set, or the one called `chosen`. Raises: DataError if there is none."""
-    config = config.copy_and_resolve_references()
     data, parts = config.data, []
     if set == "train" or (set == "validation" and not data.validation):
         sources = mix.sources(config) if data.train or data.sources else []
         for source in _choose({s.name: s for s in sources}, chosen):
             task = tasks.make(source.config, tokenizer)
-            source.config.data.augment = source.config.data.augment if augment else ()
             rows = prepare.training_rows(source.config, task, cache)
             held: Any = rows.validation  # None where none is held out; the part then goes
             part = Part(source.name, source.config, held, rows.held)
@@ -127,14 +124,14 @@ class Row:
 
 def wanted_rows(part: Part, wanted: Wanted) -> Iterator[Row]:
     """The rows wanted, from the first on; those that cleaning removed come after the others."""
-    rows = encode(part, range(len(part.source))[wanted.start :])
+    rows = _encode(part, range(len(part.source))[wanted.start :])
     yield from filter(wanted.takes, rows)
     if part.removed:
         start = max(wanted.start - len(part.source), 0)
         yield from filter(wanted.takes, _removed(part, list(part.removed)[start:]))
 
 
-def encode(part: Part, indices: Sequence[int]) -> Iterator[Row]:
+def _encode(part, indices) -> Iterator[Row]:
     """A Row for each index. Raises: DataError, as training would."""
     d = part.config.data
     for _, where, example, error in _encoded(part, indices, d.on_error):

@@ -9,7 +9,6 @@ from sftjax.data.packing import truncate as lengths
 from sftjax.terminal import in_json, printable
 
 COLUMNS = ("token", "id", "weight", "segment", "position")
-CONTEXT = 3  # tokens shown around those that differ
 BESIDE = 120  # columns of a terminal from which tokens stand beside the text
 
 
@@ -61,51 +60,6 @@ def _several(report):
     return len({e["source"] for e in report["examples"]} | report["sources"].keys()) > 1
 
 
-def _comparison(report) -> list[str]:
-    c = report["comparison"]
-    lines = []
-    if c["tokenizers"]:
-        here, there = c["tokenizers"]
-        lines.append(f"the tokenizers are different: {here} here, {there} there; ids can't be "
-                     "compared, so tokens are compared by their text")  # fmt: skip
-    if not c["differ"]:
-        return [*lines, f"no difference in {c['rows']} rows"]
-    if c["other_tokens"]:
-        lines.append(f"the two tokenise differently: other tokens in {c['other_tokens']} of "
-                     f"{c['rows']} rows")  # fmt: skip
-    lines.append(f"{c['differ']} of {c['rows']} rows differ")
-    trained = f"{c['trained_here']:,} here, {c['trained_there']:,} there"
-    return [*lines, f"trained tokens of all rows: {trained}"]
-
-
-def _sides(difference):
-    """("here, 40 tokens, 10 trained", side) of both."""
-    for name in ("here", "there"):
-        side = difference[name]
-        text = f"{name}: {side['tokens']} tokens, {side['trained']} trained"
-        lost = side["dropped"] and f", dropped: {side['dropped']}"
-        note = side["note"] and f" ({side['note']})"
-        yield text + lost + note, side
-
-
-def _changes(difference):
-    """The tokens that differ, with a few around them; None where others are left out."""
-    tokens = difference["tokens"]
-    marked = (i for i, token in enumerate(tokens) if token["mark"])
-    near = {i + step for i in marked for step in range(-CONTEXT, CONTEXT + 1)}
-    shown = False
-    for i, token in enumerate(tokens):
-        if i in near:
-            yield token
-        elif shown or i == 0:
-            yield None
-        shown = i in near
-
-
-def _only(difference):
-    return f"only here: {difference['only_here']}, only there: {difference['only_there']}"
-
-
 def _pieces(text, spans):
     """(characters, are they trained) one after the other."""
     at = 0
@@ -121,15 +75,24 @@ NOTHING = "no row is as wanted: see --source, --min_trained, --max_trained, --dr
 
 # --- terminal -----------------------------------------------------------------------------------
 
-PLAIN, GREEN, RED, BLUE, YELLOW = "\033[0m", "\033[32m", "\033[31m", "\033[34m", "\033[33m"
-MARKS = {"": " ", "only-here": "<", "only-there": ">", "weight": "~"}
-COLORS = {"only-here": RED, "only-there": BLUE, "weight": YELLOW}
+PLAIN, GREEN = "\033[0m", "\033[32m"
 
 
 def terminal(report: dict[str, Any], color: bool, width: int) -> str:
     """The report as text; color: with escapes, width: columns of the terminal, 0 for a file."""
-    show = _terminal_diff if "comparison" in report else _terminal
-    return "\n".join(show(_safe(report), color, width)) + "\n"
+    report, lines = _safe(report), []
+    for example in report["examples"]:
+        title = _title(example, _several(report))
+        lines += [f"== {title}", *filter(None, [example["note"]]), ""]
+        lines += _beside(example, _token_lines(example["tokens"], color), color, width)
+        lines.append("")
+    if not report["examples"]:
+        lines += [NOTHING, ""]
+    for name, summary in _summaries(report).items():
+        lines += [f"== {name}", "", *(f"{k:<12}{text}" for k, text in summary.items()), ""]
+    if report["problem"]:
+        lines += [f"error: {report['problem']}", ""]
+    return "\n".join(lines)
 
 
 def _safe(value, key=""):
@@ -141,26 +104,11 @@ def _safe(value, key=""):
     return printable(value) if isinstance(value, str) and key not in ("text", "token") else value
 
 
-def _terminal(report, color, width):
-    lines = []
-    for example in report["examples"]:
-        title = _title(example, _several(report))
-        lines += [f"== {title}", *filter(None, [example["note"]]), ""]
-        lines += _beside(example, _token_lines(example["tokens"], color), color, width)
-        lines.append("")
-    if not report["examples"]:
-        lines += [NOTHING, ""]
-    for name, summary in _summaries(report).items():
-        lines += [f"== {name}", "", *(f"{k:<12}{text}" for k, text in summary.items()), ""]
-    return [*lines, f"error: {report['problem']}"] if report["problem"] else lines[:-1]
-
-
 def _token_lines(tokens, color):
     yield f"{'token':<24}{'id':>8}{'weight':>8}{'segment':>9}{'position':>10}"
     for t in tokens:
-        segment, position = ("-" if t[key] is None else t[key] for key in ("segment", "position"))
-        line = f"{_pad(_shown(t['token']), 24)}{t['id']:>8}{t['weight']:>8g}"
-        line += f"{segment:>9}{position:>10}"
+        word, i, weight, segment, position = _cells(t, "-")
+        line = f"{word}{' ' * (24 - _columns(word))}{i:>8}{weight:>8}{segment:>9}{position:>10}"
         yield GREEN + line + PLAIN if color and t["weight"] else line
 
 
@@ -200,37 +148,17 @@ def _plain(text):
     return printable(text).replace("\t", "\\t")
 
 
-def _shown(word):
-    """A token's text with nothing invisible in it."""
-    return repr(word)[1:-1].replace(" ", "␣")
+def _cells(token, nowhere=""):
+    """What stands in COLUMNS; of a token's text nothing is invisible."""
+    word = repr(token["token"])[1:-1].replace(" ", "␣")
+    place = (nowhere if token[key] is None else token[key] for key in ("segment", "position"))
+    return word, token["id"], f"{token['weight']:g}", *place
 
 
 def _columns(text):
     """How wide a terminal shows it."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
-
-
-def _pad(text, width):
-    return text + " " * (width - _columns(text))
-
-
-def _terminal_diff(report, color, width):
-    marks, lines = (GREEN, PLAIN) if color else ("⟦", "⟧"), []
-    for difference in report["differences"]:
-        lines += [f"== {difference['where']}, {_only(difference)}", ""]
-        for name, side in _sides(difference):
-            lines += [name, "", _marked(side, marks), ""]
-        lines.append(f"  {'token':<24}{'id':>8}{'here':>8}{'there':>8}")
-        for t in _changes(difference):
-            if t is None:
-                lines.append("  ...")
-                continue
-            word, i, here, there = _cells(t, "here", "there")
-            line = f"{MARKS[t['mark']]} {_pad(word, 24)}{i:>8}{here:>8}{there:>8}"
-            lines.append(COLORS[t["mark"]] + line + PLAIN if color and t["mark"] else line)
-        lines.append("")
-    return [*lines, f"== {report['set']}", "", *_comparison(report)]
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -248,17 +176,12 @@ def as_html(report: dict[str, Any], color: bool, width: int) -> str:
     """The report as one page for a browser; color and width are of no use to it."""
     from sftjax.reports import html  # only this view draws a page
 
-    show = _difference_page if "comparison" in report else _page
-    return show(html.render, report)
-
-
-def _page(render, report):
     examples, several, shown = report["examples"], _several(report), []
     reasons = dict.fromkeys(e["dropped"] for e in examples if e["dropped"])
     for e in examples:
         own = dict(pieces=_pieces(e["text"], e["spans"]), rows=[*map(_token_row, e["tokens"])])
         shown.append(e | own | {"title": _title(e, several)})
-    return render(
+    return html.render(
         "inspect.html.jinja",
         styles=["inspect.css"],
         script="inspect.js",
@@ -274,26 +197,8 @@ def _page(render, report):
 
 
 def _token_row(token):
-    kinds = ("trained" if token["weight"] else "", "cut" if token["segment"] is None else "")
-    place = ("" if token[name] is None else token[name] for name in ("segment", "position"))
-    return " ".join(filter(None, kinds)), (*_cells(token, "weight"), *place)
-
-
-def _cells(token, *weights: str):
-    cells = ("" if token[key] is None else f"{token[key]:g}" for key in weights)
-    return _shown(token["token"]), token["id"], *cells
-
-
-def _difference_page(render, report):
-    several, shown = len({d["source"] for d in report["differences"]}) > 1, []
-    left_out = "", ("…", "", "", "")
-    for d in report["differences"]:
-        rows = [(t["mark"], _cells(t, "here", "there")) if t else left_out for t in _changes(d)]
-        sides = [(name, _pieces(side["text"], side["spans"])) for name, side in _sides(d)]
-        source = f"{d['source']}: " if several else ""
-        shown.append(dict(title=f"{source}{d['where']}, {_only(d)}", sides=sides, rows=rows))
-    values = dict(title=report["set"], comparison=_comparison(report), differences=shown)
-    return render("difference.html.jinja", styles=["inspect.css"], **values)
+    kinds = ["trained"] * bool(token["weight"]) + ["cut"] * (token["segment"] is None)
+    return " ".join(kinds), _cells(token)
 
 
 VIEWS = {"terminal": terminal, "json": as_json, "html": as_html}

@@ -4,9 +4,7 @@ from sftjax.inspect_data import collect, view_of
 from sftjax.inspect_data.rows import Wanted
 
 
-def inspect(
-    config, n=5, format="terminal", set="train", color=True, width=0, against=None, **wanted
-):
+def inspect(config, n=5, format="terminal", set="train", color=True, width=0, **wanted):
     """The options are those of the command, `wanted` more of `Wanted`; width: of the terminal."""
     view = view_of(format)
-    return view(collect(config, Wanted(n, **wanted), set, against), color, width)
+    return view(collect(config, Wanted(n, **wanted), set), color, width)

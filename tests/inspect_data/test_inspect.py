@@ -8,13 +8,10 @@ from inspecting import inspect
 from test_chat import make_tokenizer
 from test_reports import check_self_contained
 
-from sftjax import config as config_lib
 from sftjax.config import get_default
 from sftjax.data import DataError
 from sftjax.inspect_data import main
-from sftjax.inspect_data.diff import compare
-from sftjax.inspect_data.rows import Wanted
-from sftjax.inspect_data.views import GREEN, PLAIN, RED
+from sftjax.inspect_data.views import GREEN, PLAIN
 
 ROWS = [
     {"prompt": "what is two?", "completion": "two <script>alert(1)</script> & four"},
@@ -255,142 +252,26 @@ def test_bad_arguments(config):
     fails("--n=-1 --start=0: expected 0 or more", n=-1)
 
 
-# --- two configs --------------------------------------------------------------------------------
-
-
-def changed(config, **values):
-    other = config.copy_and_resolve_references()
-    for key, value in values.items():
-        config_lib.override(other, f"data.{key}", str(value))
-    return other
-
-
-def against(config, other, n=9, **options):
-    return json.loads(inspect(config, n, "json", against=other, **options))
-
-
-def test_equal_policies(config):
-    page = inspect(config, against=changed(config, packing="none"))
-    assert "no difference in 4 rows" in page and "d.jsonl:" not in page
-    assert against(config, changed(config, packing="none"))["differences"] == []
-
-
-def test_masks_that_differ(config):
-    other = changed(config, stop_token="none")
-    report = against(config, other)
-    # The row of which nothing is left to train differs in nothing.
-    assert [d["where"][-1] for d in report["differences"]] == ["1", "2", "4"]
-    assert report["comparison"]["differ"] == 3 and report["comparison"]["other_tokens"] == 0
-    counts = report["comparison"]
-    assert counts["trained_here"] - counts["trained_there"] == 3
-    for difference in report["differences"]:
-        marked = [t for t in difference["tokens"] if t["mark"]]
-        assert [(t["mark"], t["token"], t["here"], t["there"]) for t in marked] == [
-            ("only-here", "<|im_end|>", 1, 0)
-        ]
-        assert (difference["only_here"], difference["only_there"]) == (1, 0)
-    back = against(other, config)["differences"][0]
-    assert (back["only_here"], back["only_there"]) == (0, 1)
-    page = inspect(config, 1, against=other)
-    assert re.search(rf"{re.escape(RED)}< <\|im_end\|> +3 +1 +0{re.escape(PLAIN)}\n", page)
-    assert "3 of 4 rows differ" in page and "tokenise differently" not in page
-    assert "\n  ...\n" in page  # the tokens far from any difference
-    page = inspect(config, against=other, format="html")
-    assert page.count("<article>") == page.count('<tr class="only-here">') == 3
-    assert "only-there" not in page.split("<article>", 1)[1]
-
-
-def test_tokens_that_differ(config, tmp_path):
-    template = tmp_path / "t.jinja"
-    template.write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    report = against(config, changed(config, template=template))
-    assert report["comparison"]["other_tokens"] == 3 and not report["comparison"]["tokenizers"]
-    for difference in report["differences"]:
-        marked = [(t["mark"], t["token"]) for t in difference["tokens"] if t["mark"]]
-        assert marked == [("only-here", "\n")] * 2  # after each turn
-    page = inspect(config, against=changed(config, template=template))
-    assert "the two tokenise differently: other tokens in 3 of 4 rows" in page
-
-
-def test_rows_that_only_one_config_drops(config):
-    report = against(config, changed(config, overlong="drop", max_length=24))
-    assert [d["where"][-1] for d in report["differences"]] == ["1", "2"]
-    there = report["differences"][0]["there"]
-    assert (there["dropped"], there["tokens"]) == ("too_long", 0)
-    page = inspect(config, against=changed(config, overlong="drop", max_length=24), format="html")
-    assert "dropped: too_long (data.max_length=24)" in page
-
-
-def test_the_first_token_of_a_piece_is_no_target(config, tmp_path):
-    config.data.train = write(tmp_path / "t.jsonl", [{"text": "the cat sat on the mat " * 3}])
-    config.data.overlong, config.data.max_length = "split", 10
-    (difference,) = against(config, changed(config, max_length=5))["differences"]
-    marks = {i: t["mark"] for i, t in enumerate(difference["tokens"]) if t["mark"]}
-    n = len(difference["tokens"])
-    assert marks == dict.fromkeys(range(5, n, 10), "only-here") and n > 10
-
-
-def test_weights_that_differ(config, tmp_path):
-    turns = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a", "weight": 0.5}]
-    config.data.train = write(
-        tmp_path / "m.jsonl", [{"a": turns, "b": [turns[0], turns[1] | {"weight": 2}]}]
-    )
-    config.data.fields.messages = "a"
-    (difference,) = against(config, changed(config, **{"fields.messages": "b"}))["differences"]
-    marked = {(t["mark"], t["here"], t["there"]) for t in difference["tokens"] if t["mark"]}
-    assert marked == {("weight", 0.5, 2)}
-
-
-def test_other_tokenizers_are_compared_by_text(config, tmp_path):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<|new|>"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    page = inspect(config, against=changed(config, tokenizer=tmp_path / "other"))
-    assert "the tokenizers are different: " in page and "no difference in 4 rows" in page
-
-
-def test_bad_rows_of_the_other_config_say_so(config):
-    with pytest.raises(DataError, match=r"^--against: .*d.jsonl:1: "):
-        inspect(config, against=changed(config, **{"fields.prompt": "nowhere"}))
-
-
-def test_sources_are_matched_by_name(two_sources):
-    other = two_sources.copy_and_resolve_references()
-    first, second = other.data.sources
-    other.data.sources = (first, second | {"stop_token": "none"})
-    report = against(two_sources, other)
-    assert [d["source"] for d in report["differences"]] == ["second"]
-    assert report["comparison"]["rows"] == 6
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
 def test_command(config, tmp_path, capsys):
     text = (
         "from sftjax.config import get_default\n"
-        "def get_config(arg=''):\n"
+        "def get_config():\n"
         "    c = get_default()\n"
         f"    c.data.train = {config.data.train!r}\n"
-        "    c.data.train_on = arg or 'assistant'\n"
+        f"    c.data.tokenizer = {config.data.tokenizer!r}\n"
+        "    return c\n"
     )
-    tokenizer = f"    c.data.tokenizer = {config.data.tokenizer!r}\n"
-    file, other, out = (tmp_path / name for name in ("c.py", "other.py", "page.html"))
-    file.write_text(text + tokenizer + "    return c\n")
-    other.write_text(text + "    return c\n")  # of no tokenizer: then it is the first one's
+    file, out = tmp_path / "c.py", tmp_path / "page.html"
+    file.write_text(text)
     command = [sys.executable, "-m", "sftjax.inspect_data", f"--config={file}", "--n=1"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "examples    4, 4 documents kept" in shown
     main([*command[3:], "--format=html", f"--out={out}"])
     assert out.read_text().startswith("<!doctype html>")
     capsys.readouterr()
-    main([*command[3:], f"--against={other}"])
-    assert "no difference in 4 rows" in capsys.readouterr().out
-    main([*command[3:], f"--against={other}:all"])
-    assert "4 of 4 rows differ" in capsys.readouterr().out
     main([*command[3:], "--dropped", "--config.data.max_length=64"])
     assert "d.jsonl:3, " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):
@@ -403,11 +284,6 @@ def test_command(config, tmp_path, capsys):
         main([*command[3:], "--config.data.train=none.jsonl"])
 
 
-def test_configs_without_a_tokenizer_cannot_be_compared():
-    with pytest.raises(DataError, match="--against compares tokens, and this task has no token"):
-        compare([], get_default(), get_default(), Wanted())
-
-
 def test_what_is_not_read_is_counted_once_a_source(config, tmp_path, caplog):
     row = {"instruction": "what?", "context": "two", "output": "four"}
     rows = [row, row | {"category": "qa"}, row | {"category": "qa"}]
@@ -417,5 +293,3 @@ def test_what_is_not_read_is_counted_once_a_source(config, tmp_path, caplog):
     assert json.loads(text)["warnings"] == [words]  # of all rows, also those not shown
     assert caplog.messages.count(words) == 1
     assert json.loads(inspect(config, format="json"))["warnings"] == [words]  # out of the cache
-    other = config.copy_and_resolve_references()
-    assert json.loads(inspect(config, format="json", against=other))["warnings"] == []

@@ -196,7 +196,7 @@ def framed(page, width):
     return browse(file).root
 
 
-def test_a_phone_needs_no_sideways_scrolling(config, page, tmp_path):
+def test_a_phone_needs_no_sideways_scrolling(page):
     phone = framed(page, PHONE)
     assert int(phone["data-width"]) <= PHONE
     assert (phone["data-below"], phone["data-beside"]) == ("true", "false")
@@ -204,24 +204,3 @@ def test_a_phone_needs_no_sideways_scrolling(config, page, tmp_path):
     desk = framed(page, 1200)
     assert int(desk["data-width"]) <= 1200
     assert (desk["data-below"], desk["data-beside"]) == ("false", "true")
-    other = config.copy_and_resolve_references()
-    other.data.stop_token = "none"
-    difference = tmp_path / "difference.html"
-    difference.write_text(inspect(config, format="html", against=other), encoding="utf-8")
-    assert int(framed(difference, PHONE)["data-width"]) <= PHONE
-
-
-def test_tokens_that_differ_are_found_by_their_class(config, tmp_path):
-    other = config.copy_and_resolve_references()
-    other.data.stop_token = "none"
-    page = tmp_path / "page.html"
-    page.write_text(inspect(config, format="html", against=other), encoding="utf-8")
-    document = browse(page)
-    assert len(document.articles) == 4  # of the row of which nothing is left, nothing differs
-    for article in document.articles:
-        assert {kind for kind, _ in article["rows"][1:]} == {"", "only-here"}
-        marked = [values for kind, values in article["rows"] if kind == "only-here"]
-        trained = [text for _, text in article["spans"]]
-        here, there = trained[: len(marked)], trained[len(marked) :]
-        assert marked == [["<|im_end|>", "3", "1", "0"]] * len(here)
-        assert here == [text + "<|im_end|>" for text in there]

@@ -83,10 +83,10 @@ def names(c: Config) -> list[tuple]:
             i = part[-1]
             if theirs:
                 own = "shortcut" if part == "shortcut" else f"layer.{int(i) - 1}"
-                files = (f"{own}.convolution", f"{own}.normalization")
+                file, norm = f"{own}.convolution", f"{own}.normalization"
             else:
-                files = (part, f"bn{i}") if i.isdigit() else ("downsample.0", "downsample.1")
-            rows += _convolution(*(prefix + file for file in files), f"{name}/{part}")
+                file, norm = (part, f"bn{i}") if i.isdigit() else ("downsample.0", "downsample.1")
+            rows += _convolution(prefix + file, prefix + norm, f"{name}/{part}")
     if c.classes:
         head = "classifier.1" if theirs else c.classifier
         rows += common.linear(head, "score", "c d -> c d")

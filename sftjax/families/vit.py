@@ -4,6 +4,8 @@ ViT has a class token, which a head reads; of SigLIP a head reads the mean of al
 text tower and the pooling of its contrastive head are left out.
 """
 
+from typing import Any
+
 from sftjax.errors import ModelError
 from sftjax.families import bert, common, pixels
 from sftjax.models.vision import Config
@@ -60,7 +62,7 @@ def names(c: Config) -> list[tuple]:
 def _vit(c) -> list[tuple]:
     embed, block = "vit.embeddings.", "vit.encoder.layer.{}."
     first = {"a": (0, 1), "b": (0, 1)}
-    qkv = dict(q="attention.query", k="attention.key", v="attention.value")
+    qkv: Any = dict(q="attention.query", k="attention.key", v="attention.value")
     return [
         (embed + "cls_token", "class_token/w", "a b d -> d", first),
         (embed + "position_embeddings", "positions/w", "a n d -> n d", {"a": (0, 1)}),
@@ -76,11 +78,12 @@ def _vit(c) -> list[tuple]:
 
 def _siglip() -> list[tuple]:
     embed, block = "vision_model.embeddings.", "vision_model.encoder.layers.{}."
-    attn = dict(q="q_proj", k="k_proj", v="v_proj", o="out_proj")
     return [
         (embed + "position_embedding.weight", "positions/w", "n d -> n d"),
         *common.linear(embed + "patch_embedding", "patches", "d c p q -> p q c d"),
-        *common.matrices(block + "self_attn.", "layers/attn", **attn),
+        *common.matrices(
+            block + "self_attn.", "layers/attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"
+        ),
         *common.matrices(block, "layers/mlp", up="mlp.fc1", down="mlp.fc2"),
         *common.layer_norm(block + "layer_norm1", "layers/attn_norm"),
         *common.layer_norm(block + "layer_norm2", "layers/mlp_norm"),

@@ -69,7 +69,7 @@ def _moved(x, matrix):
     h, w, _ = x.shape
     middle = jnp.array([h - 1, w - 1], jnp.float32)[:, None, None] / 2
     places = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"))
-    at = jnp.einsum("ij,jhw->ihw", matrix, places - middle) + middle
+    at = list(jnp.einsum("ij,jhw->ihw", matrix, places - middle) + middle)
     sample = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=at, order=1)
     return jax.vmap(sample, -1, -1)(x)
 

@@ -49,7 +49,7 @@ class ImageClassification(Classification):
         "weights": ("float32", (1,)),
         "targets": ("int32", (1,)),
     }
-    counts = ("images",)
+    counts = ("images",)  # type: ignore[assignment] # others than of texts
     cleaned = False
     varies = True
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sftjax.data.records.failures import excerpt, readable
-from sftjax.errors import DataError
+from sftjax.errors import ConfigError, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 PIXELS = 1 << 26  # of an image, at most: a small file may claim to be as large as memory
@@ -134,18 +134,20 @@ def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray
     channels: 1 (gray) or 3 (RGB); transparency is left out, as transformers does. Raises: DataError
     for what cannot be read whole, is animated, has more than PIXELS, or has more than 8 bits.
     """
-    from PIL import Image, ImageOps
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ConfigError("images need Pillow: pip install 'sftjax[images]'") from None
 
     def refuse(problem, fix="", kind="bad_image"):
         return DataError(problem, fix, where=where, kind=kind)
 
     try:
-        image = Image.open(BytesIO(data))
+        image: Any = Image.open(BytesIO(data))
         if image.width * image.height > PIXELS:
             size = f"{image.width} x {image.height}"
-            raise refuse(
-                f"the image has {size} pixels", f"at most {PIXELS:,} are read", "too_large"
-            )
+            fix = f"at most {PIXELS:,} are read"
+            raise refuse(f"the image has {size} pixels", fix, "too_large")
         if getattr(image, "n_frames", 1) > 1:
             raise refuse(f"the image has {image.n_frames} frames", "take one of them out of it")
         if image.mode not in MODES:

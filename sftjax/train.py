@@ -45,7 +45,7 @@ def train(
 ) -> dict[str, Any]:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full.
 
-    debug_nan: wait for each step, and end with the first operation whose result is not finite.
+    debug_nan: wait for each step, and end with the first operation that makes a NaN.
     Raises: Stopped, with a checkpoint saved, when `stop` or JAX's preemption notice asks for it;
     DivergenceError, see Health.
     """

@@ -161,7 +161,7 @@ class Health:
             f"step {step}: {what}; {counts}. The documents are in {self.path}.\n"
             "Nothing is exported, and the checkpoints are of finite states. Lower optim.lr, set"
             " optim.clip, look at the documents, or set train.on_nonfinite (on_spike) to rollback;"
-            " --debug.nan names the first operation whose result is not finite."
+            " --debug.nan names the first operation that makes a NaN."
         )
 
 

@@ -1,154 +1,60 @@
-"""The first operation of a step whose result is not finite, found by running its jaxpr."""
+"""The first operation that makes a NaN in a step that was skipped, as JAX's checkify finds it."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.extend import core
+from jax.experimental import checkify
 
 from sftjax.errors import DivergenceError
-from sftjax.step import Loss, TrainState, train_step
+from sftjax.params import combine
+from sftjax.step import TrainState, call, train_step
+from sftjax.training.health import not_finite
 
-# Calls of a jaxpr that has their own inputs and outputs, under any name of the supported versions.
-CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
-CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-OWN = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-Operations = Generator[tuple[Any, list, list], None, list]  # (equation, its inputs, its outputs)
-TESTS = {"nan": jnp.isnan, "inf": jnp.isinf}
-
-
-def first_operations(fn: Callable[..., Any], *args: Any) -> dict[str, str]:
-    """{"inf": the first operation of fn(*args) that makes one, in words; "nan": the same}.
-
-    An inf counts where no input has one: what is masked with -inf is no mistake. Loops and branches
-    are gone through; a shard_map or a kernel is one operation. They come in their order.
-    """
-    closed = jax.make_jaxpr(fn)(*args)
-    found = dict[str, str]()
-    for eqn, inputs, outputs in _run(closed, jax.tree.leaves(args)):
-        what = _made(inputs, outputs)
-        if what and what not in found:
-            found[what] = _text(eqn, what, inputs, outputs)
-        if what == "nan":
-            break
-    return found
+# An inf alone is no mistake, as masks are made of it: without a NaN, a division by 0 is looked for.
+CHECKS = {"makes a NaN": checkify.nan_checks, "divides by 0": checkify.div_checks}
+NOTHING = "no operation makes a NaN or divides by 0: a number overflows, or compilation differs"
+LIBRARIES = re.compile("/(jax|jaxlib|optax|flax)/")  # their lines are not shown
 
 
 def check(
-    step: int,
-    metrics: Mapping[str, Any],
-    state: TrainState,
-    batch: Any,
-    loss_fn: Callable[..., Loss],
-    tx: optax.GradientTransformation,
+    step: int, metrics: Mapping, state: TrainState, batch: Any, loss_fn: Callable, tx: Any
 ) -> None:
-    """Raises: DivergenceError with what `first_operations` finds in a step that was skipped.
+    """Raises: DivergenceError with the operation that broke a step that was skipped, and its line.
 
     state: after that step, which is as before it. The others are those of train_step.
     """
     if not float(metrics["skipped"]):
         return
     before = dataclasses.replace(state, step=state.step - 1)
-    run = functools.partial(train_step, loss_fn=loss_fn, tx=tx)
-    lines = first_operations(run, before, batch).values()
-    if lines:
-        title = f"step {step}: the first operations whose results are not finite"
-    else:
-        title = f"step {step} is not finite as it is compiled, and finite by single operations"
-    raise DivergenceError("\n".join([title, *lines]))
+    loss, norm, names = float(metrics["loss"]), float(metrics["grad_norm"]), not_finite(before)
+    text = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; "
+    text += f"not finite before it: {', '.join(names[:3])}; " if names else ""
+    fn = functools.partial(_gradient, loss_fn)
+    if math.isfinite(loss + norm):  # it is the update, or the model's state
+        fn = functools.partial(train_step, loss_fn=loss_fn, tx=tx)
+    for what, errors in CHECKS.items():
+        # Checkify does not know shard_map. Without a mesh, JAX divides the work as the arrays are.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            try:
+                error = jax.jit(checkify.checkify(fn, errors=errors))(before, batch)[0]
+            except Exception as e:  # such as a TPU kernel that JAX can't divide
+                raise DivergenceError(f"{text}its operations can't be checked: {e}") from e
+        if found := error.get_exception():
+            frames = [f for f in found.traceback_info.frames if not LIBRARIES.search(f.file_name)]
+            lines = [f"{f.file_name}:{f.line_num} ({f.function_name})" for f in frames[:6]]
+            where = "\n  called at ".join(lines)
+            raise DivergenceError(f"{text}{getattr(found, 'prim', 'div')} {what} at {where}")
+    raise DivergenceError(text + NOTHING)
 
 
-def _run(closed, args) -> Operations:
-    """Yields every operation of a jaxpr, and returns the results."""
-    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, [])
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+def _gradient(loss_fn, state, batch):
+    def loss(params):
+        whole, rng = combine(params, state.frozen), jax.random.fold_in(state.rng, state.step)
+        return call(loss_fn, whole, batch, rng, state.model_state).sum.astype("float32")
 
-    def read(var):
-        return var.val if isinstance(var, core.Literal) else values[var]
-
-    for eqn in jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
-        inner = next((eqn.params[k] for k in OWN if k in eqn.params), None)
-        if eqn.primitive.name in CALLS and inner is not None:
-            results = yield from _run(inner, inputs)
-        elif eqn.primitive.name == "scan":
-            results = yield from _scan(eqn, inputs)
-        elif eqn.primitive.name == "cond":
-            branches = eqn.params["branches"]
-            at = int(np.clip(int(inputs[0]), 0, len(branches) - 1))
-            results = yield from _run(branches[at], inputs[1:])
-        else:
-            results = _bind(eqn, inputs)
-            yield eqn, inputs, results
-        values |= zip(eqn.outvars, results, strict=True)
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _bind(eqn, inputs) -> list:
-    params = eqn.primitive.get_bind_params(eqn.params)
-
-    def bind(*inputs: Any) -> list:
-        made = eqn.primitive.bind(*inputs, **params)
-        return list(made) if eqn.primitive.multiple_results else [made]
-
-    # Outside of jit a shard_map takes no axes that are left to the partitioner.
-    return (jax.jit(bind) if eqn.primitive.name == "shard_map" else bind)(*inputs)
-
-
-def _scan(eqn, inputs) -> Operations:
-    p, stacked = eqn.params, list[list]()
-    # By their shapes: the parameters that count them have names that changed with JAX 0.12.
-    rest = _alike(p["jaxpr"].jaxpr.invars, eqn.invars)  # before what is scanned over
-    carried = _alike(p["jaxpr"].jaxpr.outvars, eqn.outvars)
-    consts, carry, xs = inputs[: rest - carried], inputs[rest - carried : rest], inputs[rest:]
-    order = range(p["length"])
-    for i in reversed(order) if p["reverse"] else order:
-        out = yield from _run(p["jaxpr"], [*consts, *carry, *(x[i] for x in xs)])
-        carry = out[:carried]
-        stacked.append(out[carried:])
-    stacked = stacked[::-1] if p["reverse"] else stacked
-    return [*carry, *(jnp.stack(ys) for ys in zip(*stacked, strict=True))]
-
-
-def _alike(inner, outer) -> int:
-    """How many variables of a loop have the shape that they have in its body."""
-    return sum(a.aval.shape == b.aval.shape for a, b in zip(inner, outer, strict=True))
-
-
-def _floats(values):
-    return [x for x in values if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-
-
-def _made(inputs, outputs) -> str:
-    """What of "nan" and "inf" the outputs have and the inputs have not; "" for neither."""
-    for what, test in TESTS.items():
-        if any(test(x).any() for x in _floats(outputs)):
-            return "" if any(test(x).any() for x in _floats(inputs)) else what
-    return ""
-
-
-def _text(eqn, what, inputs, outputs) -> str:
-    test = TESTS[what]
-    bad = next(x for x in _floats(outputs) if test(x).any())
-    shape = ",".join(map(str, bad.shape))
-    counted = f"{int(test(bad).sum())} of {bad.size} numbers of {bad.dtype}[{shape}] are {what}"
-    ranges = [
-        f"{float(jnp.min(x)):.4g} to {float(jnp.max(x)):.4g}" for x in _floats(inputs) if x.size
-    ]
-    scope = f" in {eqn.source_info.name_stack}" if str(eqn.source_info.name_stack) else ""
-    given = f"; its inputs are {', '.join(ranges)}" if ranges else ""
-    return f"  {eqn.primitive.name} at {_line(eqn)}{scope}: {counted}{given}"
-
-
-def _line(eqn) -> str:
-    """The file and line that wrote an operation: the innermost one that is not JAX's own."""
-    frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
-    for frame in frames:
-        if not any(part in frame.file_name for part in ("/jax/", "/jaxlib/", "/optax/", "/flax/")):
-            return f"{frame.file_name}:{frame.line_num}"
-    return "an unknown line"
+    return jax.value_and_grad(loss)(state.params)

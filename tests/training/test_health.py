@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ import tiny
 
 import sftjax
 from sftjax import config as config_lib
+from sftjax import parallel
 from sftjax.errors import ConfigError, DivergenceError
 from sftjax.step import Loss, TrainState
 from sftjax.tasks.causal_lm import CausalLM
@@ -197,23 +199,94 @@ def test_a_rollback_takes_the_newest_checkpoint_for_the_present_step(tmp_path):
 # ---- the first operation -------------------------------------------------------------------
 
 
-def test_the_first_operations_are_named_with_line_and_shapes():
-    def fn(x):
+def debugged(fn, params, batch=None, tx=None, model_state=None):
+    """What --debug.nan says of a step with fn(params, batch) for the sum of its losses."""
+
+    def loss_fn(params, batch, rng, state=None):
+        state = None if state is None else jnp.log(state * batch.min())
+        return Loss(fn(params, batch), jnp.float32(1), state=state)
+
+    tx = tx or optax.sgd(0.1)
+    state = TrainState.create(params=params, tx=tx, model_state=model_state)
+    step = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx))
+    state, metrics = step(state, batch)
+    try:
+        nan.check(7, metrics, state, batch, loss_fn, tx)
+    except DivergenceError as e:
+        return str(e)
+
+
+def test_the_first_operation_is_named_with_its_line_in_a_scan_and_past_masks():
+    def fn(params, x):
         def body(carry, y):
-            return carry + jnp.log(y), jnp.where(y > 0, -jnp.inf, 0.0)
+            return carry + jnp.log(params * y), jnp.where(y > 0, -jnp.inf, 0.0)
 
         total, masks = jax.lax.scan(jax.checkpoint(body), 0.0, x)
-        masked = jax.lax.cond(x[0] > 0, jnp.exp, jnp.sin, masks[1:])  # exp(-inf) is no mistake
-        return total + masked.sum()
+        masked = jax.lax.cond(x[0] > 0, jnp.exp, jnp.sin, masks[:2])  # exp(-inf) is no mistake
+        pooled = jax.lax.reduce_window(params * x, -jnp.inf, jax.lax.max, (2,), (1,), "SAME")
+        seen = jax.nn.softmax(jnp.where(x > 1, params * x, -jnp.inf))
+        return pooled.sum() + seen.sum() + total + masked.sum()
 
-    found = nan.first_operations(jax.jit(jax.value_and_grad(fn)), jnp.array([1.0, 2, -3]))
-    assert list(found) == ["nan"]
-    assert "  log at " in found["nan"] and "test_health.py:" in found["nan"]
-    assert "1 of 1 numbers of float32[] are nan; its inputs are -3 to -3" in found["nan"]
-    found = nan.first_operations(jax.grad(lambda x: (x * jnp.log(x)).sum()), jnp.zeros(2))
-    assert list(found) == ["inf", "nan"]
-    assert "2 of 2 numbers of float32[2] are inf" in found["inf"]
-    assert nan.first_operations(fn, jnp.ones(3)) == {}
+    found = debugged(fn, jnp.ones(()), jnp.array([1.0, 2, -3]))
+    line = fn.__code__.co_firstlineno + 2  # that of the logarithm
+    assert found.startswith("step 7: loss nan, gradient norm ")
+    assert re.search(rf"; log makes a NaN at \S*test_health.py:{line} ", found)
+    assert debugged(fn, jnp.ones(()), jnp.full(3, 2.0)) is None
+
+
+def test_the_first_operation_of_the_backward_pass_the_update_and_a_state():
+    found = debugged(lambda w, _: jnp.sqrt(w * w).sum(), jnp.zeros(2))
+    assert re.search(r"loss 0, gradient norm nan; mul makes a NaN at \S*test_health.py", found)
+    update = lambda grads, *_: jax.tree.map(lambda g: jnp.log(-g), grads)  # noqa: E731
+    found = debugged(lambda w, _: w.sum(), jnp.ones(2), tx=optax.stateless(update))
+    assert re.search(r"loss 2, gradient norm 1.414; log makes a NaN at \S*test_health.py", found)
+    for x, expected in ((1, None), (-1, "loss -2, gradient norm 1.414; log makes a NaN at ")):
+        batch = jnp.full(2, jnp.float32(x))
+        found = debugged(lambda w, x: (w * x).sum(), jnp.ones(2), batch, None, jnp.ones(()))
+        assert found is expected or expected in found
+
+
+def test_a_weight_that_is_not_finite_is_named_too():
+    found = debugged(lambda p, _: (p["w"] - p["w"]).sum(), {"w": jnp.array([1, jnp.inf])})
+    assert "; not finite before it: params/w; sub makes a NaN at " in found
+    assert "\n  called at " in found and "/jax/" not in found
+
+
+def test_an_inf_without_a_nan_is_a_division_by_0_or_too_large_a_number():
+    found = debugged(lambda w, _: jnp.log(w).sum(), jnp.zeros(2))
+    assert re.search(r"loss -inf, gradient norm inf; div divides by 0 at \S*test_health.py", found)
+    found = debugged(lambda w, _: (w**2).sum(), jnp.full(2, 1e30))
+    assert found == f"step 7: loss inf, gradient norm inf; {nan.NOTHING}"
+
+
+@pytest.mark.slow
+def test_the_first_operation_on_a_mesh_is_named_in_a_layer_of_a_model():
+    model, tx = tiny.model(), optax.sgd(0.1)
+    loss_fn = sftjax.losses.causal_lm(model)
+    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(tiny.params(model), parallel.param_shardings(mesh, model.abstract))
+        weight = params["layers"]["0-3"]["attn"]["o"]
+        weight["w"] = weight["w"].at[1, 1, 1, 1].set(jnp.inf)
+        state = TrainState.create(params=params, tx=tx)
+        batch = parallel.put_batch(mesh, tiny.batch(), 8)
+        state, metrics = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx))(
+            state, batch
+        )
+        with pytest.raises(DivergenceError) as raised:
+            nan.check(1, metrics, state, batch, loss_fn, tx)
+    found = str(raised.value)
+    assert "not finite before it: params/layers/0-3/attn/o/w; dot_general makes a NaN at" in found
+    assert re.search(r"called at \S*layer.py:\d+ \(_attention\)", found)
+
+
+def test_a_loss_whose_operations_can_not_be_checked_is_said():
+    def fn(w, _):  # needs the mesh, which the check does without
+        return jnp.log(jax.lax.with_sharding_constraint(w, jax.P("data"))).sum()
+
+    with jax.set_mesh(parallel.make_mesh({}, jax.devices()[:1])):
+        found = debugged(fn, -jnp.ones(2))
+    assert "step 7: loss nan, gradient norm" in found and "its operations can't be check" in found
 
 
 # ---- runs whose every step would do nothing ------------------------------------------------
@@ -316,5 +389,7 @@ def test_a_run_rolls_back_past_the_batch(config, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_debug_nan_names_the_operation(config, tmp_path, monkeypatch):
     poison(monkeypatch)
-    with pytest.raises(DivergenceError, match=r"log at .*test_health.py:\d+.*1 of 1 numbers"):
+    with pytest.raises(
+        DivergenceError, match=r"log makes a NaN at .*test_health.py:\d+ \(\S*poisoned\)"
+    ):
         train(config, tmp_path / "run", debug_nan=True)

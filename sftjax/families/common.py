@@ -32,7 +32,8 @@ EXPECTED = [
         " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
         " num_labels? d_model d_kv d_ff num_layers num_decoder_layers? num_heads encoder_layers"
         " decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim"
-        " decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance",
+        " decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance"
+        " embedding_size num_channels patch_size image_size num_classes",
     ),
     (
         "a whole number",
@@ -72,12 +73,18 @@ EXPECTED = [
         "a name",
         lambda x: isinstance(x, str),
         "model_type hidden_act? hidden_activation? activation_function type rope_type activation"
-        " classifier_activation classifier_pooling feed_forward_proj",
+        " classifier_activation classifier_pooling feed_forward_proj architecture layer_type"
+        " classifier",
     ),
     (
         "a list of names",
         lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
-        "architectures? layer_types?",
+        "architectures? layer_types? label_names?",
+    ),
+    (
+        "a list of positive whole numbers",
+        lambda x: isinstance(x, list) and all(type(y) is int and 0 < y < 2**24 for y in x) and x,
+        "depths hidden_sizes input_size",
     ),
     (
         "a token's id, or a list of them",
@@ -87,18 +94,25 @@ EXPECTED = [
     (
         "a list of numbers",
         lambda x: isinstance(x, list) and all(isinstance(y, bool) or _number(y) for y in x),
-        "short_factor long_factor no_rope_layers?",
+        "short_factor long_factor no_rope_layers? mean std image_mean? image_std?",
     ),
     (
         "an object",
         lambda x: isinstance(x, dict),
         "rope_parameters? rope_scaling? full_attention? sliding_attention? quantization_config?"
-        " id2label? label2id?",
+        " id2label? label2id? pretrained_cfg? vision_config",
     ),
 ]
 # The most that a size may be. No model comes near; what a config.json asks for beyond it would be
 # laid out, layer by layer and name by name, before the weights' files could contradict it.
-MOST = {"num_hidden_layers": 2**12, "n_layer": 2**12, "loop_num": 2**10, "num_labels": 2**20}
+MOST = {
+    "num_hidden_layers": 2**12,
+    "num_classes": 2**20,
+    "image_size": 2**14,
+    "n_layer": 2**12,
+    "loop_num": 2**10,
+    "num_labels": 2**20,
+}
 MOST |= dict.fromkeys(
     "num_experts num_local_experts n_layers num_layers num_decoder_layers encoder_layers"
     " decoder_layers relative_attention_num_buckets".split(),

@@ -33,9 +33,15 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
     kind = hf.get("layer_type", "bottleneck")
     if kind not in ("basic", "bottleneck"):
         raise ModelError(f"layer_type={kind!r}, expected 'basic' or 'bottleneck'")
+    depths, widths = (
+        tuple(hf.get(name, plain))
+        for name, plain in {"depths": (3, 4, 6, 3), "hidden_sizes": (256, 512, 1024, 2048)}.items()
+    )
+    if len(depths) != len(widths) or max(depths) > 1000:
+        raise ModelError(f"depths={depths} and hidden_sizes={widths}: expected one of each a stage")
     return Config(
-        depths=tuple(hf.get("depths", (3, 4, 6, 3))),
-        widths=tuple(hf.get("hidden_sizes", (256, 512, 1024, 2048))),
+        depths=depths,
+        widths=widths,
         stem=hf.get("embedding_size", 64),
         bottleneck=kind == "bottleneck",
         early_stride=hf.get("downsample_in_bottleneck", False),
@@ -46,8 +52,11 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
 
 
 def _torch(hf) -> Config:
-    name, own = str(hf["architecture"]), hf.get("pretrained_cfg") or {}
+    name, own = hf["architecture"], hf.get("pretrained_cfg") or {}
+    common.check(own)
     size = own.get("input_size") or (3, 224, 224)
+    if len(size) != 3 or size[1] != size[2]:
+        raise ModelError(f"input_size={size}, expected [channels, side, side]")
     fields: dict[str, Any] = dict(
         channels=size[0],
         image_size=size[1],

@@ -48,6 +48,12 @@ def family_of(hf: dict) -> ModuleType:
     return FAMILIES[kind]
 
 
+def reads_images(hf: dict) -> bool:
+    """Is it the config.json of a model of images."""
+    kind = "timm" if "architecture" in hf else hf.get("model_type")
+    return hasattr(FAMILIES.get(str(kind)), "IMAGES")
+
+
 def names(model: base.Model) -> list[tuple]:
     """The rows of the family's table for this model, as llama.names gives them."""
     rows = family_of(model.source.config).names(model.config)

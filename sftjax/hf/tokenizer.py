@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from sftjax.errors import ConfigError
-from sftjax.files import read_text
+from sftjax.files import read_object, read_text
 from sftjax.hf.directory import load_model, resolve
+from sftjax.hf.names import reads_images
 from sftjax.hf.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
     if not (d.tokenizer or config.model.path):
         return None
     path = resolve(d.tokenizer or config.model.path, weights=False)
-    if not d.tokenizer and hasattr(load_model(path).config, "image_size"):
+    folder = path if path.is_dir() else path.parent
+    if not d.tokenizer and reads_images(read_object(folder / "config.json")):
         return None
-    tokenizer = open_tokenizer(path if path.is_dir() else path.parent)
+    tokenizer = open_tokenizer(folder)
     if d.add_tokens:
         _add_tokens(tokenizer, d.add_tokens, config.model.path)
     if d.template:  # the export then carries it too

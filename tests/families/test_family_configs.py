@@ -28,7 +28,8 @@ OWN = {
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=1024)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LONG = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
-KINDS = [k for k in hf_lib.FAMILIES if not k.startswith("iquest")]  # these transformers has not
+OTHERS = ("iquest", "timm")  # these transformers has not
+KINDS = [k for k in hf_lib.FAMILIES if not k.startswith(OTHERS)]
 OLD = [
     ("llama", dict(rope_theta=5e5)),
     ("llama", dict(rope_scaling=dict(type="linear", factor=2.0), rope_theta=1e5)),

@@ -33,6 +33,10 @@ CASES = {
     "resnet-bottleneck": RESNET | dict(layer_type="bottleneck"),
     "resnet-early": RESNET | dict(layer_type="bottleneck", downsample_in_bottleneck=True),
 }  # fmt: skip
+TIMM = dict(
+    architecture="resnet8_cifar", num_classes=3, label_names=[*LABELS.values()],
+    pretrained_cfg={"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3},
+)  # fmt: skip
 PIXELS = dict(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4], size={"shortest_edge": 24})
 WANTED = [0, 2, 1, 2]
 

@@ -8,6 +8,7 @@ import tracemalloc
 import families
 import numpy as np
 import pytest
+import vision
 from safetensors.numpy import load_file, save_file
 from test_hf import HF, KINDS, Q, checkpoint, refused, shapes
 
@@ -422,7 +423,8 @@ BAD = ["x", "", -1, 0, 0.01, 1.5, 7, True, None, [], ["x"], [[1]], {}, {"a": 1},
 @pytest.mark.parametrize("kind", hf_lib.FAMILIES)
 def test_no_value_of_any_field_breaks_the_reading(tmp_path, kind):
     """It is taken, or refused by one ValueError that begins with the file."""
-    case = next(c for c in families.ALL.values() if c["model_type"] == kind)
+    known = [*families.ALL.values(), *vision.CASES.values(), vision.TIMM]
+    case = next(c for c in known if c.get("model_type", "timm") == kind)
     file, refusals = tmp_path / "config.json", 0
     checked = {f.rstrip("?") for *_, names in common.EXPECTED for f in names.split()}
     for field in sorted(checked & {*case, *ALWAYS}):
@@ -435,7 +437,7 @@ def test_no_value_of_any_field_breaks_the_reading(tmp_path, kind):
             except ValueError as e:
                 assert str(e).startswith(f"{file}: "), (field, value, e)
                 refusals += 1
-    assert refusals > 100
+    assert refusals > 60
 
 
 def test_sizes_are_bounded_by_what_the_files_hold(tmp_path):

@@ -204,7 +204,9 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     with contextlib.ExitStack() as files:
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
-        for rows in _chunks(len(source)):
+        for rows in _chunks(
+            len(source), 64 if task.layout.fixed and varying is not None else CHUNK
+        ):
             encoded = encode_rows(source, rows, task, rejects, notes, read)
             first = first or next(iter(encoded), None)
             tally.wheres = []
@@ -226,14 +228,14 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def _chunks(total):
-    """Ranges of CHUNK rows, with a progress bar where there are several."""
+def _chunks(total, size):
+    """Ranges of `size` rows, with a progress bar where there are several."""
     from tqdm import tqdm
 
     quiet = total < 2 * CHUNK or not sys.stderr.isatty()
     with tqdm(total=total, desc="tokenise", unit="row", disable=quiet) as progress:
-        for start in range(0, total, CHUNK):
-            rows = range(start, min(start + CHUNK, total))
+        for start in range(0, total, size):
+            rows = range(start, min(start + size, total))
             yield rows
             progress.update(len(rows))
 

@@ -33,13 +33,13 @@ EXPECTED = [
         " num_labels? d_model d_kv d_ff num_layers num_decoder_layers? num_heads encoder_layers"
         " decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim"
         " decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance"
-        " embedding_size num_channels patch_size image_size num_classes",
+        " embedding_size num_channels patch_size image_size in_chans",
     ),
     (
         "a whole number",
         lambda x: type(x) is int and 0 <= x < 2**63,
         "type_vocab_size sliding_window? max_window_layers num_experts num_local_experts"
-        " num_experts_per_tok moe_intermediate_size decoder_start_token_id?",
+        " num_experts_per_tok moe_intermediate_size decoder_start_token_id? num_classes",
     ),
     (
         "a positive number",

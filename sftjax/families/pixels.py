@@ -4,15 +4,35 @@ from pathlib import Path
 from typing import Any
 
 from sftjax.errors import ModelError
-from sftjax.files import read_object
+from sftjax.files import read_json
 
 FILE = "preprocessor_config.json"
-PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # of pixels that are not normalised
 
 
 def read(directory: Path) -> dict:
-    """What a directory says; {} where it has no such file."""
-    return read_object(directory / FILE)
+    """What a directory says; {} without such a file. Raises: ModelError for no JSON object."""
+    path = directory / FILE
+    found = read_json(path, ModelError) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return found
+
+
+def config(family: Any, hf: dict, directory: Path) -> Any:
+    """The Config of a family of images, by its config.json and what its directory says of pixels.
+
+    Raises: ModelError where images have other channels than 1 or 3, or than the mean and std.
+    """
+    c = family.config(hf, read(directory))
+    if c.channels not in (1, 3):
+        raise ModelError(f"images of {c.channels} channels; 1 (gray) and 3 (RGB) are read")
+    numbers = all(type(x) in (int, float) for x in (*c.mean, *c.std))
+    if not numbers or {len(c.mean), len(c.std)} != {c.channels} or min(c.std) <= 0:
+        raise ModelError(
+            f"mean {c.mean} and std {c.std}: expected {c.channels} numbers each, and deviations"
+            f" above 0; {FILE} or pretrained_cfg gives them"
+        )
+    return c
 
 
 def fields(preprocessor: dict) -> dict[str, Any]:
@@ -21,29 +41,33 @@ def fields(preprocessor: dict) -> dict[str, Any]:
     Raises: ModelError for what is not supported.
     """
     rescale = preprocessor.get("rescale_factor") or 1 / 255
-    if not preprocessor.get("do_rescale", True) or abs(rescale * 255 - 1) > 1e-3:
-        raise ModelError(f"rescale_factor={rescale}: images are read from 0 to 1, by 1 / 255")
-    plain = preprocessor.get("do_normalize", True)
-    found = {k: preprocessor.get(f"image_{k}") if plain else v for k, v in PLAIN.items()}
-    out: dict[str, Any] = {k: tuple(v) for k, v in found.items() if v}
+    if preprocessor.get("do_rescale", True) is not True or rescale != 1 / 255:
+        raise ModelError(f"{FILE}: rescale_factor={rescale!r:.99}; images are read by 1 / 255")
+    plain, out = preprocessor.get("do_normalize", True), dict[str, Any]()
+    for name, value in {"mean": [0.0] * 3, "std": [1.0] * 3}.items():
+        found = preprocessor.get(f"image_{name}") if plain else value
+        if not isinstance(found or [], list):
+            raise ModelError(f"{FILE}: image_{name}={found!r:.99}, expected a list of numbers")
+        out |= {name: tuple(found)} if found else {}
     size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
-    size = {"height": size, "width": size} if isinstance(size, int) else size
-    if size.get("height") != size.get("width"):
-        raise ModelError(f"size={size}: images that are no squares are not supported")
-    side = size.get("height") or size.get("shortest_edge")
-    return out | ({"image_size": side} if side else {})
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    sides = {*size.values()} if isinstance(size, dict) else {0}
+    if len(sides) > 1 or not all(type(n) is int and n > 0 for n in sides):
+        raise ModelError(f"{FILE}: size={size!r:.99}, expected that of a square")
+    return out | ({"image_size": sides.pop()} if sides else {})
 
 
-def exported(c: Any, directory: Path) -> dict[str, Any]:
-    """What an export says: as the directory that a model came from; else what its config does."""
-    return read(directory) or dict(
-        image_processor_type="ViTImageProcessor",
-        do_resize=True,
-        size={"height": c.image_size, "width": c.image_size},
+def exported(c: Any) -> dict[str, Any]:
+    """What an export says: what is done with an image here."""
+    side = c.image_size
+    return dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
+    ) | dict(
+        image_processor_type="CLIPImageProcessor",
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         resample=2,
-        do_rescale=True,
         rescale_factor=1 / 255,
-        do_normalize=True,
         image_mean=list(c.mean),
         image_std=list(c.std),
     )

@@ -52,7 +52,8 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
 
 
 def _torch(hf) -> Config:
-    name, own = hf["architecture"], hf.get("pretrained_cfg") or {}
+    common.refuse(hf, model_args={})
+    name, own = hf["architecture"], hf.get("pretrained_cfg") or hf
     common.check(own)
     size = own.get("input_size") or (3, 224, 224)
     if len(size) != 3 or size[1] != size[2]:

@@ -106,7 +106,7 @@ def load_model(
             method = hf["quantization_config"].get("quant_method")
             raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
         images, classes = hasattr(family, "IMAGES"), changes.pop("classes", None)
-        config = family.config(hf, *([pixels.read(file.parent)] if images else []))
+        config = pixels.config(family, hf, file.parent) if images else family.config(hf)
         head, labels = heads.choose(hf, config.causal, head, labels, classes, images)
         model = MODELS[type(config)](config).replace(**changes, head=head, classes=len(labels))
         if isinstance(model.config, decoder.Config):
@@ -205,9 +205,8 @@ def load_params(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
-    Under "stats" stand the batch statistics of a model that has them: its model_state. A head that
-    the files do not have is initialised from the seed, and one that the model does not have is left
-    out; a line of the log names both.
+    Under "stats" stands the model_state of a model whose files hold it. A head that the files lack
+    is initialised from the seed, one that the model lacks is left out; a line of the log says so.
     """
     reader = Reader(path)
     model = _stored(model, reader)
@@ -218,9 +217,8 @@ def load_params(
     heads.report(path, left_out, fresh, seed)
     tree = _stored_tree(model)
     abstract = params_lib.flatten(tree)
-    dtypes: dict[str, Any] = dict.fromkeys(abstract, dtype)
-    if isinstance(dtype, dict):
-        dtypes = dict.fromkeys(abstract, jnp.float32) | params_lib.flatten(dtype)
+    dtypes: Any = {n: jnp.float32 if n.startswith("stats/") else dtype for n in abstract}
+    dtypes |= params_lib.flatten(dtype if isinstance(dtype, dict) else {})
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = dict.fromkeys(abstract, one)
@@ -383,9 +381,8 @@ def save_pretrained(
 ) -> None:
     """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
-    Every tensor keeps the name and dtype it was read with (else the parameter's dtype). stop_ids:
-    token ids that end a turn, for generation_config.json. Tensors are written one at a time. All
-    processes must call this; process 0 writes.
+    Every tensor keeps the name and dtype it was read with, else the parameter's. stop_ids: token
+    ids that end a turn. Written one at a time, by process 0; all processes must call this.
     """
     refuse_url("directory", directory, WriteError)
     if model.source is None:
@@ -393,6 +390,8 @@ def save_pretrained(
     directory = Path(directory)
     with writing("the directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "stores_state") and "stats" not in params:
+        raise ModelError("save_pretrained: params need the model's state too, under 'stats'")
     leaves = params_lib.flatten(params)
     parts: dict[str, list] = {}  # name in the files -> its parameters
     for path, files, layout in _written(model):
@@ -415,13 +414,13 @@ def save_pretrained(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     write(temporary, rows, max_shard_bytes)
-    source = Path(model.source.directory)
-    hf = with_code(_hf_config(model, rows, tokenizer), source, temporary)
+    hf = _hf_config(model, rows, tokenizer)
+    hf = with_code(hf, Path(model.source.directory), temporary)
     _write_json(temporary / "config.json", hf)
     if model.config.causal and model.config.head == "vocabulary":
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
     if hasattr(model.config, "image_size"):
-        _write_json(temporary / pixels.FILE, pixels.exported(model.config, source))
+        _write_json(temporary / pixels.FILE, pixels.exported(model.config))
     if tokenizer is not None:
         save_tokenizer(tokenizer, temporary)
     new = sorted(file.name for file in temporary.iterdir())

@@ -49,7 +49,7 @@ def kind_of(hf: dict) -> str:
 
 def is_other(hf: dict, kind: str) -> bool:
     """Does it say that it holds another head than this kind, or none?"""
-    return bool(hf.get("architectures")) and kind_of(hf) != kind
+    return bool(hf.get("architectures") or hf.get("architecture")) and kind_of(hf) != kind
 
 
 def numbered(n: int) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def _labels(hf, head, given, classes) -> tuple[str, ...]:
     given = _checked(given)
     if classes is not None and classes != len(given):
         raise ModelError(f"classes={classes}, but there are {len(given)} labels")
-    if own and len(own) != len(given):
+    if own and len(own) != len(given) and head != "image":
         raise ModelError(
             f"{_list(given)} asked for, but the files (id2label) have a head of {_list(own)}; give"
             f" {len(own)} labels, or take a directory without a head of classes"
@@ -151,6 +151,12 @@ def fresh(model: Model, path: str, name: str) -> bool:
     name: in the files. A directory that says it has the head must hold it.
     """
     hf, kind = model.source.config, model.config.head
+    if kind == "image" and path.startswith("score/") and kind_of(hf) == kind:
+        own = stored_labels(hf, kind)
+        return len(own) != model.config.classes or own not in (
+            model.source.labels,
+            numbered(len(own)),
+        )
     if not path.startswith(PARTS) or (kind in ENDINGS and kind_of(hf) == kind):
         return False
     return name not in model.source.dtypes or (path.startswith("score/") and is_other(hf, kind))

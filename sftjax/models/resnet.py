@@ -42,7 +42,6 @@ class Config:
     head: str = ""  # image, or "" for the body alone
     classes: int = 0
     dtype: str = "float32"
-    remat: str = "none"
     causal: ClassVar[bool] = False
     tied: ClassVar[bool] = False
 
@@ -154,37 +153,34 @@ class Model:
         """
         if model_state is None:
             raise ModelError("a ResNet needs model_state, the statistics of its batch norms")
-        c, new = self.config, {}
+        c, new = self.config, dict[str, jax.Array]()
+        p, state = params_lib.flatten(params), params_lib.flatten(model_state)
         there = batch.get("weights", jnp.ones((batch["image"].shape[0], 1)))[:, 0] > 0
 
-        def norm(x, name, params, state):
-            fixed = rng is None or name in self.frozen
-            y, new[name] = batch_norm(x, params, state, None if fixed else there, c.norm_eps)
-            return y
-
-        def convolved(x, prefix, part, stride, params, state):
-            x = convolve(x, params[part]["w"], stride)
-            key = f"{part}_norm"
-            return norm(x, f"{prefix}{key}", params[key], state[key])
+        def convolved(x, path, stride):
+            norm = f"{path}_norm"
+            stored = {k: state[f"{norm}/{k}"] for k in ("mean", "var")}
+            real = None if rng is None or norm in self.frozen else there
+            x = convolve(x, p[f"{path}/w"], stride)
+            x, own = batch_norm(x, p[f"{norm}/scale"], p[f"{norm}/b"], stored, real, c.norm_eps)
+            new.update({f"{norm}/{k}": v for k, v in own.items()})
+            return x
 
         x = normalised(batch["image"], c.mean, c.std).astype(c.dtype)
-        x = jax.nn.relu(convolved(x, "", "stem", 1 if c.small else 2, params, model_state))
+        x = jax.nn.relu(convolved(x, "stem", 1 if c.small else 2))
         x = x if c.small else max_pool(x)
         for name, *block in blocks(c):
-            own, kept = (_at(tree, name) for tree in (params, model_state))
             before, parts = x, convolutions(c, *block)
-            for part, *_, stride in [p for p in parts if p[0] != "shortcut"]:
-                x = convolved(x, f"{name}/", part, stride, own, kept)
-                last = part == ("conv3" if c.bottleneck else "conv2")
-                x = x if last else jax.nn.relu(x)
+            for i, (part, *_, stride) in enumerate([q for q in parts if q[0] != "shortcut"]):
+                x = convolved(jax.nn.relu(x) if i else x, f"{name}/{part}", stride)
             if parts[-1][0] == "shortcut":
-                before = convolved(before, f"{name}/", "shortcut", parts[-1][-1], own, kept)
+                before = convolved(before, f"{name}/shortcut", parts[-1][-1])
             elif before.shape != x.shape:
                 more = (x.shape[-1] - before.shape[-1]) // 2
                 before = jnp.pad(before[:, ::2, ::2], [(0, 0)] * 3 + [(more, more)])
             x = jax.nn.relu(x + before)
         hidden = jnp.mean(x.astype(jnp.float32), (1, 2))[:, None]
-        return hidden.astype(c.dtype), _tree(new)
+        return hidden.astype(c.dtype), params_lib.map_named(lambda name, _: new[name], model_state)
 
     def class_logits(
         self,
@@ -198,7 +194,7 @@ class Model:
         return base.project_classes(params["score"], hidden)
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
-        """(images, _, _) -> FLOPs of a training step: three times those of the forward pass."""
+        """(images, _, _) -> FLOPs of a step that trains all: three times the forward pass."""
         del trainable
         c, side = self.config, self.config.image_size
         batch = {"image": jax.ShapeDtypeStruct((1, side, side, c.channels), jnp.uint8)}
@@ -226,24 +222,6 @@ class Model:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **own))
 
 
-def _at(tree, name):
-    for key in name.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def _tree(flat):
-    """Nested dicts of {"a/b": leaf}."""
-    out: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *path, last = name.split("/")
-        tree = out
-        for key in path:
-            tree = tree.setdefault(key, {})
-        tree[last] = leaf
-    return out
-
-
 def convolve(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
     """The convolution of x [B, H, W, C] with w [side, side, C, D], padded on both sides alike."""
     pad = (w.shape[0] // 2,) * 2
@@ -260,9 +238,14 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def batch_norm(
-    x: jax.Array, params: dict, state: dict, there: jax.Array | None, eps: float
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    state: dict,
+    there: jax.Array | None,
+    eps: float,
 ) -> tuple[jax.Array, dict]:
-    """(x [B, H, W, C] normalised, the new statistics).
+    """(x [B, H, W, C] normalised, the new statistics); scale, bias, mean and var of state: [C].
 
     there: bool [B], the images whose statistics count; None: the stored ones are read, and stay.
     Over devices these are the statistics of all images of the batch.
@@ -279,6 +262,6 @@ def batch_norm(
         kept = {k: v + MOMENTUM * (fresh[k] - v) for k, v in state.items()}
         state = {k: jnp.where(some, kept[k], v) for k, v in state.items()}
         state = jax.lax.stop_gradient(state)
-    factor = jax.lax.rsqrt(var + eps) * params["scale"]
-    y = x.astype(jnp.float32) * factor + (params["b"] - mean * factor)
+    factor = jax.lax.rsqrt(var + eps) * scale
+    y = x.astype(jnp.float32) * factor + (bias - mean * factor)
     return y.astype(x.dtype), state

@@ -58,12 +58,6 @@ def rotate(key: jax.Array, x: jax.Array) -> jax.Array:
     )
 
 
-def shear(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Slanted by up to 0.3 of its side, either way."""
-    by, other = jax.random.uniform(key, (2,), minval=-0.3, maxval=0.3)
-    return _moved(x, jnp.array([[1.0, by], [other, 1.0]]))
-
-
 def _moved(x, matrix):
     """The image whose pixel p is the one of x at matrix @ p, seen from the middle."""
     h, w, _ = x.shape
@@ -90,16 +84,9 @@ def noise(key: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.clip(x + deviation * jax.random.normal(each, x.shape), 0, 255)
 
 
-def erase(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Gray in a rectangle of up to half of each side (Zhong et al. 2017)."""
-    place, size = _two(key)
-    box = _box(place, x.shape[:2], jax.random.uniform(size, maxval=0.25))
-    return jnp.where(box[..., None], 127.5, x)
-
-
 def randaugment(key: jax.Array, x: jax.Array) -> jax.Array:
     """Two of the others, drawn for each image (after Cubuk et al. 2019)."""
-    several = (rotate, shear, crop, zoom, color, noise, erase)
+    several = (rotate, crop, zoom, color, noise)
     for one in _two(key):
         which, own = _two(one)
         x = jax.lax.switch(jax.random.randint(which, (), 0, len(several)), several, own, x)
@@ -107,7 +94,7 @@ def randaugment(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 VARIANTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    fn.__name__: fn for fn in (flip, crop, zoom, rotate, shear, color, noise, erase, randaugment)
+    fn.__name__: fn for fn in (flip, crop, zoom, rotate, color, noise, randaugment)
 }
 MIXES = ("mixup", "cutmix")
 

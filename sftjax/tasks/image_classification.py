@@ -4,7 +4,7 @@ The labels are data.labels, else the model's, else the folders in which the trai
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -13,27 +13,15 @@ from ml_collections import ConfigDict
 from sftjax.data import open_source
 from sftjax.data.packing.images import ImageRows
 from sftjax.data.records.images import encoded, labels_of, pixels
-from sftjax.data.records.sources import Source
 from sftjax.errors import ConfigError
 from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
-from sftjax.ops.pixels import check_names, vary
-from sftjax.tasks.base import LossFn, Task, read_model
+from sftjax.ops.pixels import MIXES, check_names, vary
+from sftjax.tasks.base import Example, LossFn, Task, read_model
 from sftjax.tasks.classification import NEEDED, Classification, Labels
 from sftjax.tasks.texts import LABELS
 
 VARY = 3  # folded into a step's key for the images' variants
-
-
-class Labelled(NamedTuple):
-    """One image with its label."""
-
-    arrays: tuple[np.ndarray, ...]  # the file's bytes, weight [1] and target [1]
-    text: str  # where it came from
-    note: str  # the label
-    tokens: np.ndarray = np.zeros(0, np.int32)  # it has none
-    weights: np.ndarray = np.zeros(0, np.float32)
-    spans: Sequence[tuple[int, int]] = ()
 
 
 class ImageClassification(Classification):
@@ -91,7 +79,7 @@ class ImageClassification(Classification):
 
     # ---- data ----
 
-    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Labelled]:  # type: ignore[override] # no text
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Example]:  # type: ignore[override] # no text
         """Each record's image, which is decoded once to know that it can be, and its label."""
         return [self._example(*pair) for pair in zip(records, wheres, strict=True)]
 
@@ -100,7 +88,7 @@ class ImageClassification(Classification):
         data = encoded(self.field(record, "image", where), where)
         pixels(data, self.side, self.channels, where)
         arrays = np.frombuffer(data, np.uint8), np.ones(1, np.float32), np.full(1, label, np.int32)
-        return Labelled(arrays, str(record.get("file", where)), self.note(label))
+        return Example(arrays, str(record.get("file", where)), note=self.note(label))
 
     def fields_read(self, record: dict) -> set[str]:
         """The keys of the image and its label, and the name of its file."""
@@ -110,17 +98,8 @@ class ImageClassification(Classification):
         """The fields' names and the labels; also the size, for which images were tried."""
         return [type(self).__name__, self.names, self.labels.by_value, self.side, self.channels]
 
-    def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
-        """The arrays as they are."""
-        return [example.arrays]
-
-    def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
-        """Nothing to cut."""
-        return Task.kept(self, example, max_length, overlong)
-
-    def prepared(self, source: Source | None) -> tuple[Any, Task, dict]:
-        """As of Task: an image is no text."""
-        return Task.prepared(self, source)
+    # An image is no text that could be cut, or cleaned.
+    cut, kept, prepared = Task.cut, Task.kept, Task.prepared  # type: ignore[assignment]
 
     def summary(self, report: dict) -> str:
         """The number of images, and each label's share."""
@@ -131,6 +110,8 @@ class ImageClassification(Classification):
     def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()) -> LossFn:
         """As of Classification, of images that data.augment varies anew in each step."""
         inner = super().loss_fn(model, options, sources)
+        if options["class_weights"] and {*self.augment} & {*MIXES}:
+            raise ConfigError("loss.class_weights weighs one label, and mixed images have two")
 
         def varied(params, batch, rng, model_state=None):
             if rng is not None and self.augment:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import vision
 from safetensors.numpy import load_file
 from vision import CASES, WANTED, images, write
 
@@ -136,6 +137,9 @@ def test_without_statistics_a_resnet_refuses(tmp_path):
         (CASES["vit"] | {"patch_size": 7}, "image_size=24, of patches of 7"),
         (CASES["resnet-basic"] | {"layer_type": "odd"}, "layer_type='odd', expected"),
         (CASES["resnet-basic"] | {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        (CASES["resnet-basic"] | {"num_channels": 4}, "images of 4 channels"),
+        (CASES["resnet-basic"] | {"num_channels": 1}, "expected 1 numbers each"),
+        (dict(architecture="resnet18", model_args={"in_chans": 1}), "model_args="),
     ],
 )
 def test_a_config_that_is_none(change, message, tmp_path):
@@ -147,22 +151,77 @@ def test_a_config_that_is_none(change, message, tmp_path):
 def test_pixels_that_are_not_supported(tmp_path):
     path = write("vit", tmp_path)
     for change, message in {
-        '{"size": {"height": 24, "width": 20}}': "no squares",
+        '{"size": {"height": 24, "width": 20}}': "expected that of a square",
         '{"rescale_factor": 0.5}': "rescale_factor=0.5",
         '{"size": 32}': "image_size=24",
+        '{"size": ': "is not valid JSON",
+        '{"size": [24, 24]}': "expected that of a square",
+        '{"image_mean": 0.5}': "expected a list of numbers",
+        '{"image_mean": [0.5]}': "expected 3 numbers each",
+        '{"image_std": [1, 1, 0]}': "deviations above 0",
     }.items():
         (path / "preprocessor_config.json").write_text(change)
         with pytest.raises(ModelError, match=message):
             hf.load_model(path)
 
 
-def test_a_head_for_another_number_of_classes_is_refused(tmp_path):
+def heads(path, **how):
+    """(a model's labels, the rows of its head) with labels asked for, and without."""
+    model, params = hf.load_pretrained(path, **how)
+    return model.source.labels, np.asarray(params["score"]["w"])
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet-basic", "timm"])
+def test_a_head_for_other_classes_is_made_anew_and_said(name, tmp_path, caplog):
+    path = write("resnet-basic" if name == "timm" else name, tmp_path / "in")
+    if name == "timm":  # the same numbers, under torch's names and timm's config
+        source, params = hf.load_pretrained(path)
+        (tmp_path / "config.json").write_text(json.dumps(vision.TIMM))
+        source = hf.load_model(tmp_path)
+        params = params_lib.init(source.abstract, jax.random.key(1))
+        params |= {"stats": params_lib.init(source.state, jax.random.key(0))}
+        path = tmp_path / "timm"
+        hf.save_pretrained(path, source, params)
+    labels, stored = heads(path)
+    assert labels == ("cat", "dog", "owl") and stored.shape[0] == 3
+    _, rows = heads(path, labels=("cat", "dog", "owl"))
+    np.testing.assert_array_equal(rows, stored)
+    assert not caplog.records
+    for other in (("0", "1", "2"), ("a", "b")):
+        caplog.clear()
+        found, rows = heads(path, labels=other)
+        assert found == other and rows.shape[0] == len(other)
+        assert not np.array_equal(rows, stored[: len(other)])
+        assert "score/w" in caplog.text and "made anew" in caplog.text
+    bare = hf.load_pretrained(path, classes=0)
+    assert "score" not in bare[1]
+    hf.save_pretrained(tmp_path / "bare", *bare)
+    assert "score" not in hf.load_pretrained(tmp_path / "bare")[1]
+    assert heads(tmp_path / "bare", labels=("0", "1", "2"))[1].shape[0] == 3
+
+
+def test_statistics_stay_in_float32_and_are_asked_for(tmp_path):
+    path = write("resnet-basic", tmp_path / "in")
+    model, params = hf.load_pretrained(path, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(params["stats"])} == {jnp.dtype("float32")}
+    assert params["stem"]["w"].dtype == jnp.bfloat16
+    params.pop("stats")
+    with pytest.raises(ModelError, match="under 'stats'"):
+        hf.save_pretrained(tmp_path / "out", model, params)
+
+
+def test_files_of_another_depth_are_refused(tmp_path):
     path = write("resnet-basic", tmp_path)
-    with pytest.raises(ModelError, match="2 labels"):
-        hf.load_model(path, labels=("a", "b"))
     (path / "config.json").write_text(json.dumps(CASES["resnet-basic"] | {"depths": [1, 1, 2]}))
     with pytest.raises(WeightsError, match=r"unexpected resnet\.encoder"):
         hf.load_pretrained(path)
+
+
+def test_timm_s_older_form_says_its_pixels_at_the_top(tmp_path):
+    flat = dict(architecture="resnet18", num_classes=2, input_size=[3, 32, 32], mean=[0.5] * 3)
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    c = hf.load_model(tmp_path).config
+    assert (c.image_size, c.mean) == (32, (0.5,) * 3)
 
 
 def test_torchvision_s_names(tmp_path):

@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import mmap
+import os
 import tarfile
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -70,7 +71,10 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        walked = os.walk(path, followlinks=True)
+        found = (
+            os.path.relpath(os.path.join(at, n), path) for at, _, names in walked for n in names
+        )
         self.files = sorted(filter(is_image, found))
 
     def __len__(self) -> int:
@@ -148,7 +152,9 @@ def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray
             size = f"{image.width} x {image.height}"
             fix = f"at most {PIXELS:,} are read"
             raise refuse(f"the image has {size} pixels", fix, "too_large")
-        if getattr(image, "n_frames", 1) > 1:
+        if (
+            getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+        ):  # of a camera, with a preview
             raise refuse(f"the image has {image.n_frames} frames", "take one of them out of it")
         if image.mode not in MODES:
             problem = f"the image's pixels are of mode {image.mode}, expected one of 8 bits"

@@ -5,6 +5,7 @@ in "train/0.jsonl", not in "training_notes.jsonl" or "pretrain.jsonl".
 """
 
 import functools
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
@@ -212,7 +213,9 @@ def _split(folder, own: Files, split, plain=False) -> list[Path]:
 def of_folder(folder: Path) -> list[Path]:
     """All data files of a folder of the user's. Raises: DataError if they are of several sets."""
     files = data_files(folder)
-    if not files and any(is_image(path.name) for path in folder.rglob("*")):
+    if not files and any(
+        is_image(n) for _, _, names in os.walk(folder, followlinks=True) for n in names
+    ):
         return [folder]  # of images, see records/images.py
     if not files:
         problem = f"no data file in this folder (known: {', '.join(READERS)})"

@@ -10,7 +10,7 @@ import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def find_files(spec: str) -> list[Path]:
 
 def _open(path):
     if path.is_dir():
-        return Folder(path)
+        return _one_split(Folder(path))
     if kind(path) not in READERS:
         problem = f"unknown kind of file {kind(path)!r}; known: {', '.join(READERS)}"
         raise DataError(problem, where=path, kind="unknown_format")
@@ -160,6 +160,15 @@ def _open(path):
     reader = READERS[kind(path)](path)
     if len(reader) == 0:
         raise DataError("the file holds no row", where=path, kind="no_rows")
+    return _one_split(reader)
+
+
+def _one_split(reader):
+    """A reader of images, if these do not all lie in folders of several splits."""
+    found = {layout.split_of(PurePosixPath(name)) for name in getattr(reader, "files", ())}
+    if len(found) > 1 and "" not in found:
+        problem = f"{reader.path} holds several splits ({', '.join(sorted(found))})"
+        raise DataError(problem, "name the folder of one of them", kind="mixed_splits")
     return reader
 
 

@@ -97,6 +97,8 @@ def test_pixels_of_other_modes_sizes_and_turns():
     np.testing.assert_array_equal(pixels(png(clear), 8, 3), SQUARE)
     wide = np.concatenate([0 * SQUARE[:, :4], SQUARE, 0 * SQUARE[:, :4]], 1)
     np.testing.assert_array_equal(pixels(png(wide), 8, 3), SQUARE)  # the middle square
+    camera = png(Image.fromarray(SQUARE), "mpo", save_all=True, append_images=FRAMES[1:])
+    assert pixels(camera, 8, 3).shape == (8, 8, 3)  # the picture, not its preview
     turned = Image.Exif()
     turned[0x0112] = 3  # by half a turn, as a camera says it
     np.testing.assert_array_equal(pixels(png(exif=turned), 8, 3), SQUARE[::-1, ::-1])
@@ -177,6 +179,20 @@ def test_classes_that_differ_between_splits_are_named(folder, tmp_path):
     assert task(tmp_path, (), train=str(folder)).labels.names == ("a", "cat", "dog")
     with pytest.raises(ConfigError, match=r"data\.labels is empty"):
         task(tmp_path, ())
+
+
+def test_folders_of_several_splits_are_refused_and_links_followed(folder, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        (tmp_path / "both" / name / "cat").symlink_to(folder / "cat")
+    with pytest.raises(DataError, match=r"both holds several splits \(test, train\)"):
+        open_source(str(tmp_path / "both"))
+    with tarfile.open(tmp_path / "both.tar", "w", dereference=True) as file:
+        file.add(tmp_path / "both", "both")
+    with pytest.raises(DataError, match="several splits"):
+        open_source(str(tmp_path / "both.tar"))
+    one = open_source(str(tmp_path / "both" / "train"))
+    assert [r["file"] for r in one] == ["cat/0.png", "cat/1.PNG"]
 
 
 def test_settings_that_are_not_of_images(folder, tmp_path):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from sftjax import params as params_lib
 from sftjax.errors import ModelError
-from sftjax.models import base
+from sftjax.models import base, decoder
 from sftjax.ops.pixels import normalised
 from sftjax.params import Param
 
@@ -182,16 +182,7 @@ class Model:
         hidden = jnp.mean(x.astype(jnp.float32), (1, 2))[:, None]
         return hidden.astype(c.dtype), params_lib.map_named(lambda name, _: new[name], model_state)
 
-    def class_logits(
-        self,
-        params: dict[str, Any],
-        hidden: jax.Array,
-        rng: jax.Array | None = None,
-        segments: jax.Array | None = None,
-    ) -> jax.Array:
-        """float32 [B, 1, C] of hidden [B, 1, D]."""
-        del rng, segments  # it has no dropout, and an image is a row
-        return base.project_classes(params["score"], hidden)
+    class_logits = decoder.Model.class_logits
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """(images, _, _) -> FLOPs of a step that trains all: three times the forward pass."""
@@ -206,14 +197,7 @@ class Model:
         cost: Any = jax.jit(forward).lower(*trees, batch).cost_analysis()
         return lambda images, trained, pairs: 3 * cost["flops"] * images
 
-    def check_length(self, length: int, what: str) -> None:
-        """Nothing: images have no length."""
-
-    def names(self) -> list[tuple]:
-        """The rows of its table of tensors, statistics among them."""
-        from sftjax.hf import names
-
-        return names.names(self)
+    names = base.Body.names
 
     def replace(self, **changes: Any) -> "Model":
         """The same model with other fields of its Config; those that it does not have are left."""

@@ -94,16 +94,7 @@ class Model(base.Body):
         x = self.features(params, batch["image"], rng)
         return x[:, :1] if self.config.class_token else jnp.mean(x, 1, keepdims=True), None
 
-    def class_logits(
-        self,
-        params: dict[str, Any],
-        hidden: jax.Array,
-        rng: jax.Array | None = None,
-        segments: jax.Array | None = None,
-    ) -> jax.Array:
-        """float32 [B, 1, C] of hidden [B, 1, D]."""
-        del rng, segments  # the head has no dropout, and an image is a row
-        return base.project_classes(params["score"], hidden)
+    class_logits = decoder.Model.class_logits
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """(images, trained, pairs of images) -> model FLOPs of a step; see flops.train_flops."""
@@ -114,6 +105,3 @@ class Model(base.Body):
             return of(images * n, trained, lambda window: each * pairs(window))
 
         return count
-
-    def check_length(self, length: int, what: str) -> None:
-        """Nothing: images have no length."""

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sftjax.config import ConfigError, get_default
 from sftjax.files import load_python
 from sftjax.hf.heads import MASKED, PAIRED, kind_of
+from sftjax.hf.names import reads_images
 from sftjax.tasks.base import Example, Scores, Task  # noqa: F401 (offered here)
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def of_head(hf: dict) -> str:
             "the model has a head of spans: name the task that reads it, such as"
             " --config.task=experiments/xquad/task.py:ExtractiveQA"
         )
-    return {"token": "token_labels", "image": "image_classification"}.get(kind, "causal_lm")
+    if reads_images(hf):
+        return "image_classification"
+    return "token_labels" if kind == "token" else "causal_lm"
 
 
 def _users(name) -> type[Task]:

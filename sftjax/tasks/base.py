@@ -295,11 +295,18 @@ class Task(Generic[E]):
         return ""
 
 
-def read_model(section: ConfigDict, **changes: Any) -> Model:
-    """hf.load_model of the config's section `model`. Raises: ConfigError where it names none."""
+def read_model(section: ConfigDict, images: bool = False, **changes: Any) -> Model:
+    """hf.load_model of the config's section `model`. Raises: ConfigError where it names none.
+
+    images: does the task read images; a model that reads what the task does not is refused too.
+    """
     if not section.path:
         raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
-    return hf.load_model(section.path, **changes)
+    model = hf.load_model(section.path, **changes)
+    if hasattr(model.config, "image_size") != images:
+        reads, task = ("texts", "images") if images else ("images", "texts")
+        raise ConfigError(f"model.path={section.path}: the model reads {reads}, the task {task}")
+    return model
 
 
 def perplexity(loss: float) -> float:

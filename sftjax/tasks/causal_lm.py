@@ -86,7 +86,9 @@ class CausalLM(Answering[chat.Encoded]):
     def key(self) -> list:
         """The policy, the chat template and the special tokens."""
         if self.tokenizer is None:
-            raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
+            raise ConfigError(
+                "model.path is empty, or of images; give a language model's directory"
+            )
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
         texts = template_texts(self.tokenizer, self.policy.get("template"))

@@ -62,12 +62,7 @@ class ImageClassification(Classification):
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: Any) -> "ImageClassification":
         """The task of a config. Raises: ConfigError where nothing names the labels."""
-        d, model = config.data, read_model(config.model)
-        if not hasattr(model.config, "image_size"):
-            kind = model.source.config.get("model_type")
-            raise ConfigError(
-                f"task={config.task!r}: a {kind} at {config.model.path} reads no images"
-            )
+        d, model = config.data, read_model(config.model, images=True)
         labels = d.labels or stored_labels(model.source.config, cls.head)
         if not labels and d.train:
             labels = labels_of(open_source(d.train))

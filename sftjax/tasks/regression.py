@@ -67,7 +67,7 @@ class Regression(Texts):
 
     def load_model(self, section: ConfigDict, **changes: Any) -> Model:
         """The body of model.path with a head of one number, and its model_state."""
-        own = dict(labels=("number",), head="document", problem="regression")
+        own: Any = dict(labels=("number",), head="document", problem="regression")
         model: Any = read_model(section, **own, **changes)
         # A head that the files hold gives the number itself, and goes on doing so. Else the units
         # are known when this is drawn, and not before.

@@ -1,5 +1,7 @@
 """Variants of images: each its own, none in evaluation, and none that leaves the range."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,13 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 12, 12, 3)).astype(np.uin
 BATCH = dict(image=IMAGES, targets=np.arange(6)[:, None], weights=np.ones((6, 1), np.float32))
 
 
+@functools.cache
+def compiled(names):
+    return jax.jit(lambda key, batch: pixels.vary(key, batch, names))
+
+
 def varied(*names, seed=0, **change):
-    return jax.jit(lambda b: pixels.vary(jax.random.key(seed), b, names))(BATCH | change)
+    return compiled(names)(jax.random.key(seed), BATCH | change)
 
 
 @pytest.mark.parametrize("name", pixels.VARIANTS)

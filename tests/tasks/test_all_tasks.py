@@ -235,7 +235,10 @@ CASES = {
 # As the others go, so do these.
 SLOW = tuple("multi_label masked_lm regression token_labels classification".split())
 SLOW += ("custom, of spans", "image_classification vit")
-PARAMS = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES]
+# And what these show besides, their own tests do.
+LONG = ("masked_lm", "multi_label", "custom, of spans", "image_classification vit")
+MARKS = {x: pytest.mark.long if x in LONG else pytest.mark.slow for x in SLOW}
+PARAMS = [pytest.param(x, marks=MARKS[x]) if x in MARKS else x for x in CASES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

@@ -11,6 +11,8 @@ import hashlib
 import mmap
 import os
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 
 from sftjax.data.records.failures import excerpt, readable
 from sftjax.errors import ConfigError, DataError
+from sftjax.terminal import warn
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 PIXELS = 1 << 26  # of an image, at most: a small file may claim to be as large as memory
@@ -32,14 +35,34 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 def is_image(name: str) -> bool:
     """Does a file of this name, below a folder, hold an image, and is nothing of it hidden?"""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _hidden(name)
+
+
+def _hidden(name):
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _record(image, name) -> dict[str, Any]:
     label = PurePosixPath(name).parent.name
     return {"image": image, "file": name} | ({"label": label} if label else {})
+
+
+def below(folder: Path) -> Iterator[str]:
+    """The names of all files below a folder; a link to a folder above it is not followed."""
+    for at, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.join(os.path.realpath(at), "")
+        places = {d: os.path.join(os.path.realpath(os.path.join(at, d)), "") for d in folders}
+        folders[:] = [d for d in folders if not here.startswith(places[d])]
+        yield from (os.path.relpath(os.path.join(at, n), folder) for n in names)
+
+
+def _say_others(path, names):
+    """Warn of the files that are not read, by the endings of their names."""
+    others = [PurePosixPath(n) for n in names if not (is_image(n) or _hidden(n))]
+    kinds = Counter(p.suffix.lower() or p.name for p in others)
+    if kinds:
+        some = ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(5))
+        warn(f"{path}: files that are not read as images: {some}")
 
 
 class Tar:
@@ -48,7 +71,9 @@ class Tar:
     def __init__(self, path: Path) -> None:
         self.path = path
         with readable(path, "tar", (OSError, tarfile.TarError)), tarfile.open(path, "r:") as file:
-            found = [m for m in file if m.isfile() and is_image(m.name.removeprefix("./"))]
+            members = [m for m in file if m.isfile()]
+        found = [m for m in members if is_image(m.name)]
+        _say_others(path, (m.name for m in members))
         self.files = [m.name for m in found]
         self._places = [(m.offset_data, m.size) for m in found]
         with open(path, "rb") as file:
@@ -71,11 +96,10 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        walked = os.walk(path, followlinks=True)
-        found = (
-            os.path.relpath(os.path.join(at, n), path) for at, _, names in walked for n in names
-        )
+        found = list(below(path))
         self.files = sorted(filter(is_image, found))
+        self.bytes = sum((path / name).stat().st_size for name in self.files)
+        _say_others(path, found)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -152,9 +176,8 @@ def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray
             size = f"{image.width} x {image.height}"
             fix = f"at most {PIXELS:,} are read"
             raise refuse(f"the image has {size} pixels", fix, "too_large")
-        if (
-            getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
-        ):  # of a camera, with a preview
+        # Cameras write MPO: a picture and its preview.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise refuse(f"the image has {image.n_frames} frames", "take one of them out of it")
         if image.mode not in MODES:
             problem = f"the image's pixels are of mode {image.mode}, expected one of 8 bits"

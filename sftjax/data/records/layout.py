@@ -5,13 +5,12 @@ in "train/0.jsonl", not in "training_notes.jsonl" or "pretrain.jsonl".
 """
 
 import functools
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from sftjax.data.records.images import is_image
+from sftjax.data.records.images import below, is_image
 from sftjax.data.records.readers import COMPRESSED, READERS
 from sftjax.errors import DataError
 from sftjax.files import read_object
@@ -213,9 +212,7 @@ def _split(folder, own: Files, split, plain=False) -> list[Path]:
 def of_folder(folder: Path) -> list[Path]:
     """All data files of a folder of the user's. Raises: DataError if they are of several sets."""
     files = data_files(folder)
-    if not files and any(
-        is_image(n) for _, _, names in os.walk(folder, followlinks=True) for n in names
-    ):
+    if not files and any(map(is_image, below(folder))):
         return [folder]  # of images, see records/images.py
     if not files:
         problem = f"no data file in this folder (known: {', '.join(READERS)})"

@@ -72,7 +72,7 @@ class Source(Sequence):
         return [
             dict(
                 name=path.name if short else str(path),
-                bytes=path.stat().st_size,
+                bytes=getattr(reader, "bytes", path.stat().st_size),
                 rows=len(reader),
                 sha256=_hash_of(reader),
             )

@@ -42,18 +42,22 @@ def folder(tmp_path):
     return tmp_path / "train"
 
 
-def task(where, labels=("cat", "dog"), **data):
-    config = config_lib.get_default()
-    where = where / "model"
+def image_model(where):
     where.mkdir(exist_ok=True)
     model = {"architecture": "resnet8_cifar", "pretrained_cfg": {"input_size": [3, 8, 8]}}
     (where / "config.json").write_text(json.dumps(model))
-    config.task, config.model.path, config.data.labels = "image_classification", str(where), labels
+    return where
+
+
+def task(where, labels=("cat", "dog"), **data):
+    config = config_lib.get_default()
+    path = str(image_model(where / "model"))
+    config.task, config.model.path, config.data.labels = "image_classification", path, labels
     config.data.update(data)
     return tasks.make(config, None)
 
 
-def test_a_folder_and_a_tar_of_it_are_the_same_records(folder, tmp_path):
+def test_a_folder_and_a_tar_of_it_are_the_same_records(folder, tmp_path, caplog):
     with tarfile.open(tmp_path / "train.tar", "w") as file:
         for path in sorted(folder.rglob("*")):
             file.add(path, path.relative_to(folder), recursive=False)
@@ -66,6 +70,14 @@ def test_a_folder_and_a_tar_of_it_are_the_same_records(folder, tmp_path):
     assert labels_of(a) == labels_of(b) == ["a", "cat", "dog"]
     same = [encoded(r["image"], s.where(i)) for s in (a, b) for i, r in enumerate(s)]
     assert set(same) == {png()}
+    said = [r.getMessage() for r in caplog.records]  # not of what is hidden
+    assert (
+        said
+        == [f"{s.readers[0].path}: files that are not read as images: 1 of .txt" for s in (b, a)][
+            ::-1
+        ]
+    )
+    assert a.files()[0]["bytes"] == 4 * len(png())
     before = a.fingerprint()
     (folder / "cat" / "0.png").write_bytes(png(SQUARE[::-1]) + b" ")
     assert open_source(str(folder)).fingerprint() != before
@@ -191,6 +203,7 @@ def test_folders_of_several_splits_are_refused_and_links_followed(folder, tmp_pa
         file.add(tmp_path / "both", "both")
     with pytest.raises(DataError, match="several splits"):
         open_source(str(tmp_path / "both.tar"))
+    (tmp_path / "both" / "train" / "round").symlink_to(tmp_path / "both")
     one = open_source(str(tmp_path / "both" / "train"))
     assert [r["file"] for r in one] == ["cat/0.png", "cat/1.PNG"]
 
@@ -206,8 +219,20 @@ def test_settings_that_are_not_of_images(folder, tmp_path):
     )  # fmt: skip
     config = config_lib.get_default()
     config.task, config.model.path = "image_classification", str(tmp_path / "model")
-    with pytest.raises(ConfigError, match="a bert at .*model reads no images"):
+    with pytest.raises(ConfigError, match="the model reads texts, the task images"):
         tasks.make(config, None)
+    config.model.path = str(image_model(tmp_path / "of_images"))
+    for name in ("classification", "token_labels", "multi_label"):
+        config.task = name
+        with pytest.raises(ConfigError, match="the model reads images, the task texts"):
+            tasks.make(config, None)
+    config.task = "causal_lm"
+    with pytest.raises(ConfigError, match="is empty, or of images"):
+        tasks.make(config, None).key()
+    assert (
+        tasks.of_head({"model_type": "vit", "architectures": ["ViTModel"]})
+        == "image_classification"
+    )
 
 
 def test_a_compressed_tar_is_refused(tmp_path):

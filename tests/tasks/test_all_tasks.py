@@ -236,7 +236,8 @@ CASES = {
 SLOW = tuple("multi_label masked_lm regression token_labels classification".split())
 SLOW += ("custom, of spans", "image_classification vit")
 # And what these show besides, their own tests do.
-LONG = ("masked_lm", "multi_label", "custom, of spans", "image_classification vit")
+LONG = ("masked_lm", "multi_label", "token_labels", "custom, of spans")
+LONG += ("image_classification vit",)
 MARKS = {x: pytest.mark.long if x in LONG else pytest.mark.slow for x in SLOW}
 PARAMS = [pytest.param(x, marks=MARKS[x]) if x in MARKS else x for x in CASES]
 

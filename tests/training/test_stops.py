@@ -327,7 +327,14 @@ def group_lives(group):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name, asked", [("SIGTERM", [1]), ("SIGINT", [0]), ("SIGTERM", [0, 1])])
+@pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("SIGTERM", [1]),
+        pytest.param("SIGINT", [0], marks=pytest.mark.long),
+        pytest.param("SIGTERM", [0, 1], marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_stop_after_one_step(files, tmp_path, name, asked):  # noqa: F811
     """However many of them are asked; elsewhere than in the loop, both end as well."""
     workdir, outputs = tmp_path / "run", [tmp_path / "0", tmp_path / "1"]

@@ -44,16 +44,12 @@ def prepare(shape, kind, backend):
     rows, length, heads, kv_heads, width = SHAPES[shape]
     keys = jax.random.split(jax.random.key(0), 4)
     sizes = (heads, kv_heads, kv_heads, heads)
-    *qkv, g = (
-        jax.random.normal(key, (rows, length, n, width)) for key, n in zip(keys, sizes, strict=True)
-    )
+    *qkv, g = (jax.random.normal(key, (rows, length, n, width)) for key, n in zip(keys, sizes, strict=True))
     segments, positions = map(jnp.asarray, rows_of(kind, rows, length))
 
     @jax.jit
     def both(qkv, g, segments, positions):
-        out, vjp = jax.vjp(
-            lambda *a: attention(*a, segments=segments, positions=positions, backend=backend), *qkv
-        )
+        out, vjp = jax.vjp(lambda *a: attention(*a, segments=segments, positions=positions, backend=backend), *qkv)
         return out, vjp(g)
 
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter

@@ -74,9 +74,7 @@ def configured(case: str, folder: Path) -> Path:
     if case == "mixture":
         parts = {"first": rows[:250], "second": rows[250:400]}
         files = [write(folder / f"{name}.jsonl", part) for name, part in parts.items()]
-        changes["data.sources"] = tuple(
-            dict(path=f, weight=w) for f, w in zip(files, (2, 1), strict=True)
-        )
+        changes["data.sources"] = tuple(dict(path=f, weight=w) for f, w in zip(files, (2, 1), strict=True))
     if case == "classification":
         words = {"good": "fine glad warm", "bad": "dull sour cold"}
         changes["data.labels"] = tuple(words)
@@ -102,9 +100,7 @@ def start(config: Path, workdir: Path) -> subprocess.Popen:
     """`sftjax train`, in a process group of its own; it writes to files beside the workdir."""
     command = [sys.executable, "-m", "sftjax.train", f"--config={config}", f"--workdir={workdir}"]
     with open(f"{workdir}.out", "a") as out:
-        return subprocess.Popen(
-            command, stdout=out, stderr=out, cwd=REPO, start_new_session=True, env=os.environ
-        )
+        return subprocess.Popen(command, stdout=out, stderr=out, cwd=REPO, start_new_session=True, env=os.environ)
 
 
 def kill(process: subprocess.Popen) -> None:

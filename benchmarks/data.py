@@ -93,9 +93,7 @@ def ours(path, tokenizer, template):
     os.putenv("TOKENIZERS_PARALLELISM", "true")
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(path)
-        store = build_store(
-            source, CausalLM(tokenizer, dict(template=template)), LENGTH, "error", cache
-        )
+        store = build_store(source, CausalLM(tokenizer, dict(template=template)), LENGTH, "error", cache)
         return store.report["tokens"], Rows(store, LENGTH).per_epoch
 
 
@@ -173,9 +171,7 @@ def second_start(fixtures, folder, n):
     for _ in range(2):
         began = time.perf_counter()
         policy = dict(fields=GSM8K)
-        store = build_store(
-            open_source(path), CausalLM(tokenizer, policy), LENGTH, "error", folder / "cache"
-        )
+        store = build_store(open_source(path), CausalLM(tokenizer, policy), LENGTH, "error", folder / "cache")
         Rows(store, LENGTH)
         seconds.append(time.perf_counter() - began)
     return dict(rows=n, first_s=seconds[0], second_s=seconds[1])
@@ -187,9 +183,7 @@ def feeding(fixtures, folder, steps=500):
     tokenizer = AutoTokenizer.from_pretrained(fixtures / "tokenizer-llama2")
     source = open_source(fixtures / "gsm8k" / "train.jsonl")
     policy = dict(fields=GSM8K)
-    store = build_store(
-        source, CausalLM(tokenizer, policy), length, "truncate_end", folder / "cache"
-    )
+    store = build_store(source, CausalLM(tokenizer, policy), length, "truncate_end", folder / "cache")
     packed = Rows(store, length, total_rows=steps * rows)
     one = train_step.prepare("S", *train_step.VARIANTS["default"])
     began = time.perf_counter()
@@ -234,9 +228,7 @@ def main():
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        prepared = {
-            n: prepare(n, fixtures, folder, args.rows, args.rounds) for n in ("gsm8k", "oasst")
-        }
+        prepared = {n: prepare(n, fixtures, folder, args.rows, args.rounds) for n in ("gsm8k", "oasst")}
         second = second_start(fixtures, folder, args.cached)
         fed = feeding(fixtures, folder)
         wait = wait_share(fixtures, folder)
@@ -249,9 +241,7 @@ def main():
         print(f"{name:<10}{mine:>16,.0f}{other:>14,.0f}{spans[0]:>20}{spans[1]:>22}")
     print(f"second start, {args.cached:,} rows: {second['second_s']:.2f} s", end="")
     print(f" (the first: {second['first_s']:.0f} s)")
-    print(
-        f"loader {fed['loader']:,.0f} tokens/s, trainer {fed['trainer']:,.0f}: {fed['ratio']:.0f}x"
-    )
+    print(f"loader {fed['loader']:,.0f} tokens/s, trainer {fed['trainer']:,.0f}: {fed['ratio']:.0f}x")
     print(f"waiting for data: {wait:.2%} of the time")
     if args.out:
         results = dict(prepare=prepared, second_start=second, feeding=fed, data_wait=wait)

@@ -39,12 +39,7 @@ def batches(store, task, reviews: int) -> dict[str, list[dict]]:
     packed = Rows(Some(), WIDTH, "bfd", layout=task.layout)
     rows = packed.batch(range(len(packed)))
     each = PADDED * len(packed) // reviews or 1
-    out = {
-        "packed": [
-            {k: v[i : i + each] for k, v in rows.items()}
-            for i in range(0, len(packed) - each + 1, each)
-        ]
-    }
+    out = {"packed": [{k: v[i : i + each] for k, v in rows.items()} for i in range(0, len(packed) - each + 1, each)]}
     lone = Rows(Some(), WIDTH, "none", shuffle=False, layout=task.layout)
     out["padded"] = []
     for start in range(0, reviews, PADDED):

@@ -248,10 +248,7 @@ def in_turns(sides: dict, rounds: int) -> dict[str, list]:
 def ratios(slow: list, fast: list) -> dict[str, list[float]]:
     """Of time and of processor time: [low, median, high] of slow / fast, round by round."""
     pairs = list(zip(slow, fast, strict=True))
-    return {
-        name: interval([a[i] / b[i] for a, b in pairs])
-        for i, name in enumerate(("time", "processor time"))
-    }
+    return {name: interval([a[i] / b[i] for a, b in pairs]) for i, name in enumerate(("time", "processor time"))}
 
 
 def measure(body: str, args) -> dict:
@@ -280,8 +277,7 @@ def measure(body: str, args) -> dict:
         sides = {"torch": functools.partial(theirs.turn, way), "sftjax": ours.turn}
         times = in_turns(sides, args.rounds)
         found[way] = {
-            f"{side}_sentences_per_s": round(n / float(np.median([t for t, _ in times[side]])), 1)
-            for side in times
+            f"{side}_sentences_per_s": round(n / float(np.median([t for t, _ in times[side]])), 1) for side in times
         }
         found[way] |= ratios(times["torch"], times["sftjax"])
         print(f"{body}, {way}: {json.dumps(found[way])}", flush=True)

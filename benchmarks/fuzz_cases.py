@@ -87,9 +87,7 @@ def as_file(rng, rows):
         return "d.json", dumped(rng.choice([rows, {"data": rows}, rows[0]]))
     if kind in ("csv", "tsv"):
         mark = "\t" if kind == "tsv" else ","
-        written = (
-            [dumped(value).decode("utf-8", "replace") for value in row.values()] for row in rows
-        )
+        written = ([dumped(value).decode("utf-8", "replace") for value in row.values()] for row in rows)
         table = [list(rows[0]), *written]
         quote = lambda field: '"' + str(field).replace('"', '""') + '"'  # noqa: E731
         text = "\n".join(mark.join(map(quote, row)) for row in table)
@@ -116,16 +114,12 @@ def records(rng, folder):
     rows = [row if isinstance(row, dict) else form for row in rows]
     name, data = as_file(rng, rows)
     (folder / name).write_bytes(torn(rng, data) if rng.random() < 0.3 else data)
-    lists = (
-        rng.choice(["#messages", "#a.b", "#", "#messages.replies"]) if rng.random() < 0.05 else ""
-    )
+    lists = rng.choice(["#messages", "#a.b", "#", "#messages.replies"]) if rng.random() < 0.05 else ""
     options = dict(fields={}, roles={}, system=rng.choice(["", "", "s"]))
     if rng.random() < 0.15:
         options["fields"] = {rng.choice(NAMES): rng.choice(FIELDS) for _ in range(2)}
     if rng.random() < 0.1:
-        options["roles"] = {
-            rng.choice(["boss", "user", ""]): rng.choice(["user", "assistant", "x"])
-        }
+        options["roles"] = {rng.choice(["boss", "user", ""]): rng.choice(["user", "assistant", "x"])}
     refused = None
     source = open_source(str(folder / name) + lists, limit=rng.choice([0, 0, 2]))
     for i in range(len(source)):
@@ -236,13 +230,9 @@ def spans(rng, folder):
         elif message not in trained or part == "tools":
             assert trained_times == 0, f"{part} of message {message} is trained"
         else:
-            assert trained_times == 1, (
-                f"{part} of message {message} is trained {trained_times} times"
-            )
+            assert trained_times == 1, f"{part} of message {message} is trained {trained_times} times"
     plain = [m for m in record["messages"] if m["role"] == "assistant"]
-    if len(inside) == len(trained) and not any(
-        m.keys() & {"tool_calls", "reasoning_content"} for m in plain
-    ):
+    if len(inside) == len(trained) and not any(m.keys() & {"tool_calls", "reasoning_content"} for m in plain):
         contents = [record["messages"][i]["content"] for i in sorted(trained)]
         for text, content in zip(inside, contents, strict=True):
             own = content.split("</think>")[-1].strip()
@@ -308,10 +298,7 @@ def model_configs():
     gpt2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, activation_function="gelu_new")
     families = [k for k in directory.FAMILIES if k != "bert"]
     rope = ({}, {"rope_scaling": scaled}, {"id2label": {"0": "a", "1": "b"}})
-    return found + [
-        found[0] | more | gpt2 | {"model_type": kind} | rope[n % 3]
-        for n, kind in enumerate(families)
-    ]
+    return found + [found[0] | more | gpt2 | {"model_type": kind} | rope[n % 3] for n, kind in enumerate(families)]
 
 
 def models(rng, folder):
@@ -380,9 +367,7 @@ def config(rng, folder):
     elif rng.random() < 0.5:
         value = rng.choice(VALUES).encode("unicode_escape").decode()
         value = rng.choice([value, repr(value), repr(rng.choice(ODD))])
-        text = text.replace(
-            b"    return", f"    c.{rng.choice(keys())} = {value}\n    return".encode()
-        )
+        text = text.replace(b"    return", f"    c.{rng.choice(keys())} = {value}\n    return".encode())
     (folder / "c.py").write_bytes(text)
     argv = [f"--config={folder / 'c.py'}{rng.choice(['', '', ':', ':arg'])}", "--workdir=w"]
     for _ in range(rng.choice([0, 1, 1, 2])):

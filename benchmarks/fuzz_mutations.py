@@ -19,9 +19,7 @@ BYTES += [b"[" * 20_000, b"9" * 5000, b'{"a":' * 3000, b"\xed\xa0\x80", b"\xff\x
 
 def places(value):
     """(container, key) of every value inside."""
-    keys = (
-        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    )
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
         yield from places(value[key])

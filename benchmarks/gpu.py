@@ -117,9 +117,7 @@ def build(case, attention):
         rules = [(f"layers/{first}-.*", True), ("norm/.*", True), (".*", False)]
     model, tx = sftjax.Model(config), optax.adamw(1e-5)
     trainable = params_lib.match_rules(rules, model.abstract, "trainable")
-    dtypes = params_lib.map_named(
-        lambda _, on: jnp.dtype(case.dtype if on else "bfloat16"), trainable
-    )
+    dtypes = params_lib.map_named(lambda _, on: jnp.dtype(case.dtype if on else "bfloat16"), trainable)
     loss_fn = sftjax.losses.causal_lm(model)
     return (
         model,
@@ -160,15 +158,11 @@ def lower(case, attention=TRITON, platform="cuda", sharding=None):
     from sftjax import params as params_lib
 
     model, trainable, tx, dtypes, step = build(case, attention)
-    params = jax.tree.map(
-        lambda x, d: jax.ShapeDtypeStruct(x.shape, d), params_lib.shapes(model.abstract), dtypes
-    )
+    params = jax.tree.map(lambda x, d: jax.ShapeDtypeStruct(x.shape, d), params_lib.shapes(model.abstract), dtypes)
     create = functools.partial(sftjax.TrainState.create, tx=tx, trainable=trainable)
     state = jax.eval_shape(lambda p: create(params=p), params)
     batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, make_batch(case)[0]))
-    state, batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, batch)
-    )
+    state, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, batch))
     with stand_in():
         traced = jax.jit(step, donate_argnums=0).trace(state, batch)
         return traced.lower(lowering_platforms=(platform,))
@@ -338,10 +332,7 @@ def show(case_name, rows):
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         ratio = row["sftjax_speed"]
         ratio = "{1:.2f} ({0:.2f}..{2:.2f})".format(*ratio) if ratio else "-"
-        print(
-            f"{row['variant']:<24}{row['tokens_per_s']:>12,.0f}{mfu:>8}{row['peak_gib']:>10.2f}"
-            f"{ratio:>26}"
-        )
+        print(f"{row['variant']:<24}{row['tokens_per_s']:>12,.0f}{mfu:>8}{row['peak_gib']:>10.2f}{ratio:>26}")
 
 
 def measure(case_name, rounds, steps, timeout, commands):
@@ -360,15 +351,11 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--timeout", type=int, default=1800, help="seconds a process may take")
-    parser.add_argument(
-        "--attention", default="", help="sftjax's backend; default our Triton kernels on a GPU"
-    )
+    parser.add_argument("--attention", default="", help="sftjax's backend; default our Triton kernels on a GPU")
     parser.add_argument("--profile", default="", help="with --child: a folder for a trace")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument(
-        "--child", action="store_true", help="measure sftjax in this process, print its JSON"
-    )
+    parser.add_argument("--child", action="store_true", help="measure sftjax in this process, print its JSON")
     parser.add_argument("--out", default="")
     args = parser.parse_args(argv)
     real = [name for name, case in CASES.items() if case.shape != "toy"]

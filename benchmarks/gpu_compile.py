@@ -31,9 +31,7 @@ def topology():
     from jax.experimental import topologies
 
     text = Path(__file__).with_name("gpu_h100.txtpb").read_text()
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=text, topology="1x1x1"
-    )
+    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=text, topology="1x1x1")
 
 
 def mosaic_here():

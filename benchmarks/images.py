@@ -80,10 +80,7 @@ def small_torch():
             self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
             before = 16
             for i, width in enumerate((16, 32, 64), 1):
-                blocks = [
-                    Block(before if j == 0 else width, width, 2 if i > 1 and j == 0 else 1)
-                    for j in range(3)
-                ]
+                blocks = [Block(before if j == 0 else width, width, 2 if i > 1 and j == 0 else 1) for j in range(3)]
                 setattr(self, f"layer{i}", nn.Sequential(*blocks))
                 before = width
             self.fc = nn.Linear(64, 10)
@@ -157,11 +154,7 @@ def measure(body: str, rounds: int, steps: int) -> dict:
         (folder / "config.json").write_text(json.dumps(own | dict(num_classes=10, num_labels=10)))
         model = hf.load_model(folder, labels=CLASSES)
         params = params_lib.init(model.abstract, jax.random.key(0))
-        stats = (
-            {}
-            if model.state is None
-            else {"stats": params_lib.init(model.state, jax.random.key(0))}
-        )
+        stats = {} if model.state is None else {"stats": params_lib.init(model.state, jax.random.key(0))}
         hf.save_pretrained(folder, model, params | stats)
         ours = OfSftjax(folder, images, targets)
         theirs = OfTorch(folder, body, images, targets, ours.config)

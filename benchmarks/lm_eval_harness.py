@@ -74,17 +74,13 @@ class SftjaxLM(TemplateLM):
         """Of lm-eval's cache."""
         return self.tokenizer.name_or_path
 
-    def apply_chat_template(
-        self, chat_history: list[dict], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, as the tokenizer's template writes it."""
         ends = dict(continue_final_message=not add_generation_prompt, tokenize=False)
         ends["add_generation_prompt"] = add_generation_prompt
         return self.tokenizer.apply_chat_template(chat_history, **ends)
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of a text; without a second bos where it begins with one."""
         if add_special_tokens is None:
             add_special_tokens = self.add_bos_token

@@ -47,9 +47,7 @@ def plain(h, w, targets, weights):
 
 
 def chunked(h, w, targets, weights):
-    h, targets, weights = (
-        x.reshape(-1, min(CHUNK, targets.size), *x.shape[2:]) for x in (h, targets, weights)
-    )
+    h, targets, weights = (x.reshape(-1, min(CHUNK, targets.size), *x.shape[2:]) for x in (h, targets, weights))
 
     @jax.checkpoint
     def body(total, chunk):
@@ -125,9 +123,7 @@ def memory_table(tokens, vocab, width, dtype):
 def time_table(tokens, vocab, width, shares, rounds):
     found, worst = times(tokens, vocab, width, shares, rounds)
     rows = []
-    print(
-        f"\nseconds, {tokens:,} tokens x {vocab:,} x {width}, float32 (values agree to {worst:.0e})"
-    )
+    print(f"\nseconds, {tokens:,} tokens x {vocab:,} x {width}, float32 (values agree to {worst:.0e})")
     print(f"{'trained':>12}" + "".join(f"{name:>12}" for name in LOSSES) + f"{'chunked/ours':>26}")
     for share in shares:
         middle = {name: statistics.median(found[name, share]) for name in LOSSES}

@@ -31,9 +31,7 @@ def ranges(segments: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
     return first, end
 
 
-def mosaic(
-    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
-) -> jax.Array:
+def mosaic(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options) -> jax.Array:
     """A backend of ops.attention for rows whose documents lie one after the other, in order."""
     try:
         from tokamax._src.ops.attention import pallas_mosaic_gpu as kernels

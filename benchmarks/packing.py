@@ -72,8 +72,7 @@ def main():
                 found = measure(lengths, strategy, capacity)
                 results[name].append(found)
                 print(
-                    f"{capacity:>6}  {strategy:<10}{found['processor_s']:>9.2f}{found['rows']:>10}"
-                    f"{found['full']:>9.2%}"
+                    f"{capacity:>6}  {strategy:<10}{found['processor_s']:>9.2f}{found['rows']:>10}{found['full']:>9.2%}"
                 )
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

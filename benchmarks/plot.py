@@ -118,9 +118,7 @@ def loglog(series: dict, title: str, x_label: str, y_label: str) -> Figure:
     for i, (name, points) in enumerate(series.items()):
         colour = curves.COLOURS[i % len(curves.COLOURS)]
         axes.loglog(*np.transpose(points), color=colour, marker="o" if len(points) == 1 else "")
-        axes.annotate(
-            name, points[-1], (7, 0), textcoords="offset points", va="center", color=colour
-        )
+        axes.annotate(name, points[-1], (7, 0), textcoords="offset points", va="center", color=colour)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")

@@ -25,9 +25,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], cwd=REPO, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.run(["git", *words], cwd=REPO, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def interval(ratios: list[float]) -> list[float]:

@@ -148,11 +148,7 @@ def show_starts(found):
 
 def depth(depths, repeat) -> list[dict]:
     jax.config.update("jax_enable_compilation_cache", False)
-    configs = {
-        (name, n): decoder.Config(layers=n, **BASE | extra)
-        for name, extra in KINDS.items()
-        for n in depths
-    }
+    configs = {(name, n): decoder.Config(layers=n, **BASE | extra) for name, extra in KINDS.items() for n in depths}
     compile_step(next(iter(configs.values())))  # what the first compile of a process costs
     times = {key: [] for key in configs}
     for _ in range(repeat):

@@ -50,8 +50,7 @@ MODELS = {
         head_dim=64,
         tie_word_embeddings=True,
     ),
-    "70B": LLAMA
-    | dict(hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64),
+    "70B": LLAMA | dict(hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64),
 }
 
 
@@ -66,15 +65,9 @@ class Run:
 
 
 RUNS = {
-    "8B-v5e": Run(
-        "8B", "v5e:4x4", 16, peers=(("MaxText full", 6.96, 2.21), ("Tunix", 12.88, 3.32))
-    ),
-    "8B-v5p": Run(
-        "8B", "v5p:2x2x2", 16, peers=(("MaxText full", 12.70, 1.67), ("Tunix", 43.24, 2.79))
-    ),
-    "1B-v5e": Run(
-        "1B", "v5e:2x4", 32, peers=(("MaxText full", 10.57, 1.78), ("Tunix", 14.69, 4.04))
-    ),
+    "8B-v5e": Run("8B", "v5e:4x4", 16, peers=(("MaxText full", 6.96, 2.21), ("Tunix", 12.88, 3.32))),
+    "8B-v5p": Run("8B", "v5p:2x2x2", 16, peers=(("MaxText full", 12.70, 1.67), ("Tunix", 43.24, 2.79))),
+    "1B-v5e": Run("1B", "v5e:2x4", 32, peers=(("MaxText full", 10.57, 1.78), ("Tunix", 14.69, 4.04))),
     "8B-v5e-256": Run("8B", "v5e:16x16", 256, mesh=(("data", 16), ("fsdp", 16))),
     "70B-v5p": Run("70B", "v5p:8x8x4", 512, mesh=(("data", 4), ("fsdp", 64))),
     "70B-4xv6e": Run("70B", "4xv6e:16x16", 2048, mesh=(("data", 16), ("fsdp", 64))),
@@ -121,12 +114,8 @@ def measure(name, run, trained, remat, folder):
         async_share=cost.async_share,
         compile_s=p.seconds,
         projection=p.time,
-        collectives={
-            f"{kind} over {n}": dataclasses.asdict(c) for (kind, n), c in cost.collectives.items()
-        },
-        ratios={
-            peer: dict(peak=p.total / 2**30 / gib, cycles=seconds / s) for peer, gib, s in run.peers
-        },
+        collectives={f"{kind} over {n}": dataclasses.asdict(c) for (kind, n), c in cost.collectives.items()},
+        ratios={peer: dict(peak=p.total / 2**30 / gib, cycles=seconds / s) for peer, gib, s in run.peers},
     )
 
 

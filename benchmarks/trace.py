@@ -44,9 +44,7 @@ from plot import loglog
 from train_step import SHAPES, make_batch
 
 KINDS = ("matmul", "attention", "vocabulary", "collectives", "other")
-COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|ragged-all-to-all)"
-)
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|ragged-all-to-all)")
 CONTAINERS = {"while", "call", "conditional"}  # their time is that of what they run
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4,
          "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
@@ -211,9 +209,7 @@ def show(found, idle, seconds, rates):
     peak, bandwidth = rates
     print(f"a step takes {1e3 * seconds:,.1f} ms; matmul {peak / 1e9:,.0f} GFLOP/s, ", end="")
     print(f"memory {bandwidth / 1e9:,.1f} GB/s, equal at {peak / bandwidth:.0f} FLOP a byte")
-    print(
-        f"{'':<12}{'share':>8}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'GB/s':>8}{'FLOP/byte':>11}"
-    )
+    print(f"{'':<12}{'share':>8}{'ms':>10}{'GFLOP/s':>10}{'of peak':>9}{'GB/s':>8}{'FLOP/byte':>11}")
     for kind, row in found.items():
         if not row["seconds"]:
             print(f"{kind:<12}{'-':>8}")
@@ -245,9 +241,7 @@ def roofline(found, rates, title):
 def profile(config, rows, length, steps, logdir):
     """The compiled program's text; the trace is in logdir."""
     model, tx = sftjax.Model(config), optax.adamw(1e-4)
-    state = sftjax.TrainState.create(
-        params=params_lib.init(model.abstract, jax.random.key(0)), tx=tx
-    )
+    state = sftjax.TrainState.create(params=params_lib.init(model.abstract, jax.random.key(0)), tx=tx)
     loss_fn = sftjax.losses.causal_lm(model)
     step = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx), donate_argnums=0)
     batch = jax.device_put(make_batch(config, rows, length, 0.5))

@@ -182,9 +182,7 @@ def lengths(args, names, folder):
         ours["steps"] = max(1, base.facts["epoch"] // (2 * args.rounds))
         for name, packing in {"TRL, padded": False, "TRL, packed": True}.items():
             its_job = job | dict(packing=packing)
-            table[name] = attempt(
-                pair, base, ours, name, "trl", its_job, folder, args.rounds, MALLOC
-            )
+            table[name] = attempt(pair, base, ours, name, "trl", its_job, folder, args.rounds, MALLOC)
             say(name, table[name])
             ours["tokens_per_s"] = table[name].get("base_tokens_per_s")
         table["sftjax, packed"] = ours
@@ -225,16 +223,12 @@ def same_work(name, job, ours, theirs):
     if job["work"] == "lengths":
         allowed = 0.05
     if abs(ours[0] - theirs[0]) > allowed * ours[0]:
-        raise drive.WorkerError(
-            f"{name} starts with the loss {theirs[0]}, sftjax with {ours[0]}: not the same work"
-        )
+        raise drive.WorkerError(f"{name} starts with the loss {theirs[0]}, sftjax with {ours[0]}: not the same work")
 
 
 def step_flops(config, rows, length):
     """Model FLOPs of a step with the last half of each row trained."""
-    everything = jax.tree.map(
-        lambda _: True, sftjax.Model(config).abstract, is_leaf=params_lib.is_param
-    )
+    everything = jax.tree.map(lambda _: True, sftjax.Model(config).abstract, is_leaf=params_lib.is_param)
     of = flops.train_flops(config, everything)
     pairs = rows * length * (length + 1) / 2
     return of(rows * length, rows * (length - length // 2), lambda window: pairs)

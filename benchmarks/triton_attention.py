@@ -210,9 +210,7 @@ def _keys_kernel(how, bounds, q_seg, kv_seg, q_pos, kv_pos, q, k, v, do, lse, de
             rows = _rows(i, blocks.q)
             where = (q_seg[rows], kv_seg[...], q_pos[rows], kv_pos[...]) if masked else None
             qi, doi = q[rows, g, :], do[rows, g, :]
-            p, ds = _backward_scores(
-                how, qi, keys, values, doi, lse[g, rows], delta[g, rows], where, masked
-            )
+            p, ds = _backward_scores(how, qi, keys, values, doi, lse[g, rows], delta[g, rows], where, masked)
             dv += _dot(p.astype(doi.dtype).T, doi)
             dk += _dot(ds.astype(qi.dtype).T, qi)
             return dk, dv
@@ -232,9 +230,7 @@ def _queries_kernel(how, bounds, q_seg, kv_seg, q_pos, kv_pos, q, k, v, do, lse,
         rows = _rows(j, blocks.k)
         where = (q_seg[...], kv_seg[rows], q_pos[...], kv_pos[rows]) if masked else None
         keys = k[rows, :]
-        _, ds = _backward_scores(
-            how, queries, keys, v[rows, :], cotangent, lse[...], delta[...], where, masked
-        )
+        _, ds = _backward_scores(how, queries, keys, v[rows, :], cotangent, lse[...], delta[...], where, masked)
         return dq + _dot(ds.astype(keys.dtype), keys)
 
     dq[...] = _visit(bounds, body, jnp.zeros(queries.shape, jnp.float32)).astype(dq.dtype)
@@ -258,9 +254,7 @@ def _call(kernel, name, blocks, grid, in_specs, args, out_specs, out_shape):
             compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         )(*args)
 
-    return jax.lax.platform_dependent(
-        *args, cpu=functools.partial(run, True), default=functools.partial(run, False)
-    )
+    return jax.lax.platform_dependent(*args, cpu=functools.partial(run, True), default=functools.partial(run, False))
 
 
 def _whole_row(n):
@@ -397,9 +391,7 @@ def triton(
     )
     how = How(o.causal, o.window, float(o.softcap), float(o.scale), sizes)
     sinks = None if extra.sinks is None else extra.sinks.astype(jnp.float32)
-    out = _attention(
-        how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, padded
-    )
+    out = _attention(how, _pad(q, q_rows, width), _pad(k, k_rows, width), _pad(v, k_rows, width), sinks, padded)
     return out[:, :S, :, :H]
 
 

@@ -1,7 +1,7 @@
 """Every default, once. An experiment file starts from get_default() and sets what differs.
 
-Durations take any unit: "300 steps", "3 epochs", "50_000 examples", "2e6 tokens", "10%", or a bare
-number of steps; see `duration`.
+Durations take any unit: "300 steps", "3 epochs", "50_000 examples", "2e6 tokens", "10%", or a bare number of steps; see
+`duration`.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def get_default() -> ConfigDict:
     """The whole tree, locked: setting a key that is not here is an error."""
     c = ConfigDict()
     c.seed = 0
-    # causal_lm | seq2seq | classification | multi_label | regression | token_labels | masked_lm |
-    # image_classification, or your own: "path/to/file.py:ClassName"; sftjax/tasks
+    # causal_lm | seq2seq | classification | multi_label | regression | token_labels | masked_lm | image_classification,
+    # or your own: "path/to/file.py:ClassName"; sftjax/tasks
     c.task = "causal_lm"
 
     c.model = ConfigDict()
@@ -36,8 +36,8 @@ def get_default() -> ConfigDict:
     c.model.dtype = "bfloat16"  # of activations and matmuls
     c.model.param_dtype = "float32"  # of trained parameters and their moments
     c.model.frozen_dtype = ""  # of frozen parameters; "" = as in the files, so nothing is lost
-    # What a layer keeps for the backward pass: none (is computed again) | dots | attention | full |
-    # offload, or one of jax.checkpoint_policies; models/layer.py
+    # What a layer keeps for the backward pass: none (is computed again) | dots | attention | full | offload, or one of
+    # jax.checkpoint_policies; models/layer.py
     c.model.remat = "dots"
     c.model.attention = "blockwise"  # blockwise | xla | splash (TPU) | path/to/file.py:NAME
     c.model.scan = True  # layers under lax.scan; False unrolls them
@@ -46,9 +46,9 @@ def get_default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.train = ""  # path, glob, directory, or hub id; several with commas
-    # Several sources, in place of train: (dict(path="a.jsonl", weight=0.7), dict(path=...)). Keys:
-    # path, name, one of weight (share of tokens) | count (documents) | replay (share of the whole),
-    # and those of data that differ for its rows: limit, fields, train_on, ...; see data/mix.py
+    # Several sources, in place of train: (dict(path="a.jsonl", weight=0.7), dict(path=...)). Keys: path, name, one of
+    # weight (share of tokens) | count (documents) | replay (share of the whole), and those of data that differ for its
+    # rows: limit, fields, train_on, ...; see data/mix.py
     c.data.sources = ()
     c.data.temperature = 1.0  # sources without a weight share by size ** (1 / temperature)
     c.data.phases = ()  # (dict(until="30%", weights=dict(a=0.9, b=0.1)), ..., dict(weights=...))
@@ -71,8 +71,8 @@ def get_default() -> ConfigDict:
     c.data.fields.label = ""
     c.data.fields.image = ""
     c.data.fields.pair = ""  # the second text of a pair, of which a label or a number is wanted
-    # Of a classification: the labels' names in order, ("negative", "positive"); then a whole number
-    # in a file is an index. Or {value in the file: name}. () = those that the model knows.
+    # Of a classification: the labels' names in order, ("negative", "positive"); then a whole number in a file is an
+    # index. Or {value in the file: name}. () = those that the model knows.
     c.data.labels = config_dict.FieldReference((), field_type=object)
     c.data.roles = ""  # your names of roles, beside the usual ones: "USER=user,SYSTEM=assistant"
     c.data.train_on = "assistant"  # assistant | last | all | roles with commas
@@ -114,9 +114,9 @@ def get_default() -> ConfigDict:
     c.train.export = True  # write a Hugging Face directory at the end
     c.train.tensorboard = True
     c.train.trackers = ()  # also write to "wandb", "mlflow", "trackio": extras of these names
-    # A step whose loss or gradient is not finite changes nothing; so many of them in a row end the
-    # run with an error (stop), or go on from the last checkpoint with the data that follow
-    # (rollback). A spike is a loss so many standard deviations above those before it; 0 = none.
+    # A step whose loss or gradient is not finite changes nothing; so many of them in a row end the run with an error
+    # (stop), or go on from the last checkpoint with the data that follow (rollback). A spike is a loss so many standard
+    # deviations above those before it; 0 = none.
     c.train.bad_steps = 10
     c.train.on_nonfinite = "stop"  # stop | rollback
     c.train.spike = 6.0
@@ -129,8 +129,8 @@ def get_default() -> ConfigDict:
     c.loss.z_loss = 0.0
     c.loss.dft = False  # Dynamic Fine-Tuning: each token's loss times its own probability
     c.loss.load_balance = 0.0  # coefficient of a mixture of experts' load-balancing loss
-    # Of labels: cross_entropy | focal; of several at once: bce | focal; of numbers: mse | mae |
-    # huber; "" = the first of them
+    # Of labels: cross_entropy | focal; of several at once: bce | focal; of numbers: mse | mae | huber; "" = the first
+    # of them
     c.loss.kind = ""
     c.loss.focal_gamma = 2.0  # how much less a label counts that is right already
     c.loss.huber_delta = 1.0  # from where on an error counts as in mae, in standard deviations
@@ -167,8 +167,8 @@ def get_default() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = "20%"  # validation loss; also at the end
     c.eval.batch_size = 32
-    # The metric that chooses the best checkpoint: "<set>/loss", or "answers/exact_match", for which
-    # data.test is answered at every evaluation; "" = none
+    # The metric that chooses the best checkpoint: "<set>/loss", or "answers/exact_match", for which data.test is
+    # answered at every evaluation; "" = none
     c.eval.best = ""
     c.eval.patience = 0  # stop after so many evaluations without a better eval.best; 0 = never
     c.eval.samples = 3  # answers of the test set shown before and after
@@ -203,8 +203,8 @@ train.on_nonfinite train.spike train.on_spike train.grace""".split()
 )
 # So may these, which do not either, but metrics may then differ; and train.duration may grow.
 MEASURES = ("eval.", "generate.", "data.validation", "data.test", "data.eval_packing")
-# The least and the most that a number may be. What other files check with more knowledge (the mesh,
-# the shares of sources, the rules of cleaning) is not repeated here.
+# The least and the most that a number may be. What other files check with more knowledge (the mesh, the shares of
+# sources, the rules of cleaning) is not repeated here.
 _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never moves
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
@@ -260,8 +260,8 @@ _CHOICES = {
 CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split()}
 DURATIONS = """train.duration train.log_every train.checkpoint_every eval.every
 optim.warmup optim.decay_phase""".split()
-# Keys that name files and folders, several with commas; relative ones are taken from where a run
-# began, also by its resumption elsewhere.
+# Keys that name files and folders, several with commas; relative ones are taken from where a run began, also by its
+# resumption elsewhere.
 PATHS = """task model.path model.attention data.train data.validation data.test data.tokenizer
 data.template data.cache_dir""".split()
 # Tuples of names, which may also be written with commas.
@@ -280,13 +280,11 @@ split augment on_error max_skipped""".split()
 # ---- reading -------------------------------------------------------------------------------
 
 
-def parse(
-    argv: Sequence[str], **flags: str | float | bool | None
-) -> tuple[ConfigDict, argparse.Namespace]:
+def parse(argv: Sequence[str], **flags: str | float | bool | None) -> tuple[ConfigDict, argparse.Namespace]:
     """(config, namespace) of a command line.
 
-    --config=FILE[:ARG] is required; --config.a.b=VALUE overrides one key; `flags` are further
-    options as {name: default} (None = required, False = a switch), returned in the namespace.
+    --config=FILE[:ARG] is required; --config.a.b=VALUE overrides one key; `flags` are further options as {name:
+    default} (None = required, False = a switch), returned in the namespace.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config", required=True, help="FILE.py or FILE.py:ARG")
@@ -370,9 +368,9 @@ def _cast(text, old, key):
 def check(config: ConfigDict, spec: str = "", overridden: Collection[str] = ()) -> None:
     """Raise ConfigError, with the key, its value and what is expected, for the first wrong value.
 
-    It looks at types and at the tables beside the defaults; what depends on data, model and machine
-    is checked there. spec: the file that the config came from, as `load` takes it; the message then
-    begins with its line, unless the key is one of those `overridden` since.
+    It looks at types and at the tables beside the defaults; what depends on data, model and machine is checked there.
+    spec: the file that the config came from, as `load` takes it; the message then begins with its line, unless the key
+    is one of those `overridden` since.
     """
     key, problem = next(_problems(config, get_default(), ""), ("", ""))
     if problem and spec and key not in overridden:

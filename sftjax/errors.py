@@ -1,8 +1,8 @@
 """What a user has to mend: every mistake that we can name is an error class of this file.
 
-`exits.run` prints a UserError as one message, without a traceback. Any other error is a bug, of
-ours or of a library, and keeps its traceback. Each class also derives from the built-in one that
-fits it, so that code which catches a ValueError or an OSError goes on working.
+`exits.run` prints a UserError as one message, without a traceback. Any other error is a bug, of ours or of a library,
+and keeps its traceback. Each class also derives from the built-in one that fits it, so that code which catches a
+ValueError or an OSError goes on working.
 """
 
 import contextlib
@@ -110,8 +110,8 @@ class DataError(UserError, ValueError):
     """Data that can't be used, by its parts; the message names the file, the row and the fix.
 
     Attributes:
-      where: the file and row, "file.jsonl:17", as the source's `where` gives it; the file alone if
-        no single row is to blame; "" if a setting is.
+      where: the file and row, "file.jsonl:17", as the source's `where` gives it; the file alone if no single row is to
+        blame; "" if a setting is.
       kind: a short name of the mistake, by which rows are counted; see KINDS.
       problem: what is wrong.
       fix: what to do about it; "" where the problem says that already.
@@ -119,13 +119,7 @@ class DataError(UserError, ValueError):
     """
 
     def __init__(
-        self,
-        problem: str,
-        fix: str = "",
-        *,
-        where: str | Path = "",
-        kind: str = "",
-        subject: str = "",
+        self, problem: str, fix: str = "", *, where: str | Path = "", kind: str = "", subject: str = ""
     ) -> None:
         super().__init__(problem)
         self.problem, self.fix = problem, fix
@@ -148,8 +142,8 @@ class DataError(UserError, ValueError):
         return shortened(f"{self.where}: {self.reason}" if self.where else self.reason)
 
 
-# The kinds of DataError in words; {} is its subject. A kind that is not here is counted under its
-# own name with blanks for underscores, so a new kind needs no line.
+# The kinds of DataError in words; {} is its subject. A kind that is not here is counted under its own name with blanks
+# for underscores, so a new kind needs no line.
 KINDS = {
     # --- of a row ---
     "bad_json": "malformed JSON",

@@ -126,13 +126,11 @@ def _own_data(config):
     return list(dict.fromkeys(own))
 
 
-def evaluate(
-    config: ConfigDict, data: str, run: Path | None = None, step: str = "latest"
-) -> dict[str, Any]:
+def evaluate(config: ConfigDict, data: str, run: Path | None = None, step: str = "latest") -> dict[str, Any]:
     """{"data", "n" rows, "metrics": {name: value}, "tables"} of the config's model on `data`.
 
-    run: the workdir of which a checkpoint is measured, else model.path itself is; step: which, see
-    disk.find. Raises: NotFoundError, CheckpointError, DataError, ConfigError.
+    run: the workdir of which a checkpoint is measured, else model.path itself is; step: which, see disk.find. Raises:
+    NotFoundError, CheckpointError, DataError, ConfigError.
     """
     if "," in data and not Path(data).exists():
         raise ConfigError(f"--data={data}: name one data set each time: --data=A --data=B")
@@ -204,8 +202,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     if len(set(short.values())) < len(short):
         short = {path: path for path in short}
     head = [
-        f"{short[one['model']]} on {Path(one['data']).name}"
-        + (f", {one['shots']} shots" if "shots" in one else "")
+        f"{short[one['model']]} on {Path(one['data']).name}" + (f", {one['shots']} shots" if "shots" in one else "")
         for one in found
     ]
     rows = [["", *head], ["rows", *(f"{one['n']:,}" for one in found)]]

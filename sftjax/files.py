@@ -75,13 +75,11 @@ _KINDS = {
 }
 
 
-def check_regular(
-    path: Path | str, error: Callable[[str], UserError], most: float = float("inf")
-) -> int:
+def check_regular(path: Path | str, error: Callable[[str], UserError], most: float = float("inf")) -> int:
     """The size of a file in bytes, once it is known that reading it comes to an end.
 
-    A named pipe would hang, a device such as /dev/zero has no end. Raises: `error` for what is no
-    regular file, can't be reached, or has more than `most` bytes.
+    A named pipe would hang, a device such as /dev/zero has no end. Raises: `error` for what is no regular file, can't
+    be reached, or has more than `most` bytes.
     """
     try:
         found = os.stat(path)

@@ -38,14 +38,13 @@ def causal_lm(
 
     Of an encoder-decoder, over the targets of a Batch of pairs; see packing.pairs.
 
-    normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever
-    its length. dft: weigh each token's loss by its own probability (Dynamic Fine-Tuning).
-    load_balance: coefficient of a mixture of experts' load-balancing loss, which is a metric in any
-    case and weighs as much as the batch's trained tokens do. accuracy adds the share of trained
-    tokens that the model's first choice gets right. sources: names, to which the batch's `sources`
-    int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>. documents:
-    return (Loss, {"losses", "weights", "tokens" float32 [B, S]}) in place of the Loss: what the
-    n-th document of a row adds up to stands at its n-th place; not beside sources.
+    normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever its length. dft:
+    weigh each token's loss by its own probability (Dynamic Fine-Tuning). load_balance: coefficient of a mixture of
+    experts' load-balancing loss, which is a metric in any case and weighs as much as the batch's trained tokens do.
+    accuracy adds the share of trained tokens that the model's first choice gets right. sources: names, to which the
+    batch's `sources` int32 [B, S] are indices; adds loss/<name> and the number trained_tokens/<name>. documents: return
+    (Loss, {"losses", "weights", "tokens" float32 [B, S]}) in place of the Loss: what the n-th document of a row adds up
+    to stands at its n-th place; not beside sources.
     """
     if normalise not in ("tokens", "documents"):
         raise ConfigError(f"normalise={normalise!r}; expected 'tokens' or 'documents'")
@@ -138,9 +137,7 @@ def _loss_of(table, kind, options):
     return functools.partial(table[kind], o=Options(**options))
 
 
-def read(
-    model: "base.Model", params: Any, batch: dict, rng: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def read(model: "base.Model", params: Any, batch: dict, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """float32 logits [B, S, C] of a head of classes, and the weights float32 [B, S]."""
     return _read(model, params, batch, rng, None)[:2]
 
@@ -153,9 +150,7 @@ def _read(model, params, batch, rng, model_state) -> tuple[jax.Array, jax.Array,
     return logits, batch["weights"].astype(jnp.float32), new if own else None
 
 
-def summed(
-    batch: dict, losses: jax.Array, weights: jax.Array, sources: Sequence[str], **metrics: Any
-) -> Loss:
+def summed(batch: dict, losses: jax.Array, weights: jax.Array, sources: Sequence[str], **metrics: Any) -> Loss:
     """The Loss of losses float32 [B, S] with their weights [B, S]; sources as of causal_lm."""
     losses = jnp.where(weights != 0, losses, 0.0) * weights
     metrics = token_counts(batch) | metrics
@@ -176,13 +171,11 @@ def classification(
 ) -> Callable[..., Any]:
     """The loss of one label of several, by a row of LABEL, over what is read in a Batch.
 
-    A label is read where its weight is not 0: once a document, or at many of its tokens.
-    class_weights: a factor for each class, () for none; the loss is divided by the sum of the
-    weights that counted. A batch with `partner` and `share` [B, S], of mixed images, wants of each
-    its target for the share, and the partner for the rest. predictions: return (Loss, {"wanted",
-    "given" int32 [B, S], "weights", "scores" [B, S, C]}) in place of the Loss; "given" is -1 where
-    a logit is not finite, scores are probabilities. sources: as of causal_lm. options: fields of
-    Options.
+    A label is read where its weight is not 0: once a document, or at many of its tokens. class_weights: a factor for
+    each class, () for none; the loss is divided by the sum of the weights that counted. A batch with `partner` and
+    `share` [B, S], of mixed images, wants of each its target for the share, and the partner for the rest. predictions:
+    return (Loss, {"wanted", "given" int32 [B, S], "weights", "scores" [B, S, C]}) in place of the Loss; "given" is -1
+    where a logit is not finite, scores are probabilities. sources: as of causal_lm. options: fields of Options.
     """
     loss_of = _loss_of(LABEL, kind, options)
 
@@ -222,10 +215,10 @@ def multi_label(
 ) -> Callable[..., Any]:
     """The loss of any number of labels, by a row of LABELS, over the documents of a Batch.
 
-    The labels of a document are its targets less 1, in any order, 0 for none. A document's loss is
-    the mean over all labels, each times its factor of class_weights. predictions: return (Loss,
-    {"wanted", "scores" float32 [B, S, C], "weights"}) in place of the Loss; scores are
-    probabilities, each label's own. sources, options: as of classification.
+    The labels of a document are its targets less 1, in any order, 0 for none. A document's loss is the mean over all
+    labels, each times its factor of class_weights. predictions: return (Loss, {"wanted", "scores" float32 [B, S, C],
+    "weights"}) in place of the Loss; scores are probabilities, each label's own. sources, options: as of
+    classification.
     """
     loss_of = _loss_of(LABELS, kind, options)
 
@@ -257,19 +250,13 @@ def _labels_of(targets, segments, classes):
 
 
 def regression(
-    model: "base.Model",
-    *,
-    kind: str = "",
-    predictions: bool = False,
-    sources: Sequence[str] = (),
-    **options: float,
+    model: "base.Model", *, kind: str = "", predictions: bool = False, sources: Sequence[str] = (), **options: float
 ) -> Callable[..., Any]:
     """The loss of a number, by a row of NUMBER, over the documents of a Batch.
 
-    model_state: {"mean", "std"} of the targets, float32 scalars: the model gives a number in these
-    units, and so is the loss; None: in the targets' own. predictions: return (Loss, {"wanted",
-    "given", "weights" [B, S]}) in place of the Loss, numbers in the targets' own units. sources,
-    options: as of classification.
+    model_state: {"mean", "std"} of the targets, float32 scalars: the model gives a number in these units, and so is the
+    loss; None: in the targets' own. predictions: return (Loss, {"wanted", "given", "weights" [B, S]}) in place of the
+    Loss, numbers in the targets' own units. sources, options: as of classification.
     """
     loss_of = _loss_of(NUMBER, kind, options)
 
@@ -299,9 +286,8 @@ def masked_lm(
 ) -> Callable[..., Any]:
     """Cross-entropy of the tokens that are hidden from the model (Devlin et al. 2019).
 
-    Of the tokens with a weight a share `mask_rate` is chosen: by rng, or in evaluation by a hash of
-    token and position, so that it depends on nothing else. Of the chosen 80% become mask_id, 10%
-    another token, and 10% stay.
+    Of the tokens with a weight a share `mask_rate` is chosen: by rng, or in evaluation by a hash of token and position,
+    so that it depends on nothing else. Of the chosen 80% become mask_id, 10% another token, and 10% stay.
     """
 
     def loss_fn(params, batch, rng):
@@ -322,9 +308,7 @@ def masked_lm(
     return loss_fn
 
 
-def token_counts(
-    batch: Mapping[str, jax.Array],
-) -> dict[str, tuple[jax.Array, jax.Array | None]]:
+def token_counts(batch: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array | None]]:
     """How many positions a Batch has, how many hold a token, and how many of them are trained.
 
     Of images, how many there are. {} for a batch that says neither.

@@ -1,7 +1,7 @@
 """Schedules and optimizers by name, and the ordered regex rules that differ per parameter.
 
-An optimizer here is the part that turns a gradient into a direction; clipping, weight decay,
-per-parameter learning-rate multipliers and the schedule are put around it alike for all.
+An optimizer here is the part that turns a gradient into a direction; clipping, weight decay, per-parameter
+learning-rate multipliers and the schedule are put around it alike for all.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,11 @@ from sftjax.errors import ConfigError
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 
 
-def schedule(
-    name: str, lr: float, total: int, warmup: int = 0, decay: int = 0, floor: float = 0.0
-) -> optax.Schedule:
+def schedule(name: str, lr: float, total: int, warmup: int = 0, decay: int = 0, floor: float = 0.0) -> optax.Schedule:
     """A function step -> float32 learning rate.
 
-    It rises linearly from 0 at step 0 to lr at step `warmup`, then follows the named shape until
-    `total`; floor is the lowest share of lr; decay is the length of wsd's last phase, in steps. The
-    formulas are those of transformers.
+    It rises linearly from 0 at step 0 to lr at step `warmup`, then follows the named shape until `total`; floor is the
+    lowest share of lr; decay is the length of wsd's last phase, in steps. The formulas are those of transformers.
     """
     if name not in SCHEDULES:
         raise ConfigError(f"optim.schedule={name!r}; known: {', '.join(SCHEDULES)}")
@@ -85,22 +82,18 @@ OPTIMIZERS: dict[str, Callable[[ConfigDict, Any], optax.GradientTransformation]]
     "sgd": lambda c, abstract: optax.trace(c.momentum) if c.momentum else optax.identity(),
     "lion": lambda c, abstract: optax.scale_by_lion(c.b1, c.b2),
     "adafactor": lambda c, abstract: optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     ),
     "muon": _muon,
 }
 
 
-def make(
-    c: ConfigDict, lr: optax.Schedule, abstract: Any, trainable: Any
-) -> optax.GradientTransformation:
+def make(c: ConfigDict, lr: optax.Schedule, abstract: Any, trainable: Any) -> optax.GradientTransformation:
     """The optax transformation of config.optim, for the trained part of the parameters.
 
-    lr: step -> learning rate. abstract: the whole tree of Params, whose names the rules of
-    c.lr_multipliers and c.decay match. trainable: tree of bools. Decay is decoupled: lr *
-    multiplier * weight_decay * factor * parameter is taken off, for every optimizer but adam.
+    lr: step -> learning rate. abstract: the whole tree of Params, whose names the rules of c.lr_multipliers and c.decay
+    match. trainable: tree of bools. Decay is decoupled: lr * multiplier * weight_decay * factor * parameter is taken
+    off, for every optimizer but adam.
     """
     if c.name not in OPTIMIZERS:
         raise ConfigError(f"optim.name={c.name!r}; known: {', '.join(OPTIMIZERS)}")

@@ -1,7 +1,7 @@
 """One abstract tree describes a model's parameters; everything else is derived from it.
 
-A tree is any pytree. Leaves are named by their path, joined with "/": "layers/0-11/attn/q/w".
-Trained and frozen parameters are two trees of the same structure, with None where a leaf belongs
+A tree is any pytree. Leaves are named by their path, joined with "/": "layers/0-11/attn/q/w". Trained and frozen
+parameters are two trees of the same structure, with None where a leaf belongs
 to the other tree: None is an empty subtree to JAX, so the optimizer and the gradient never see it.
 """
 
@@ -24,10 +24,10 @@ from sftjax.terminal import columns
 class Param:
     """One parameter before it exists: its shape, the logical axis of each dimension, its init.
 
-    init is called as init(key, shape, dtype), as in jax.nn.initializers. inputs: of the matrix of a
-    product, the logical axes that the product sums over; None for all that is no such matrix: a
-    bias, the scale of a norm, a table whose rows are looked up. Muon and the count of model FLOPs
-    go by it. ValueError where shape, axes and inputs do not belong together.
+    init is called as init(key, shape, dtype), as in jax.nn.initializers. inputs: of the matrix of a product, the
+    logical axes that the product sums over; None for all that is no such matrix: a bias, the scale of a norm, a table
+    whose rows are looked up. Muon and the count of model FLOPs go by it. ValueError where shape, axes and inputs do not
+    belong together.
     """
 
     shape: tuple[int, ...]
@@ -73,8 +73,8 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def replace(abstract: Any, nodes: Sequence[tuple[str, Callable[[Param], Any]]]) -> Any:
     """The abstract tree with a node in place of each Param whose name one of `nodes` matches.
 
-    nodes: ordered (regex, make) pairs; make(Param) -> a node of Params (see ops.weight), or the
-    Param to leave it as it is. Raises ValueError for a regex that matches no name.
+    nodes: ordered (regex, make) pairs; make(Param) -> a node of Params (see ops.weight), or the Param to leave it as it
+    is. Raises ValueError for a regex that matches no name.
     """
     if not nodes:
         return abstract
@@ -85,9 +85,7 @@ def replace(abstract: Any, nodes: Sequence[tuple[str, Callable[[Param], Any]]]) 
 # ---- from the abstract tree ----------------------------------------------------------------
 
 
-def init(
-    abstract: Any, rng: jax.Array, dtype: DTypeLike = jnp.float32, shardings: Any = None
-) -> Any:
+def init(abstract: Any, rng: jax.Array, dtype: DTypeLike = jnp.float32, shardings: Any = None) -> Any:
     """Initialise every parameter, each from its own key, so that adding one changes no other."""
 
     def make(rng):
@@ -131,17 +129,15 @@ def table(params: Any, trainable: Any) -> str:
 def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
     """A tree like `tree` of the values of the first rule whose regex matches the whole leaf name.
 
-    rules: ordered (regex, value) pairs. Raises ConfigError for a leaf that no rule covers and for a
-    rule that matches no leaf: nearly always typing errors that would train the wrong thing.
+    rules: ordered (regex, value) pairs. Raises ConfigError for a leaf that no rule covers and for a rule that matches
+    no leaf: nearly always typing errors that would train the wrong thing.
     """
     names = list(flatten(tree))
     for pattern, _ in rules:
         try:
             hit = any(re.fullmatch(pattern, n) for n in names)
         except re.error as e:
-            raise ConfigError(
-                f"{what}: rule {pattern!r} is not a regular expression: {e}"
-            ) from None
+            raise ConfigError(f"{what}: rule {pattern!r} is not a regular expression: {e}") from None
         if not hit:
             more = f", ... ({len(names) - 12} more)" if len(names) > 12 else ""
             raise ConfigError(
@@ -153,10 +149,7 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
         for pattern, v in rules:
             if re.fullmatch(pattern, name):
                 return v
-        raise ConfigError(
-            f"{what}: no rule covers parameter {name!r}; end the rules with ('.*', value) for the"
-            " rest"
-        )
+        raise ConfigError(f"{what}: no rule covers parameter {name!r}; end the rules with ('.*', value) for the rest")
 
     return map_named(value, tree)
 
@@ -173,6 +166,4 @@ def partition(tree: Any, trainable: Any) -> tuple[Any, Any]:
 
 def combine(trained: Any, frozen: Any) -> Any:
     """The whole tree again; the inverse of `partition`."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)

@@ -1,7 +1,7 @@
 """The training step: pure functions to jit in a loop of your own.
 
-One division, after all micro-batches and devices: loss = sum of weighted token losses / sum of
-weights over the whole global batch. A micro-batch without a trained token adds exactly nothing.
+One division, after all micro-batches and devices: loss = sum of weighted token losses / sum of weights over the whole
+global batch. A micro-batch without a trained token adds exactly nothing.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ DATA = "data"  # the mesh axis whose shards hold all parameters and some of the 
 class Loss:
     """What a loss function returns; sums add over micro-batches, hosts and evaluation batches.
 
-    sum / weight is the loss. metrics: {name: (sum, weight)}; weight None: a plain sum, a count.
-    state: the model's state after this batch (such as batch statistics), where it has one.
+    sum / weight is the loss. metrics: {name: (sum, weight)}; weight None: a plain sum, a count. state: the model's
+    state after this batch (such as batch statistics), where it has one.
     """
 
     sum: jax.Array
@@ -40,8 +40,8 @@ class Loss:
 class TrainState:
     """Everything a step changes. params and frozen have one structure; see params.partition.
 
-    model_state: what a model learns besides parameters, such as batch statistics, or None. A loss
-    function then gets it as a fourth argument, and returns the new one as Loss(..., state=new).
+    model_state: what a model learns besides parameters, such as batch statistics, or None. A loss function then gets it
+    as a fourth argument, and returns the new one as Loss(..., state=new).
     """
 
     step: jax.Array  # int32 scalar: optimizer steps taken
@@ -64,9 +64,8 @@ class TrainState:
         """A state at step 0.
 
         params: any pytree of arrays. tx: an optax transformation. trainable: ordered
-        (regex, bool) rules over whole leaf names such as "layers/0-11/attn/q/w", or a tree of
-        bools. rng: a seed or a JAX key. model_state: a pytree of arrays, or None. Raises ValueError
-        for a rule that matches nothing.
+        (regex, bool) rules over whole leaf names such as "layers/0-11/attn/q/w", or a tree of bools. rng: a seed or a
+        JAX key. model_state: a pytree of arrays, or None. Raises ValueError for a rule that matches nothing.
         """
         if isinstance(trainable, (tuple, list)) and all(
             isinstance(r, (tuple, list)) and isinstance(r[0], str) for r in trainable
@@ -100,14 +99,13 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step -> (new state, metrics).
 
-    batch: a pytree of arrays with a leading batch dimension that micro_batches divides.
-    loss_fn(params, batch, rng) -> Loss, or loss_fn(params, batch, rng, model_state) for a state
-    with one. metrics: finished float32 scalars, still on the device: loss, grad_norm (before any
-    clipping in tx), update_ratio (norm of the update / norm of the trained parameters), skipped,
-    and every metric of loss_fn. Jit it with donate_argnums=0.
+    batch: a pytree of arrays with a leading batch dimension that micro_batches divides. loss_fn(params, batch, rng) ->
+    Loss, or loss_fn(params, batch, rng, model_state) for a state with one. metrics: finished float32 scalars, still on
+    the device: loss, grad_norm (before any clipping in tx), update_ratio (norm of the update / norm of the trained
+    parameters), skipped, and every metric of loss_fn. Jit it with donate_argnums=0.
 
-    Where the loss, the gradient or what the update makes of the parameters is not finite, the
-    update is skipped: the new state is the old one at the next step, and metrics["skipped"] is 1.
+    Where the loss, the gradient or what the update makes of the parameters is not finite, the update is skipped: the
+    new state is the old one at the next step, and metrics["skipped"] is 1.
     """
     rng = jax.random.fold_in(state.rng, state.step)
 
@@ -147,9 +145,7 @@ def train_step(
     return dataclasses.replace(state, step=state.step + 1, **new), metrics
 
 
-def eval_step(
-    params: Any, batch: Any, *, loss_fn: Callable[..., Loss], model_state: Any = None
-) -> Loss:
+def eval_step(params: Any, batch: Any, *, loss_fn: Callable[..., Loss], model_state: Any = None) -> Loss:
     """The Loss of one batch, to be added up over batches; one division at the very end.
 
     loss_fn gets None for rng: nothing random, and no new state.
@@ -157,13 +153,7 @@ def eval_step(
     return call(loss_fn, params, batch, None, model_state)
 
 
-def call(
-    loss_fn: Callable[..., Loss],
-    params: Any,
-    batch: Any,
-    rng: jax.Array | None,
-    model_state: Any = None,
-) -> Loss:
+def call(loss_fn: Callable[..., Loss], params: Any, batch: Any, rng: jax.Array | None, model_state: Any = None) -> Loss:
     """loss_fn's Loss; the model's state is an argument only where there is one.
 
     Raises: ValueError if it was given a state in training, and returns none.

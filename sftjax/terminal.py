@@ -1,8 +1,8 @@
 """What is printed: texts of users and models, with nothing in them that would drive a terminal.
 
-An answer, a test set, a template's error or a file's name may hold escape sequences: they move the
-cursor, set the clipboard (OSC 52) or write over a line, and marks of direction show text in another
-order than it has. All of that is shown as its escape. Only this file prints.
+An answer, a test set, a template's error or a file's name may hold escape sequences: they move the cursor, set the
+clipboard (OSC 52) or write over a line, and marks of direction show text in another order than it has. All of that is
+shown as its escape. Only this file prints.
 """
 
 import json
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TextIO
 
-# The control characters but newline and tab (C0, delete, C1), what turns the direction of text or
-# can't be seen at all, other ends of lines, halves of surrogate pairs, and the invisible tags.
+# The control characters but newline and tab (C0, delete, C1), what turns the direction of text or can't be seen at all,
+# other ends of lines, halves of surrogate pairs, and the invisible tags.
 _DRIVING = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"

@@ -2,8 +2,8 @@
 
 python -m sftjax.train --config=configs/chat.py --workdir=runs/mine --config.optim.lr=1e-4
 
-A workdir belongs to one config. Started again in the same workdir, a run goes on where its last
-checkpoint left it, with the batches it would have seen.
+A workdir belongs to one config. Started again in the same workdir, a run goes on where its last checkpoint left it,
+with the batches it would have seen.
 """
 
 import contextlib
@@ -40,14 +40,12 @@ def main(argv: Sequence[str]) -> None:
         train(config, flags.workdir, stop, getattr(flags, "debug.nan"))
 
 
-def train(
-    config: ConfigDict, workdir: Path | str, stop: Stop | None = None, debug_nan: bool = False
-) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, debug_nan: bool = False) -> dict[str, Any]:
     """Run the whole job; returns {"before", "after", "steps"}: see Evaluator.full.
 
     debug_nan: wait for each step, and end with the first operation that makes a NaN.
-    Raises: Stopped, with a checkpoint saved, when `stop` or JAX's preemption notice asks for it;
-    DivergenceError, see Health.
+    Raises: Stopped, with a checkpoint saved, when `stop` or JAX's preemption notice asks for it; DivergenceError, see
+    Health.
     """
     # ==== Machine and workdir ====
     config_lib.check(config)

@@ -19,9 +19,7 @@ from sftjax.training import checkpoint, workdir
 
 REPO = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "what is two plus two?", "completion": "four"}
-CLASSES = [
-    e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.UserError)
-]
+CLASSES = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.UserError)]
 
 
 # --- the parts of a DataError ---
@@ -52,9 +50,7 @@ def test_the_parts_of_a_bad_row(record, kind, subject, problem, fix):
     e = caught.value
     assert (e.where, e.kind, e.subject) == ("d.jsonl:7", kind, subject)
     assert e.problem.startswith(problem) and e.fix.startswith(fix) and bool(e.fix) == bool(fix)
-    assert (
-        str(e) == f"d.jsonl:7: {e.reason}" and e.reason == f"{e.problem}{'; ' * bool(fix)}{e.fix}"
-    )
+    assert str(e) == f"d.jsonl:7: {e.reason}" and e.reason == f"{e.problem}{'; ' * bool(fix)}{e.fix}"
     assert e.kind in errors.KINDS
 
 
@@ -173,17 +169,13 @@ def test_run_prints_each_class_as_one_message(error):
 
     with pytest.raises(SystemExit) as caught:
         exits.run(main, ["x"])
-    assert (
-        caught.value.code == f"{error.__name__}: what is wrong with x"
-    )  # printed; the status is 1
+    assert caught.value.code == f"{error.__name__}: what is wrong with x"  # printed; the status is 1
 
 
 @pytest.mark.parametrize("error", CLASSES, ids=lambda e: e.__name__)
 def test_a_message_is_bounded_whatever_it_quotes(error):
     message = str(error("data.train=" + "x" * 10**6 + " is wrong: expected a file"))
-    assert message.startswith("data.train=xxx") and message.endswith(
-        "xxx is wrong: expected a file"
-    )
+    assert message.startswith("data.train=xxx") and message.endswith("xxx is wrong: expected a file")
     assert len(message) < 300
     message = str(error("data.train=" + "x " * 10**6 + "is wrong: expected a file"))
     assert message.startswith("data.train=x x") and message.endswith("x is wrong: expected a file")
@@ -218,9 +210,7 @@ def test_a_bug_keeps_its_traceback(bug):
 
 def command(*argv):
     code = "import sys; from sftjax import config, exits; exits.run(config.parse, sys.argv[1:])"
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=REPO, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code, *argv], cwd=REPO, capture_output=True, text=True)
 
 
 def test_one_line_and_exit_status_1(tmp_path):
@@ -374,9 +364,7 @@ def test_a_wrong_value_is_said_with_its_file_and_line(tmp_path, lines, line, mes
     path.write_text(f"{START}  {lines}\n  return c\n")
     with pytest.raises(config.ConfigError) as caught:
         config.parse([f"--config={path}:"])
-    assert (
-        str(caught.value).startswith(f"{path}:{line}: {message}") and len(str(caught.value)) < 500
-    )
+    assert str(caught.value).startswith(f"{path}:{line}: {message}") and len(str(caught.value)) < 500
 
 
 def test_what_the_command_line_sets_is_not_blamed_on_the_file(tmp_path):
@@ -385,9 +373,7 @@ def test_what_the_command_line_sets_is_not_blamed_on_the_file(tmp_path):
     with pytest.raises(config.ConfigError, match="^train.batch_size=0: expected"):
         config.parse([f"--config={path}", "--config.train.batch_size=0"])
     path.write_text(f"{START}  c.train.batch_size = 0\n  return c\n")
-    assert (
-        config.parse([f"--config={path}", "--config.train.batch_size=8"])[0].train.batch_size == 8
-    )
+    assert config.parse([f"--config={path}", "--config.train.batch_size=8"])[0].train.batch_size == 8
 
 
 def test_every_number_has_a_range_and_every_table_holds_its_default():

@@ -36,9 +36,7 @@ def reference_loss(path):
         example = encode(json.loads(line), tokenizer)
         logits = model.apply(params, {"tokens": example.tokens[None, :-1]})[0]
         chances = jax.nn.log_softmax(logits.astype("float32"))
-        for i, (token, weight) in enumerate(
-            zip(example.tokens[1:], example.weights[1:], strict=True)
-        ):
+        for i, (token, weight) in enumerate(zip(example.tokens[1:], example.weights[1:], strict=True)):
             total, count = total - float(weight * chances[i, token]), count + float(weight)
     return total / count
 
@@ -115,9 +113,7 @@ def test_a_choice_needs_no_generation(data, capfd, tmp_path, caplog):
 
 def test_what_is_wrong_is_said(data, tmp_path):
     some = f"--data={data / 'some.jsonl'}"
-    (tmp_path / "mixed.jsonl").write_text(
-        '{"prompt": "a", "completion": "b"}\n{"text": "only a text"}\n'
-    )
+    (tmp_path / "mixed.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"text": "only a text"}\n')
     for argv, error, message in [
         ([f"--model={MODEL}", f"{some},{some}"], ConfigError, "name one data set each time"),
         ([f"--model={MODEL}", some, "--step=best"], ConfigError, "--step=best is of a workdir's"),

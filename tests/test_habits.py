@@ -35,9 +35,7 @@ def test_arguments_of_public_functions_are_typed():
                 if argument is not None and argument.arg not in ("self", "cls"):
                     total += 1
                     if argument.annotation is None:
-                        bare.append(
-                            f"{file.name}:{function.lineno} {function.name}({argument.arg})"
-                        )
+                        bare.append(f"{file.name}:{function.lineno} {function.name}({argument.arg})")
     assert len(bare) <= 0.05 * total, bare
     assert (PACKAGE / "py.typed").exists()
 

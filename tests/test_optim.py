@@ -64,9 +64,7 @@ def test_every_optimizer_lowers_the_loss(name):
         everything(model.abstract),
     )  # fmt: skip
     state = sftjax.TrainState.create(params=params, tx=tx)
-    step = jax.jit(
-        functools.partial(sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx)
-    )
+    step = jax.jit(functools.partial(sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx))
     losses = []
     for _ in range(8):
         state, metrics = step(state, batch)

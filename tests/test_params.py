@@ -29,9 +29,7 @@ def test_leaves_are_named_by_their_path():
     assert list(params_lib.flatten(tree())) == NAMES
     values = {"a": [jnp.ones(1), None, {"b": jnp.ones(2)}]}
     assert list(params_lib.flatten(values)) == ["a/0", "a/2/b"]
-    assert params_lib.flatten(params_lib.map_named(lambda name, p: name, tree())) == {
-        n: n for n in NAMES
-    }
+    assert params_lib.flatten(params_lib.map_named(lambda name, p: name, tree())) == {n: n for n in NAMES}
     with pytest.raises(ValueError, match=r"Param has shape \(2, 3\) but axes \('embed',\)"):
         Param((2, 3), ("embed",))
 
@@ -89,15 +87,7 @@ def test_the_table_says_what_is_trained():
     assert lines[0].split() == ["parameter", "shape", "dtype", "count", "trained"]
     assert lines[1].split() == ["embed/w", "16x8", "bfloat16", "128", "yes"]
     assert lines[3].split() == ["norm/scale", "8", "bfloat16", "8", "frozen"]
-    assert (
-        len(
-            {
-                line.index(word)
-                for line, word in zip(lines, ["dtype"] + 3 * ["bfloat16"], strict=True)
-            }
-        )
-        == 1
-    )
+    assert len({line.index(word) for line, word in zip(lines, ["dtype"] + 3 * ["bfloat16"], strict=True)}) == 1
 
 
 # ---- rules ---------------------------------------------------------------------------------
@@ -105,9 +95,7 @@ def test_the_table_says_what_is_trained():
 
 def test_the_first_rule_that_matches_the_whole_name_wins():
     rules = [("layers/.*", 1), (".*/w", 2), ("norm/scale", 3)]
-    assert params_lib.flatten(params_lib.match_rules(rules, tree(), "x")) == dict(
-        zip(NAMES, [2, 1, 3], strict=True)
-    )
+    assert params_lib.flatten(params_lib.match_rules(rules, tree(), "x")) == dict(zip(NAMES, [2, 1, 3], strict=True))
 
 
 @pytest.mark.parametrize(

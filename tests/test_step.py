@@ -62,15 +62,11 @@ def close(a, b, tolerance=1e-5):
 def test_every_mesh_gives_the_same_losses_over_20_steps(setup, reference, sizes):
     out, state = train(*setup, mesh=parallel.make_mesh(sizes))
     close(out, reference[0])
-    for a, b in zip(
-        jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params), strict=True):
         close(a, b, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "micro", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("micro", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_every_split_into_micro_batches_gives_the_same_losses(setup, reference, micro):
     counts = setup[2][0]["weights"].reshape(-1, micro, 32).sum((0, 2))
     assert len(set(counts.tolist())) > 1, "the micro-batches must train unequal token counts"
@@ -135,9 +131,7 @@ def test_frozen_leaves_stay_bit_equal_and_have_no_optimizer_state(setup):
 def test_the_whole_state_is_donated(setup):
     model, params, (batch, *_) = setup
     tx = optax.adamw(1e-3)
-    step = functools.partial(
-        sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx, micro_batches=1
-    )
+    step = functools.partial(sftjax.train_step, loss_fn=sftjax.losses.causal_lm(model), tx=tx, micro_batches=1)
     state = sftjax.TrainState.create(params=params, tx=tx)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= 3 * params_lib.nbytes(params)
@@ -158,9 +152,7 @@ def test_errors(setup):
     model, params, (batch, *_) = setup
     tx = optax.sgd(0.1)
     with pytest.raises(ValueError, match="rule 'layer/.*' matches no parameter.*embed/w"):
-        sftjax.TrainState.create(
-            params=params, tx=tx, trainable=(("layer/.*", True), (".*", False))
-        )
+        sftjax.TrainState.create(params=params, tx=tx, trainable=(("layer/.*", True), (".*", False)))
     with pytest.raises(ValueError, match="no rule covers parameter"):
         sftjax.TrainState.create(params=params, tx=tx, trainable=(("layers/.*", True),))
     with pytest.raises(ValueError, match="every parameter is frozen"):

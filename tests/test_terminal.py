@@ -102,9 +102,7 @@ def test_samples_and_names_of_sets(capsys, tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     task = CausalLM(tokenizer)
     ids = tokenizer(EVIL).input_ids
-    feed = SimpleNamespace(
-        questions=[Question(ids, EVIL, EVIL, EVIL, 0)], sets={"x": 1}, tests=(), config=None
-    )
+    feed = SimpleNamespace(questions=[Question(ids, EVIL, EVIL, EVIL, 0)], sets={"x": 1}, tests=(), config=None)
     scores = dict(exact_match=0.0, answers=[EVIL], losses={f"{EVIL}/loss": 1.0})
     (tmp_path / "metrics.jsonl").write_text("")
     report.finish(tmp_path, task, feed, dict(before=scores, after=scores, steps=1), 3)

@@ -91,9 +91,7 @@ def test_a_run_leaves_what_it_promises(straight):
         "prompt", "reference", "before", "after",
     }  # fmt: skip
     assert result["steps"] == 12
-    assert (
-        result["after"]["losses"]["validation/loss"] < result["before"]["losses"]["validation/loss"]
-    )
+    assert result["after"]["losses"]["validation/loss"] < result["before"]["losses"]["validation/loss"]
     kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [9, 12]
 
@@ -275,9 +273,7 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_kept(files, tmp_path):
         optim__warmup=0, optim__schedule="constant", train__keep=1, optim__clip=0.0,
     )  # fmt: skip
     result = train_lib.train(config, tmp_path / "run")
-    values = {
-        x["step"]: x["validation/loss"] for x in lines(tmp_path / "run") if "validation/loss" in x
-    }
+    values = {x["step"]: x["validation/loss"] for x in lines(tmp_path / "run") if "validation/loss" in x}
     assert result["steps"] < 12
     best = min(values, key=values.get)
     assert result["steps"] == best + 2
@@ -364,8 +360,7 @@ def test_the_shipped_configs_train_a_users_model_on_a_users_data(files, tmp_path
         config_lib.override(c, key, str(value))
     train_lib.train(c, tmp_path / "run")
     before, after = (
-        sftjax.params.flatten(sftjax.load_pretrained(d, split=(1,))[1])
-        for d in (exported, tmp_path / "run" / "export")
+        sftjax.params.flatten(sftjax.load_pretrained(d, split=(1,))[1]) for d in (exported, tmp_path / "run" / "export")
     )
     changed = {k for k in before if (before[k] != after[k]).any()}
     expected = {k for k in before if k.startswith(("layers/1-1", "norm"))}

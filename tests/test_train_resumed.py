@@ -65,10 +65,7 @@ def test_a_longer_run_and_other_evaluation_go_on_from_the_checkpoint(
         data__test=other / "test.jsonl",
     )
     result = train_lib.train(make(files, **changes), workdir)
-    assert (
-        "the duration is another from now on" in caplog.text
-        and "optim.schedule=cosine" in caplog.text
-    )
+    assert "the duration is another from now on" in caplog.text and "optim.schedule=cosine" in caplog.text
     assert "evaluation is by other rows from now on" in caplog.text
     assert "1 row removed at the end" in caplog.text
     after = losses(workdir)

@@ -114,9 +114,7 @@ def write_model(folder, config, seed=0):
         }
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     weights = {
-        name: np.ones(shape, np.float32)
-        if len(shape) == 1
-        else 0.02 * rng.standard_normal(shape, np.float32)
+        name: np.ones(shape, np.float32) if len(shape) == 1 else 0.02 * rng.standard_normal(shape, np.float32)
         for name, shape in shapes.items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -40,9 +40,7 @@ def trainer_config(job, folder):
 
 def model_config(job, hf):
     config = LlamaConfig.from_hf_config(transformers.LlamaConfig(**hf))
-    return dataclasses.replace(
-        config, seq_len=job["length"], head_dim=hf["head_dim"], gradient_checkpointing=False
-    )
+    return dataclasses.replace(config, seq_len=job["length"], head_dim=hf["head_dim"], gradient_checkpointing=False)
 
 
 def optimizer():

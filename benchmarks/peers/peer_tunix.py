@@ -39,9 +39,7 @@ def model_input(example):
 
 def main():
     job = worker.job()
-    model = params.create_model_from_safe_tensors(
-        job["model"], config(worker.hf_config(job)), dtype=jnp.float32
-    )
+    model = params.create_model_from_safe_tensors(job["model"], config(worker.hf_config(job)), dtype=jnp.float32)
     trainer = peft_trainer.PeftTrainer(
         model,
         optax.adamw(worker.LEARNING_RATE, **worker.ADAMW),

@@ -35,9 +35,7 @@ def main(path=QUICKSTART[0], records=QUICKSTART[1], out="runs/loop", steps=30):
         first = 4 * i % (len(rows) - 3)  # four rows a step, over and over
         state, metrics = step(state, sftjax.data.make_batch(docs, 256, rows[first : first + 4]))
         losses.append(float(metrics["loss"]))
-        print(
-            f"step {i + 1}  loss {losses[-1]:.4f}  trained {metrics['trained_tokens']:.0f} tokens"
-        )
+        print(f"step {i + 1}  loss {losses[-1]:.4f}  trained {metrics['trained_tokens']:.0f} tokens")
     sftjax.save_pretrained(out, model, state.all_params, tokenizer)
     return losses
 

@@ -53,11 +53,7 @@ def scikit_learn(data):
     own = [len(task.NUMBERS) + i for i in range(len(task.CATEGORIES))]  # of categories
     linear = LogisticRegression(max_iter=2000).fit(one_hot(x, c, mean, std), y)
     give = lambda model, rows: model.predict_proba(rows)[:, 1]  # noqa: E731
-    found = {
-        "logistic regression": {
-            k: give(linear, one_hot(x, c, mean, std)) for k, (x, c, _) in data.items()
-        }
-    }
+    found = {"logistic regression": {k: give(linear, one_hot(x, c, mean, std)) for k, (x, c, _) in data.items()}}
     for name, how in BOOSTING.items():
         trees = HistGradientBoostingClassifier(categorical_features=own, random_state=0, **how)
         trees.fit(np.concatenate([x, c], 1), y)
@@ -74,10 +70,7 @@ def measured(workdir, name):
 
 
 def line(what, values, errors=None, extra=""):
-    cells = [
-        f"{values[k]:.3f}" + (f" ± {errors[k]:.3f}" if errors else "") if k in values else ""
-        for k in NAMES
-    ]
+    cells = [f"{values[k]:.3f}" + (f" ± {errors[k]:.3f}" if errors else "") if k in values else "" for k in NAMES]
     return f"| {what}{extra} | {' | '.join(cells)} |"
 
 
@@ -94,9 +87,7 @@ def table(data, runs):
         lines.append(line(name, values, metrics.bootstrap(some, len(y)), extra))
     for what, start in (("MLP", "fraud"), ("MLP, shuffled labels", "fraud_shuffled")):
         paths = [runs / f"{start}_{i}" for i in range(SEEDS)]
-        seeds = {
-            i: measured(p, "test") for i, p in enumerate(paths) if (p / "result.json").exists()
-        }
+        seeds = {i: measured(p, "test") for i, p in enumerate(paths) if (p / "result.json").exists()}
         lines += [line(f"{what}, seed {i}", *found) for i, found in seeds.items()]
         if len(seeds) > 1:
             each = {k: np.array([values[k] for values, _ in seeds.values()]) for k in NAMES}

@@ -45,10 +45,7 @@ class Model:
             jax.nn.initializers.he_normal(),
             jax.nn.initializers.zeros,
         )
-        embed = {
-            name: {"w": Param((len(known), EMBED), (None, None), normal)}
-            for name, known in CATEGORIES.items()
-        }
+        embed = {name: {"w": Param((len(known), EMBED), (None, None), normal)} for name, known in CATEGORIES.items()}
         sizes = (len(NUMBERS) + EMBED * len(CATEGORIES), *WIDTHS, 1)
         layers = {
             str(i): {"w": Param((n, m), (None, None), he), "b": Param((m,), (None,), zeros)}
@@ -125,8 +122,7 @@ class Fraud(Task):
     def saw(self, reports: Sequence[dict]) -> None:
         """The reports of the training rows, and of no others: what numbers are normalised by."""
         n, total, squares, fraud = (
-            np.sum([r[k] for r in reports], 0)
-            for k in ("documents", "number_sums", "number_squares", "fraud")
+            np.sum([r[k] for r in reports], 0) for k in ("documents", "number_sums", "number_squares", "fraud")
         )
         self.mean = total / n
         std = np.sqrt(np.maximum(squares / n - self.mean**2, 0.0))
@@ -173,9 +169,7 @@ class Fraud(Task):
     def loss_fn(self, model: Model, options: dict, sources: Sequence[str] = ()):
         """Binary cross-entropy, each row weighed by its class."""
         weights = self.class_weights(options["class_weights"])
-        return lambda params, batch, rng, model_state: self._loss(
-            model, params, batch, rng, model_state, weights
-        )[0]
+        return lambda params, batch, rng, model_state: self._loss(model, params, batch, rng, model_state, weights)[0]
 
     # ---- evaluation ----
 

@@ -41,9 +41,7 @@ def pairs(rng):
                 others = [s for i, s in enumerate(parts) if i != own]
                 if others:
                     for sentence, label in ((parts[own], "yes"), (rng.choice(others), "no")):
-                        rows.append(
-                            {"question": asked["question"], "sentence": sentence, "label": label}
-                        )
+                        rows.append({"question": asked["question"], "sentence": sentence, "label": label})
         found.append(rows)
     return found
 

@@ -192,11 +192,7 @@ def document(rng: Random) -> str:
 
 def documents(count: int, seed: int = 0) -> Iterator[str]:
     """`count` documents, none of them with a held-out instruction in it."""
-    held_out = [
-        row["prompt"]
-        for split in ("validation", "test")
-        for row in make_data.make_split(split, seed)
-    ]
+    held_out = [row["prompt"] for split in ("validation", "test") for row in make_data.make_split(split, seed)]
     for i in range(count):
         text = document(Random(f"{seed} text {i}"))
         found = next((prompt for prompt in held_out if prompt in text), None)

@@ -130,10 +130,7 @@ def draw_convert(rng: Random) -> Fields:
 def draw_record(rng: Random) -> dict[str, object]:
     """Two or three fields in any order, the first of them a name: {"name": "Ana", "age": 31}."""
     keys = rng.sample(["city", "job", "pet", "color", "age"], rng.randint(1, 2))
-    return {
-        key: rng.randint(10, 99) if key == "age" else rng.choice(VALUES[key])
-        for key in ["name", *keys]
-    }
+    return {key: rng.randint(10, 99) if key == "age" else rng.choice(VALUES[key]) for key in ["name", *keys]}
 
 
 def plain(record: dict[str, object]) -> str:

@@ -136,9 +136,7 @@ def reciprocal_rank(relevance, scores):
 
 def _ties(scores):
     """(for each score the place of its value among all, highest first; how often each is there)."""
-    _, which, counts = np.unique(
-        -np.asarray(scores, np.float64), return_inverse=True, return_counts=True
-    )
+    _, which, counts = np.unique(-np.asarray(scores, np.float64), return_inverse=True, return_counts=True)
     return which, counts
 
 
@@ -156,8 +154,7 @@ def measured(queries, groups=None, errors=False):
     columns["word overlap"] = [q[2] for q in queries]
     found = {
         what: {
-            name: np.array([of(q[0], s) for q, s in zip(queries, scores, strict=True)])
-            for name, of in METRICS.items()
+            name: np.array([of(q[0], s) for q, s in zip(queries, scores, strict=True)]) for name, of in METRICS.items()
         }
         for what, scores in columns.items()
     }
@@ -190,9 +187,7 @@ class GroupRows(TokenRows):
         at = segment = 0
         for group, (doc, start, stop) in enumerate(pieces, 1):
             cells = slice(at, at + stop - start)
-            tokens, weights, targets, candidates, overlap, *types = (
-                x[start:stop] for x in examples[doc]
-            )
+            tokens, weights, targets, candidates, overlap, *types = (x[start:stop] for x in examples[doc])
             sizes = np.bincount(candidates)[1:]
             values = self.document(tokens, weights, targets, *types)
             starts = np.cumsum(sizes) - sizes
@@ -308,8 +303,7 @@ class Ranking(Texts):
                 raise DataError(problem, where=where, kind="empty_text")
         if not isinstance(given, list) or len(given) != len(texts):
             problem = (
-                f"field {label!r} is {given!r:.200}, expected a list of {len(texts)} numbers, one"
-                f" for each of {name!r}"
+                f"field {label!r} is {given!r:.200}, expected a list of {len(texts)} numbers, one for each of {name!r}"
             )
             raise DataError(problem, where=where, kind="wrong_type")
         for i, x in enumerate(given):
@@ -329,8 +323,7 @@ class Ranking(Texts):
                 raise DataError(problem, "take the row out", where=where, kind="empty_text")
             if 0 < self.positions < len(tokens):
                 problem = (
-                    f"the query with candidate {i} has {len(tokens)} tokens, and the model"
-                    f" {self.positions} positions"
+                    f"the query with candidate {i} has {len(tokens)} tokens, and the model {self.positions} positions"
                 )
                 raise DataError(problem, "shorten the text", where=where, kind="too_long")
         sizes = [len(x) for x in ids]
@@ -445,7 +438,6 @@ def _encoder(section, **changes):
     model = read_model(section, **changes)
     if not isinstance(model, encoder.Model):
         raise ConfigError(
-            f"model.path={section.path}: a ranking is read by an encoder such as BERT, and this is"
-            " none; name one"
+            f"model.path={section.path}: a ranking is read by an encoder such as BERT, and this is none; name one"
         )
     return model

@@ -91,9 +91,7 @@ def meetings():
 
 
 def save(where, tokenizer):
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     own.save_pretrained(where)
     config = T5 | {"vocab_size": len(own)}
     (where / "config.json").write_text(json.dumps(config, indent=1) + "\n")

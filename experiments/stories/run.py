@@ -27,9 +27,7 @@ FIXTURES = Path(os.environ.get("SFTJAX_FIXTURES", "../shared/fixtures"))
 CONFIG = Path(__file__).parent / "config.py"
 PROMPT = "Once upon a time"
 # What llama2.c's own program gives for stories260K.
-GREEDY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-)
+GREEDY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 LOGITS = {",": 17.7994, "▁there": 14.2813, "▁in": 9.7097}
 
 
@@ -113,9 +111,7 @@ def against_transformers(directory, model, params, ids):
     import torch
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, trust_remote_code=False
-    )
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         theirs = reference(torch.tensor([ids])).logits[0].numpy()
     difference = float(np.abs(all_logits(model, params, ids) - theirs).max())

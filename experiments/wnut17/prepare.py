@@ -42,9 +42,7 @@ def main(out="runs/wnut17_data"):
     # The control: every sentence gets the tags of the corpus in another order.
     tags = [tag for r in found["train"] for tag in r["tags"]]
     random.Random(0).shuffle(tags)
-    other = [
-        {"tokens": r["tokens"], "tags": [tags.pop() for _ in r["tags"]]} for r in found["train"]
-    ]
+    other = [{"tokens": r["tokens"], "tags": [tags.pop() for _ in r["tags"]]} for r in found["train"]]
     write(Path(out) / "shuffled.jsonl", other)
     counts = {name: len(records) for name, records in found.items()}
     print(", ".join(f"{name}: {n} sentences" for name, n in counts.items()))

@@ -45,9 +45,7 @@ def window(record, n):
     words = record["context"].split()
     counts = Counter(w for word in words for w in squad_words(word))
     asked = set(squad_words(record["question"]))
-    weight = [
-        sum(math.log(1 + 1 / counts[w]) for w in squad_words(word) if w in asked) for word in words
-    ]
+    weight = [sum(math.log(1 + 1 / counts[w]) for w in squad_words(word) if w in asked) for word in words]
     best = max(range(len(words)), key=lambda i: sum(weight[max(i - n, 0) : i + n]))
     near = range(max(best - n, 0), min(best + n, len(words)))
     free = [i for i in near if not set(squad_words(words[i])) & asked]

@@ -95,9 +95,7 @@ class ExtractiveQA(Texts):
     options = ()
     generates = True  # data.test is questions, whose answers are texts
 
-    def __init__(
-        self, tokenizer: Any, names: Any = None, asked: Sequence[str] = ("squad_em", "token_f1")
-    ) -> None:
+    def __init__(self, tokenizer: Any, names: Any = None, asked: Sequence[str] = ("squad_em", "token_f1")) -> None:
         super().__init__(tokenizer, names)
         self.asked = tuple(asked)
 
@@ -234,18 +232,12 @@ class ExtractiveQA(Texts):
         """
         longest = model.config.max_positions if model.config.learned_positions else 1024
         longest = min(longest, 384)  # windows of the usual size
-        windows = [
-            (i, at)
-            for i, asked in enumerate(questions)
-            for at in self.kept(asked.example, longest, "split")
-        ]
+        windows = [(i, at) for i, asked in enumerate(questions) for at in self.kept(asked.example, longest, "split")]
         scored = _scored(model, params, questions, windows, batch_size, mesh, said)
         nothing = any(not q.example.wanted.answers for q in questions)
         best: list[tuple[float, str]] = [(-np.inf, "")] * len(questions)
         for (i, at), logits in zip(windows, scored, strict=True):
-            best[i] = max(
-                best[i], _best_span(questions[i], at, logits, nothing), key=lambda x: x[0]
-            )
+            best[i] = max(best[i], _best_span(questions[i], at, logits, nothing), key=lambda x: x[0])
         given = [text for _, text in best]
         wanted = [q.example.wanted.answers or ("",) for q in questions]
         found = metrics.texts(self.asked, wanted, given, groups=groups, errors=True)

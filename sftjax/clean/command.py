@@ -1,8 +1,8 @@
 """Clean a data set, as `sftjax clean --config=FILE --out=clean.parquet --report=page.html` does.
 
-Applies the rules of data.clean (all of them where none is named) to data.train, looking for rows of
-data.validation and data.test too. Writes the rows that stay (.parquet or .jsonl), the rejects with
-their reasons, and a page to read. The rule label_suspects asks the config's model which answers
+Applies the rules of data.clean (all of them where none is named) to data.train, looking for rows of data.validation and
+data.test too. Writes the rows that stay (.parquet or .jsonl), the rejects with their reasons, and a page to read. The
+rule label_suspects asks the config's model which answers
 it finds least likely: it lists them, and removes them with data.clean.remove_suspects.
 """
 
@@ -40,9 +40,7 @@ def main(argv: Sequence[str]) -> None:
     clean(config, flags.out, flags.report, flags.rejects)
 
 
-def clean(
-    config: ConfigDict, out: Path | str, report: Path | str = "", rejects: Path | str = ""
-) -> Findings:
+def clean(config: ConfigDict, out: Path | str, report: Path | str = "", rejects: Path | str = "") -> Findings:
     """Clean data.train into `out`; by default rejects go to out's name with .rejects.jsonl."""
     for what, path in dict(out=out, report=report, rejects=rejects).items():
         refuse_url(f"--{what}", path, ConfigError)
@@ -138,9 +136,9 @@ def _with_answer(record, answer):
 def normalised_margin(loss: np.ndarray, given: Sequence[int] | np.ndarray) -> np.ndarray:
     """Trust in class labels, as in confident learning (Northcutt et al. 2021): [n] in [0, 1].
 
-    How far the given label's probability is above the best other one's, each counted from the mean
-    probability of that label where it is given: so a model that favours one label does no harm.
-    loss: [n, K], of each row with each of K labels as its answer. given: int [n], the label it has.
+    How far the given label's probability is above the best other one's, each counted from the mean probability of that
+    label where it is given: so a model that favours one label does no harm. loss: [n, K], of each row with each of K
+    labels as its answer. given: int [n], the label it has.
     """
     loss, given = np.asarray(loss, np.float64), np.asarray(given)
     p = np.exp(loss.min(1, keepdims=True) - loss)

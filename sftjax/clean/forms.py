@@ -6,13 +6,11 @@ from typing import Any
 from sftjax.data.masking.conversation import to_conversation
 
 
-def canonical(
-    record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def canonical(record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A record as {"prompt", "completion"}, {"messages"}, {"segments"} or {"text"}.
 
-    The first two may have "tools" and "chat_template_kwargs" too. `to_conversation` reads from it
-    without `form` what it reads from `record` with it.
+    The first two may have "tools" and "chat_template_kwargs" too. `to_conversation` reads from it without `form` what
+    it reads from `record` with it.
     """
     chat = to_conversation(record, where=where, **(form or {}))
     messages = chat["messages"]

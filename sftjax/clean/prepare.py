@@ -29,20 +29,17 @@ class Prepared(NamedTuple):
     removed: dict[int, Finding]  # by row of data.train: what cleaning took out
 
 
-def training_rows(
-    config: ConfigDict, task: Task, cache_dir: Path | str, workdir: Path | str | None = None
-) -> Prepared:
+def training_rows(config: ConfigDict, task: Task, cache_dir: Path | str, workdir: Path | str | None = None) -> Prepared:
     """The rows of data.train as data.clean and data.split want them.
 
-    Of a stream, only the first rows of its shards: see `data.stream.sample`. cache_dir: where what
-    cleaning found is kept, so that a restart does not look again. workdir: where the rejects and
-    the report of cleaning are written; None = not at all.
+    Of a stream, only the first rows of its shards: see `data.stream.sample`. cache_dir: where what cleaning found is
+    kept, so that a restart does not look again. workdir: where the rejects and the report of cleaning are written; None
+    = not at all.
     """
     d, notes, held_out, removed = config.data, [], None, {}
     if d.split.share and d.validation:
         raise ConfigError(
-            "data.split.share takes validation rows from data.train, but data.validation is set "
-            "too: keep one of them"
+            "data.split.share takes validation rows from data.train, but data.validation is set too: keep one of them"
         )
     source: RecordSource
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)

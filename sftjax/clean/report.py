@@ -24,8 +24,7 @@ def summary(findings: Findings) -> str:
 def write_rejects(path: Path | str, source: RecordSource, findings: Findings) -> None:
     """Every removed row as a JSON line: place, reason, note, the row it clashes with, itself."""
     lines = (
-        dict(where=source.where(i), reason=f.rule, note=f.note, other=f.other)
-        | {"record": record(source, i)}
+        dict(where=source.where(i), reason=f.rule, note=f.note, other=f.other) | {"record": record(source, i)}
         for i, f in findings.removed.items()
     )
     _write(path, map(_line, lines))
@@ -59,29 +58,19 @@ def _write_parquet(path, records):
             pq.write_table(rows, path)
     except (pa.ArrowException, UnicodeError, TypeError) as error:
         raise DataError(
-            f"these rows fit no Parquet table: {error}",
-            "write them to a .jsonl file",
-            where=path,
-            kind="bad_table",
+            f"these rows fit no Parquet table: {error}", "write them to a .jsonl file", where=path, kind="bad_table"
         ) from None
 
 
 def write_report(
-    path: Path | str,
-    source: RecordSource,
-    findings: Findings,
-    title: str,
-    form: Mapping[str, Any] | None = None,
+    path: Path | str, source: RecordSource, findings: Findings, title: str, form: Mapping[str, Any] | None = None
 ) -> None:
     """The findings as one HTML page, rule by rule with every row. form: of `to_conversation`."""
     from sftjax.reports import html  # training that cleans nothing draws no page
 
     counts, kept = findings.counts(), len(findings.kept)
     totals = [("rows", findings.rows, ""), ("kept", kept, "")]
-    totals += [
-        (rule, counts[rule], "removed" if rule in findings.removes else "reported only")
-        for rule in counts
-    ]
+    totals += [(rule, counts[rule], "removed" if rule in findings.removes else "reported only") for rule in counts]
     rules = []
     for rule in counts:
         found = [f for f in findings.found if f.rule == rule]

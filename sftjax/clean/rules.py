@@ -1,8 +1,7 @@
 """Find the rows that should not be trained on, each with its reason; nothing is changed here.
 
-A new rule is one function that yields (row, note, other row or its place or None) and its name in
-`RULES`. Rules run in the table's order, each on the rows that none before it has taken: a row has
-one reason, and the counts add up.
+A new rule is one function that yields (row, note, other row or its place or None) and its name in `RULES`. Rules run in
+the table's order, each on the rows that none before it has taken: a row has one reason, and the counts add up.
 """
 
 import hashlib
@@ -89,10 +88,10 @@ def find(
 ) -> Findings:
     """Apply cleaning rules to the records of a source; the texts of all rows are held in memory.
 
-    rules: names in RULES; "all" stands for every rule whose inputs are given. form: the keywords of
-    `to_conversation` that say how to read a record: fields, roles. evaluation: the sources of the
-    evaluation sets. count_tokens: (records, wheres) -> the token count of each. trust: rows -> a
-    number for each, least for what is likely wrong. The others are keys of the config's data.clean.
+    rules: names in RULES; "all" stands for every rule whose inputs are given. form: the keywords of `to_conversation`
+    that say how to read a record: fields, roles. evaluation: the sources of the evaluation sets. count_tokens:
+    (records, wheres) -> the token count of each. trust: rows -> a number for each, least for what is likely wrong. The
+    others are keys of the config's data.clean.
 
     Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
     """
@@ -101,8 +100,7 @@ def find(
         raise DataError(problem, kind="setting")
     if ngram < 1 or not 0 <= suspects <= 1:
         raise DataError(
-            f"data.clean.ngram={ngram}, suspects={suspects}: expected 1 or more words, and a share "
-            "from 0 to 1",
+            f"data.clean.ngram={ngram}, suspects={suspects}: expected 1 or more words, and a share from 0 to 1",
             kind="setting",
         )
     inputs = dict(contamination=evaluation, too_long=max_tokens and count_tokens)
@@ -127,8 +125,7 @@ def _chosen(rules, inputs):
     """The rules to apply, in the table's order."""
     if unknown := [r for r in rules if r not in RULES and r != "all"]:
         raise DataError(
-            f"data.clean.rules: unknown rule {unknown[0]!r}; known: all, {', '.join(RULES)}",
-            kind="setting",
+            f"data.clean.rules: unknown rule {unknown[0]!r}; known: all, {', '.join(RULES)}", kind="setting"
         )
     if idle := [r for r in rules if not inputs.get(r, True)]:
         raise DataError(f"data.clean.rules: {idle[0]} {NEEDS[idle[0]]}", kind="setting")
@@ -246,8 +243,8 @@ def contamination(
 def _evaluation_index(texts, evaluation, ngram):
     """{words of a prompt: place} and {n: {hash of n words: place}} of the evaluation sets.
 
-    Texts shorter than `ngram` words are indexed at their own length. What many evaluation rows
-    share is the wording of the task, and no evidence.
+    Texts shorter than `ngram` words are indexed at their own length. What many evaluation rows share is the wording of
+    the task, and no evidence.
     """
     wholes, places, counts = dict[tuple, str](), defaultdict[int, dict](dict), Counter[tuple]()
     for source in evaluation:
@@ -320,9 +317,9 @@ def exact_duplicate(texts: Texts, rows: Sequence[int], **_: Any) -> Iterator[Hit
 def near_duplicate(texts: Texts, rows: Sequence[int], *, near: float, **_: Any) -> Iterator[Hit]:
     """Rows much like an earlier one that stays (MinHash-LSH, then checked exactly).
 
-    Rows with different numbers are different rows, and wording that many rows share counts for
-    nothing: data made from one template differ in little else. Prompts and answers together must be
-    `near` alike, and neither of them less than half of that.
+    Rows with different numbers are different rows, and wording that many rows share counts for nothing: data made from
+    one template differ in little else. Prompts and answers together must be `near` alike, and neither of them less than
+    half of that.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -381,9 +378,7 @@ def _jaccard(a, b):
     return both / (len(a) + len(b) - both)
 
 
-def label_suspects(
-    texts: Texts, rows: Sequence[int], *, trust: Trust, suspects: float, **_: Any
-) -> Iterator[Hit]:
+def label_suspects(texts: Texts, rows: Sequence[int], *, trust: Trust, suspects: float, **_: Any) -> Iterator[Hit]:
     """The rows whose answer the model trusts least, worst first."""
     rows = texts.readable(rows)
     values = np.asarray(trust(rows))
@@ -399,9 +394,7 @@ RULES: dict[str, Callable[..., Iterator[Hit]]] = {rule.__name__: rule for rule i
 # --- once per data --------------------------------------------------------------------------------
 
 
-def find_once(
-    folder: Path | str, key: str, source: RecordSource, rules: Sequence[str], **options: Any
-) -> Findings:
+def find_once(folder: Path | str, key: str, source: RecordSource, rules: Sequence[str], **options: Any) -> Findings:
     """`find`, or what an earlier call with the same inputs has left in `folder`.
 
     key: names what `options` can't: the source's content, the tokenizer and its settings.

@@ -1,7 +1,7 @@
 """Rows of a source: by index, by a lasting split into training and validation.
 
-A row's side is decided by a hash of its prompt (or of its group), so equal prompts stay together
-and the same row goes to the same side on every machine, in every order, at any time.
+A row's side is decided by a hash of its prompt (or of its group), so equal prompts stay together and the same row goes
+to the same side on every machine, in every order, at any time.
 """
 
 import hashlib
@@ -54,16 +54,16 @@ def split(
 ) -> tuple[Subset, Subset]:
     """Training and validation rows: (Subset, Subset).
 
-    Without `stratify_by` a row's side depends on its prompt (or group) alone: no other row moves
-    it. A label's share is right within sampling error, sqrt(share * (1 - share) / its rows).
+    Without `stratify_by` a row's side depends on its prompt (or group) alone: no other row moves it. A label's share is
+    right within sampling error, sqrt(share * (1 - share) / its rows).
 
-    With it the hash decides unless the label's share, counted from the first row on, would be off
-    by more than half a percent (and more than one row). A side then depends on the rows before it
-    too; rows appended move no other. Rows that share a prompt or group stay together first.
+    With it the hash decides unless the label's share, counted from the first row on, would be off by more than half a
+    percent (and more than one row). A side then depends on the rows before it too; rows appended move no other. Rows
+    that share a prompt or group stay together first.
 
-    share, group_by, stratify_by: as in the config's data.split. form: keywords of to_conversation:
-    fields, roles; the prompt is the first user message. skip: leave a row that can't be read to
-    training, which lists it (data.on_error="skip").
+    share, group_by, stratify_by: as in the config's data.split. form: keywords of to_conversation: fields, roles; the
+    prompt is the first user message. skip: leave a row that can't be read to training, which lists it
+    (data.on_error="skip").
 
     Raises: DataError for a row without the field, or if a side is left empty.
     """
@@ -112,9 +112,7 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
-def prompt_key(
-    record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None
-) -> str:
+def prompt_key(record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None) -> str:
     """The normalised first user message; of plain text, the text."""
     chat = to_conversation(record, where=where, **(form or {}))
     messages = [m for m in chat["messages"] if m["role"] == "user"] or chat["messages"]
@@ -135,8 +133,7 @@ def said(message: dict[str, Any]) -> str:
 def _value(record, field, where):
     if record.get(field) is None:
         raise DataError(
-            f"no field {field!r} to split by (data.split); the row has "
-            f"{', '.join(map(repr, record)) or 'none'}",
+            f"no field {field!r} to split by (data.split); the row has {', '.join(map(repr, record)) or 'none'}",
             where=where,
             kind="missing_field",
             subject=repr(field),

@@ -41,12 +41,12 @@ SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
 class TokenStore:
     """Examples in a folder of memory-mapped arrays.
 
-    columns: {name: (dtype, shape)} of an example's arrays, in order; shape None is one value a
-    token, whose number differs from document to document.
+    columns: {name: (dtype, shape)} of an example's arrays, in order; shape None is one value a token, whose number
+    differs from document to document.
 
     Attributes:
-      arrays: {name: all examples' values, one after the other}; those of a fixed shape stacked.
-      tokens: int32 [all tokens], and weights: float32 [all tokens], is each token itself trained,
+      arrays: {name: all examples' values, one after the other}; those of a fixed shape stacked. tokens: int32 [all
+      tokens], and weights: float32 [all tokens], is each token itself trained,
         not shifted; where there are columns of these names.
       offsets: int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]].
       lengths: int32 [documents]; 1 where no column has a value a token.
@@ -59,9 +59,7 @@ class TokenStore:
         self.report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
         self.columns = self.report.get("columns", COLUMNS)
         self.arrays = {
-            name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape(
-                (-1, *(shape or ()))
-            )
+            name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape((-1, *(shape or ())))
             for name, (dtype, shape) in self.columns.items()
         }
         self.offsets = np.load(self.folder / "offsets.npy")
@@ -76,10 +74,7 @@ class TokenStore:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
         document = slice(self.offsets[i], self.offsets[i + 1])
-        return tuple(
-            self.arrays[name][document if shape is None else i]
-            for name, (_, shape) in self.columns.items()
-        )
+        return tuple(self.arrays[name][document if shape is None else i] for name, (_, shape) in self.columns.items())
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         # Worker processes map the files anew instead of copying them.
@@ -104,11 +99,10 @@ def build_store(
 
     task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
     max_length: the most tokens of a document; 0 = no limit.
-    overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is
-      cut) | "drop" | "split" (pieces) | "error". A document or piece without a trained token is
-      dropped and counted.
-    cache_dir: where a folder is made for it, named by a hash of everything that changes it.
-    on_error: "raise", or "skip": bad rows go to rejects.jsonl in that folder and are counted, up
+    overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is cut) | "drop" | "split"
+      (pieces) | "error". A document or piece without a trained token is dropped and counted.
+    cache_dir: where a folder is made for it, named by a hash of everything that changes it. on_error: "raise", or
+    "skip": bad rows go to rejects.jsonl in that folder and are counted, up
       to the share max_skipped of all.
 
     Raises: DataError for a bad row, or if nothing at all is trained.
@@ -204,9 +198,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     with contextlib.ExitStack() as files:
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
-        for rows in _chunks(
-            len(source), 64 if task.layout.fixed and varying is not None else CHUNK
-        ):
+        for rows in _chunks(len(source), 64 if task.layout.fixed and varying is not None else CHUNK):
             encoded = encode_rows(source, rows, task, rejects, notes, read)
             first = first or next(iter(encoded), None)
             tally.wheres = []
@@ -215,9 +207,7 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
             sizes += [1 if varying is None else len(piece[varying]) for piece in pieces]
             index = {source.where(i): i for i in rows}
             records += [index[where] for where in tally.wheres]
-            for file, (dtype, _), values in zip(
-                out, task.columns.values(), zip(*pieces, strict=True), strict=False
-            ):
+            for file, (dtype, _), values in zip(out, task.columns.values(), zip(*pieces, strict=True), strict=False):
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
     report = tally.report(rejects.counts) | dict(left_out=notes.counts, fixed=task.layout.fixed)
     if not tally.lengths:
@@ -250,8 +240,8 @@ def encode_rows(
 ) -> list[tuple[str, "Encoded"]]:
     """(file and row, example) of the rows that can be encoded; the others go to `rejects.add`.
 
-    What a row holds and its example does not is counted in `notes`. read: in place of `source[i]`.
-    Where it fails, halves of the rows are tried: the good ones are still encoded together.
+    What a row holds and its example does not is counted in `notes`. read: in place of `source[i]`. Where it fails,
+    halves of the rows are tried: the good ones are still encoded together.
     """
     wheres = [source.where(i) for i in rows]
     try:
@@ -266,10 +256,7 @@ def encode_rows(
             rejects.add(rows[0], error)
             return []
     middle = len(rows) // 2
-    first, second = (
-        encode_rows(source, half, task, rejects, notes, read)
-        for half in (rows[:middle], rows[middle:])
-    )
+    first, second = (encode_rows(source, half, task, rejects, notes, read) for half in (rows[:middle], rows[middle:]))
     return first + second
 
 
@@ -293,8 +280,7 @@ class Tally:
             if too_long and self.overlong == "error":
                 raise DataError(
                     f"{n} tokens, more than data.max_length={self.max_length}",
-                    "raise it, or set data.overlong to truncate_end, truncate_prompt, drop or "
-                    "split",
+                    "raise it, or set data.overlong to truncate_end, truncate_prompt, drop or split",
                     where=where,
                     kind="too_long",
                 )

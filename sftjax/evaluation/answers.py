@@ -40,14 +40,11 @@ class Asking(NamedTuple):
         if not e.metrics:
             raise ConfigError("eval.metrics is empty; name one metric of answers or more")
         if e.draws > 1 and not config.generate.temperature:
-            raise ConfigError(
-                f"eval.draws={e.draws}: with generate.temperature=0 all of them are equal"
-            )
+            raise ConfigError(f"eval.draws={e.draws}: with generate.temperature=0 all of them are equal")
         for key, metric in {"answer": "number", "choices": "choice"}.items():
             if e[key] and metric not in e.metrics:
                 raise ConfigError(
-                    f"eval.{key}={e[key]!r} is of the metric {metric!r}, which eval.metrics lacks:"
-                    f" {tuple(e.metrics)}"
+                    f"eval.{key}={e[key]!r} is of the metric {metric!r}, which eval.metrics lacks: {tuple(e.metrics)}"
                 )
         if e.draws > 1 and set(e.metrics) == {"choice"}:
             raise ConfigError(f"eval.draws={e.draws}: choice draws nothing")
@@ -101,10 +98,10 @@ def answered(
 ) -> dict[str, Any]:
     """{"answers": texts, "<metric>": value, "errors", "baselines", "rows", "tables"}.
 
-    cut_at: a text that ends an answer. groups: of the rows, see metrics.standard_error. options: as
-    of generation.generate. Of several draws a row's value is their mean, and its answer a list.
-    Where the references are few different texts, as labels are: also the answers' macro F1, the
-    share that are none of them (no_label), and the confusion matrix.
+    cut_at: a text that ends an answer. groups: of the rows, see metrics.standard_error. options: as of
+    generation.generate. Of several draws a row's value is their mean, and its answer a list. Where the references are
+    few different texts, as labels are: also the answers' macro F1, the share that are none of them (no_label), and the
+    confusion matrix.
     """
     wanted, n = [q.answer for q in questions], asking.draws
     out: dict[str, Any] = {"errors": {}, "baselines": {}, "rows": {}}

@@ -1,8 +1,8 @@
 """Beam search with a key/value cache, by the rules of transformers' `num_beams`.
 
-The likeliest answers so far, `beams` of each prompt, go on by one token a step. One that ends is
-kept with its log-likelihood divided by the power `length_penalty` of its length; a prompt is done
-when none of those that go on, at their length now, can be better than all that are kept.
+The likeliest answers so far, `beams` of each prompt, go on by one token a step. One that ends is kept with its
+log-likelihood divided by the power `length_penalty` of its length; a prompt is done when none of those that go on, at
+their length now, can be better than all that are kept.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,8 +51,8 @@ def search(
 ) -> tuple[jax.Array, jax.Array]:
     """(ids int32 [B, new], how many of them are the answer [B]) of the best answers.
 
-    cache, last [B, D]: as generation begins with them; first: int32 [B], the position of the first
-    new token; stops: int32 [n], the tokens that end an answer.
+    cache, last [B, D]: as generation begins with them; first: int32 [B], the position of the first new token; stops:
+    int32 [n], the tokens that end an answer.
     """
     B, K = len(last), beams
     cache, last = _rows(cache, lambda x, a: jnp.repeat(x, K, a)), jnp.repeat(last, K, 0)

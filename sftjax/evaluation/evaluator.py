@@ -36,8 +36,8 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """({"loss", <metrics>}, predictions of all rows) of a set. held: what is kept of a batch's.
 
-    The sums are added in float64 on the host and divided once, so neither the batch size nor a last
-    partial batch changes the result. Raises: DataError for a set without anything to measure.
+    The sums are added in float64 on the host and divided once, so neither the batch size nor a last partial batch
+    changes the result. Raises: DataError for a set without anything to measure.
     """
     total, found = None, []
     for batch in batches:
@@ -85,13 +85,12 @@ class Evaluator:
     def full(self, params: Any, model_state: Any = None, rows: bool = False) -> dict:
         """What the sets, the test sets and the answers to questions score.
 
-        {"losses": {"<set>/<metric>": value}, "n": {"<set>": documents}, "tables":
-        {"<set>/<table>"}, "errors": {"<set>/<metric>": standard error}, "baselines": {"<set>":
-        {name: {metric: value}}}}, with "answers" for the name of a set; and of the questions
-        {"<metric>": value, "answers": texts}. rows: also "rows": {"<set>": {"record": their
-        numbers in the file, "<metric>": values}}, one for each row of it, with "about": {"of": a
-        hash of the set's files, "lower": metrics of which less is better, "weight" and "group" of
-        each row, where it has them}.
+        {"losses": {"<set>/<metric>": value}, "n": {"<set>": documents}, "tables": {"<set>/<table>"}, "errors":
+        {"<set>/<metric>": standard error}, "baselines": {"<set>": {name: {metric: value}}}}, with "answers" for the
+        name of a set; and of the questions {"<metric>": value, "answers": texts}. rows: also "rows": {"<set>":
+        {"record": their
+        numbers in the file, "<metric>": values}}, one for each row of it, with "about": {"of": a hash of the set's
+        files, "lower": metrics of which less is better, "weight" and "group" of each row, where it has them}.
         """
         sets = self.sets.sets | self.sets.tests
         out = self._measured(sets, params, model_state)

@@ -31,9 +31,7 @@ _COMPILING, _COMPILED = threading.Lock(), set[tuple]()
 PART = 16  # tokens of the prompts that are read at once
 
 
-def sample(
-    logits: jax.Array, rng: jax.Array, temperature: float, top_k: int, top_p: float
-) -> jax.Array:
+def sample(logits: jax.Array, rng: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
     """int32 [B] token ids from float32 logits [B, V]; temperature 0 is greedy.
 
     top_k keeps the k likeliest tokens (0 = all); top_p the fewest whose probability reaches p.
@@ -115,9 +113,7 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, how):
     return out, count
 
 
-def in_batches(
-    lengths: Sequence[int], batch_size: int, mesh: Mesh | None
-) -> tuple[int, list[list[int]]]:
+def in_batches(lengths: Sequence[int], batch_size: int, mesh: Mesh | None) -> tuple[int, list[list[int]]]:
     """(rows of a batch on the mesh, which texts each batch has), the shortest texts first."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) if mesh else 1
@@ -144,10 +140,9 @@ def generate(
 ) -> list[list[int]]:
     """A list of int lists: the tokens generated for each prompt, without the stop token.
 
-    prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or
-    after max_new_tokens. beams: of a beam search, see beams.py. said: called after each batch with
-    the number of prompts that are answered, and of all. Every process must call this with the same
-    prompts.
+    prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or after max_new_tokens.
+    beams: of a beam search, see beams.py. said: called after each batch with the number of prompts that are answered,
+    and of all. Every process must call this with the same prompts.
     """
     if not hasattr(model, "decode") or getattr(model.config, "classes", 0) > 0:
         raise ModelError(

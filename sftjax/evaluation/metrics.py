@@ -1,8 +1,8 @@
 """What answers score: one table of metrics, computed by the packages that the field compares with.
 
-scikit-learn measures labels and numbers, sacrebleu, rouge-score and seqeval texts and tags; the
-extra `metrics` brings the last three. A metric of your own is a function of (wanted, given), two
-lists, that returns a number, or a list of one for each row: "path/to/file.py:function".
+scikit-learn measures labels and numbers, sacrebleu, rouge-score and seqeval texts and tags; the extra `metrics` brings
+the last three. A metric of your own is a function of (wanted, given), two lists, that returns a number, or a list of
+one for each row: "path/to/file.py:function".
 """
 
 import functools
@@ -62,11 +62,10 @@ METRICS: dict[str, Metric] = {
 class Scores(NamedTuple):
     """What was measured of one evaluation set.
 
-    values: {"accuracy": a number}; they go into every log and table. tables: {"confusion": anything
-    that JSON holds}. errors: standard errors of values. baselines: {"always good": {"accuracy": a
-    number}}, what needs no model. rows: of metrics that are means, the value of each document, in
-    the order of the predictions; under "weight" how much of the mean each is, where that differs.
-    All but values are of the result alone.
+    values: {"accuracy": a number}; they go into every log and table. tables: {"confusion": anything that JSON holds}.
+    errors: standard errors of values. baselines: {"always good": {"accuracy": a number}}, what needs no model. rows: of
+    metrics that are means, the value of each document, in the order of the predictions; under "weight" how much of the
+    mean each is, where that differs. All but values are of the result alone.
     """
 
     values: dict[str, float]
@@ -100,8 +99,8 @@ def check(names: Sequence[str], kind: str) -> None:
 def standard_error(rows: Sequence[float] | np.ndarray, groups: Sequence | None = None) -> float:
     """Of the mean of rows; NaN for fewer than two rows or groups.
 
-    groups: a value for each row. Rows that share one are not independent: see Miller, "Adding Error
-    Bars to Evals" (arXiv 2411.00640), equation 4.
+    groups: a value for each row. Rows that share one are not independent: see Miller, "Adding Error Bars to Evals"
+    (arXiv 2411.00640), equation 4.
     """
     x = np.asarray(rows, np.float64)
     if groups is None:
@@ -111,9 +110,7 @@ def standard_error(rows: Sequence[float] | np.ndarray, groups: Sequence | None =
     return float(np.sqrt((sums**2).sum()) / len(x)) if len(sums) > 1 else float("nan")
 
 
-def bootstrap(
-    fn: Callable[[np.ndarray], dict[str, float]], n: int, groups: Sequence | None = None
-) -> dict[str, float]:
+def bootstrap(fn: Callable[[np.ndarray], dict[str, float]], n: int, groups: Sequence | None = None) -> dict[str, float]:
     """Standard errors of fn(indices of rows) by drawing rows, or whole groups, with replacement."""
     rng, found = np.random.default_rng(0), list[dict[str, float]]()
     names = np.asarray(range(n) if groups is None else list(map(str, groups)))
@@ -225,16 +222,12 @@ def _label_tables(wanted, given, names, scores) -> dict[str, Any]:
 
 
 def multi_labels(
-    wanted: np.ndarray,
-    scores: np.ndarray,
-    names: Sequence[str],
-    groups: Sequence | None = None,
-    errors: bool = False,
+    wanted: np.ndarray, scores: np.ndarray, names: Sequence[str], groups: Sequence | None = None, errors: bool = False
 ) -> Scores:
     """Of any number of labels a row: wanted bool [N, C], scores [N, C], probabilities.
 
-    A label is given from a probability of one half on; accuracy is the share of rows of which all
-    labels are right. A row whose scores are not finite is given none.
+    A label is given from a probability of one half on; accuracy is the share of rows of which all labels are right. A
+    row whose scores are not finite is given none.
     """
     if not len(wanted):
         return Scores({})
@@ -267,9 +260,7 @@ def _multi_values(wanted, given, scores) -> dict[str, float]:
 # ---- numbers -------------------------------------------------------------------------------
 
 
-def numbers(
-    wanted: np.ndarray, given: np.ndarray, groups: Sequence | None = None, errors: bool = False
-) -> Scores:
+def numbers(wanted: np.ndarray, given: np.ndarray, groups: Sequence | None = None, errors: bool = False) -> Scores:
     """Of numbers [N]; the baseline answers the mean of those wanted.
 
     Answers that are not finite are counted as "not_finite", and no error is a number then.
@@ -316,10 +307,10 @@ def texts(
 ) -> Scores:
     """Of answers, by the metrics of these names.
 
-    wanted: the reference of each row, or several: metrics of rows take the best, others the first.
-    answer: the pattern before a number, or around its group (`number`); "" = the last number.
-    baselines: other answers to the same questions, such as the first sentences. Raises: ConfigError
-    for a package that is not there, or a pattern that is none.
+    wanted: the reference of each row, or several: metrics of rows take the best, others the first. answer: the pattern
+    before a number, or around its group (`number`); "" = the last number. baselines: other answers to the same
+    questions, such as the first sentences. Raises: ConfigError for a package that is not there, or a pattern that is
+    none.
     """
     n = len(wanted)
     if not n:
@@ -339,10 +330,7 @@ def texts(
         elif errors and ":" not in name:  # a function of the user's may take its time
             some: Any = lambda at, name=name: {name: measure(name, at)}  # noqa: E731
             spread |= bootstrap(some, n, groups)
-    others = {
-        what: texts(names, wanted, answers, answer=answer).values
-        for what, answers in (baselines or {}).items()
-    }
+    others = {what: texts(names, wanted, answers, answer=answer).values for what, answers in (baselines or {}).items()}
     return Scores(values, {}, spread, others, rows)
 
 

@@ -106,9 +106,7 @@ class Sets:
 
         return draw
 
-    def measured(
-        self, name: str, source: Any, task: "Task", config: ConfigDict | None = None
-    ) -> TokenStore:
+    def measured(self, name: str, source: Any, task: "Task", config: ConfigDict | None = None) -> TokenStore:
         """The tokenised rows of a set. config: of the source that it was held out of."""
         store = tokenised(source, task, config or self.config, self.cache)
         self.opened[name], self.readers[name] = source, task

@@ -29,9 +29,7 @@ ROWS: dict[str, Callable[[str, str], float]] = {
     "token_f1": token_f1,
 }
 # A sign counts where no word or number stands before it, a comma where it groups thousands.
-_NUMBER = (
-    r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-)
+_NUMBER = r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def number(text: str, pattern: str) -> float | None:

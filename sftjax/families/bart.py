@@ -1,7 +1,7 @@
 """BART: learned positions, LayerNorm of the embeddings and after each sum, GELU, biases everywhere.
 
-`dropout` is applied where encoder_decoder.py says; attention_dropout and activation_dropout are
-not. final_logits_bias, which no training changes, must be 0.
+`dropout` is applied where encoder_decoder.py says; attention_dropout and activation_dropout are not. final_logits_bias,
+which no training changes, must be 0.
 """
 
 from sftjax.errors import ModelError

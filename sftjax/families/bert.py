@@ -15,9 +15,7 @@ from sftjax.models.encoder import Config, Pooler
 
 def config(hf: dict, **more: Any) -> Config:
     """encoder.Config from the fields of a Hugging Face config.json. more: of a family alike."""
-    common.refuse(
-        hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False
-    )
+    common.refuse(hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     dropout, heads = hf.get("hidden_dropout_prob", 0.1), hf["num_attention_heads"]
     own, activation = hf.get("classifier_dropout"), hf.get("hidden_act", "gelu")
     fields: dict[str, Any] = dict(

@@ -54,14 +54,9 @@ EXPECTED = [
     (
         "a number from 0 to below 1",
         lambda x: _number(x) and 0 <= x < 1,
-        "hidden_dropout_prob pooler_dropout cls_dropout? classifier_dropout? dropout"
-        " seq_classif_dropout dropout_rate",
+        "hidden_dropout_prob pooler_dropout cls_dropout? classifier_dropout? dropout seq_classif_dropout dropout_rate",
     ),
-    (
-        "a number of 0 or more",
-        lambda x: _number(x) and x >= 0,
-        "initializer_range init_std mscale? mscale_all_dim?",
-    ),
+    ("a number of 0 or more", lambda x: _number(x) and x >= 0, "initializer_range init_std mscale? mscale_all_dim?"),
     (
         "true or false",
         lambda x: type(x) is bool,
@@ -103,8 +98,8 @@ EXPECTED = [
         " id2label? label2id? pretrained_cfg? vision_config",
     ),
 ]
-# The most that a size may be. No model comes near; what a config.json asks for beyond it would be
-# laid out, layer by layer and name by name, before the weights' files could contradict it.
+# The most that a size may be. No model comes near; what a config.json asks for beyond it would be laid out, layer by
+# layer and name by name, before the weights' files could contradict it.
 MOST = {
     "num_hidden_layers": 2**12,
     "num_classes": 2**20,
@@ -118,9 +113,7 @@ MOST |= dict.fromkeys(
     " decoder_layers relative_attention_num_buckets".split(),
     2**12,
 )
-_WIDTHS = (
-    "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim d_model"
-)
+_WIDTHS = "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim d_model"
 _WIDTHS += " d_ff encoder_ffn_dim decoder_ffn_dim"
 MOST |= dict.fromkeys(
     "num_attention_heads n_head num_key_value_heads head_dim d_kv num_heads encoder_attention_heads"
@@ -169,17 +162,10 @@ def refuse(hf: dict, **plain: Any) -> None:
             raise ModelError(f"{field}={hf[field]!r} is not supported, only {value!r}")
 
 
-def rope(
-    hf: dict,
-    head_dim: int,
-    theta: float = 10_000.0,
-    partial: float = 1.0,
-    of: dict | None = None,
-) -> Rope:
+def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0, of: dict | None = None) -> Rope:
     """The Rope of a config: rope_parameters (transformers 5), or rope_scaling and rope_theta.
 
-    theta, partial: the family's defaults. of: the settings of one layer type, where each has its
-    own.
+    theta, partial: the family's defaults. of: the settings of one layer type, where each has its own.
     """
     fields = of or hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if FULL in fields or SLIDING in fields:

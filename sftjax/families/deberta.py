@@ -1,7 +1,7 @@
 """DeBERTa v2 and v3: a BERT without positions, whose scores know the distances of tokens.
 
-Only attention "xla" computes these, so long rows cost their square. hidden_dropout_prob is applied
-but to the embeddings of distances; attention_probs_dropout_prob is not, see encoder.py.
+Only attention "xla" computes these, so long rows cost their square. hidden_dropout_prob is applied but to the
+embeddings of distances; attention_probs_dropout_prob is not, see encoder.py.
 """
 
 from typing import Any

@@ -29,8 +29,4 @@ def config(hf: dict) -> Config:
         0: common.rope(flat, c.head_dim, 1_000_000.0, of=each[common.FULL]),
         hf["sliding_window"]: common.rope(local, c.head_dim, local_theta, of=each[common.SLIDING]),
     }
-    return dataclasses.replace(
-        c,
-        qk_norm="head",
-        kinds=tuple(Kind(k.window, ropes[k.window]) for k in c.kinds),
-    )
+    return dataclasses.replace(c, qk_norm="head", kinds=tuple(Kind(k.window, ropes[k.window]) for k in c.kinds))

@@ -9,12 +9,7 @@ from sftjax.models.decoder import Config, Kind
 
 def config(hf: dict) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json."""
-    common.refuse(
-        hf,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-    )
+    common.refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return Config(
         vocab=hf["vocab_size"],
         width=hf["n_embd"],

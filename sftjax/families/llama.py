@@ -11,16 +11,12 @@ from sftjax.models.decoder import Config
 
 
 def config(
-    hf: dict,
-    rope_theta: float = 10_000.0,
-    partial: float = 1.0,
-    types: Sequence[str] = (common.FULL,),
-    **more: Any,
+    hf: dict, rope_theta: float = 10_000.0, partial: float = 1.0, types: Sequence[str] = (common.FULL,), **more: Any
 ) -> Config:
     """decoder.Config from the fields of a Hugging Face config.json.
 
-    rope_theta, partial: as of common.rope; types: of the layers, as of common.kinds; more: fields
-    of the Config of a family alike.
+    rope_theta, partial: as of common.rope; types: of the layers, as of common.kinds; more: fields of the Config of a
+    family alike.
     """
     hf, heads = {"max_position_embeddings": 2048} | hf, hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
@@ -48,8 +44,8 @@ def config(
 def names(c: Config) -> list[tuple]:
     """(Hugging Face name, parameter, layout[, part]) rows; "{}" in a name stands for the layer.
 
-    The layout says how the file's dimensions become the parameter's, see layout.py. Parameters
-    under "layers/" are given without the stack's name.
+    The layout says how the file's dimensions become the parameter's, see layout.py. Parameters under "layers/" are
+    given without the stack's name.
     """
     return ends(c) + attention(c) + norms(c) + mlp(c)
 
@@ -62,10 +58,7 @@ ATTN, MLP = BLOCK + "self_attn.", BLOCK + "mlp."
 
 def ends(c: Config) -> list[tuple]:
     """Return the rows of the embedding, the last norm and, unless it is tied, the head."""
-    rows = [
-        ("model.embed_tokens.weight", "embed/w", "v d -> v d"),
-        ("model.norm.weight", "norm/scale", "d -> d"),
-    ]
+    rows = [("model.embed_tokens.weight", "embed/w", "v d -> v d"), ("model.norm.weight", "norm/scale", "d -> d")]
     return rows + [("lm_head.weight", "head/w", "v d -> v d")] * (not c.tied)
 
 

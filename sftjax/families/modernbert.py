@@ -1,8 +1,7 @@
 """ModernBERT: rotary embedding, gated GELU, norms before each half, local and global layers.
 
-In a local layer a token sees so many tokens on either side; the first layer reads the normalised
-embedding as it is. Every head reads a layer of its own; a document is its first token, or the mean
-of all (classifier_pooling).
+In a local layer a token sees so many tokens on either side; the first layer reads the normalised embedding as it is.
+Every head reads a layer of its own; a document is its first token, or the mean of all (classifier_pooling).
 """
 
 from sftjax.errors import ModelError
@@ -20,11 +19,7 @@ def config(hf: dict) -> Config:
     pooling = hf.get("classifier_pooling", "cls")
     if pooling not in ("cls", "mean"):
         raise ModelError(f"classifier_pooling={pooling!r}, expected 'cls' or 'mean'")
-    pooler = Pooler(
-        hf.get("classifier_activation", "gelu"),
-        norm=True,
-        bias=hf.get("classifier_bias", False),
-    )
+    pooler = Pooler(hf.get("classifier_activation", "gelu"), norm=True, bias=hf.get("classifier_bias", False))
     heads = ("document", "token", "span", "vocabulary")
     return bert.config(
         {"max_position_embeddings": 8192} | hf,
@@ -51,9 +46,7 @@ def config(hf: dict) -> Config:
 def _kinds(hf) -> tuple[Kind, ...]:
     """A Kind for each layer; the first layer's attention has no norm before it."""
     every, depth = hf.get("global_attn_every_n_layers", 3), hf["num_hidden_layers"]
-    types = hf.get("layer_types") or [
-        common.SLIDING if i % every else common.FULL for i in range(depth)
-    ]
+    types = hf.get("layer_types") or [common.SLIDING if i % every else common.FULL for i in range(depth)]
     ropes, width = hf.get("rope_parameters") or {}, bert.head_dim(hf)
     known = {}
     for name, (field, theta) in THETAS.items():

@@ -60,9 +60,7 @@ def fields(preprocessor: dict) -> dict[str, Any]:
 def exported(c: Any) -> dict[str, Any]:
     """What an export says: what is done with an image here."""
     side = c.image_size
-    return dict.fromkeys(
-        ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
-    ) | dict(
+    return dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True) | dict(
         image_processor_type="CLIPImageProcessor",
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},

@@ -18,9 +18,7 @@ def windowed(hf: dict, **more: Any) -> Config:
     default = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
     hf, depth = default | hf, hf["num_hidden_layers"]
     first = hf["max_window_layers"] if hf.get("use_sliding_window") else depth
-    types = hf.get("layer_types") or [
-        common.SLIDING if i >= first else common.FULL for i in range(depth)
-    ]
+    types = hf.get("layer_types") or [common.SLIDING if i >= first else common.FULL for i in range(depth)]
     if not hf.get("use_sliding_window"):
         hf = hf | {"sliding_window": 0}
     return llama.config(hf, types=types, **more)

@@ -1,7 +1,7 @@
 """ResNets, by transformers' files (model_type "resnet") and by torchvision's names, as of timm.
 
-timm's config.json says {"architecture": "resnet50", "num_classes": ..., "pretrained_cfg": ...}. The
-small ones of He et al. for CIFAR are read under "resnet20_cifar", "resnet56_cifar": 6 n + 2 layers.
+timm's config.json says {"architecture": "resnet50", "num_classes": ..., "pretrained_cfg": ...}. The small ones of He et
+al. for CIFAR are read under "resnet20_cifar", "resnet56_cifar": 6 n + 2 layers.
 """
 
 import re
@@ -85,10 +85,7 @@ def names(c: Config) -> list[tuple]:
     rows = _convolution(*first, "stem")
     for name, *block in blocks(c):
         _, stage, n = name.split("/")
-        if theirs:
-            prefix = f"resnet.encoder.stages.{stage}.layers.{n}."
-        else:
-            prefix = f"layer{int(stage) + 1}.{n}."
+        prefix = f"resnet.encoder.stages.{stage}.layers.{n}." if theirs else f"layer{int(stage) + 1}.{n}."
         for part, *_ in convolutions(c, *block):
             i = part[-1]
             if theirs:

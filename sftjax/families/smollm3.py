@@ -17,9 +17,7 @@ def config(hf: dict) -> Config:
     every = hf.get("no_rope_layer_interval") or 4
     rotated = hf.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(depth)]
     sliding = hf.get("use_sliding_window") and hf.get("sliding_window")
-    types = hf.get("layer_types") or [
-        common.SLIDING if sliding and not on else common.FULL for on in rotated
-    ]
+    types = hf.get("layer_types") or [common.SLIDING if sliding and not on else common.FULL for on in rotated]
     hf = hf if sliding else hf | {"sliding_window": 0}
     c = llama.config(hf, rope_theta=2_000_000.0, types=types)
     each = zip(itertools.cycle(c.kinds), rotated, strict=False)

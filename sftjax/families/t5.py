@@ -1,7 +1,7 @@
 """T5 1.0, 1.1 and Flan-T5: distances in buckets, RMSNorm, no biases, scores that are not scaled.
 
-1.0 has one MLP matrix before its ReLU and reads its logits from the scaled embedding; 1.1 a gated
-GELU and a head of its own. dropout_rate is applied where encoder_decoder.py says.
+1.0 has one MLP matrix before its ReLU and reads its logits from the scaled embedding; 1.1 a gated GELU and a head of
+its own. dropout_rate is applied where encoder_decoder.py says.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Vision transformers: ViT, and the image tower of SigLIP.
 
-ViT has a class token, which a head reads; of SigLIP a head reads the mean of all patches. SigLIP's
-text tower and the pooling of its contrastive head are left out.
+ViT has a class token, which a head reads; of SigLIP a head reads the mean of all patches. SigLIP's text tower and the
+pooling of its contrastive head are left out.
 """
 
 from typing import Any
@@ -81,9 +81,7 @@ def _siglip() -> list[tuple]:
     return [
         (embed + "position_embedding.weight", "positions/w", "n d -> n d"),
         *common.linear(embed + "patch_embedding", "patches", "d c p q -> p q c d"),
-        *common.matrices(
-            block + "self_attn.", "layers/attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"
-        ),
+        *common.matrices(block + "self_attn.", "layers/attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
         *common.matrices(block, "layers/mlp", up="mlp.fc1", down="mlp.fc2"),
         *common.layer_norm(block + "layer_norm1", "layers/attn_norm"),
         *common.layer_norm(block + "layer_norm2", "layers/mlp_norm"),

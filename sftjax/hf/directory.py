@@ -1,7 +1,7 @@
 """Hugging Face directories in and out: config, weights by slices, tokenizer, generation config.
 
-Each parameter is described by a row (file name, parameter, layout) of its family's table; the
-layout "(n h) d -> d n h" is read in both directions, so import and export cannot disagree.
+Each parameter is described by a row (file name, parameter, layout) of its family's table; the layout "(n h) d -> d n h"
+is read in both directions, so import and export cannot disagree.
 """
 
 import contextlib
@@ -36,9 +36,7 @@ from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet
 from sftjax.ops import rope
 from sftjax.parallel import param_shardings, processes
 
-MODELS: dict[type, Any] = {
-    kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision)
-}
+MODELS: dict[type, Any] = {kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision)}
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
     r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)"
@@ -91,10 +89,10 @@ def load_model(
 ) -> base.Model:
     """The Model of a Hugging Face directory (or a config.json); reads no weights.
 
-    labels: the names of the classes of a head, in order; None: those of the files. head: a key of
-    heads.ENDINGS or "vocabulary"; None: "document" for labels, else that of the files. problem: the
-    problem_type of an export. changes: fields of the Config, such as dtype, remat, split; classes=0
-    leaves a head of classes out. Raises ValueError, naming the file and the field.
+    labels: the names of the classes of a head, in order; None: those of the files. head: a key of heads.ENDINGS or
+    "vocabulary"; None: "document" for labels, else that of the files. problem: the problem_type of an export. changes:
+    fields of the Config, such as dtype, remat, split; classes=0 leaves a head of classes out. Raises ValueError, naming
+    the file and the field.
     """
     path = resolve(path_or_id, weights=False)
     file = path / "config.json" if path.is_dir() else path
@@ -140,9 +138,7 @@ def _check(c, hf):
         known = ", ".join(layer.ACTIVATIONS)
         raise ModelError(f"{field} {c.activation!r} is not supported; known: {known}")
     if c.heads % c.kv_heads:
-        raise ModelError(
-            f"num_attention_heads={c.heads} do not divide over num_key_value_heads={c.kv_heads}"
-        )
+        raise ModelError(f"num_attention_heads={c.heads} do not divide over num_key_value_heads={c.kv_heads}")
     if c.head_dim < 1:
         raise ModelError(f"{c.heads} heads share {c.width} dimensions: head_dim would be 0")
     if c.head_dim > common.MOST["head_dim"]:
@@ -187,9 +183,9 @@ def load_pretrained(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model, params) of a Hugging Face directory or hub id; safetensors only.
 
-    dtype: of the parameters in memory, one for all or a tree of dtypes. mesh: lay them out on it;
-    each process reads only its own slices. labels, changes: see load_model; seed: see load_params.
-    Raises WeightsError when tensors are missing, extra, of another shape, or not finite.
+    dtype: of the parameters in memory, one for all or a tree of dtypes. mesh: lay them out on it; each process reads
+    only its own slices. labels, changes: see load_model; seed: see load_params. Raises WeightsError when tensors are
+    missing, extra, of another shape, or not finite.
     """
     path = resolve(path_or_id)
     model = load_model(path, labels, **changes)
@@ -205,8 +201,8 @@ def load_params(
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
-    Under "stats" stands the model_state of a model whose files hold it. A head that the files lack
-    is initialised from the seed, one that the model lacks is left out; a line of the log says so.
+    Under "stats" stands the model_state of a model whose files hold it. A head that the files lack is initialised from
+    the seed, one that the model lacks is left out; a line of the log says so.
     """
     reader = Reader(path)
     model = _stored(model, reader)
@@ -282,18 +278,14 @@ def _load_leaf(reader, files, layout, full, shape, dtype, sharding):
             x = layout.read(reader, name, shape, part)
             if not np.isfinite(x).all():
                 file = reader.entries[name][0]
-                raise WeightsError(
-                    f"{file}: tensor {name} holds NaN or infinity; take an intact checkpoint"
-                )
+                raise WeightsError(f"{file}: tensor {name} holds NaN or infinity; take an intact checkpoint")
             out[place] = x
 
     def callback(index):
         key = tuple(i.indices(n)[:2] for i, n in zip(index, full, strict=True))
         if key not in made:  # devices with the same part share it
             made[key] = out = _aligned_zeros([b - a for a, b in key], dtype)
-            inner = tuple(
-                slice(min(a, n), min(b, n)) for (a, b), n in zip(key[lead:], shape, strict=True)
-            )
+            inner = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(key[lead:], shape, strict=True))
             for at in itertools.product(*(range(a, b) for a, b in key[:lead])):
                 place = tuple(i - a for i, (a, _) in zip(at, key[:lead], strict=True))
                 fill(out[place], files[at], inner)
@@ -381,8 +373,8 @@ def save_pretrained(
 ) -> None:
     """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
-    Every tensor keeps the name and dtype it was read with, else the parameter's. stop_ids: token
-    ids that end a turn. Written one at a time, by process 0; all processes must call this.
+    Every tensor keeps the name and dtype it was read with, else the parameter's. stop_ids: token ids that end a turn.
+    Written one at a time, by process 0; all processes must call this.
     """
     refuse_url("directory", directory, WriteError)
     if model.source is None:
@@ -441,9 +433,7 @@ def _written(model) -> list[tuple]:
     """The rows of `tensors` to write: every tensor by the name that it was read with."""
     # Under a new head all go by the whole model's names: the files may be a bare model's.
     ones = [(path, files[()]) for path, files, _ in tensors(model) if () in files]
-    new_head = any(
-        path.startswith("score/") and heads.fresh(model, path, name) for path, name in ones
-    )
+    new_head = any(path.startswith("score/") and heads.fresh(model, path, name) for path, name in ones)
     rows = list(tensors(model, as_read=not new_head))
     embed, head = ends(model)
     if not model.config.tied or head is None or head not in model.source.dtypes:

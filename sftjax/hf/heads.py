@@ -11,8 +11,8 @@ from sftjax.errors import ModelError
 from sftjax.models.base import Model
 from sftjax.terminal import warn
 
-# Heads of classes by the last part of transformers' class names. A document has classes, or one
-# number; a token has classes; of a span the first and the last token are found.
+# Heads of classes by the last part of transformers' class names. A document has classes, or one number; a token has
+# classes; of a span the first and the last token are found.
 ENDINGS = {
     "document": "ForSequenceClassification",
     "token": "ForTokenClassification",
@@ -75,18 +75,12 @@ def stored_labels(hf: dict, kind: str = "document") -> tuple[str, ...]:
 
 
 def choose(
-    hf: dict,
-    causal: bool,
-    head: str | None,
-    given: Sequence[str] | None,
-    classes: int | None,
-    images: bool = False,
+    hf: dict, causal: bool, head: str | None, given: Sequence[str] | None, classes: int | None, images: bool = False
 ) -> tuple[str, tuple[str, ...]]:
     """(head, labels) of the model to load; labels () for a head of no classes.
 
-    head, given (labels), classes (their number): what the user asks for, None for what the files
-    have; classes=0 is none. images: is it a model of images. ModelError where these and the
-    directory's own head disagree.
+    head, given (labels), classes (their number): what the user asks for, None for what the files have; classes=0 is
+    none. images: is it a model of images. ModelError where these and the directory's own head disagree.
     """
     plain, own_kind = "vocabulary" if causal else "", kind_of(hf)
     if head is None:
@@ -153,10 +147,7 @@ def fresh(model: Model, path: str, name: str) -> bool:
     hf, kind = model.source.config, model.config.head
     if kind == "image" and path.startswith("score/") and kind_of(hf) == kind:
         own = stored_labels(hf, kind)
-        return len(own) != model.config.classes or own not in (
-            model.source.labels,
-            numbered(len(own)),
-        )
+        return len(own) != model.config.classes or own not in (model.source.labels, numbered(len(own)))
     if not path.startswith(PARTS) or (kind in ENDINGS and kind_of(hf) == kind):
         return False
     return name not in model.source.dtypes or (path.startswith("score/") and is_other(hf, kind))

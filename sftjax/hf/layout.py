@@ -1,9 +1,9 @@
 """How a tensor in a file and a parameter hold the same numbers, in one notation for both ways.
 
-"(n h) d -> d n h": the file's first dimension is heads x head width. Of several parameters in one
-tensor, `part` says which of a letter's places are this one's, as {letter: (offset, size in the
-file)}: the keys of a fused "(n h) d" begin at head N of N + 2K. A letter that is not on the right
-has one place: "(n c h) d -> d n h" with {"c": (1, 3)} is the second of three interleaved parts.
+"(n h) d -> d n h": the file's first dimension is heads x head width. Of several parameters in one tensor, `part` says
+which of a letter's places are this one's, as {letter: (offset, size in the file)}: the keys of a fused "(n h) d" begin
+at head N of N + 2K. A letter that is not on the right has one place: "(n c h) d -> d n h" with {"c": (1, 3)} is the
+second of three interleaved parts.
 """
 
 import dataclasses
@@ -55,9 +55,7 @@ class Layout:
             places[letter] = (start + offset.get(letter, 0), stop + offset.get(letter, 0))
         return places
 
-    def read(
-        self, reader: Reader, name: str, shape: Sequence[int], index: Sequence[slice]
-    ) -> np.ndarray:
+    def read(self, reader: Reader, name: str, shape: Sequence[int], index: Sequence[slice]) -> np.ndarray:
         """parameter[index] (slices) of the tensor `name`, reading only the rows it needs."""
         sizes, places = self._sizes(shape), self._places(shape, index)
         cut, inner, inside = [], [], []

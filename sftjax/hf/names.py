@@ -26,9 +26,7 @@ MODULES = {
 TYPES = """bart bert deberta-v2 distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite
 iquestcoder iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe resnet
 roberta siglip smollm3 t5 timm vit xlm-roberta""".split()
-FAMILIES = {
-    name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES
-}
+FAMILIES = {name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES}
 
 
 def family_of(hf: dict) -> ModuleType:
@@ -62,9 +60,7 @@ def names(model: base.Model) -> list[tuple]:
     return rows
 
 
-def tensors(
-    model: base.Model, as_read: bool = True
-) -> Iterator[tuple[str, dict[tuple[int, ...], str], Layout]]:
+def tensors(model: base.Model, as_read: bool = True) -> Iterator[tuple[str, dict[tuple[int, ...], str], Layout]]:
     """(parameter, {leading index: name in the files}, Layout) of every parameter, or part of one.
 
     The leading index is (), (layer of the stack,), or (layer, expert). as_read=False: the

@@ -42,9 +42,7 @@ class Reader:
         for file in self._files():
             for name, entry in _header(file).items():
                 if name in self.entries:
-                    raise WeightsError(
-                        f"{file}: tensor {name} is also in {self.entries[name][0].name}"
-                    )
+                    raise WeightsError(f"{file}: tensor {name} is also in {self.entries[name][0].name}")
                 self.entries[name] = (file, *entry)
 
     def _files(self):
@@ -57,9 +55,7 @@ class Reader:
             missing = [f for f in files if not (self.directory / f).exists()]
             if missing:
                 some = missing if len(missing) <= 8 else [*missing[:8], "..."]
-                raise WeightsError(
-                    f"{index} names files that are absent: {some}. Download them too."
-                )
+                raise WeightsError(f"{index} names files that are absent: {some}. Download them too.")
             return [self.directory / f for f in files]
         shards = sorted(self.directory.glob("*.safetensors"))
         if shards:

@@ -1,15 +1,14 @@
 """Show what is trained: `sftjax inspect --config=FILE [--format=html --out=page.html]`.
 
-For the first 5 rows of each source: the text with its trained spans marked and, beside it, each
-token with its id, weight, segment and position in a packed row. Then totals over the whole set.
-Nothing is trained.
+For the first 5 rows of each source: the text with its trained spans marked and, beside it, each token with its id,
+weight, segment and position in a packed row. Then totals over the whole set. Nothing is trained.
 
-  --n=20 --start=100  so many rows of each source, from this one on (the first is 0)
-  --set=validation    train | validation | test
-  --source=NAME       one source only: a name in data.sources, or the stem of a validation file
-  --min_trained=0.1 --max_trained=0.5   rows of whose tokens this share is trained
-  --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained
-  --dropped=REASON    those lost for one reason
+  --n=20 --start=100  so many rows of each source, from this one on (the first is 0) --set=validation train | validation
+  | test
+  --source=NAME       one source only: a name in data.sources, or the stem of a validation file --min_trained=0.1
+  --max_trained=0.5 rows of whose tokens this share is trained
+  --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained --dropped=REASON
+  those lost for one reason
   --format=html       one file for a browser, with filters, to be sent around; also: json
 """
 
@@ -69,8 +68,8 @@ def view_of(format: str) -> Callable[..., str]:
 def collect(config: ConfigDict, wanted: Wanted, set: str = "train") -> dict[str, Any]:
     """What the views show, of plain values; the config's tokenizer is read, not its model.
 
-    {"set", "problem": what training would raise, "sources": {name: totals}, "totals", "examples",
-    "warnings"}. Raises: DataError for a bad row among those looked at, or an option there is not.
+    {"set", "problem": what training would raise, "sources": {name: totals}, "totals", "examples", "warnings"}. Raises:
+    DataError for a bad row among those looked at, or an option there is not.
     """
     wanted.check()
     if set not in ("train", "validation", "test"):

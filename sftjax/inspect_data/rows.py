@@ -68,11 +68,7 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    config: ConfigDict,
-    set: str,
-    chosen: str,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    cache: Path | str,
+    config: ConfigDict, set: str, chosen: str, tokenizer: "PreTrainedTokenizerBase | None", cache: Path | str
 ) -> list[Part]:
     """The sources of a set, or the one called `chosen`. Raises: DataError if there is none."""
     data, parts = config.data, []

@@ -1,7 +1,6 @@
 """What a model offers to a task, a run and an export: a body, and the head that reads it.
 
-A task asks the Protocol `Model` and knows no architecture. `Body` is the part that the bodies made
-of layer.py share.
+A task asks the Protocol `Model` and knows no architecture. `Body` is the part that the bodies made of layer.py share.
 
 Letters of shapes: B rows, S tokens of a row, D width, C classes.
 """
@@ -22,8 +21,8 @@ from sftjax.params import replace
 class Model(Protocol):
     """Config, abstract parameters and pure functions of them; holds no arrays.
 
-    Every model has this. One with a vocabulary head (config.head == "vocabulary") has `head`,
-    `logits` and `logit_options` as well, see decoder.Model, and perhaps a `vocab_bias`.
+    Every model has this. One with a vocabulary head (config.head == "vocabulary") has `head`, `logits` and
+    `logit_options` as well, see decoder.Model, and perhaps a `vocab_bias`.
     """
 
     @property
@@ -50,11 +49,7 @@ class Model(Protocol):
         """(hidden [B, S, D], moe.routing_sums or None) of a Batch; rng None: without dropout."""
 
     def class_logits(
-        self,
-        params: dict[str, Any],
-        hidden: jax.Array,
-        rng: jax.Array | None = None,
-        segments: jax.Array | None = None,
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
     ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class.
 
@@ -82,8 +77,8 @@ class Model(Protocol):
 class Body:
     """The part of a Model that all bodies of layer.py have alike.
 
-    source: what the weights came from (a Hugging Face directory's facts), for export. nodes: which
-    weights are nodes; see params.replace. state: as of Model; what a task keeps beside parameters.
+    source: what the weights came from (a Hugging Face directory's facts), for export. nodes: which weights are nodes;
+    see params.replace. state: as of Model; what a task keeps beside parameters.
     """
 
     tree: ClassVar[Callable[..., dict]]  # the Params of a config
@@ -104,9 +99,7 @@ class Body:
         c = self.config
         return dict(scale=c.logit_scale, softcap=c.logit_softcap, vocab=c.vocab)
 
-    def hidden(
-        self: Model, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
-    ) -> jax.Array:
+    def hidden(self: Model, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> jax.Array:
         """The first of `outputs`."""
         return self.outputs(params, batch, rng)[0]
 

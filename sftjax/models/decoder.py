@@ -1,8 +1,8 @@
 """The decoder-only transformer: every family is a Config of this file, made of layers (layer.py).
 
-Layers of one kind are stacked on a leading `layers` axis and run under lax.scan; where kinds
-alternate (local and global attention), one step of the scan runs a whole period. `split` cuts the
-stack at given layers, so that a frozen prefix is a stack of its own and costs no backward pass.
+Layers of one kind are stacked on a leading `layers` axis and run under lax.scan; where kinds alternate (local and
+global attention), one step of the scan runs a whole period. `split` cuts the stack at given layers, so that a frozen
+prefix is a stack of its own and costs no backward pass.
 
 Einsum letters: d width, v vocabulary.
 """
@@ -114,9 +114,7 @@ def stacks(config: Config) -> dict[str, int]:
     """{name: number of layers} of each stack in order; the name is its range: "0-11"."""
     cuts = [0, *config.split, config.layers]
     if any(a >= b for a, b in itertools.pairwise(cuts)):
-        raise ConfigError(
-            f"model.split={config.split} must rise strictly between 0 and {config.layers} layers"
-        )
+        raise ConfigError(f"model.split={config.split} must rise strictly between 0 and {config.layers} layers")
     kinds, out = _kinds(config), {}
     for start, stop in itertools.pairwise(cuts):
         while start < stop:
@@ -200,8 +198,8 @@ def with_shared(config: Config, params: dict[str, Any], **tables: jax.Array) -> 
 def _stack(config, name, ctx, x, xs):
     """Run the layers of one stack. xs: (params, kv, first, seeds), each leaf [n, ...] or None.
 
-    On a mesh with fsdp or context, over shards of rows: so that it is said here, not left to the
-    partitioner, where weights are gathered and their gradients summed and scattered.
+    On a mesh with fsdp or context, over shards of rows: so that it is said here, not left to the partitioner, where
+    weights are gathered and their gradients summed and scattered.
     """
     mesh = jax.sharding.get_abstract_mesh()
     needs = (RULES["embed"], RULES["seq"])
@@ -227,8 +225,8 @@ def _scan(config, name, ctx, x, xs):
         xs = jax.tree.map(lambda a: a[j], xs) if p > 1 else xs
         return layer.apply(config, kinds[j], ctx, x, *xs)
 
-    # The backward pass of a layer on its own at the end comes at once: nothing to compute again.
-    # (After a stack of two kinds by turns, its remat ends the process, in XLA's partitioner.)
+    # The backward pass of a layer on its own at the end comes at once: nothing to compute again. (After a stack of two
+    # kinds by turns, its remat ends the process, in XLA's partitioner.)
     names = list(stacks(config))
     alone = n == 1 < len(names) and name == names[-1]
     again = (lambda fn: fn) if alone else functools.partial(layer.remat, config)
@@ -253,8 +251,7 @@ def _scan(config, name, ctx, x, xs):
 def _decoded(config, name, ctx, x, kv, xs):
     """As _stack, of tokens that go on from a cache: (x, the stack's keys and values, routing).
 
-    The cache is carried whole and written in place: as an output of the scan it would be copied.
-    xs: (params, first).
+    The cache is carried whole and written in place: as an output of the scan it would be copied. xs: (params, first).
     """
     kinds, n = period(config, name), stacks(config)[name]
     p = len(kinds)
@@ -287,8 +284,8 @@ def forward(
 ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array] | None]:
     """(hidden states after the final norm [B, S, D], updated cache, moe.routing_sums).
 
-    tokens, positions, segments: int32 [B, S]. Segment 0 is padding. The cache is None without one;
-    the routing sums, over all layers, are None for a dense model. rng: of dropout; None = without.
+    tokens, positions, segments: int32 [B, S]. Segment 0 is padding. The cache is None without one; the routing sums,
+    over all layers, are None for a dense model. rng: of dropout; None = without.
     """
     if cache is None:
         x, ctx = embed(config, params, tokens, positions, segments, rng)
@@ -356,11 +353,7 @@ def _embedded(config, params, x, positions, types=None):
 
 
 def run_layers(
-    config: Config,
-    layers: dict[str, Any],
-    ctx: dict[str, Any],
-    x: jax.Array,
-    cache: dict[str, Any] | None = None,
+    config: Config, layers: dict[str, Any], ctx: dict[str, Any], x: jax.Array, cache: dict[str, Any] | None = None
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array] | None]:
     """(x [B, S, D] after all layers, keys and values by stack, moe.routing_sums or None)."""
     kept, sums, ctx = dict[str, Any](), [], dict(ctx)
@@ -397,8 +390,8 @@ def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
 def init_cache(config: Config, batch: int, length: int) -> dict:
     """An empty key/value cache for `length` positions; the next tokens of all rows go to `slot`.
 
-    Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row
-    read them as they lie.
+    Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row read them as they
+    lie.
     """
     c = config
     heads, ends = (batch, c.kv_heads), ((c.head_dim, length), (length, c.head_dim))
@@ -411,9 +404,7 @@ def init_cache(config: Config, batch: int, length: int) -> dict:
     return {"kv": kv, "kv_positions": empty, "kv_segments": empty, "slot": jnp.int32(0)}
 
 
-def write_places(
-    cache: dict[str, Any], positions: jax.Array, segments: jax.Array
-) -> dict[str, Any]:
+def write_places(cache: dict[str, Any], positions: jax.Array, segments: jax.Array) -> dict[str, Any]:
     """Record which tokens come next, int32 [B, S]. Slots of padding (segment 0) stay empty."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache["slot"], axis=1)
     return cache | {
@@ -446,11 +437,7 @@ class Model(base.Body):
         return x, routing
 
     def class_logits(
-        self,
-        params: dict[str, Any],
-        hidden: jax.Array,
-        rng: jax.Array | None = None,
-        segments: jax.Array | None = None,
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
     ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]."""
         del rng, segments  # these heads have no dropout of their own, and read one token

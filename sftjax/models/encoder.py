@@ -1,12 +1,12 @@
 """The encoder: the layers of the decoder (layer.py, decoder.run_layers) read in both directions.
 
-Position and token-type embeddings, where there are any, are added to the tokens' and normalised. A
-token sees all tokens of its segment, or those in its layer's window, so that documents packed into
-a row are as each in a row of its own.
+Position and token-type embeddings, where there are any, are added to the tokens' and normalised. A token sees all
+tokens of its segment, or those in its layer's window, so that documents packed into a row are as each in a row of its
+own.
 
-Dropout acts on the normalised embedding, on what each half of a layer adds, and on what a head
-reads. The dropout of attention probabilities that a config.json may ask for
-(attention_probs_dropout_prob) is not applied: blockwise attention never forms them.
+Dropout acts on the normalised embedding, on what each half of a layer adds, and on what a head reads. The dropout of
+attention probabilities that a config.json may ask for (attention_probs_dropout_prob) is not applied: blockwise
+attention never forms them.
 """
 
 import dataclasses
@@ -129,22 +129,18 @@ class Model(base.Body):
     reads: ClassVar[str] = "first"
     tree = staticmethod(abstract)
 
-    def outputs(
-        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
+    def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple[jax.Array, None]:
         """(hidden [B, S, D], None) of a Batch dict; rng None: without dropout.
 
-        token_types int32 [B, S] default to 0; positions and segments to one document a row. For a
-        vocabulary head the hidden states are those that it reads, after the layer before it.
+        token_types int32 [B, S] default to 0; positions and segments to one document a row. For a vocabulary head the
+        hidden states are those that it reads, after the layer before it.
         """
         tokens, types = batch["tokens"], batch.get("token_types")
         types = jnp.zeros_like(tokens) if types is None else types
         hidden = forward(self.config, params, tokens, *base.places(batch), types, rng)
         return self.pooled(params, hidden) if self.config.head == "vocabulary" else hidden, None
 
-    def pooled(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None
-    ) -> jax.Array:
+    def pooled(self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[B, S, D] of hidden [B, S, D]: what the head reads; hidden itself without a pooler."""
         c, p = self.config, self.config.pooler
         if p:
@@ -163,11 +159,7 @@ class Model(base.Body):
         return dropout.dropout(hidden, rate, seed, ids, site)
 
     def class_logits(
-        self,
-        params: dict[str, Any],
-        hidden: jax.Array,
-        rng: jax.Array | None = None,
-        segments: jax.Array | None = None,
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
     ) -> jax.Array:
         """float32 [B, S, C] of hidden [B, S, D]; rng: of dropout, None = without.
 

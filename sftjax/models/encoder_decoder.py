@@ -1,11 +1,11 @@
 """The encoder-decoder: layers that read a source both ways, and layers that write a target.
 
-Both are stacks of layer.py. A layer of the decoder attends to the target before it, and then to the
-encoder's output. Segments say which is whose: a token of a target sees the source of its own
-segment, so that sources and targets packed into two rows are as each pair in rows of its own.
+Both are stacks of layer.py. A layer of the decoder attends to the target before it, and then to the encoder's output.
+Segments say which is whose: a token of a target sees the source of its own segment, so that sources and targets packed
+into two rows are as each pair in rows of its own.
 
-Dropout acts on the embeddings and on what each part of a layer adds. That of attention
-probabilities and inside an MLP is not applied: blockwise attention never forms the former.
+Dropout acts on the embeddings and on what each part of a layer adds. That of attention probabilities and inside an MLP
+is not applied: blockwise attention never forms the former.
 
 Letters of shapes: B rows, S tokens of a source's row, T of a target's, D width.
 """
@@ -41,9 +41,7 @@ class Config(decoder.Config):
     @cached_property
     def encoder(self) -> "Config":
         """The encoder's own config."""
-        sizes: dict[str, Any] = dict(
-            heads=self.encoder_heads, kv_heads=self.encoder_heads, mlp=self.encoder_mlp
-        )
+        sizes: dict[str, Any] = dict(heads=self.encoder_heads, kv_heads=self.encoder_heads, mlp=self.encoder_mlp)
         sizes |= dict(layers=self.encoder_layers, cross=False, causal=False)
         if self.learned_positions:  # BART's heads share the width
             sizes["head_dim"] = self.width // self.encoder_heads
@@ -100,13 +98,11 @@ class Model(base.Body):
     reads: ClassVar[str] = "last"
     tree = staticmethod(abstract)
 
-    def outputs(
-        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
+    def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple[jax.Array, None]:
         """(hidden [B, T, D] of the targets, None) of a Batch dict; rng None: without dropout.
 
-        tokens, positions, segments: int32 [B, S] of the sources; targets, target_positions,
-        target_segments: int32 [B, T]. Positions and segments default to one pair a row.
+        tokens, positions, segments: int32 [B, S] of the sources; targets, target_positions, target_segments: int32 [B,
+        T]. Positions and segments default to one pair a row.
         """
         c, targets = self.config, batch["targets"]
         own = {"tokens": targets}
@@ -166,9 +162,7 @@ class Model(base.Body):
             k, v = layer.source_keys(p, source["hidden"])
             return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
-        cache["first"] = {
-            name: jax.lax.map(keys, stack) for name, stack in params["layers"].items()
-        }
+        cache["first"] = {name: jax.lax.map(keys, stack) for name, stack in params["layers"].items()}
         start = jnp.full((rows, 1), c.start_id, jnp.int32)
         hidden, cache = self.decode(params, cache, start, start * 0, start * 0 + 1)
         return cache, hidden[:, 0]

@@ -15,12 +15,11 @@ def train_flops(
 ) -> Callable[[float, float, Callable], float]:
     """A function (tokens, trained_tokens, pairs) -> model FLOPs of one training step.
 
-    Forward 2 FLOPs per matmul weight and token; backward 2 more for the activations, down to the
-    first trained parameter, and 2 more for each trained weight. Of experts, the chosen ones count.
-    The head counts for trained tokens only; for a head of classes, these are the labels.
-    pairs(window): (query, key) pairs of which the key is not the later one, summed over documents;
-    each costs 4 * heads * head_dim FLOPs a layer forward and twice that backward. trainable: tree
-    of bools like the parameters. abstract: the tree of Params, whose `inputs` say which are matmul
+    Forward 2 FLOPs per matmul weight and token; backward 2 more for the activations, down to the first trained
+    parameter, and 2 more for each trained weight. Of experts, the chosen ones count. The head counts for trained tokens
+    only; for a head of classes, these are the labels. pairs(window): (query, key) pairs of which the key is not the
+    later one, summed over documents; each costs 4 * heads * head_dim FLOPs a layer forward and twice that backward.
+    trainable: tree of bools like the parameters. abstract: the tree of Params, whose `inputs` say which are matmul
     weights; the default is the config's own.
     """
     c, on = config, params_lib.flatten(trainable)

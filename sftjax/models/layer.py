@@ -1,7 +1,7 @@
 """One layer of the decoder: its parameters, and what it computes.
 
-Einsum letters: b batch, s and t sequence, d width, n query heads, k key/value heads, h head width,
-f feed-forward width, e experts.
+Einsum letters: b batch, s and t sequence, d width, n query heads, k key/value heads, h head width, f feed-forward
+width, e experts.
 """
 
 import functools
@@ -118,29 +118,25 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
 @functools.lru_cache(maxsize=64)
 def axes_of(config: "Config") -> dict[str, Any]:
     """The logical axes of a layer's parameters: a tree of tuples."""
-    return jax.tree.map(
-        lambda p: p.axes[1:], abstract(config, 1, config.kinds[0]), is_leaf=is_param
-    )
+    return jax.tree.map(lambda p: p.axes[1:], abstract(config, 1, config.kinds[0]), is_leaf=is_param)
 
 
 # ---- forward -------------------------------------------------------------------------------
 
 
 _kept = jax.checkpoint_policies
-# What the forward pass of a layer keeps for the backward one, beside the layer's input. None keeps
-# what was gathered: the weights of all layers at once would lie whole on every device.
+# What the forward pass of a layer keeps for the backward one, beside the layer's input. None keeps what was gathered:
+# the weights of all layers at once would lie whole on every device.
 REMAT = {
     "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "stop_gradient"),
-    # What matmuls and attention gave, and the sums after them. The rest is cheaper to compute again
-    # than to write and read: on a CPU a step takes a tenth less time than with "none".
+    # What matmuls and attention gave, and the sums after them. The rest is cheaper to compute again than to write and
+    # read: on a CPU a step takes a tenth less time than with "none".
     "dots": _kept.save_from_both_policies(
-        _kept.dots_with_no_batch_dims_saveable,
-        _kept.save_only_these_names("attention", "layer"),
+        _kept.dots_with_no_batch_dims_saveable, _kept.save_only_these_names("attention", "layer")
     ),
     "attention": _kept.save_only_these_names("attention"),
     "full": _kept.nothing_saveable,
-    # As "full", with the layers' inputs and the sums after attention in the host's memory until the
-    # backward pass.
+    # As "full", with the layers' inputs and the sums after attention in the host's memory until the backward pass.
     "offload": _kept.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=("layer",),
@@ -319,8 +315,8 @@ def apply(
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, dict[str, jax.Array] | None]]:
     """(x, (keys and values where they are kept, routing sums)). seed: of dropout, or None.
 
-    first: keys and values that the layer reads besides: those of the first of several passes, or,
-    when decoding from a source, the source's.
+    first: keys and values that the layer reads besides: those of the first of several passes, or, when decoding from a
+    source, the source's.
     """
     axes = axes_of(config)
     x = checkpoint_name(x, "layer")

@@ -29,8 +29,8 @@ class Config:
     stem: int = 64  # channels of the first convolution
     bottleneck: bool = False  # blocks of three convolutions, else of two
     early_stride: bool = False  # a bottleneck's first convolution has its stride, else its second
-    # The form for small images: a first convolution of 3x3 without a pool after it, and no
-    # convolution beside a block: what it adds is every second pixel, with channels of zeros.
+    # The form for small images: a first convolution of 3x3 without a pool after it, and no convolution beside a block:
+    # what it adds is every second pixel, with channels of zeros.
     small: bool = False
     files: str = "torch"  # whose names the files have: torch (torchvision, timm) | transformers
     classifier: str = "fc"  # torch: what they call the head
@@ -68,11 +68,7 @@ def convolutions(c: Config, channels: int, width: int, stride: int) -> list[tupl
         out = [("conv1", 3, channels, width, stride), ("conv2", 3, width, width, 1)]
     else:
         mid, (first, second) = width // 4, (stride, 1) if c.early_stride else (1, stride)
-        out = [
-            ("conv1", 1, channels, mid, first),
-            ("conv2", 3, mid, mid, second),
-            ("conv3", 1, mid, width, 1),
-        ]
+        out = [("conv1", 1, channels, mid, first), ("conv2", 3, mid, mid, second), ("conv3", 1, mid, width, 1)]
     if not c.small and (stride > 1 or channels != width):
         out.append(("shortcut", 1, channels, width, stride))
     return out
@@ -88,16 +84,12 @@ def _trees(c: Config) -> tuple[dict, dict]:
         w = Param((side, side, channels, width), axes, he, ("channels",))
         scale, shift = (Param((width,), ("norm",), init) for init in (ones, zeros))
         moments = {"mean": Param((width,), ("norm",), zeros), "var": scale}
-        return {name: {"w": w}, f"{name}_norm": {"scale": scale, "b": shift}}, {
-            f"{name}_norm": moments
-        }
+        return {name: {"w": w}, f"{name}_norm": {"scale": scale, "b": shift}}, {f"{name}_norm": moments}
 
     params, state = convolution("stem", 3 if c.small else 7, c.channels, c.stem)
     for name, *block in blocks(c):
         for part, side, channels, width, _ in convolutions(c, *block):
-            for tree, own in zip(
-                (params, state), convolution(part, side, channels, width), strict=True
-            ):
+            for tree, own in zip((params, state), convolution(part, side, channels, width), strict=True):
                 for key in name.split("/"):
                     tree = tree.setdefault(key, {})
                 tree.update(own)
@@ -111,8 +103,7 @@ def _trees(c: Config) -> tuple[dict, dict]:
 class Model:
     """A ResNet with a head of classes, or with none; see base.Model.
 
-    frozen: the names of the norms that read their stored statistics in training too, and leave them
-    as they are.
+    frozen: the names of the norms that read their stored statistics in training too, and leave them as they are.
     """
 
     config: Config
@@ -141,11 +132,7 @@ class Model:
         return dataclasses.replace(self, frozen=frozenset(frozen))
 
     def outputs(
-        self,
-        params: dict[str, Any],
-        batch: dict,
-        rng: jax.Array | None = None,
-        model_state: dict | None = None,
+        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None, model_state: dict | None = None
     ) -> tuple[jax.Array, dict]:
         """(features [B, 1, D], new statistics) of a batch's images; rng None: in evaluation.
 
@@ -210,9 +197,7 @@ def convolve(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
     """The convolution of x [B, H, W, C] with w [side, side, C, D], padded on both sides alike."""
     pad = (w.shape[0] // 2,) * 2
     dims = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, w.astype(x.dtype), (stride, stride), (pad, pad), dimension_numbers=dims
-    )
+    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride, stride), (pad, pad), dimension_numbers=dims)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -222,17 +207,12 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def batch_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    state: dict,
-    there: jax.Array | None,
-    eps: float,
+    x: jax.Array, scale: jax.Array, bias: jax.Array, state: dict, there: jax.Array | None, eps: float
 ) -> tuple[jax.Array, dict]:
     """(x [B, H, W, C] normalised, the new statistics); scale, bias, mean and var of state: [C].
 
-    there: bool [B], the images whose statistics count; None: the stored ones are read, and stay.
-    Over devices these are the statistics of all images of the batch.
+    there: bool [B], the images whose statistics count; None: the stored ones are read, and stay. Over devices these are
+    the statistics of all images of the batch.
     """
     mean, var = state["mean"], state["var"]
     if there is not None:

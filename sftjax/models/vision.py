@@ -1,7 +1,7 @@
 """Vision transformers: an image is cut into patches, which are the tokens of an encoder.
 
-Letters of shapes: B images, H and W their sides, C channels, N tokens of an image, D width. A batch
-has `image` [B, H, W, C] from 0 to 255.
+Letters of shapes: B images, H and W their sides, C channels, N tokens of an image, D width. A batch has `image` [B, H,
+W, C] from 0 to 255.
 """
 
 import dataclasses
@@ -61,9 +61,7 @@ class Model(base.Body):
     reads: ClassVar[str] = "first"
     tree = staticmethod(abstract)
 
-    def features(
-        self, params: dict[str, Any], images: jax.Array, rng: jax.Array | None = None
-    ) -> jax.Array:
+    def features(self, params: dict[str, Any], images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[B, N, D] of images [B, H, W, C], after the last norm; rng: of dropout, None for none."""
         c, B, side = self.config, images.shape[0], self.config.image_size // self.config.patch
         x = normalised(images, c.mean, c.std).astype(c.dtype)
@@ -76,10 +74,7 @@ class Model(base.Body):
             x = jnp.concatenate([own, x], 1)
         x = x + weight.dense(params["positions"]["w"], x.dtype)
         places = jnp.broadcast_to(jnp.arange(c.tokens), (B, c.tokens))
-        ctx: dict[str, Any] = {
-            "where": {"positions": places, "segments": jnp.ones_like(places)},
-            "angles": {},
-        }
+        ctx: dict[str, Any] = {"where": {"positions": places, "segments": jnp.ones_like(places)}, "angles": {}}
         if rng is not None and c.dropout:
             ctx["ids"] = dropout.ids(places.shape)
             ctx["seeds"] = dropout.seeds(rng, 1 + c.layers)
@@ -87,9 +82,7 @@ class Model(base.Body):
         x, _, _ = decoder.run_layers(c, params["layers"], ctx, x)
         return layer.norm(c, x, params["norm"])
 
-    def outputs(
-        self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
+    def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple[jax.Array, None]:
         """(what a head reads of each image [B, 1, D], None) of a batch's images."""
         x = self.features(params, batch["image"], rng)
         return x[:, :1] if self.config.class_token else jnp.mean(x, 1, keepdims=True), None

@@ -1,8 +1,8 @@
 """A vocabulary that grows: added tokens get rows in the embedding and in the head.
 
-A new row is drawn from the normal distribution with the mean and the covariance of the old rows,
-each table's own (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021):
-a new token is as likely as an old one is on average, and no two of them are alike.
+A new row is drawn from the normal distribution with the mean and the covariance of the old rows, each table's own
+(Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021): a new token is as likely as an old
+one is on average, and no two of them are alike.
 """
 
 import functools
@@ -26,11 +26,10 @@ def grow(
 ) -> tuple[Model, dict[str, Any]]:
     """(model, params) with a vocabulary of `size` tokens; nothing given is changed.
 
-    first: the first new token; the default is the model's size. A smaller one takes rows that the
-    checkpoint holds in reserve: rows `first` to `size` - 1 are drawn, from the statistics of those
-    before them, and the vocabulary stays at least what it was. A new row follows from the seed, the
-    table and its token, whatever the padding; it costs one pass over the table, in float32.
-    ModelError where the vocabulary would shrink or have a gap.
+    first: the first new token; the default is the model's size. A smaller one takes rows that the checkpoint holds in
+    reserve: rows `first` to `size` - 1 are drawn, from the statistics of those before them, and the vocabulary stays at
+    least what it was. A new row follows from the seed, the table and its token, whatever the padding; it costs one pass
+    over the table, in float32. ModelError where the vocabulary would shrink or have a gap.
     """
     vocab = model.config.vocab
     first = vocab if first is None else first

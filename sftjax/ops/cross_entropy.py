@@ -1,11 +1,10 @@
 """Linear cross-entropy over trained positions only: no [B, S, V] array ever exists.
 
-Each device moves its trained positions to the front; then chunks of them are taken until no device
-has any left, so the work follows the number of trained tokens at run time. A chunk's hidden states
-are gathered over the devices that share the vocabulary, each of which holds its rows of the head:
-the head is never gathered, its gradient is never scattered, and a device with few trained tokens
-helps one with many. Each chunk's gradient is taken in the forward pass, so its logits are formed
-once and dropped.
+Each device moves its trained positions to the front; then chunks of them are taken until no device has any left, so the
+work follows the number of trained tokens at run time. A chunk's hidden states are gathered over the devices that share
+the vocabulary, each of which holds its rows of the head: the head is never gathered, its gradient is never scattered,
+and a device with few trained tokens helps one with many. Each chunk's gradient is taken in the forward pass, so its
+logits are formed once and dropped.
 """
 
 import dataclasses
@@ -22,11 +21,11 @@ from sftjax.ops import weight
 
 CHUNK_TOKENS = 4096  # positions whose logits exist at a time, over the devices of one vocabulary
 LOGITS = 2**27  # at most so many of them on a device: half a GiB, however large the vocabulary
-# Then a multiple of this: whole tiles; and at sizes that models have (width 2048, vocabulary
-# 128256) the compiler then finds room for the logits in the buffer of the head's gradient.
+# Then a multiple of this: whole tiles; and at sizes that models have (width 2048, vocabulary 128256) the compiler then
+# finds room for the logits in the buffer of the head's gradient.
 TILE = 128
-# A device takes at most an eighth of its positions at a time (but this many), or the last chunk,
-# half empty, would cost what the trained positions save.
+# A device takes at most an eighth of its positions at a time (but this many), or the last chunk, half empty, would cost
+# what the trained positions save.
 LEAST = 256
 
 
@@ -107,9 +106,7 @@ def _chunk(o, axes, n_vocab, h, w, b, targets, weights, groups):
     target = total(jnp.sum(jnp.where(here, logits, 0.0), -1))
     loss = lse - target
     if o.label_smoothing:
-        mean = (
-            total(jnp.sum(logits if real is None else jnp.where(real, logits, 0.0), -1)) / n_vocab
-        )
+        mean = total(jnp.sum(logits if real is None else jnp.where(real, logits, 0.0), -1)) / n_vocab
         loss = (1 - o.label_smoothing) * loss + o.label_smoothing * (lse - mean)
     if o.z_loss:
         loss = loss + o.z_loss * lse**2
@@ -146,9 +143,7 @@ def group_sums(values: jax.Array, groups: jax.Array | None, n: int) -> jax.Array
         return None
     if n > FEW:
         return jax.ops.segment_sum(values.ravel(), groups.ravel(), n)
-    return jnp.sum(
-        jnp.where(groups[..., None] == jnp.arange(n), values[..., None], 0), range(values.ndim)
-    )
+    return jnp.sum(jnp.where(groups[..., None] == jnp.arange(n), values[..., None], 0), range(values.ndim))
 
 
 # ---- the loop over chunks, on one device's positions -----------------------------------------
@@ -270,15 +265,14 @@ def linear_cross_entropy(
 ) -> tuple[jax.Array, ...]:
     """(sum of weights * loss, number of correct trained tokens), both float32 scalars.
 
-    With groups, int32 [B, S] from 0 to n_groups - 1, a third value: the sum of weights * loss over
-    each group's positions, float32 [n_groups], not differentiated.
+    With groups, int32 [B, S] from 0 to n_groups - 1, a third value: the sum of weights * loss over each group's
+    positions, float32 [n_groups], not differentiated.
 
-    h [B, S, D] hidden states, w [V, D] head (a weight: see ops.weight), targets int32 [B, S],
-    weights float32 [B, S] (0 = not trained; not differentiated). options: the fields of Options.
-    The logits are scale * h @ w.T + bias [V], soft-capped when softcap > 0; rows of w from `vocab`
-    on (0 = none) are padding, no tokens. dft weighs each token by its own probability, not
-    differentiated (Dynamic Fine-Tuning, Wu et al. 2025, arXiv 2508.05629). The second value is 0
-    unless `accuracy`. All weights zero gives 0 with zero gradients.
+    h [B, S, D] hidden states, w [V, D] head (a weight: see ops.weight), targets int32 [B, S], weights float32 [B, S] (0
+    = not trained; not differentiated). options: the fields of Options. The logits are scale * h @ w.T + bias [V],
+    soft-capped when softcap > 0; rows of w from `vocab` on (0 = none) are padding, no tokens. dft weighs each token by
+    its own probability, not differentiated (Dynamic Fine-Tuning, Wu et al. 2025, arXiv 2508.05629). The second value is
+    0 unless `accuracy`. All weights zero gives 0 with zero gradients.
     """
     o = Options(**options)
     h, w = weight.as_head(h, w)

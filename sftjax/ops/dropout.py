@@ -22,9 +22,9 @@ def ids(shape: tuple[int, ...]) -> jax.Array:
 def dropout(x: jax.Array, rate: float, seed: jax.Array, ids: jax.Array, site: int = 0) -> jax.Array:
     """The array x, a share `rate` of it 0 and the others scaled so that the mean stays.
 
-    x [B, S, D]; seed uint32 [2]; ids int32 [B, S]: a number of each token that depends on nothing
-    but its place in the global batch; site: tells apart what shares a seed. The same elements are
-    dropped however the arrays lie over devices. 0 <= rate < 1.
+    x [B, S, D]; seed uint32 [2]; ids int32 [B, S]: a number of each token that depends on nothing but its place in the
+    global batch; site: tells apart what shares a seed. The same elements are dropped however the arrays lie over
+    devices. 0 <= rate < 1.
     """
     least, width = min(round(rate * LEVELS), LEVELS - 1), x.shape[-1]
     lanes = jnp.arange(-(-width // 4), dtype=jnp.uint32) + site * SITES  # of two words each

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 from sftjax.parallel import RULES, axis_size, shard_map, spec
 
 
-def lookup(
-    w: jax.Array, tokens: jax.Array, axes: tuple[str | None, ...] = ("vocab", "embed")
-) -> jax.Array:
+def lookup(w: jax.Array, tokens: jax.Array, axes: tuple[str | None, ...] = ("vocab", "embed")) -> jax.Array:
     """w[tokens]: w [V, D] with the logical `axes`, tokens int32 [B, S] -> [B, S, D].
 
-    On a mesh each device looks up its part of the width for the rows of all fsdp shards, and they
-    exchange the parts: neither the table nor its gradient is ever whole. A table whose width is not
-    shared over fsdp, a narrow factor of one, has nothing to exchange.
+    On a mesh each device looks up its part of the width for the rows of all fsdp shards, and they exchange the parts:
+    neither the table nor its gradient is ever whole. A table whose width is not shared over fsdp, a narrow factor of
+    one, has nothing to exchange.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -34,11 +34,7 @@ def routing_sums(chosen: jax.Array, probs: jax.Array, real: jax.Array) -> dict[s
     """
     E, real = probs.shape[-1], real.astype(jnp.float32)
     choices = jnp.sum(jax.nn.one_hot(chosen, E) * real[..., None, None], axis=(0, 1, 2))
-    return {
-        "choices": choices,
-        "probs": jnp.sum(probs * real[..., None], axis=(0, 1)),
-        "tokens": jnp.sum(real),
-    }
+    return {"choices": choices, "probs": jnp.sum(probs * real[..., None], axis=(0, 1)), "tokens": jnp.sum(real)}
 
 
 def load_balance(sums: dict[str, jax.Array]) -> jax.Array:
@@ -61,11 +57,10 @@ def mixture(
     """The weighted sum of the chosen experts' outputs. x [B, S, D] -> [B, S, D].
 
     chosen, weights [B, S, k]. p: gate and up {"w" [E, D, F], "b" [E, F]}, down {"w" [E, F, D],
-    "b" [E, D]}, gathered for use, biases only where the model has them. glu(gate, up) is the
-    activation.
+    "b" [E, D]}, gathered for use, biases only where the model has them. glu(gate, up) is the activation.
 
-    On a mesh each shard of the `expert` axis computes its own experts for the tokens of all of
-    them, and each shard of `tensor` its part of F; the results are added up.
+    On a mesh each shard of the `expert` axis computes its own experts for the tokens of all of them, and each shard of
+    `tensor` its part of F; the results are added up.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return _experts(x, chosen, weights, p, first=0, glu=glu)
@@ -84,9 +79,7 @@ def mixture(
 
 def _shard(x, chosen, weights, p, glu):
     experts, tensor = RULES["expert"], RULES["mlp"]
-    x, chosen, weights = (
-        jax.lax.all_gather(a, experts, axis=0, tiled=True) for a in (x, chosen, weights)
-    )
+    x, chosen, weights = (jax.lax.all_gather(a, experts, axis=0, tiled=True) for a in (x, chosen, weights))
     if "b" in p["down"]:  # once, of all shards of F
         once = jnp.where(jax.lax.axis_index(tensor) == 0, p["down"]["b"], 0)
         p = p | {"down": {"w": p["down"]["w"], "b": once}}

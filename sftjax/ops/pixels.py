@@ -32,9 +32,7 @@ def crop(key: jax.Array, x: jax.Array) -> jax.Array:
     """Moved by up to an eighth of its side each way; black comes in."""
     h, w, c = x.shape
     pads = [(round(n * PAD), round(n * PAD)) for n in (h, w)]
-    at = [
-        jax.random.randint(k, (), 0, 2 * p + 1) for k, (p, _) in zip(_two(key), pads, strict=True)
-    ]
+    at = [jax.random.randint(k, (), 0, 2 * p + 1) for k, (p, _) in zip(_two(key), pads, strict=True)]
     return jax.lax.dynamic_slice(jnp.pad(x, [*pads, (0, 0)]), (*at, 0), (h, w, c))
 
 
@@ -53,9 +51,7 @@ def zoom(key: jax.Array, x: jax.Array) -> jax.Array:
 def rotate(key: jax.Array, x: jax.Array) -> jax.Array:
     """Turned by up to 15 degrees; black comes in."""
     angle = jnp.deg2rad(jax.random.uniform(key, minval=-15.0, maxval=15.0))
-    return _moved(
-        x, jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-    )
+    return _moved(x, jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]]))
 
 
 def _moved(x, matrix):
@@ -109,9 +105,9 @@ def check_names(names: Sequence[str]) -> None:
 def vary(rng: jax.Array, batch: dict, names: Sequence[str]) -> dict[str, jax.Array]:
     """What replaces arrays of a batch: image float32 [B, H, W, C]; of mixes partner, share [B, 1].
 
-    names: of VARIANTS, one after the other, each image with a key of its own; and of MIXES: then an
-    image is mixed with another of the batch, whose target is `partner`, and its own target counts
-    for `share` (Zhang et al. 2017, Yun et al. 2019, both with alpha 1).
+    names: of VARIANTS, one after the other, each image with a key of its own; and of MIXES: then an image is mixed with
+    another of the batch, whose target is `partner`, and its own target counts for `share` (Zhang et al. 2017, Yun et
+    al. 2019, both with alpha 1).
     """
     x, B = batch["image"].astype(jnp.float32), batch["image"].shape[0]
     for i, name in enumerate(names):

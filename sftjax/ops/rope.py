@@ -1,7 +1,7 @@
 """Rotary position embedding: frequency tables by name, and the rotation.
 
-The half-split form of Hugging Face checkpoints: dimension i is paired with i + H/2. The formulas
-are those of transformers' modeling_rope_utils.
+The half-split form of Hugging Face checkpoints: dimension i is paired with i + H/2. The formulas are those of
+transformers' modeling_rope_utils.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Rope:
         return dict(self.scaling).get("rope_type", "default")
 
 
-# Each takes (theta, dim, settings, lengths) and returns (angular frequencies, factor on sine and
-# cosine). lengths: float32 [B, S, 1, 1], tokens in the document of each token. Frequencies that
-# follow from the settings alone are numpy float64 [dim/2].
+# Each takes (theta, dim, settings, lengths) and returns (angular frequencies, factor on sine and cosine). lengths:
+# float32 [B, S, 1, 1], tokens in the document of each token. Frequencies that follow from the settings alone are numpy
+# float64 [dim/2].
 
 
 def _default(theta, dim, s, lengths):
@@ -108,9 +108,7 @@ FREQUENCIES = {
 BY_LENGTH = ("dynamic", "longrope")  # these look at the lengths
 
 
-def frequencies(
-    rope: Rope, head_dim: int, lengths: jax.Array | None = None
-) -> tuple[np.ndarray | jax.Array, float]:
+def frequencies(rope: Rope, head_dim: int, lengths: jax.Array | None = None) -> tuple[np.ndarray | jax.Array, float]:
     """(float32 angular frequencies [..., dim/2], factor on sine and cosine)."""
     if rope.kind not in FREQUENCIES:
         known = ", ".join(FREQUENCIES)

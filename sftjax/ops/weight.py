@@ -1,12 +1,12 @@
 """The one door to a weight: the matrices and tables of layers, embedding, head and experts.
 
-A weight is an array, or a Node: a pytree of other arrays that stands for one, such as two factors,
-or numbers of fewer bits with their scales. Model code reads weights by the functions of this file
-only, and never asks which of the two it holds. Biases, scales of norms and sinks are arrays.
+A weight is an array, or a Node: a pytree of other arrays that stands for one, such as two factors, or numbers of fewer
+bits with their scales. Model code reads weights by the functions of this file only, and never asks which of the two it
+holds. Biases, scales of norms and sinks are arrays.
 
-In the abstract tree a Node holds Params, in a tree of parameters arrays; the names of its arrays go
-on after the weight's: "layers/0-3/attn/q/w/a". Inside `layers` each of them has the stack's leading
-dimension, as the weight would have.
+In the abstract tree a Node holds Params, in a tree of parameters arrays; the names of its arrays go on after the
+weight's: "layers/0-3/attn/q/w/a". Inside `layers` each of them has the stack's leading dimension, as the weight would
+have.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,15 @@ Axes = tuple[str | None, ...]  # the logical axis of each dimension of an array;
 class Node:
     """What stands for a weight. A subclass is a flax.struct dataclass of arrays.
 
-    It has to give `leaf_axes` and `dense`. The rest follows from them, and is there to be replaced
-    where it can be had for less than the whole weight.
+    It has to give `leaf_axes` and `dense`. The rest follows from them, and is there to be replaced where it can be had
+    for less than the whole weight.
     """
 
     def leaf_axes(self, axes: Axes) -> Self:
         """This node with the logical axes of each array in its place.
 
-        axes: those of the weight, with or without `layers` in front; the arrays have them, each in
-        the dimensions that it shares with the weight.
+        axes: those of the weight, with or without `layers` in front; the arrays have them, each in the dimensions that
+        it shares with the weight.
         """
         raise NotImplementedError
 
@@ -143,8 +143,7 @@ def map_arrays(fn: Callable[[Any, Axes], Any], tree: Any, axes: Any) -> Any:
 def gather_for_use(tree: Any, axes: Any, dtype: DTypeLike) -> Any:
     """The weights in `dtype`, each gathered over fsdp for this use only.
 
-    Their arrays' gradients come in the layout in which these are stored: they are scattered as they
-    are summed.
+    Their arrays' gradients come in the layout in which these are stored: they are scattered as they are summed.
     """
     return map_arrays(lambda w, axes: gather.for_use(w, axes, dtype), tree, axes)
 

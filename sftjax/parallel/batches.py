@@ -15,9 +15,7 @@ def check_batch(mesh: AnyMesh, batch_size: int, micro_batches: int, length: int)
     """Raise MeshError unless the batch splits over micro-batches, mesh and processes."""
     shards = axis_size(mesh, RULES["batch"])
     if micro_batches < 1 or batch_size % micro_batches:
-        raise MeshError(
-            f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches"
-        )
+        raise MeshError(f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches")
     if (batch_size // micro_batches) % shards:
         raise MeshError(
             f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size},"
@@ -73,8 +71,6 @@ def put_batch(
 
     def put(name, x):
         own = axes[name] if axes else ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)
-        return jax.make_array_from_process_local_data(
-            named(mesh, *own), x, (batch_size, *x.shape[1:])
-        )
+        return jax.make_array_from_process_local_data(named(mesh, *own), x, (batch_size, *x.shape[1:]))
 
     return {k: put(k, np.asarray(v)) for k, v in batch.items()}

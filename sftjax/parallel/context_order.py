@@ -19,9 +19,7 @@ def places(length: int, shards: int) -> np.ndarray:
     if shards == 1:
         return np.arange(length, dtype=np.int32)
     if length % (2 * shards):
-        raise MeshError(
-            f"rows of {length} tokens do not divide into twice mesh.context={shards} parts"
-        )
+        raise MeshError(f"rows of {length} tokens do not divide into twice mesh.context={shards} parts")
     parts = np.arange(length, dtype=np.int32).reshape(2 * shards, -1)
     return np.stack([parts[:shards], parts[: shards - 1 : -1]], 1).reshape(-1)
 

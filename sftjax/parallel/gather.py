@@ -1,7 +1,7 @@
 """How an array that is stored in parts becomes whole for one use, and its gradient parts again.
 
-Left to itself, the partitioner sums gradients whole, or multiplies by small slices. So the gather
-of a layer's weights over fsdp is said here, and the scatter of their gradients with it.
+Left to itself, the partitioner sums gradients whole, or multiplies by small slices. So the gather of a layer's weights
+over fsdp is said here, and the scatter of their gradients with it.
 """
 
 import functools

@@ -38,9 +38,7 @@ RULES: dict[str, Any] = {  # logical axis: a mesh axis, several, or None
 }
 
 
-def make_mesh(
-    sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the five axes. sizes: {axis: size}; one size may be -1 and takes what is left.
 
     Several TPU slices (devices with different slice_index) become the leading factor of `data`.
@@ -79,19 +77,14 @@ def _arrange(shape, devices) -> np.ndarray:
         return np.array(devices).reshape(shape)
     n = len({getattr(d, "slice_index", 0) for d in devices})
     if shape[0] % n:
-        raise MeshError(
-            f"mesh data={shape[0]} does not divide over {n} slices; only the data axis may cross"
-            " slices"
-        )
+        raise MeshError(f"mesh data={shape[0]} does not divide over {n} slices; only the data axis may cross slices")
     # Each of the two parts of fsdp along lines of chips; see parallel.gather.
     sizes, split = [shape[0] // n, *two_factors(shape[1]), *shape[2:]], True
     if n == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
     else:
         outer = [n, *(1 for _ in sizes[1:])]
-        grid = mesh_utils.create_hybrid_device_mesh(
-            sizes, outer, devices, allow_split_physical_axes=split
-        )
+        grid = mesh_utils.create_hybrid_device_mesh(sizes, outer, devices, allow_split_physical_axes=split)
     return grid.reshape(shape)
 
 
@@ -111,10 +104,7 @@ def spec(axes: Sequence[str | None]) -> P:
         names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
         for m in names:
             if m in used:
-                raise MeshError(
-                    f"logical axes {used[m]!r} and {axis!r} of one array both map to mesh axis"
-                    f" {m!r}"
-                )
+                raise MeshError(f"logical axes {used[m]!r} and {axis!r} of one array both map to mesh axis {m!r}")
             used[m] = axis
         left = tuple(m for m in names if m not in split) or None
         out.append(left if split else mesh_axes)
@@ -168,12 +158,8 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def shard_map(
-    fn: Callable, in_specs: Any, out_specs: Any, axes: Iterable[str] | None = None
-) -> Callable:
+def shard_map(fn: Callable, in_specs: Any, out_specs: Any, axes: Iterable[str] | None = None) -> Callable:
     """jax.shard_map over the mesh axes `axes`; None: all that are not split already."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names if axes is None else axes) - set(mesh.manual_axes)
-    return jax.shard_map(
-        fn, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
-    )
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)

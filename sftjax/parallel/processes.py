@@ -43,13 +43,11 @@ def to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def initialize(
-    coordinator: str = "", processes: int = 0, process_id: int = -1, timeout: int = 300
-) -> None:
+def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1, timeout: int = 300) -> None:
     """Start JAX's distributed runtime when this is one of several processes, and say what it found.
 
-    coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU,
-    Slurm, ...); "" for one process. Raises ProcessError, naming who is late by `timeout` seconds.
+    coordinator: host:port of process 0; "auto" where JAX itself knows the cluster (Cloud TPU, Slurm, ...); "" for one
+    process. Raises ProcessError, naming who is late by `timeout` seconds.
     """
     global _watch
     if not coordinator:
@@ -57,9 +55,7 @@ def initialize(
     known: dict[str, Any] = {}
     if coordinator != "auto":
         host, port = _split(coordinator, processes, process_id)
-        known = dict(
-            coordinator_address=coordinator, num_processes=processes, process_id=process_id
-        )
+        known = dict(coordinator_address=coordinator, num_processes=processes, process_id=process_id)
         if process_id == 0:
             family, address = _own_address(host, port)
             known["coordinator_bind_address"] = _written(*address)
@@ -67,8 +63,8 @@ def initialize(
         else:
             _meet((host, port), processes, process_id, timeout)
     try:
-        # The service of JAX that process 0 starts gets a process of its own: JAX aborts each one
-        # that cannot reach it, before it is told that process 0 is lost.
+        # The service of JAX that process 0 starts gets a process of its own: JAX aborts each one that cannot reach it,
+        # before it is told that process 0 is lost.
         with mock.patch.object(_jax, "get_distributed_runtime_service", _Service):
             jax.distributed.initialize(initialization_timeout=timeout, **known)
     except RuntimeError as e:

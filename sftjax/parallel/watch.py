@@ -184,9 +184,7 @@ def accept(
                 if time.monotonic() < deadline:
                     continue  # somebody else's, who says nothing
                 missing = ", ".join(str(id) for id in range(1, processes) if id not in peers)
-                raise ProcessError(
-                    f"after {seconds} s, process {missing} of {processes} has not come{fix}"
-                ) from None
+                raise ProcessError(f"after {seconds} s, process {missing} of {processes} has not come{fix}") from None
             except (OSError, UnicodeDecodeError):
                 continue
             id = said[len(word) :]

@@ -229,9 +229,7 @@ def _too_large(program, message, began) -> Plan:
     return out
 
 
-def account(
-    program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account
-) -> Plan:
+def account(program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account) -> Plan:
     """The Plan of a step's cost and of its memory, both of one device, with its projection."""
     target, chip, work = program.target, program.target.chip, program.work
     flops = (cost.flops + program.kernel_flops(cost)) * target.n
@@ -263,9 +261,9 @@ MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler co
 def project(program: Program, cost: hlo.Cost, flops: float) -> dict | None:
     """A projection of one step's seconds; None for a chip of which no figures are known.
 
-    Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak;
-    without cycles all of `flops`, those of all devices. Collectives: what a device sends, over what
-    its links carry, those across slices over the network; asynchronous ones hide behind work.
+    Work: the compiler's cycles over the clock, and the kernels' FLOPs at MATMUL_SHARE of peak; without cycles all of
+    `flops`, those of all devices. Collectives: what a device sends, over what its links carry, those across slices over
+    the network; asynchronous ones hide behind work.
     """
     target, chip = program.target, program.target.chip
     if chip is None:

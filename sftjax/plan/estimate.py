@@ -1,8 +1,8 @@
 """What a training step may need, from the shapes of its traced program: no compiler is asked.
 
-Exact: the state, and the FLOPs of every matmul, recomputed ones too. Estimated: what the layers
-keep for the backward pass (the arrays that one scan leaves to another), the widest moment of a
-layer and of the loss (the results of its matmuls at once), and collectives, from the layout.
+Exact: the state, and the FLOPs of every matmul, recomputed ones too. Estimated: what the layers keep for the backward
+pass (the arrays that one scan leaves to another), the widest moment of a layer and of the loss (the results of its
+matmuls at once), and collectives, from the layout.
 """
 
 import dataclasses

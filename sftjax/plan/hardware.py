@@ -15,8 +15,8 @@ from sftjax.training.metrics import peak_flops
 class Chip:
     """Figures of one JAX device of a kind, as its vendor publishes them (hbm: as XLA reports it).
 
-    link: what a device sends to its neighbours over all its links, one way. dcn: over the network
-    between slices or hosts, its share of the host's.
+    link: what a device sends to its neighbours over all its links, one way. dcn: over the network between slices or
+    hosts, its share of the host's.
     """
 
     kind: str  # device_kind
@@ -99,8 +99,7 @@ def known() -> str:
             tpus.append(f"{name}-{numbers[0]} ... {name}-{numbers[-1]} or {name}:{shape}")
     gpus = ", ".join(f"{name}xN" for name, chip in CHIPS.items() if not chip.dims)
     return (
-        f"here; a TPU slice by product or topology: {'; '.join(tpus)}; several slices of one:"
-        f" 4xv6e-256; GPUs: {gpus}"
+        f"here; a TPU slice by product or topology: {'; '.join(tpus)}; several slices of one: 4xv6e-256; GPUs: {gpus}"
     )
 
 
@@ -119,15 +118,10 @@ def parse(text: str) -> Target:
     if not topology:
         products = ", ".join(f"{name}-{number}" for number in chip.products)
         counts = ", counted in cores: two a chip" if chip.named_by > 1 else ""
-        raise TargetError(
-            f"--target={text} is no product; there are {products}{counts}. Or give the topology:"
-            f" {like}"
-        )
+        raise TargetError(f"--target={text} is no product; there are {products}{counts}. Or give the topology: {like}")
     sizes = _sizes(topology)
     if len(sizes) != chip.dims or 0 in sizes:
-        raise TargetError(
-            f"--target={text}: a slice of {name} has {chip.dims} dimensions, such as {like}"
-        )
+        raise TargetError(f"--target={text}: a slice of {name} has {chip.dims} dimensions, such as {like}")
     slices = int(tpu[1] or 1)
     n = math.prod(sizes) * chip.devices * slices
     return Target(text, chip, n, f"{name}:{topology}", slices)
@@ -155,8 +149,7 @@ def _describe(target) -> tuple:
         import libtpu  # noqa: F401
     except ImportError:
         raise TargetError(
-            f"--target={target.name} needs libtpu to compile: pip install 'sftjax[tpu]' (no TPU is"
-            " needed)"
+            f"--target={target.name} needs libtpu to compile: pip install 'sftjax[tpu]' (no TPU is needed)"
         ) from None
     from jax.experimental import topologies
 

@@ -1,11 +1,11 @@
 """What a compiled program does, read from the text of its scheduled HLO.
 
-XLA's own cost analysis counts the body of a loop once. Here a body counts as often as it runs: by
-the trip count that XLA noted, or by running the loop's scalars. A loop whose end depends on data
-counts as often as the caller assumes, and is listed.
+XLA's own cost analysis counts the body of a loop once. Here a body counts as often as it runs: by the trip count that
+XLA noted, or by running the loop's scalars. A loop whose end depends on data counts as often as the caller assumes, and
+is listed.
 
-Bytes of a collective are those of its whole payload: what a reduce-scatter takes, what all others
-give. Cycles are the TPU compiler's own estimate; collectives and Pallas kernels have none.
+Bytes of a collective are those of its whole payload: what a reduce-scatter takes, what all others give. Cycles are the
+TPU compiler's own estimate; collectives and Pallas kernels have none.
 """
 
 import dataclasses
@@ -93,8 +93,7 @@ class Cost:
             "flops": self.flops,
             "cycles": dict(self.cycles),
             "collectives": {
-                f"{kind} x{group}": dataclasses.asdict(c)
-                for (kind, group), c in sorted(self.collectives.items())
+                f"{kind} x{group}": dataclasses.asdict(c) for (kind, group), c in sorted(self.collectives.items())
             },
             "async_share": self.async_share,
             "kernels": {k: dataclasses.asdict(v) for k, v in sorted(self.kernels.items())},
@@ -105,8 +104,8 @@ class Cost:
 def analyze(text: str, assume: int | Callable[[str], int] = 1) -> Cost:
     """The Cost of a program's entry. text: compiled.as_text().
 
-    collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count
-    depends on data; or a function that says so of its name.
+    collectives: {(kind, group size): Collective}. assume: how often a loop runs whose trip count depends on data; or a
+    function that says so of its name.
     """
     reader = _Reader(text, assume)
     return reader.walk(reader.entry, {})

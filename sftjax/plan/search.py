@@ -19,11 +19,7 @@ COMPILED = 3  # of the candidates, the best so many by the estimate are compiled
 
 
 def search(
-    config: ConfigDict,
-    target: Target,
-    trained: float = 0.5,
-    document: int = 0,
-    compiled: int | None = None,
+    config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0, compiled: int | None = None
 ) -> list[compile_lib.Plan]:
     """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
 
@@ -59,9 +55,7 @@ def _rank(p):
 REMAT = ("none", "dots", "attention", "full", "offload")
 
 
-def candidates(
-    config: ConfigDict, target: Target, remat: str
-) -> Iterator[tuple[ConfigDict, AbstractMesh]]:
+def candidates(config: ConfigDict, target: Target, remat: str) -> Iterator[tuple[ConfigDict, AbstractMesh]]:
     """(config, mesh without devices) of what a search tries: where all sizes divide."""
     task = tasks.make(config, None)
     model, _ = build.make_model(config, task, compile_lib.platform(target))

@@ -94,10 +94,7 @@ def table(plans: Sequence[Plan]) -> str:
         t = p.time
         step, mfu = (f"{t['step']:.3f}", f"{t['mfu']:.1%}") if t else ("-", "-")
         fits = p.basis if p.fits else f"{p.basis}; does not fit"
-        lines.append(
-            f"{sizes:<28}{p.micro_batches:>6}{p.remat:>14}{p.total / GIB:>9.2f}{step:>9}{mfu:>7}"
-            f"  {fits}"
-        )
+        lines.append(f"{sizes:<28}{p.micro_batches:>6}{p.remat:>14}{p.total / GIB:>9.2f}{step:>9}{mfu:>7}  {fits}")
     if best := next((p for p in plans if p.fits), None):
         lines += ["", "To paste into the config:", *config_lines(best)]
     else:

@@ -1,8 +1,8 @@
 """`sftjax compare A B ...`: which settings differ, and which model is better by more than chance.
 
-A, B: workdirs of finished runs, or files that `sftjax evaluate --out` has written. Models that were
-measured on the same rows are compared row by row: the difference of each row, its mean, and an
-interval of it. That is far sharper than two means with an error each.
+A, B: workdirs of finished runs, or files that `sftjax evaluate --out` has written. Models that were measured on the
+same rows are compared row by row: the difference of each row, its mean, and an interval of it. That is far sharper than
+two means with an error each.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from sftjax.reports.run import number
 from sftjax.terminal import columns, json_text, show
 from sftjax.training.trackers import flat
 
-# The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so
-# that 200 comparisons of equals stay below 5% too (benchmarks/compare_null.py).
+# The chance that any of a pair's metrics is called better where none is. Half of the usual 5%, so that 200 comparisons
+# of equals stay below 5% too (benchmarks/compare_null.py).
 LEVEL = 0.025
 LOWER = ("loss", "perplexity")
 
@@ -92,8 +92,7 @@ def _read_run(path) -> Measured:
         raise NotFoundError(f"{path} has no result.json: no run has come to its end there")
     after = read_json(path / "result.json", DataError)["after"]
     config, rows = (
-        read_json(path / name, DataError) if (path / name).is_file() else {}
-        for name in ("config.json", "rows.json")
+        read_json(path / name, DataError) if (path / name).is_file() else {} for name in ("config.json", "rows.json")
     )
     answers = {f"answers/{k}": v for k, v in after.items() if isinstance(v, float)}
     lines = path / "metrics.jsonl"
@@ -178,10 +177,9 @@ def paired(
 ) -> tuple[int, float, float, float, float]:
     """(rows, mean of b - a, the 95% interval's ends, p) of values of the same rows.
 
-    weights: of a's rows and of b's, where the mean is weighted. groups: rows that share one are not
-    independent. p: of rows that are right or wrong McNemar's exact test, of differences that are
-    all the same the sign test, else Student's paired t-test; the interval is NaN where no spread is
-    known.
+    weights: of a's rows and of b's, where the mean is weighted. groups: rows that share one are not independent. p: of
+    rows that are right or wrong McNemar's exact test, of differences that are all the same the sign test, else
+    Student's paired t-test; the interval is NaN where no spread is known.
     """
     from scipy import stats
 
@@ -253,9 +251,7 @@ def page(sides: Sequence[Measured]) -> str:
 def _line(one: Difference, letter: str) -> list[str]:
     metric = one.metric.rpartition("/")[2]
     scale, unit = (100, " points") if metric in METRICS and METRICS[metric].share else (1, "")
-    mean, low, high = (
-        "?" if math.isnan(x) else f"{scale * x:+.{1 if unit else 4}f}" for x in one[2:5]
-    )
+    mean, low, high = ("?" if math.isnan(x) else f"{scale * x:+.{1 if unit else 4}f}" for x in one[2:5])
     said = {"": "not distinguishable", "a": "A is better", "b": f"{letter} is better"}[one.better]
     return [one.metric, f"{mean}{unit}", f"{low} to {high}", f"{one.n:,}", f"{one.p:.2g}", said]
 

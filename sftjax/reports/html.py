@@ -1,8 +1,8 @@
 """HTML pages of reports: jinja2 templates that escape every value; one file each, nothing fetched.
 
-A page's style and script stand in files beside the templates. A page carries a
-Content-Security-Policy that lets a browser run and apply these alone, by their hashes, so that text
-from a data set could not run even where an escape were forgotten.
+A page's style and script stand in files beside the templates. A page carries a Content-Security-Policy that lets a
+browser run and apply these alone, by their hashes, so that text from a data set could not run even where an escape were
+forgotten.
 """
 
 import base64
@@ -38,8 +38,8 @@ def render(template: str, *, styles: Sequence[str] = (), script: str = "", **val
     """A whole page.
 
     template: a file of templates/ that extends page.html.jinja and takes `values`, of which
-    `title` is one; `pictures`, where there are any, are data: URLs. styles, script: further files
-    of templates/, which this page alone needs.
+    `title` is one; `pictures`, where there are any, are data: URLs. styles, script: further files of templates/, which
+    this page alone needs.
     """
     style = "\n".join(_asset(name) for name in ("page.css", *styles))
     code = _asset(script) if script else ""

@@ -36,9 +36,7 @@ def values(found: Mapping[str, Any]) -> dict[str, float]:
     return answers | found["losses"]
 
 
-def measured(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str, str]]:
+def measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """(name, before, after, standard error) of all values, as they are shown."""
     old, errors = values(before), after.get("errors", {})
     for name, new in values(after).items():

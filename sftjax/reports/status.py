@@ -1,7 +1,7 @@
 """`sftjax status WORKDIR`: where a run stands, from its files alone, also while it goes on.
 
-It takes no lock, writes nothing and loads no JAX. A file that is missing or torn, as a machine that
-lost its power may leave it, is said in a note, and the rest is shown.
+It takes no lock, writes nothing and loads no JAX. A file that is missing or torn, as a machine that lost its power may
+leave it, is said in a note, and the rest is shown.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from sftjax.files import parse_json, parse_object
 from sftjax.terminal import json_text, show
 from sftjax.training import lock as lock_lib
 
-# A step's folder is whole when it has all of these. training/checkpoint/disk.py says the same, and
-# a test compares them: to import it would load JAX.
+# A step's folder is whole when it has all of these. training/checkpoint/disk.py says the same, and a test compares
+# them: to import it would load JAX.
 PARTS = ("state/_METADATA", "extra/metadata")
 # Beginnings of the names of what training logs of its sources.
 OF_TRAINING = ("loss/", "trained_tokens/", "documents/", "epochs/")
@@ -64,8 +64,8 @@ def status(workdir: Path | str) -> dict[str, Any]:
     kept, size = _checkpoints(workdir / "checkpoints")
     lock, alive = lock_lib.holder(workdir)
     state, detail = _state(workdir, run, lock, alive, kept, bool(trained))
-    # The steps of lines after the last checkpoint are done again, so only a run in its loop counts
-    # them: it has dropped those of runs before it.
+    # The steps of lines after the last checkpoint are done again, so only a run in its loop counts them: it has dropped
+    # those of runs before it.
     counted = lines if alive and run.get("state") == "running" else []
     step = max([*kept, *(line["step"] for line in counted)], default=0)
     step = run.get("step") or step if state == "finished" else step

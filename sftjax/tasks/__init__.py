@@ -80,9 +80,7 @@ def _users(name) -> type[Task]:
     module = load_python(path, f"task={name!r}")
     found = getattr(module, cls, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(
-            f"task={name!r}: {path} has no class {cls} derived from sftjax.tasks.Task"
-        )
+        raise ConfigError(f"task={name!r}: {path} has no class {cls} derived from sftjax.tasks.Task")
     return found
 
 

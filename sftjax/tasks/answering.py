@@ -45,9 +45,7 @@ class Answering(Task[E], Generic[E]):
         """The perplexity; the accuracy is a metric of the loss."""
         return Scores({"perplexity": perplexity(loss)})
 
-    def final_scores(
-        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
-    ) -> Scores:
+    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
         """The same, with the mean loss of each document and the standard error of the whole."""
         held = predictions["tokens"] > 0
         total, weight = (predictions[k][held].astype(np.float64) for k in ("losses", "weights"))
@@ -58,12 +56,7 @@ class Answering(Task[E], Generic[E]):
         return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
 
     def answers(
-        self,
-        model: "decoder.Model",
-        params: Any,
-        questions: list,
-        groups: Sequence | None = None,
-        **options: Any,
+        self, model: "decoder.Model", params: Any, questions: list, groups: Sequence | None = None, **options: Any
     ) -> dict:
         """What the texts score by eval.metrics, see evaluation.answers.answered."""
         options |= dict(stop_ids=self.stop_ids, cut_at=self.cut_at, groups=groups)

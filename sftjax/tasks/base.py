@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 LossFn = Callable[..., Loss]  # (params, batch, rng[, model_state]) -> Loss
 # (params, batch[, model_state]) -> (Loss, {name: array with the rows of the batch in front})
 EvalFn = Callable[..., tuple[Loss, dict[str, jax.Array]]]
-# A task's own model, what its load_model gives: as a rule a models.base.Model, and no less than its
-# `abstract` and `state`.
+# A task's own model, what its load_model gives: as a rule a models.base.Model, and no less than its `abstract` and
+# `state`.
 TaskModel = Any
 
 
@@ -78,12 +78,12 @@ class Task(Generic[E]):
     """One kind of supervised task: from a record to an example, a loss, and a score.
 
     layout: how examples lie in the rows of a batch, which is the batch's schema.
-    columns: {name: (dtype, shape)} of an example's arrays; shape None is one value a token.
-    metrics: what is measured of each validation set, beside "loss"; eval.best is one of them.
-    lower: those of which a lower value is the better one.
+    columns: {name: (dtype, shape)} of an example's arrays; shape None is one value a token. metrics: what is measured
+    of each validation set, beside "loss"; eval.best is one of them. lower: those of which a lower value is the better
+    one.
     counts: those of a step's metrics that are counts, of which the log shows rates.
-    options: the keys of the config's section `loss` that the task reads; None: it may read all.
-    loss: the function of sftjax.losses that `loss_fn` is made with.
+    options: the keys of the config's section `loss` that the task reads; None: it may read all. loss: the function of
+    sftjax.losses that `loss_fn` is made with.
     tokenizer: a fast Hugging Face tokenizer, or None where a task reads none.
     """
 
@@ -149,8 +149,8 @@ class Task(Generic[E]):
     def prepared(self, source: Source | None) -> tuple[Any, "Task", dict]:
         """(source, task, form): the source as cleaning and splitting read it.
 
-        task encodes its records; form: the keywords with which `to_conversation` reads them.
-        Raises: DataError where a task's records are no texts.
+        task encodes its records; form: the keywords with which `to_conversation` reads them. Raises: DataError where a
+        task's records are no texts.
         """
         raise DataError(
             f"data.clean and data.split read texts, and {type(self).__name__} has none",
@@ -237,9 +237,7 @@ class Task(Generic[E]):
         """What a set scores, by its mean loss and the predictions of all its rows."""
         return Scores({})
 
-    def final_scores(
-        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
-    ) -> Scores:
+    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
         """As `score`, with standard errors and baselines: at the beginning and the end of a run.
 
         groups: what each document shares with others, which are not independent of it.
@@ -253,9 +251,7 @@ class Task(Generic[E]):
 
     generates: ClassVar[bool] = False  # data.test is questions, answered by generating text
 
-    def questions(
-        self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
-    ) -> list:
+    def questions(self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None) -> list:
         """What is asked of each record of data.test; where `generates`.
 
         shots: gives the training records that stand as examples before that of a number and record.
@@ -263,12 +259,7 @@ class Task(Generic[E]):
         raise NotImplementedError
 
     def answers(
-        self,
-        model: TaskModel,
-        params: Any,
-        questions: list,
-        groups: Sequence | None = None,
-        **options: Any,
+        self, model: TaskModel, params: Any, questions: list, groups: Sequence | None = None, **options: Any
     ) -> dict:
         """{"<score>": number, "answers": list of text}; options: as of generate.generate.
 

@@ -86,9 +86,7 @@ class CausalLM(Answering[chat.Encoded]):
     def key(self) -> list:
         """The policy, the chat template and the special tokens."""
         if self.tokenizer is None:
-            raise ConfigError(
-                "model.path is empty, or of images; give a language model's directory"
-            )
+            raise ConfigError("model.path is empty, or of images; give a language model's directory")
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
         texts = template_texts(self.tokenizer, self.policy.get("template"))
@@ -146,9 +144,7 @@ class CausalLM(Answering[chat.Encoded]):
         if report["chat"] and not report["stop_token_trained"]:
             yield "no stop token is trained: the model won't learn to end its answer"
 
-    def nothing_left(
-        self, first: tuple[str, chat.Encoded] | None, report: dict, max_length: int
-    ) -> str:
+    def nothing_left(self, first: tuple[str, chat.Encoded] | None, report: dict, max_length: int) -> str:
         """What was lost and which settings to check, with the first example's trained spans."""
         lost = report["dropped"] | report["skipped"]
         text = (
@@ -170,9 +166,7 @@ class CausalLM(Answering[chat.Encoded]):
 
     # ---- evaluation ----
 
-    def questions(
-        self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
-    ) -> list[Question]:
+    def questions(self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None) -> list[Question]:
         """What is asked of each record."""
         # A text without turns goes on with a next example: the answer ends before that.
         self.cut_at = SEPARATOR if shots and not self.tokenizer.chat_template else ""
@@ -180,9 +174,7 @@ class CausalLM(Answering[chat.Encoded]):
         for i in range(len(source)):
             where, record = source.where(i), source[i]
             before = shots(i, record) if shots else ()
-            asked, words = question(
-                record, self.tokenizer, where=where, shots=before, **self.policy
-            )
+            asked, words = question(record, self.tokenizer, where=where, shots=before, **self.policy)
             notes.add(where, self._unknown(words))
             found.append(asked)
             if self.asking.choices:
@@ -210,10 +202,7 @@ class CausalLM(Answering[chat.Encoded]):
         prompt = quote(first["messages"][-2]["content"])
         python, model = os.path.relpath(sys.executable), os.path.relpath(export)
         system = f" --system={quote(d.system)}" if d.system else ""
-        return (
-            "Ask the trained model:\n"
-            f"  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"
-        )
+        return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"
 
 
 class CausalTally(Tally):
@@ -239,9 +228,7 @@ class CausalTally(Tally):
         """As of Tally, with chat, stop_token (that trained most often) and stop_token_trained."""
         stop = self.stopped.most_common(1)
         token = self.task.tokenizer.convert_ids_to_tokens(stop[0][0]) if stop else None
-        return super().report(skipped) | dict(
-            chat=self.chats > 0, stop_token=token, stop_token_trained=bool(stop)
-        )
+        return super().report(skipped) | dict(chat=self.chats > 0, stop_token=token, stop_token_trained=bool(stop))
 
 
 def policy(data: ConfigDict) -> dict:
@@ -270,9 +257,7 @@ def _template_kwargs(text):
     except (ValueError, RecursionError):
         kwargs = None
     if not isinstance(kwargs, dict):
-        raise ConfigError(
-            f'data.template_kwargs={text!r:.200} is no JSON object, such as {{"x": true}}'
-        )
+        raise ConfigError(f'data.template_kwargs={text!r:.200} is no JSON object, such as {{"x": true}}')
     return kwargs
 
 
@@ -281,9 +266,7 @@ def only(policy: dict, keys: Sequence[str]) -> dict:
     return {key: policy[key] for key in keys if key in policy}
 
 
-def mark_spans(
-    text: str, spans: Iterable[tuple[int, int]], before: str = "⟦", after: str = "⟧"
-) -> str:
+def mark_spans(text: str, spans: Iterable[tuple[int, int]], before: str = "⟦", after: str = "⟧") -> str:
     """`text` with `before` and `after` put around each trained span."""
     pieces, at = [], 0
     for start, stop in spans:

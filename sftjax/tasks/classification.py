@@ -35,8 +35,8 @@ NEEDED = (
 class Labels:
     """Names in order, and which of them a value in a file means.
 
-    given: names; then a whole number in a file is an index, a text a name (or, where no label is
-    called so, an index written out). Or {value in the file: name}.
+    given: names; then a whole number in a file is an index, a text a name (or, where no label is called so, an index
+    written out). Or {value in the file: name}.
     """
 
     def __init__(self, given: Mapping[Any, str] | Sequence[str]) -> None:
@@ -247,9 +247,7 @@ class MultiLabel(Classification):
         given = [x.strip() for x in given.split(",")] if isinstance(given, str) else given
         if not isinstance(given, (list, tuple)):
             raise DataError(
-                f"the labels are {given!r:.200}, expected a list of them, [] for none",
-                where=where,
-                kind="wrong_type",
+                f"the labels are {given!r:.200}, expected a list of them, [] for none", where=where, kind="wrong_type"
             )
         found = sorted(self.labels.index(x, where) for x in given if x != "")
         if len(set(found)) < len(found):
@@ -317,9 +315,7 @@ class LabelTally(Tally):
     def report(self, skipped: Mapping[str, int]) -> dict:
         """As of Tally, with labels: {name: number of documents}."""
         names = self.task.labels.names
-        return super().report(skipped) | dict(
-            labels={name: self.labels[i] for i, name in enumerate(names)}
-        )
+        return super().report(skipped) | dict(labels={name: self.labels[i] for i, name in enumerate(names)})
 
 
 class Pairs:

@@ -28,10 +28,7 @@ class ImageClassification(Classification):
     """labels: see Labels; side, channels: of the model's images; augment: names for ops.pixels."""
 
     head = "image"
-    usual: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "image": ("image", "img", "file_name", "path"),
-        "label": LABELS,
-    }
+    usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("image", "img", "file_name", "path"), "label": LABELS}
     columns: Mapping[str, tuple[str, tuple[int, ...] | None]] = {
         "image": ("uint8", None),
         "weights": ("float32", (1,)),
@@ -50,12 +47,7 @@ class ImageClassification(Classification):
         augment: Sequence[str] = (),
     ) -> None:
         check_names(augment)
-        self.labels, self.side, self.channels, self.augment = (
-            Labels(labels),
-            side,
-            channels,
-            augment,
-        )
+        self.labels, self.side, self.channels, self.augment = (Labels(labels), side, channels, augment)
         self.names = dict.fromkeys(("image", "label", "pair"), "") | dict(names or {})
         self.layout = ImageRows(side, channels)
 

@@ -1,7 +1,7 @@
 """Regression: a number that is wanted of a text, or of a pair of texts.
 
-The model learns it in units of the training rows' standard deviation, from their mean; these two
-are its model_state, and an export has them in its head.
+The model learns it in units of the training rows' standard deviation, from their mean; these two are its model_state,
+and an export has them in its head.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ class Regression(Texts):
         """The body of model.path with a head of one number, and its model_state."""
         own: Any = dict(labels=("number",), head="document", problem="regression")
         model: Any = read_model(section, **own, **changes)
-        # A head that the files hold gives the number itself, and goes on doing so. Else the units
-        # are known when this is drawn, and not before.
+        # A head that the files hold gives the number itself, and goes on doing so. Else the units are known when this
+        # is drawn, and not before.
         own_head = section.init != "random" and stored_labels(model.source.config)
 
         def drawn(name: str, plain: float) -> Callable:

@@ -1,7 +1,7 @@
 """Sequence to sequence: an encoder-decoder reads a source and writes a target of its own.
 
-Summaries, translations, questions answered as text. Sources and targets are packed into rows of
-their own; see packing.pairs.
+Summaries, translations, questions answered as text. Sources and targets are packed into rows of their own; see
+packing.pairs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,8 +132,7 @@ class Seq2Seq(Answering[Any], Texts):
         """The numbers of pairs and of tokens."""
         sources = report["tokens"] - report["trained_tokens"]
         return (
-            f"{report['examples']:,} pairs, {sources:,} tokens of sources and"
-            f" {report['trained_tokens']:,} of targets"
+            f"{report['examples']:,} pairs, {sources:,} tokens of sources and {report['trained_tokens']:,} of targets"
         )
 
     # ---- model and loss ----
@@ -150,9 +149,7 @@ class Seq2Seq(Answering[Any], Texts):
 
     # ---- evaluation ----
 
-    def questions(
-        self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None
-    ) -> list[Question]:
+    def questions(self, source: Source, shots: Callable[[int, dict], Sequence[dict]] | None = None) -> list[Question]:
         """The source of each record, cut as in training."""
         found, long, most = list[Question](), 0, self.layout.source
         rows = [(source[i], source.where(i)) for i in range(len(source))]

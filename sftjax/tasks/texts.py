@@ -1,7 +1,7 @@
 """What the tasks share that read texts through an encoder or a decoder with another head.
 
-A document of a packed row has what is wanted of it at its own tokens; every other token has weight
-0. So a batch is that of a language model whose targets are not shifted.
+A document of a packed row has what is wanted of it at its own tokens; every other token has weight 0. So a batch is
+that of a language model whose targets are not shifted.
 """
 
 import functools
@@ -47,9 +47,9 @@ class Labelled(NamedTuple):
 class Texts(Task[Labelled]):
     """tokenizer: a fast one, whose special tokens surround each text; None to read no text.
 
-    names: the record's own names of what is in `usual` ("" = found by their usual ones; several
-    with "|": the first that a record has); with a name of "pair" a document is two texts. reads:
-    "first" | "last": the token of a document from which what is wanted of it is read.
+    names: the record's own names of what is in `usual` ("" = found by their usual ones; several with "|": the first
+    that a record has); with a name of "pair" a document is two texts. reads: "first" | "last": the token of a document
+    from which what is wanted of it is read.
     """
 
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXTS, "label": LABELS}
@@ -59,10 +59,7 @@ class Texts(Task[Labelled]):
     counts = ("cells", "tokens", "trained_tokens")
 
     def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase | None",
-        names: Mapping[str, str] | None = None,
-        reads: str = "first",
+        self, tokenizer: "PreTrainedTokenizerBase | None", names: Mapping[str, str] | None = None, reads: str = "first"
     ) -> None:
         self.tokenizer, self.reads = tokenizer, reads
         self.names = dict.fromkeys((*self.usual, "pair"), "") | dict(names or {})
@@ -153,8 +150,7 @@ class Texts(Task[Labelled]):
         if name is None:
             asked = self.names[kind] or " | ".join(self.usual[kind])
             raise DataError(
-                f"no {kind}: none of the fields {asked}; the row has"
-                f" {', '.join(map(repr, record)) or 'none'}",
+                f"no {kind}: none of the fields {asked}; the row has {', '.join(map(repr, record)) or 'none'}",
                 f"set data.fields.{kind}",
                 where=where,
                 kind="missing_field",
@@ -233,8 +229,6 @@ class Texts(Task[Labelled]):
         """See scores."""
         return self.scores(loss, predictions)
 
-    def final_scores(
-        self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None
-    ) -> Scores:
+    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
         """The same, with standard errors and baselines."""
         return self.scores(loss, predictions, groups=groups, errors=True)

@@ -52,8 +52,7 @@ class TokenLabels(Classification):
         if not isinstance(labels, list) or len(labels) != n:
             found = f"{len(labels)} labels" if isinstance(labels, list) else f"{labels!r:.200}"
             raise DataError(
-                f"{n} words, and {found} in {self.name(record, 'label')!r}; expected a list with"
-                " one for each word",
+                f"{n} words, and {found} in {self.name(record, 'label')!r}; expected a list with one for each word",
                 where=where,
                 kind="wrong_length",
             )
@@ -114,9 +113,7 @@ class TokenLabels(Classification):
         wanted, given = (predictions[k].ravel()[real] for k in ("wanted", "given"))
         starts = np.flatnonzero(np.diff(documents[real], prepend=-1))
         names = np.array(["O", *self.labels.names])  # the first of what is not finite
-        w, g = (
-            [list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given)
-        )
+        w, g = ([list(x) for x in np.split(names[some + 1], starts[1:])] for some in (wanted, given))
         tags = metrics.tags(w, g, **how) if self.entities else Scores({})
         found = metrics.labels(wanted, given, self.labels.names)
         values = {"accuracy": found.values["accuracy"], "f1_words": found.values["f1"]}

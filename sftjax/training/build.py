@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
     """(Model, tree of bools: is each parameter trained); reads no weights.
 
-    Of a task without a tokenizer a config.json is enough, and the embedding has the rows that it
-    says. platform: where the model is to run; "" = here.
+    Of a task without a tokenizer a config.json is enough, and the embedding has the rows that it says. platform: where
+    the model is to run; "" = here.
     """
     m = config.model
     names = ("dtype", "remat", "attention", "scan", "vocab_multiple")
@@ -97,8 +97,8 @@ def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
 def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step. c: the config's section `optim`.
 
-    It is 0 at the first step of a warm-up: of a run that has no other step the warm-up is cut, and
-    that is said. Raises: ConfigError where the learning rate is 0 at every step all the same.
+    It is 0 at the first step of a warm-up: of a run that has no other step the warm-up is cut, and that is said.
+    Raises: ConfigError where the learning rate is 0 at every step all the same.
     """
     warmup = config_lib.duration(c.warmup, "optim.warmup", total=steps)
     decay = config_lib.duration(c.decay_phase, "optim.decay_phase", total=steps)
@@ -119,8 +119,8 @@ def abstract_state(
 ) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
 
-    section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's
-    name and has its shape is laid out like that parameter; all others are replicated.
+    section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's name and has its shape
+    is laid out like that parameter; all others are replicated.
     """
     struct = lambda _, p, d: jax.ShapeDtypeStruct(p.shape, d)  # noqa: E731
     shapes = params_lib.map_named(struct, model.abstract, dtypes(section, model, trainable))
@@ -220,13 +220,7 @@ def first_state(
 
 
 def make_params(
-    section: ConfigDict,
-    model: Model,
-    trainable: Any,
-    mesh: Mesh,
-    *,
-    seed: int = 0,
-    new: Sequence[int] = (),
+    section: ConfigDict, model: Model, trainable: Any, mesh: Mesh, *, seed: int = 0, new: Sequence[int] = ()
 ) -> tuple[dict[str, Any], Any]:
     """(parameters, model_state) at step 0, as of first_state; model_state None for none."""
     kinds = dtypes(section, model, trainable)

@@ -79,8 +79,7 @@ class Feed(Sets):
         d, t, size = self.config.data, self.config.train, self.batch_size
         if d.buckets and (d.streaming or self.names or "none" not in (d.packing, d.eval_packing)):
             raise ConfigError(
-                "data.buckets needs data.packing or data.eval_packing none, one source, and no "
-                "data.streaming"
+                "data.buckets needs data.packing or data.eval_packing none, one source, and no data.streaming"
             )
         packing = "none" if self.task.layout.fixed else d.packing
         options = (d.max_length, packing, self.config.seed)
@@ -128,9 +127,7 @@ class Feed(Sets):
         ]
         borders = [0, *steps, self.steps]
         if any(b <= a for a, b in itertools.pairwise(borders)):
-            raise ConfigError(
-                f"data.phases end at the steps {steps} of {self.steps}: each must have a step"
-            )
+            raise ConfigError(f"data.phases end at the steps {steps} of {self.steps}: each must have a step")
         return tuple(step * self.batch_size for step in steps)
 
     @property
@@ -176,14 +173,11 @@ class Feed(Sets):
         e = self.config.eval
         names = [f"{name}/{kind}" for name in self.sets for kind in ("loss", *self.task.metrics)]
         if e.shots and not self.questions:
-            raise ConfigError(
-                f"eval.shots={e.shots} stand before questions, and data.test is empty"
-            )
+            raise ConfigError(f"eval.shots={e.shots} stand before questions, and data.test is empty")
         names += [f"{ANSWERS}/{kind}" for kind in e.metrics if self.questions]
         if e.best and e.best not in names:
             raise ConfigError(
-                f"eval.best={e.best!r} is not measured; there is {', '.join(names) or 'nothing'}"
-                " (data.validation)"
+                f"eval.best={e.best!r} is not measured; there is {', '.join(names) or 'nothing'} (data.validation)"
             )
         if e.best and not self.every(e.every, "eval.every"):
             raise ConfigError("eval.best needs evaluations, but eval.every is 0")

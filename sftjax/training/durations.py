@@ -20,8 +20,8 @@ def duration(
 ) -> int:
     """Whole steps of "300 steps", "2 epochs", "1000 examples", "5e6 tokens", "10%" or "300".
 
-    total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch;
-    per_row: (examples, tokens) in a row on average. Rounded up. Raises ConfigError, naming `what`.
+    total: steps of the whole run, for "%". batch: rows in a step; epoch_rows: rows in an epoch; per_row: (examples,
+    tokens) in a row on average. Rounded up. Raises ConfigError, naming `what`.
     """
     n, unit = amount(text, what)
     if unit == "steps":
@@ -42,9 +42,7 @@ def amount(text: str | float, what: str) -> tuple[float, str]:
     match = _DURATION.fullmatch(str(text))
     unit = match and ((match[2] or "steps").rstrip("s") + "s" if match[2] != "%" else "%")
     if not match or unit not in UNITS:
-        raise ConfigError(
-            f"{what}={text!r:.200} is no duration; write a number and one of {', '.join(UNITS)}"
-        )
+        raise ConfigError(f"{what}={text!r:.200} is no duration; write a number and one of {', '.join(UNITS)}")
     try:
         n = float(match[1])
     except ValueError:

@@ -1,7 +1,7 @@
 """Steps that went wrong: not finite, or with a loss far above those before it.
 
-The step itself has skipped the update of one that is not finite. Here it is counted and written
-down, with metrics that were fetched for the log anyway, and so a log interval late: docs/runs.md.
+The step itself has skipped the update of one that is not finite. Here it is counted and written down, with metrics that
+were fetched for the log anyway, and so a log interval late: docs/runs.md.
 """
 
 import dataclasses
@@ -37,15 +37,13 @@ class Health:
     """Watches the metrics of every step. What `record` gives goes into the checkpoint.
 
     Attributes:
-      state: skipped (updates), spikes, rollbacks; lag, by how many updates the optimizer is behind
-        the step, as skipped ones and those rolled back do not count in it.
-      ill: (what the config wants done, message), once too many bad steps came in a row; else None.
-      sound: was the last step that was seen finite; else no checkpoint is made.
+      state: skipped (updates), spikes, rollbacks; lag, by how many updates the optimizer is behind the step, as skipped
+        ones and those rolled back do not count in it.
+      ill: (what the config wants done, message), once too many bad steps came in a row; else None. sound: was the last
+      step that was seen finite; else no checkpoint is made.
     """
 
-    def __init__(
-        self, section: ConfigDict, workdir: Path, feed: "Feed", state: Mapping | None = None
-    ) -> None:
+    def __init__(self, section: ConfigDict, workdir: Path, feed: "Feed", state: Mapping | None = None) -> None:
         """section: the config's `train`."""
         self.feed, self.path = feed, workdir / "suspects.jsonl"
         self.most, self.spike = section.bad_steps, section.spike
@@ -102,13 +100,11 @@ class Health:
                 text = f"step {step} is {name}: loss {loss:.4g}, gradient norm {norm:.4g}; {what}"
                 warn(f"{text}; its documents are in {self.path}")
 
-    def mend(
-        self, state: TrainState, step: int, target: TrainState, checkpoints: "Checkpointer"
-    ) -> TrainState:
+    def mend(self, state: TrainState, step: int, target: TrainState, checkpoints: "Checkpointer") -> TrainState:
         """Roll back: the newest checkpoint's state as that of `step`; the data after it come next.
 
-        state: the present one, whose buffers are given up. target: see Checkpointer.restore.
-        Raises: DivergenceError where the config says stop, or this can't be done (again).
+        state: the present one, whose buffers are given up. target: see Checkpointer.restore. Raises: DivergenceError
+        where the config says stop, or this can't be done (again).
         """
         assert self.ill, "only after too many bad steps"
         newest, (how, message) = checkpoints.latest_step(), self.ill
@@ -147,9 +143,7 @@ class Health:
     def check(self, state: TrainState, what: str) -> None:
         """Raises: DivergenceError if any number of the state is not finite; see `not_finite`."""
         if names := not_finite(state):
-            raise DivergenceError(
-                f"{what}: not finite in {len(names)} arrays: {', '.join(names[:5])}"
-            )
+            raise DivergenceError(f"{what}: not finite in {len(names)} arrays: {', '.join(names[:5])}")
 
     def _message(self, step):
         counts = f"{self.state['skipped']} of {step} updates were skipped"
@@ -177,9 +171,7 @@ def end(message: str, checkpoints: "Checkpointer") -> NoReturn:
 def not_finite(tree: Any) -> list[str]:
     """The names of a tree's arrays of floats that hold a number which is not finite."""
     named = {
-        name: x
-        for name, x in params_lib.named_leaves(tree)
-        if x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
+        name: x for name, x in params_lib.named_leaves(tree) if x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
     }
     return [name for name, ok in jax.device_get(_finite(named)).items() if not ok]
 

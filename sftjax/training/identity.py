@@ -18,8 +18,8 @@ from sftjax.training.log import warn
 def make_manifest(identity: Mapping, **facts: Any) -> dict:
     """What a run is: `identity`, and what explains a difference in it.
 
-    identity: flat {name: JSON value} of what must not change in one directory. facts: "data" and
-    "evaluation", each {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
+    identity: flat {name: JSON value} of what must not change in one directory. facts: "data" and "evaluation", each
+    {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
     """
     return json.loads(json.dumps(dict(identity=dict(identity)) | facts))
 

@@ -1,8 +1,8 @@
 """The lock of a workdir: one run at a time.
 
-It is an flock on `workdir/lock`, which says in JSON whose it is. Where a file system keeps none for
-all its machines, the file's time decides about a process of another machine, and its process id
-about one of this machine: docs/runs.md. This module loads no JAX: `sftjax status` uses it too.
+It is an flock on `workdir/lock`, which says in JSON whose it is. Where a file system keeps none for all its machines,
+the file's time decides about a process of another machine, and its process id about one of this machine: docs/runs.md.
+This module loads no JAX: `sftjax status` uses it too.
 """
 
 import contextlib

@@ -37,11 +37,11 @@ def warn(text: object) -> None:
 class Log:
     """Collects each step's metrics and writes a line every section.log_every.
 
-    A line holds its last step's loss, gradient norm and so on; over all its steps are <count>_per_s
-    of the task's counts (of texts cells, tokens and trained_tokens: all positions, those not of
-    padding, those trained), step_time, data_wait (the share of time spent waiting for a batch),
-    mfu, skipped (updates), and of each of several sources trained_tokens/<name> and the mean
-    loss/<name> of these; documents/<name> and epochs/<name> are since the run's beginning.
+    A line holds its last step's loss, gradient norm and so on; over all its steps are <count>_per_s of the task's
+    counts (of texts cells, tokens and trained_tokens: all positions, those not of padding, those trained), step_time,
+    data_wait (the share of time spent waiting for a batch), mfu, skipped (updates), and of each of several sources
+    trained_tokens/<name> and the mean loss/<name> of these; documents/<name> and epochs/<name> are since the run's
+    beginning.
     """
 
     def __init__(

@@ -21,9 +21,9 @@ from sftjax.training.trackers import Tracker
 class Writer:
     """Metrics to <workdir>/metrics.jsonl, <workdir>/tensorboard/ and one line on stderr.
 
-    metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null.
-    start_step: the step a resumed run goes on from; what a killed run wrote of later ones is
-    dropped. Processes other than 0 write nothing. On a terminal the line is a bar.
+    metrics.jsonl has one JSON object a line: "step" and numbers; NaN and infinities are null. start_step: the step a
+    resumed run goes on from; what a killed run wrote of later ones is dropped. Processes other than 0 write nothing. On
+    a terminal the line is a bar.
     """
 
     def __init__(
@@ -52,9 +52,7 @@ class Writer:
         self._started = time.monotonic()
         if sys.stderr.isatty():
             form = "step {n_fmt}/{total_fmt} |{bar:20}| {postfix}"
-            self._bar = tqdm(
-                total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form
-            )
+            self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form)
 
     def write(self, step: int, values: Mapping) -> None:
         """Record {name: number} of one step; arrays of one element count as numbers."""

@@ -21,9 +21,7 @@ NOTHING = "no operation makes a NaN or divides by 0: a number overflows, or comp
 LIBRARIES = re.compile("/(jax|jaxlib|optax|flax)/")  # their lines are not shown
 
 
-def check(
-    step: int, metrics: Mapping, state: TrainState, batch: Any, loss_fn: Callable, tx: Any
-) -> None:
+def check(step: int, metrics: Mapping, state: TrainState, batch: Any, loss_fn: Callable, tx: Any) -> None:
     """Raises: DivergenceError with the operation that broke a step that was skipped, and its line.
 
     state: after that step, which is as before it. The others are those of train_step.

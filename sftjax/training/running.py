@@ -20,9 +20,9 @@ NAME = "run.json"
 class Run:
     """One run, from its lock to its end; of several processes, process 0 does all of it.
 
-    run.json: state (starting | running | stopped | finished | failed), steps (of the whole run),
-    step (where this start began, or ended), best (eval.best) and lower (is less of it better),
-    error (why it failed or stopped), written (seconds since 1970).
+    run.json: state (starting | running | stopped | finished | failed), steps (of the whole run), step (where this start
+    began, or ended), best (eval.best) and lower (is less of it better), error (why it failed or stopped), written
+    (seconds since 1970).
     """
 
     def __init__(self, workdir: Path | str, stop: stops.Stop) -> None:

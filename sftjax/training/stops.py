@@ -2,13 +2,13 @@
 
 What asks for a stop, and what becomes of it: docs/runs.md.
 
-Python runs a signal's handler between two of its own instructions, which a compilation or a
-collective keeps it from for minutes. So a thread is told of the signal too (signal.set_wakeup_fd):
-it prints, counts, and ends the process where the main thread does not.
+Python runs a signal's handler between two of its own instructions, which a compilation or a collective keeps it from
+for minutes. So a thread is told of the signal too (signal.set_wakeup_fd): it prints, counts, and ends the process where
+the main thread does not.
 
-A process that is asked to stop tells the others by a key of JAX's coordination service, and they
-agree in threads on the step after the latest that any of them has reached: the loop asks a flag,
-and waits for nobody. JAX's own notice (`reached_preemption_sync_point`) goes by the same rule.
+A process that is asked to stop tells the others by a key of JAX's coordination service, and they agree in threads on
+the step after the latest that any of them has reached: the loop asks a flag, and waits for nobody. JAX's own notice
+(`reached_preemption_sync_point`) goes by the same rule.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def group() -> tuple[int, int]:
 class Stop:
     """Whether this run is asked to stop, and after which step it may.
 
-    As a context manager in the main thread, it takes SIGTERM and SIGINT until its end, but for one
-    that the process was started to ignore; else it knows of JAX's notice and of `ask` alone.
+    As a context manager in the main thread, it takes SIGTERM and SIGINT until its end, but for one that the process was
+    started to ignore; else it knows of JAX's notice and of `ask` alone.
 
     Attributes:
       asked: by what the run is asked to stop, "SIGTERM"; "" = it is not.

@@ -1,7 +1,7 @@
 """Trackers of experiments that a run also writes to; `train.trackers` names them, each an extra.
 
-Where they write, and whether to a server at all, is said in the package's own way: WANDB_MODE,
-MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID. A resumed run goes on in the same run of the tracker.
+Where they write, and whether to a server at all, is said in the package's own way: WANDB_MODE, MLFLOW_TRACKING_URI,
+TRACKIO_SPACE_ID. A resumed run goes on in the same run of the tracker.
 """
 
 import contextlib
@@ -31,9 +31,7 @@ def wandb(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
     """Weights & Biases, with its files in the workdir."""
     import wandb
 
-    run = wandb.init(
-        project=PROJECT, name=workdir.name, id=key, resume="allow", dir=workdir, config=dict(config)
-    )
+    run = wandb.init(project=PROJECT, name=workdir.name, id=key, resume="allow", dir=workdir, config=dict(config))
     return Tracker(lambda step, values: run.log(values, step=step), run.finish)
 
 

@@ -145,9 +145,7 @@ def environment(directory: Path | str = "") -> dict:
     packages = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     commit = None
     with contextlib.suppress(OSError):  # no git here
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = done.stdout.strip() or None
     return {
         "command": sys.argv,

@@ -10,11 +10,11 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 TABLE: dict[str, dict[str, bool | int | str]] = {
     "tpu": {
-        # Multiply by gathered weights, not by each device's small slice as it comes by: matmuls of
-        # 8B on v5e 4x4 need a fifth fewer cycles (benchmarks/tpu_compile.py).
+        # Multiply by gathered weights, not by each device's small slice as it comes by: matmuls of 8B on v5e 4x4 need a
+        # fifth fewer cycles (benchmarks/tpu_compile.py).
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-        # Vector memory for the tiles of one operation. By the compiler's cycles, matmuls of an 8B
-        # reach 73% of v5p's peak with 16 MiB, the default, and 95% with 48 MiB.
+        # Vector memory for the tiles of one operation. By the compiler's cycles, matmuls of an 8B reach 73% of v5p's
+        # peak with 16 MiB, the default, and 95% with 48 MiB.
         "xla_tpu_scoped_vmem_limit_kib": 48 * 1024,
         # Schedule other work between the start and the end of a collective.
         "xla_tpu_enable_latency_hiding_scheduler": True,
@@ -37,7 +37,7 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
     },
     "cpu": {
         # It widens bfloat16 sums, and ends the process at those inside a shard_map of some axes.
-        "xla_disable_hlo_passes": "all-reduce-promotion",
+        "xla_disable_hlo_passes": "all-reduce-promotion"
     },
 }
 
@@ -45,15 +45,14 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
 PIPELINED = ("enable_pipelined", "pipeline"), "COLLECTIVE_PIPELINING_MODE_ON"
 
 
-# Over several CPU devices, this schedule of older XLAs lets programs give other sums, or NaN, now
-# and then: 70 of 300 runs of one with jax 0.10.2, none of 600 without it, none with jax 0.12. It
+# Over several CPU devices, this schedule of older XLAs lets programs give other sums, or NaN, now and then: 70 of 300
+# runs of one with jax 0.10.2, none of 600 without it, none with jax 0.12. It
 # is read from XLA_FLAGS alone; as a compile option it is taken, and changes nothing.
 RACES = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-# A collective on a CPU device blocks one of the threads that all devices of the process share. By
-# default there are as many as devices, and two collectives at once may wait for ever. XLA takes
-# this variable for its number of threads.
+# A collective on a CPU device blocks one of the threads that all devices of the process share. By default there are as
+# many as devices, and two collectives at once may wait for ever. XLA takes this variable for its number of threads.
 THREADS, THREADS_A_DEVICE = "NPROC", 16
 
 
@@ -81,8 +80,8 @@ def yours() -> dict[str, str]:
 def known(platform: str, device: jax.Device | None = None) -> dict[str, tuple]:
     """{the table's option: its (name, value) in this XLA}, of those that this XLA knows.
 
-    XLA lists its options nowhere, but refuses to compile with one that it does not know. A TPU's
-    are known to the TPU's compiler alone: where no device is one, all are believed to be known.
+    XLA lists its options nowhere, but refuses to compile with one that it does not know. A TPU's are known to the TPU's
+    compiler alone: where no device is one, all are believed to be known.
     """
     found = {k: (k, v) for k, v in TABLE[platform].items()}
     if platform == "tpu" and device is None and jax.default_backend() != "tpu":
@@ -123,9 +122,7 @@ def text(platform: str) -> str:
     for k, v in TABLE[platform].items():
         name, value = table.get(k, (k, v))
         lines += [
-            f"{x}={own[x]} is yours, and stays (here: {_show(value)})"
-            for x in dict.fromkeys((k, name))
-            if x in own
+            f"{x}={own[x]} is yours, and stays (here: {_show(value)})" for x in dict.fromkeys((k, name)) if x in own
         ]
         if k not in table:
             lines.append(f"{k}={_show(v)} is left out: this XLA does not know it")

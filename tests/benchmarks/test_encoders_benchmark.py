@@ -64,9 +64,7 @@ def test_quick_mode_has_both_sides_agree(bench, fixtures, tmp_path):
     command += [f"--model={fixtures / 'minilm-l6'}", f"--data={fixtures / 'sst2' / 'train.tsv'}"]
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [*command, f"--out={out}"], env=env, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([*command, f"--out={out}"], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     toy = json.loads(out.read_text())["results"]["toy"]
     theirs, ours = np.array(toy["losses"])

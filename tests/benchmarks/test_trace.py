@@ -81,9 +81,7 @@ def test_plot_draws_what_it_knows_and_names_the_rest(tmp_path, capsys):
         json.dumps(
             dict(
                 time={"shares": [dict(trained=0.25, speed_vs_chunked=speed)]},
-                memory=[
-                    dict(vocab=128256, dtype="bfloat16", temp_bytes=dict(plain=800, sftjax=100))
-                ],
+                memory=[dict(vocab=128256, dtype="bfloat16", temp_bytes=dict(plain=800, sftjax=100))],
             )
         )
     )

@@ -59,9 +59,7 @@ def test_lengths_are_log_normal_with_a_mean_of_120(job):
     lengths = np.array([len(tokens) for tokens, _ in docs])
     assert len(docs) == 512 and lengths.min() >= 16 and lengths.max() <= 512
     assert 110 < lengths.mean() < 125 and lengths.std() > 70
-    assert all(
-        abs(trained.sum() - n / 2) <= 0.5 for n, (_, trained) in zip(lengths, docs, strict=True)
-    )
+    assert all(abs(trained.sum() - n / 2) <= 0.5 for n, (_, trained) in zip(lengths, docs, strict=True))
 
 
 def test_half_of_the_tokens_are_trained(job):

@@ -72,8 +72,7 @@ def test_documents_do_not_see_each_other():
     other = np.where(segments == 1, (tokens + 5) % 64, tokens)
     apply = jax.jit(model.apply)
     first, second = (
-        np.asarray(apply(params, dict(tokens=t, segments=segments, positions=positions)))
-        for t in (tokens, other)
+        np.asarray(apply(params, dict(tokens=t, segments=segments, positions=positions))) for t in (tokens, other)
     )
     np.testing.assert_array_equal(first[0, 20:50], second[0, 20:50])
     assert np.abs(first - second)[0, :20].max() > 0.1

@@ -61,9 +61,7 @@ def test_answers_stay_and_nothing_is_changed_in_place(name, record):
 
 def test_token_dropout_drops_a_tenth_and_never_all():
     text = "word " * 2000
-    out = AUGMENTATIONS["token_dropout"](
-        {"prompt": text, "completion": "x"}, np.random.default_rng(0)
-    )
+    out = AUGMENTATIONS["token_dropout"]({"prompt": text, "completion": "x"}, np.random.default_rng(0))
     assert 0.08 < 1 - len(out["prompt"].split()) / 2000 < 0.12
     for seed in range(50):
         record = {"prompt": "one", "completion": "x"}

@@ -103,9 +103,7 @@ def test_planted_defects_are_found_exactly(tmp_path):
     broken = next(f.note for f in by_row.values() if "malformed JSON" in f.note)
     assert re.search(r"d.jsonl:\d+: malformed JSON at column", broken)
     contaminated = [f.other for f in by_row.values() if f.rule == "contamination"]
-    assert sorted({f.rsplit(":")[-1] for f in contaminated}, key=int) == [
-        str(i) for i in range(1, 11)
-    ]
+    assert sorted({f.rsplit(":")[-1] for f in contaminated}, key=int) == [str(i) for i in range(1, 11)]
 
 
 def edits(text, rng):
@@ -306,9 +304,7 @@ def test_every_removed_row_is_told(tmp_path):
     assert [r["reason"] for r in rejects] == [f.rule for f in gone.values()]
     for reject in rejects:
         assert f"<td>{reject['where']}</td>" in page
-    i, reject = next(
-        (i, r) for i, r in zip(gone, rejects, strict=True) if r["reason"] == "conflict"
-    )
+    i, reject = next((i, r) for i, r in zip(gone, rejects, strict=True) if r["reason"] == "conflict")
     assert reject["record"] == source[i] and reject["other"].startswith(str(path))
     assert sum(r["record"] is None for r in rejects) == 2  # the malformed ones
     assert "<h1>a &amp; b</h1>" in page and "<br>" not in page and "&lt;br&gt;" in page

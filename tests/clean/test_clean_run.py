@@ -211,9 +211,7 @@ def test_inspect_shows_the_rows_that_train(config):
 
 
 def test_every_key_is_read():
-    code = "\n".join(
-        p.read_text() for p in (REPO / "sftjax").rglob("*.py") if p.name != "config.py"
-    )
+    code = "\n".join(p.read_text() for p in (REPO / "sftjax").rglob("*.py") if p.name != "config.py")
     for group in ("clean", "split"):
         for key in config_lib.get_default().data[group]:
             assert re.search(rf"\b[cd](\.split)?\.(clean\.)?{key}\b", code), f"{group}.{key}"

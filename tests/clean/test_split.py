@@ -75,9 +75,7 @@ def test_equal_prompts_stay_together():
     again = [r | {"prompt": r["prompt"].upper() + " ", "label": "z"} for r in records]
     for by in ({}, {"stratify_by": "label"}):
         chosen = held_out(records + again, **by)
-        assert {p for p in chosen if p == p.lower()} == {
-            p.lower().strip() for p in chosen if p != p.lower()
-        }
+        assert {p for p in chosen if p == p.lower()} == {p.lower().strip() for p in chosen if p != p.lower()}
 
 
 def label_shares(records, **by):

@@ -90,9 +90,7 @@ policies = st.fixed_dictionaries(
         "train_on": st.sampled_from(["assistant", "last", "all", "user"]),
         "stop_token": st.sampled_from(STOP_TOKEN),
         "system": texts,
-        "reasoning": st.fixed_dictionaries(
-            {}, optional={k: st.sampled_from(["train", "keep"]) for k in REASONING}
-        ),
+        "reasoning": st.fixed_dictionaries({}, optional={k: st.sampled_from(["train", "keep"]) for k in REASONING}),
     },
 )
 

@@ -27,9 +27,7 @@ def pairs(n):
 
 def build(tmp_path, records, tokenizer=TOKENIZER, max_length=64, overlong="truncate_end", **policy):
     source = open_source(write(tmp_path / "d.jsonl", records))
-    return build_store(
-        source, CausalLM(tokenizer, POLICY | policy), max_length, overlong, tmp_path / "cache"
-    )
+    return build_store(source, CausalLM(tokenizer, POLICY | policy), max_length, overlong, tmp_path / "cache")
 
 
 class Documents:
@@ -217,9 +215,7 @@ def test_every_epoch_has_every_token_in_an_order_of_its_own(packing):
     for epoch in epochs:
         assert sorted(t for row in epoch for t in row) == everything
     assert epochs[0] != epochs[1] != epochs[2]
-    assert {tuple(row) for row in epochs[0]} != {
-        tuple(row) for row in epochs[1]
-    } or packing == "none"
+    assert {tuple(row) for row in epochs[0]} != {tuple(row) for row in epochs[1]} or packing == "none"
     again = Rows(docs, 64, packing, seed=3, epochs=3)
     assert tokens_of(again, range(2 * n, 3 * n)) == epochs[2]  # any epoch first
     assert tokens_of(Rows(docs, 64, packing, seed=4), range(n)) != epochs[0]

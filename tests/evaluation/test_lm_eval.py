@@ -25,9 +25,7 @@ def tasks(folder):
         rows.append(dict(text=text, start=" ".join(words[:5]), choices=[right, wrong], answer=0))
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = dict(
-        dataset_path="json", dataset_kwargs={"data_files": {"test": str(file)}}, test_split="test"
-    )
+    common = dict(dataset_path="json", dataset_kwargs={"data_files": {"test": str(file)}}, test_split="test")
     choice = common | dict(
         task="choose", output_type="multiple_choice", doc_to_text="{{start}}",
         doc_to_choice="{{choices}}", doc_to_target="answer",

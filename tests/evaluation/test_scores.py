@@ -195,9 +195,7 @@ def test_entities_of_random_tags_are_seqevals():
     assert found.values["seqeval_f1"] == pytest.approx(seqeval.f1_score(*lists), abs=1e-12)
     report = seqeval.classification_report(*lists, output_dict=True)
     for kind, one in found.tables["per_entity"].items():
-        theirs = {k: report[kind][k] for k in ("precision", "recall")} | {
-            "f1": report[kind]["f1-score"]
-        }
+        theirs = {k: report[kind][k] for k in ("precision", "recall")} | {"f1": report[kind]["f1-score"]}
         assert {k: one[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
         assert one["n"] == report[kind]["support"]
     assert 0 < found.errors["seqeval_f1"] < 0.2 and len(found.rows["accuracy"]) == 40
@@ -215,9 +213,7 @@ def test_several_labels_are_sklearns():
         expected = sk.f1_score(wanted, given, average=average, zero_division=0.0)
         assert found.values[name] == pytest.approx(expected, abs=1e-12)
     assert found.values["auroc"] == pytest.approx(sk.roc_auc_score(wanted[:, :3], scores[:, :3]))
-    assert found.tables["per_label"]["d"]["n"] == 0 and set(found.errors) == {*found.values} - {
-        "auroc"
-    }
+    assert found.tables["per_label"]["d"]["n"] == 0 and set(found.errors) == {*found.values} - {"auroc"}
     [(name, base)] = found.baselines.items()
     assert name == "each label's majority" and base["f1_micro"] == 0.0
     scores[7] = np.nan

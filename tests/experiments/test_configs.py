@@ -64,7 +64,5 @@ def test_a_config_builds(name, tmp_path, monkeypatch):
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new_state)
     assert all(jax.tree.leaves(same))
     if "llama3" in name:
-        shards = state.params["layers"]["0-31"]["mlp"]["up"]["w"].sharding.shard_shape(
-            (32, 4096, 14336)
-        )
+        shards = state.params["layers"]["0-31"]["mlp"]["up"]["w"].sharding.shard_shape((32, 4096, 14336))
         assert shards == (32, 512, 14336)  # fsdp over all eight devices

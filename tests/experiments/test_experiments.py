@@ -90,17 +90,13 @@ def in_repository(fixtures, monkeypatch):
 
 @pytest.mark.fixtures
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["stories260K-hf", pytest.param("babyllama105-hf", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("name", ["stories260K-hf", pytest.param("babyllama105-hf", marks=pytest.mark.long)])
 def test_stories(in_repository, tmp_path, name):
     stories.write_data(tmp_path)
     for file in tmp_path.glob("*.jsonl"):
         file.write_text("".join(file.open().readlines()[:40]))
     config = config_lib.load(str(EXPERIMENTS / f"stories/config.py:{name}"))
-    config.data.train, config.data.validation = (
-        str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")
-    )
+    config.data.train, config.data.validation = (str(tmp_path / f"{part}.jsonl") for part in ("train", "validation"))
     config.data.max_length, config.eval.batch_size = 128, 8
     config.train.duration, config.model.attention = "8 steps", "xla"
     rows = dict(stories.check_model(config, tmp_path / name))
@@ -137,11 +133,7 @@ def test_sst2_bert(in_repository, tmp_path, body):
     config.data.validation = str(tmp_path / "dev.tsv")
     result = train(config, tmp_path / "run")
     assert set(result["after"]["losses"]) >= {"dev/loss", "dev/accuracy", "dev/f1", "dev/auroc"}
-    losses = [
-        json.loads(line)["loss"]
-        for line in (tmp_path / "run" / "metrics.jsonl").open()
-        if '"lr"' in line
-    ]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").open() if '"lr"' in line]
     assert len(losses) == 8 and losses[-1] < losses[0]
     exported = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
     assert exported["id2label"] == {"0": "negative", "1": "positive"}

@@ -149,9 +149,7 @@ def test_text_has_no_markup_and_no_held_out_instruction(splits):
     for row in splits["validation"] + splits["test"]:
         assert row["prompt"] not in corpus
     assert set(make_text.STATEMENTS) == set(make_text.WEIGHTS) == set(tasks.KINDS)
-    held_out = {
-        tuple(re.findall(r"\d+", row["prompt"])) for row in splits["test"] if row["kind"] == "add"
-    }
+    held_out = {tuple(re.findall(r"\d+", row["prompt"])) for row in splits["test"] if row["kind"] == "add"}
     assert held_out.isdisjoint(re.findall(r"(\d+) \+ (\d+) =", corpus))
 
 

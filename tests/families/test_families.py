@@ -48,10 +48,7 @@ def case(request, tmp_path_factory):
 
 def cases(fast, slow=CASES):
     """Parametrize `case`: `fast`, then those of `slow`, the others `long`. Always in one order."""
-    marks = [
-        [] if name in fast else pytest.mark.slow if name in slow else pytest.mark.long
-        for name in CASES
-    ]
+    marks = [[] if name in fast else pytest.mark.slow if name in slow else pytest.mark.long for name in CASES]
     params = [pytest.param(name, marks=m) for name, m in zip(CASES, marks, strict=True)]
     return pytest.mark.parametrize("case", params, indirect=True)
 
@@ -62,9 +59,7 @@ def run(model, params, batch):
 
     def objective(params):
         outputs = model.outputs(params, batch)  # traced once, for the loss and the logits
-        once = types.SimpleNamespace(
-            outputs=lambda *_: outputs, head=model.head, logit_options=model.logit_options
-        )
+        once = types.SimpleNamespace(outputs=lambda *_: outputs, head=model.head, logit_options=model.logit_options)
         loss = sftjax.losses.causal_lm(once)(params, batch, None)
         return loss.sum, model.logits(params, outputs[0])
 

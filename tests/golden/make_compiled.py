@@ -80,8 +80,7 @@ def measure(name) -> dict:
         "compilations": compilations.count("/jax/core/compile/backend_compile_duration"),
         "asynchronous_bytes": sum(c.async_bytes for c in cost.collectives.values()),
         "collectives": {
-            f"{kind} x{group}": [c.count, c.bytes]
-            for (kind, group), c in sorted(cost.collectives.items())
+            f"{kind} x{group}": [c.count, c.bytes] for (kind, group), c in sorted(cost.collectives.items())
         },
     }
 

@@ -72,9 +72,7 @@ def greedy(model, prompt, new, stop=None):
     """The tokens that transformers generates after a list of tokens."""
     model = fresh(model)
     model.generation_config.eos_token_id = None  # generate() would take it from there
-    config = transformers.GenerationConfig(
-        max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=stop
-    )
+    config = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=stop)
     with torch.no_grad():
         out = model.generate(torch.tensor([prompt]), generation_config=config)
     return out[0, len(prompt) :].tolist()

@@ -10,9 +10,7 @@ import numpy as np
 from sftjax import params as params_lib
 from sftjax.models import decoder
 
-CONFIG = decoder.Config(
-    vocab=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp=64, init_std=0.1
-)
+CONFIG = decoder.Config(vocab=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp=64, init_std=0.1)
 
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "experiments" / "quickstart"
@@ -53,9 +51,7 @@ def batch(rows=8, length=32, seed=0, share=0.4):
             at, segment = at + n, segment + 1
     out["tokens"] = np.where(out["segments"] > 0, out["tokens"], 0)
     inside = np.zeros((rows, length), bool)
-    inside[:, :-1] = (out["segments"][:, 1:] == out["segments"][:, :-1]) & (
-        out["segments"][:, :-1] > 0
-    )
+    inside[:, :-1] = (out["segments"][:, 1:] == out["segments"][:, :-1]) & (out["segments"][:, :-1] > 0)
     out["targets"] = np.where(inside, np.roll(out["tokens"], -1, 1), 0).astype(np.int32)
     shares = share * rng.uniform(0, 2, (rows, 1))  # some rows train much, some little
     out["weights"] = (inside & (rng.uniform(size=inside.shape) < shares)).astype(np.float32)

@@ -92,9 +92,7 @@ def checkpoint(directory, kinds=("F32",), shards=1, change=None, **fields):
     if shards == 1:
         save_file(tensors, directory / "model.safetensors")
         return directory
-    where = {
-        n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(tensors)
-    }
+    where = {n: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(tensors)}
     for file in set(where.values()):
         save_file({n: x for n, x in tensors.items() if where[n] == file}, directory / file)
     index = {"metadata": {}, "weight_map": where}
@@ -165,9 +163,7 @@ def test_sharded_export_equals_single_export(tmp_path):
     total = 0
     for file in files:
         entries = safetensors.deserialize((out / file).read_bytes())
-        assert {name for name, _ in entries} == {
-            k for k, f in index["weight_map"].items() if f == file
-        }
+        assert {name for name, _ in entries} == {k for k, f in index["weight_map"].items() if f == file}
         size = sum(len(e["data"]) for _, e in entries)
         assert size <= limit or len(entries) == 1
         total += size
@@ -237,9 +233,7 @@ def test_config_fields_are_kept_and_stop_ids_collected(tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "<pad>": 0, "<end>": 7}, "<pad>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="<end>", pad_token="<pad>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<end>", pad_token="<pad>")
     tokenizer.chat_template = "{{ messages[0].content }}"
     source = checkpoint(tmp_path / "in", eos_token_id=[2, 5])
     generation = {"eos_token_id": [2, 3], "temperature": 0.6, "do_sample": True}
@@ -264,9 +258,7 @@ def test_a_model_made_here_is_exported_in_the_dtype_it_has(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HF | {"torch_dtype": "float16"}))
     model = hf_lib.load_model(tmp_path / "config.json")
     rng = np.random.default_rng(0)
-    params = params_lib.map_named(
-        lambda _, p: jnp.float32(rng.normal(size=p.shape)), model.abstract
-    )
+    params = params_lib.map_named(lambda _, p: jnp.float32(rng.normal(size=p.shape)), model.abstract)
     sftjax.save_pretrained(tmp_path / "out", model, params)
     hf = json.loads((tmp_path / "out" / "config.json").read_text())
     assert hf["dtype"] == "float32" and "torch_dtype" not in hf
@@ -291,9 +283,7 @@ def test_a_tied_checkpoint_may_hold_its_head_and_rotary_tables(tmp_path):
             tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     bare = checkpoint(tmp_path / "bare", tie_word_embeddings=True)
-    model, params = sftjax.load_pretrained(
-        checkpoint(tmp_path / "in", change=more, tie_word_embeddings=True)
-    )
+    model, params = sftjax.load_pretrained(checkpoint(tmp_path / "in", change=more, tie_word_embeddings=True))
     equal(params, sftjax.load_pretrained(bare)[1])
     sftjax.save_pretrained(tmp_path / "out", model, params)
     kept = {k: v for k, v in stored(tmp_path / "in").items() if "rotary" not in k}
@@ -356,9 +346,7 @@ WIDE = dict(
 LARGE = {  # 161 to 218 MB; the largest parameter is 1.5 to 4 times the largest tensor
     "llama": dict(num_hidden_layers=4, intermediate_size=3072, vocab_size=3000, **WIDE),
     "phi3": dict(num_hidden_layers=3, intermediate_size=3072, vocab_size=2000, **WIDE),
-    "mixtral": dict(
-        num_hidden_layers=2, intermediate_size=3072, vocab_size=2000, num_local_experts=2, **WIDE
-    ),
+    "mixtral": dict(num_hidden_layers=2, intermediate_size=3072, vocab_size=2000, num_local_experts=2, **WIDE),
 }
 
 

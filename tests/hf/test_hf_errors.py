@@ -30,9 +30,7 @@ def test_weights_that_are_not_finite(tmp_path, value, kind, mesh):
         tensors[Q][-1, -1] = value
 
     source = checkpoint(tmp_path / "in", (kind,), 2, spoil)
-    message = (
-        rf"model-0000\d-of-00002.safetensors: tensor {Q} holds NaN or infinity; take an intact"
-    )
+    message = rf"model-0000\d-of-00002.safetensors: tensor {Q} holds NaN or infinity; take an intact"
     refused(source, message, mesh=mesh and parallel.make_mesh(mesh))
 
 
@@ -89,15 +87,11 @@ BLOCK = "model.layers.1."
         ("gpt_oss", "mlp.experts.down_proj_bias", lambda x: x[0], [32], [4, 32]),
     ],
 )
-def test_a_fused_tensor_or_an_expert_of_another_shape(
-    tmp_path, case, name, change, found, expected
-):
+def test_a_fused_tensor_or_an_expert_of_another_shape(tmp_path, case, name, change, found, expected):
     source = families.write(case, tmp_path)
     respoil(source, BLOCK + name, change)
     message = refused(source, "are not those of its config.json")
-    assert message.splitlines()[1:] == [
-        f"  {BLOCK}{name} has shape {found}, the config asks for {expected}"
-    ]
+    assert message.splitlines()[1:] == [f"  {BLOCK}{name} has shape {found}, the config asks for {expected}"]
 
 
 def weightless(tmp_path):
@@ -298,9 +292,7 @@ ROPES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"), ROPES, ids=lambda x: "-".join(x) if isinstance(x, dict) else ""
-)
+@pytest.mark.parametrize(("settings", "message"), ROPES, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_rope_settings_that_are_refused(tmp_path, settings, message):
     refused_config(tmp_path, HF | {"rope_scaling": settings}, message)
 
@@ -409,9 +401,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "fields", "message"), CONFIGS, ids=[f"{c}-{'-'.join(f)}" for c, f, _ in CONFIGS]
-)
+@pytest.mark.parametrize(("case", "fields", "message"), CONFIGS, ids=[f"{c}-{'-'.join(f)}" for c, f, _ in CONFIGS])
 def test_configs_that_are_refused(tmp_path, case, fields, message):
     refused_config(tmp_path, families.ALL[case] | fields, message)
 

@@ -22,9 +22,7 @@ CODE = "import pathlib\npathlib.Path({!r}).touch()\nclass Own: pass\n"
 def source(tmp_path, fixtures):
     """A copy of a small tokenizer, and no weights."""
     folder = tmp_path / "source"
-    shutil.copytree(
-        fixtures / "stories260K-hf", folder, ignore=shutil.ignore_patterns("*.safetensors")
-    )
+    shutil.copytree(fixtures / "stories260K-hf", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
 

@@ -88,9 +88,7 @@ def test_a_wide_terminal_has_the_tokens_beside_the_text(config, tmp_path):
     plain = [re.sub(r"\033\[\d+m", "", line) for line in block]
     assert {line.find("segment") for line in plain[:1]} == {68 + 3 + 24 + 8 + 8 + 2}
     width = lambda text: len(text) + sum(c in "日本" for c in text)  # noqa: E731
-    left = [
-        next(t[:i] for i in range(len(t) + 1) if width(t[:i]) == 68 or i == len(t)) for t in plain
-    ]
+    left = [next(t[:i] for i in range(len(t) + 1) if width(t[:i]) == 68 or i == len(t)) for t in plain]
     text = "".join(left).replace(" ", "")
     assert "assistant日本wide" in text and r"\x1b[31mnotred<|im_end|>" in text
     assert all(line.count(GREEN) == line.count(PLAIN) for line in block)
@@ -161,9 +159,7 @@ def test_filters(config):
     expected = [int(line) for line, share in shares.items() if share >= middle]
     assert lines(config, min_trained=middle) == expected
     assert lines(config, 1, min_trained=middle) == expected[:1]
-    assert lines(config, max_trained=middle - 1e-3) == [
-        n for n in (1, 2, 3, 4) if n not in expected
-    ]
+    assert lines(config, max_trained=middle - 1e-3) == [n for n in (1, 2, 3, 4) if n not in expected]
     assert lines(config, dropped="any") == lines(config, dropped="no_trained_token_left") == [3]
     assert lines(config, dropped="too_long") == []
     assert "no row is as wanted" in inspect(config, dropped="too_long")

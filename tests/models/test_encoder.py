@@ -109,14 +109,10 @@ def test_golden_numbers_of_real_weights_whose_files_come_back_bit_equal(fixtures
     old, new = (load_file(d / "model.safetensors") for d in (path, tmp_path))
     old.pop("embeddings.position_ids")  # follows from the config
     assert old.keys() == new.keys() and all(np.array_equal(old[k], new[k]) for k in old)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-        (path / "config.json").read_text()
-    )
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((path / "config.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "head", [h if h == "vocabulary" else pytest.param(h, marks=pytest.mark.slow) for h in HEADS]
-)
+@pytest.mark.parametrize("head", [h if h == "vocabulary" else pytest.param(h, marks=pytest.mark.slow) for h in HEADS])
 @pytest.mark.parametrize("name", BODIES)
 def test_golden_logits_of_every_head_on_every_encoder(name, head, tmp_path):
     model, params = headed(name, head, tmp_path)
@@ -299,8 +295,7 @@ def test_a_decoder_takes_a_head_of_classes_instead_of_its_vocabulary(tmp_path, c
     path = write("llama", tmp_path / "in")
     model, params = sftjax.load_pretrained(path, labels=NAMES)
     assert caplog.messages == [
-        f"{path}: 1 tensors of another head are left out (lm_head.weight); 1 are made anew from"
-        " seed 0 (score/w)"
+        f"{path}: 1 tensors of another head are left out (lm_head.weight); 1 are made anew from seed 0 (score/w)"
     ]
     assert model.reads == "last" and params["score"]["w"].shape == (3, 32) and "head" not in params
     batch = {"tokens": np.arange(12).reshape(2, 6)}
@@ -326,9 +321,7 @@ def config(tmp_path, **fields):
     return file
 
 
-TWO = dict(
-    architectures=["BertForSequenceClassification"], id2label={"0": "negative", "1": "positive"}
-)
+TWO = dict(architectures=["BertForSequenceClassification"], id2label={"0": "negative", "1": "positive"})
 
 
 @pytest.mark.parametrize(
@@ -383,9 +376,7 @@ def test_a_classifiers_files_must_hold_its_head_and_nothing_strange(tmp_path):
 
     extra = np.zeros((3, 32), np.float32)
     refused({"bert.strange": extra}, r"unexpected bert.strange \[3, 32\]")
-    refused(
-        {"classifier.weight": extra[:2]}, r"classifier.weight has shape \[2, 32\], .* \[3, 32\]"
-    )
+    refused({"classifier.weight": extra[:2]}, r"classifier.weight has shape \[2, 32\], .* \[3, 32\]")
     del tensors["classifier.weight"]
     refused({}, r"missing classifier.weight \[3, 32\]")
 
@@ -394,9 +385,7 @@ def test_lengths_and_vocabularies_are_refused_with_the_fix(bert):
     model, params = bert
     with pytest.raises(ValueError, match="data.max_length=129: the model has 128 positions, all"):
         model.check_length(129, "data.max_length=129")
-    with pytest.raises(
-        ValueError, match="an encoder has no vocabulary head .* load it with labels"
-    ):
+    with pytest.raises(ValueError, match="an encoder has no vocabulary head .* load it with labels"):
         sftjax.losses.causal_lm(model)(params, tiny.batch(), None)
     with pytest.raises(ValueError, match="generate: this model has no vocabulary head"):
         generate(model, params, [[1, 2]])

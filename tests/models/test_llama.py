@@ -37,9 +37,7 @@ def test_scan_and_remat_change_no_gradient(setup, how):
         loss_fn = sftjax.losses.causal_lm(m)
         return jax.jit(jax.grad(lambda p: loss_fn(p, batch, None).sum))(params)
 
-    for a, b in zip(
-        jax.tree.leaves(grads(model)), jax.tree.leaves(grads(model.replace(**how))), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(grads(model)), jax.tree.leaves(grads(model.replace(**how))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
 
 
@@ -51,9 +49,7 @@ def test_a_split_stack_is_the_same_model(setup):
         name: jax.tree.map(lambda x, a=a, b=b: x[a:b], stack)
         for name, (a, b) in {"0-0": (0, 1), "1-2": (1, 3), "3-3": (3, 4)}.items()
     }
-    np.testing.assert_allclose(
-        model.apply(params, batch), split.apply(params | {"layers": cut}, batch), atol=1e-5
-    )
+    np.testing.assert_allclose(model.apply(params, batch), split.apply(params | {"layers": cut}, batch), atol=1e-5)
     with pytest.raises(ValueError, match=r"model.split=\(3, 1\) must rise"):
         decoder.stacks(model.replace(split=(3, 1)).config)
 
@@ -73,8 +69,7 @@ def test_blockwise_scores_are_float32_in_bfloat16_too():
     where = dict(segments=jnp.ones((1, S), jnp.int32), positions=jnp.arange(S)[None])
     exact = attention(*map(jnp.float32, (q, k, v)), **where, backend="xla")
     error = {
-        name: float(jnp.linalg.norm(attention(q, k, v, **where, backend=name) - exact))
-        for name in ("xla", "blockwise")
+        name: float(jnp.linalg.norm(attention(q, k, v, **where, backend=name) - exact)) for name in ("xla", "blockwise")
     }
     assert error["blockwise"] < 1.2 * error["xla"]
 
@@ -134,10 +129,7 @@ def test_sampling_follows_temperature_top_k_and_top_p(setup):
     np.testing.assert_allclose(share(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(share(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.03)
     assert share(temperature=0)[0] == 1
-    twice = [
-        generate(model, params, [[1, 2]], temperature=1.0, seed=3, max_new_tokens=8)
-        for _ in range(2)
-    ]
+    twice = [generate(model, params, [[1, 2]], temperature=1.0, seed=3, max_new_tokens=8) for _ in range(2)]
     assert twice[0] == twice[1]
 
 
@@ -163,9 +155,7 @@ def test_stories260k_reproduces_the_reference_facts(fixtures):
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompt = tokenizer("Once upon a time").input_ids
     logits = model.apply(params, {"tokens": jnp.array([prompt])})[0, -1]
-    top = {
-        tokenizer.convert_ids_to_tokens(int(i)): float(logits[i]) for i in jnp.argsort(-logits)[:3]
-    }
+    top = {tokenizer.convert_ids_to_tokens(int(i)): float(logits[i]) for i in jnp.argsort(-logits)[:3]}
     assert list(top) == [",", "▁there", "▁in"]
     np.testing.assert_allclose(list(top.values()), [17.7994, 14.2813, 9.7097], atol=1e-3)
     out = generate(model, params, [[tokenizer.bos_token_id]], max_new_tokens=60)[0]

@@ -56,11 +56,7 @@ def test_values_gradients_and_files_are_transformers(name, tmp_path):
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[k], after[k]) for k in before)
     same = [json.loads((tmp_path / d / "config.json").read_text()) for d in ("in", "out")]
-    assert (
-        same[1].pop("label2id")
-        and same[0] == same[1]
-        and (tmp_path / "out" / "preprocessor_config.json").exists()
-    )
+    assert same[1].pop("label2id") and same[0] == same[1] and (tmp_path / "out" / "preprocessor_config.json").exists()
     hf.save_pretrained(tmp_path / "out", model, grads | stats)
     found = load_file(tmp_path / "out" / "model.safetensors")
     for file, norm in golden["gradients"].items():
@@ -225,9 +221,7 @@ def test_timm_s_older_form_says_its_pixels_at_the_top(tmp_path):
 
 
 def test_torchvision_s_names(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"architecture": "resnet50", "num_classes": 7})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 7}))
     model = hf.load_model(tmp_path)
     files = {file for file, *_ in model.names()}
     assert len(files) == 53 + 53 * 4 + 2 and params_lib.count(model.abstract) == 23_522_375
@@ -237,9 +231,7 @@ def test_torchvision_s_names(tmp_path):
 
 
 @pytest.mark.fixtures
-@pytest.mark.parametrize(
-    "name, right", [("resnet20", 804), pytest.param("resnet56", 825, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("name, right", [("resnet20", 804), pytest.param("resnet56", 825, marks=pytest.mark.long)])
 def test_real_weights_have_their_accuracy_on_the_fixture(name, right, fixtures, tmp_path):
     """How many of 1,000 test images the weights get right, as the fixture's config.json has it."""
     from sftjax.data import open_source

@@ -119,9 +119,7 @@ def test_the_dtype_is_kept_and_the_arithmetic_is_float32():
     same(tables(after)["embed"], tables(expected)["embed"].astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("size", "first"), [(OLD - 1, None), (80, OLD + 1), (80, 0), (60, 61), (0, None)]
-)
+@pytest.mark.parametrize(("size", "first"), [(OLD - 1, None), (80, OLD + 1), (80, 0), (60, 61), (0, None)])
 def test_a_vocabulary_does_not_shrink_and_has_no_gap(size, first):
     with pytest.raises(ValueError, match=rf"vocab.grow: .* to {size - 1} for a model of 67 tokens"):
         vocab.grow(*small(), size, first=first)
@@ -135,9 +133,7 @@ def test_a_vocabulary_grows_on_a_mesh(multiple):
     _, expected = vocab.grow(model, params, 139)
     layout = parallel.param_shardings(mesh, model.abstract)
     grown, after = vocab.grow(model, jax.device_put(params, layout), 139)
-    assert jax.tree.map(lambda x: x.sharding, after) == parallel.param_shardings(
-        mesh, grown.abstract
-    )
+    assert jax.tree.map(lambda x: x.sharding, after) == parallel.param_shardings(mesh, grown.abstract)
     for name, table in tables(after).items():
         np.testing.assert_allclose(table[:139], tables(expected)[name][:139], atol=1e-5)
 

@@ -48,9 +48,7 @@ def inputs(case):
         s, p = np.repeat(ids + 1, lengths), np.concatenate([np.arange(n) for n in lengths])
         order = rng.permutation(len(s)) if shuffle == "tokens" else np.arange(len(s))
         segments[row, : len(s)], positions[row, : len(s)] = s[order], p[order]
-    q, k, v, g = (
-        rng.normal(size=(2, length, n, width)) for n in (heads, kv_heads, kv_heads, heads)
-    )
+    q, k, v, g = (rng.normal(size=(2, length, n, width)) for n in (heads, kv_heads, kv_heads, heads))
     sinks = rng.normal(size=heads) if options.pop("sinks", False) else None
     buckets = options.pop("distances", 0)
     table = rng.normal(size=(heads, buckets)) if buckets else None
@@ -63,9 +61,7 @@ def t5_bucket(behind, buckets, furthest, causal):
     n = buckets if causal else buckets // 2
     d = np.maximum(behind, 0) if causal else np.abs(behind)
     with np.errstate(divide="ignore"):
-        wide = n // 2 + np.floor(
-            np.log2(d / (n // 2)) / np.log2(furthest / (n // 2)) * (n - n // 2)
-        )
+        wide = n // 2 + np.floor(np.log2(d / (n // 2)) / np.log2(furthest / (n // 2)) * (n - n // 2))
     found = np.where(d < n // 2, d, np.minimum(wide, n - 1)).astype(int)
     return found if causal else found + n * (behind < 0)
 

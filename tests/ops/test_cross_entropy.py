@@ -99,9 +99,7 @@ def test_x2_the_weighted_sum_and_the_normaliser_divide_as_they_should():
 
 def test_x3_nothing_trained_is_0_with_0_gradients():
     h, w, targets, weights = inputs()
-    value, grads = jax.value_and_grad(
-        lambda h, w: linear_cross_entropy(h, w, targets, 0 * weights)[0], (0, 1)
-    )(h, w)
+    value, grads = jax.value_and_grad(lambda h, w: linear_cross_entropy(h, w, targets, 0 * weights)[0], (0, 1))(h, w)
     assert value == 0 and not any(np.any(g) for g in grads)
 
 

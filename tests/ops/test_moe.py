@@ -65,9 +65,7 @@ def close(ours, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize(
-    "k, renormalise, bias", [(2, True, True), (3, False, False), (1, False, True)]
-)
+@pytest.mark.parametrize("k, renormalise, bias", [(2, True, True), (3, False, False), (1, False, True)])
 def test_the_layer_equals_a_float64_loop_over_experts(k, renormalise, bias):
     args = layer(bias)
     counts = np.bincount(np.argsort(args[1], -1)[..., -k:].ravel(), minlength=E)
@@ -86,9 +84,7 @@ def test_the_layer_equals_a_float64_loop_over_experts(k, renormalise, bias):
     assert not np.any(grads[2]["up"]["w"][0])  # of the expert without a token
 
 
-@pytest.mark.parametrize(
-    "sizes", [MESH, {"expert": 4, "tensor": 2}, {"context": 2, "data": 2, "expert": 2}], ids=str
-)
+@pytest.mark.parametrize("sizes", [MESH, {"expert": 4, "tensor": 2}, {"context": 2, "data": 2, "expert": 2}], ids=str)
 def test_the_layer_on_a_mesh_equals_one_device(sizes):
     args, mesh = layer(bias=True), parallel.make_mesh(sizes)
     fn = functools.partial(mixture, k=2, renormalise=True)

@@ -64,9 +64,7 @@ def test_mixup_blends_and_cutmix_pastes_by_the_share_that_it_says():
     pasted = (np.asarray(found["image"]) == IMAGES[other]).all(-1)
     assert (own | pasted).all()
     moved = other != np.arange(6)
-    np.testing.assert_allclose(
-        own.mean((1, 2))[moved], np.asarray(found["share"])[moved, 0], atol=1e-6
-    )
+    np.testing.assert_allclose(own.mean((1, 2))[moved], np.asarray(found["share"])[moved, 0], atol=1e-6)
 
 
 def test_no_image_is_mixed_with_a_blank_row():

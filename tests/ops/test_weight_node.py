@@ -208,9 +208,7 @@ def test_the_defaults_alone_serve_a_frozen_quantised_weight(changes, monkeypatch
     params, batch = tiny.params(model), tiny.batch()
     rules = ((".*/w/(q|scale)", False), (".*", True))
     on = params_lib.match_rules(rules, model.abstract, "trainable")
-    params = params_lib.map_named(
-        lambda name, x: x.astype(jnp.int8) if name.endswith("/w/q") else x, params
-    )
+    params = params_lib.map_named(lambda name, x: x.astype(jnp.int8) if name.endswith("/w/q") else x, params)
     trained, frozen = params_lib.partition(params, on)
 
     def found(trained, frozen, batch):

@@ -49,8 +49,7 @@ def start(
     """before: code that runs in it first; output: a file for it; port 0: it is the only one."""
     env = os.environ | {
         "PYTHONPATH": str(REPO),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1",
     }
     code = before + RUN.format(tests=str(REPO / "tests"), files=str(files))
     arguments = [
@@ -108,9 +107,7 @@ def test_two_processes_equal_one(files, tmp_path):  # noqa: F811
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     for k, v in one["after"]["losses"].items():
         np.testing.assert_allclose(result["after"]["losses"][k], v, rtol=1e-4)
-    files_one, files_two = (
-        sorted(p.name for p in (tmp_path / w / "export").iterdir()) for w in ("one", "two")
-    )
+    files_one, files_two = (sorted(p.name for p in (tmp_path / w / "export").iterdir()) for w in ("one", "two"))
     assert files_one == files_two
 
 
@@ -217,9 +214,7 @@ def test_a_killed_process_is_named(files, tmp_path, moment, processes, victim): 
         if i != victim:
             assert process.wait(timeout=10) == 1
             *_, last = lines = (tmp_path / f"{i}.txt").read_text().splitlines()
-            said = (
-                f"ProcessError: process {victim} of {processes}, on {socket.gethostname()}, is gone"
-            )
+            said = f"ProcessError: process {victim} of {processes}, on {socket.gethostname()}, is gone"
             assert last.startswith(said) and "go" in last, lines[-20:]
             noise = ("Traceback", "is gone", "Terminating", "preemption", "coordination", "***")
             assert not [x for x in lines[:-1] if any(n in x for n in noise)]

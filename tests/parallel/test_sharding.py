@@ -107,9 +107,7 @@ def test_gpu_hosts_are_no_slices():
 
 
 def test_logical_axes_become_mesh_axes():
-    assert parallel.spec(("layers", "embed", "heads", "head_dim")) == P(
-        None, "fsdp", "tensor", None
-    )
+    assert parallel.spec(("layers", "embed", "heads", "head_dim")) == P(None, "fsdp", "tensor", None)
     assert parallel.spec(("batch", "seq", None)) == P(("data", "fsdp", "expert"), "context", None)
     message = "logical axes 'heads' and 'mlp' of one array both map to mesh axis 'tensor'"
     with pytest.raises(MeshError, match=message):
@@ -134,9 +132,7 @@ def test_a_parameter_that_does_not_divide_is_named():
     mesh = make_mesh({"tensor": 8})
     tree = {"head": {"w": Param((64, 16), ("vocab", "embed"))}}
     parallel.param_shardings(mesh, tree)
-    tree["layers"] = {
-        "0-3": {"k": {"w": Param((4, 16, 2, 8), ("layers", "embed", "kv_heads", None))}}
-    }
+    tree["layers"] = {"0-3": {"k": {"w": Param((4, 16, 2, 8), ("layers", "embed", "kv_heads", None))}}}
     message = (
         "parameter layers/0-3/k/w: dimension kv_heads=2 does not divide over mesh axis tensor=8;"
         " choose a size of mesh.tensor that divides 2"
@@ -224,9 +220,7 @@ def large(tmp_path_factory):
     (path / "config.json").write_text(json.dumps(config))
     model = hf_lib.load_model(path)
     block = np.random.default_rng(0).normal(size=1 << 20).astype(ml_dtypes.bfloat16)
-    params = params_lib.map_named(
-        lambda _, p: jnp.asarray(np.resize(block, p.shape)), model.abstract
-    )
+    params = params_lib.map_named(lambda _, p: jnp.asarray(np.resize(block, p.shape)), model.abstract)
     sftjax.save_pretrained(path, model, params, max_shard_bytes=50 * 2**20)
     return path
 

@@ -65,9 +65,7 @@ def test_a_process_that_is_gone_is_named_to_all(group, capsys):
     others[2].close()
     assert ended.wait(5)
     assert others[1].recv(1000).startswith(b"lost 2 is gone")
-    said = (
-        "ProcessError: process 2 of 3, on host2, is gone: it was killed, or its machine was lost. "
-    )
+    said = "ProcessError: process 2 of 3, on host2, is gone: it was killed, or its machine was lost. "
     assert line(capsys).startswith(said + "Start all processes again with the same command")
 
 
@@ -119,9 +117,7 @@ def test_an_error_that_a_loss_has_caused_is_not_shown(group, capsys):
     assert "is gone" in line(capsys)
 
 
-@pytest.mark.parametrize(
-    "error, said", [(None, b"done\n"), (KeyboardInterrupt, b"done\n"), (ValueError, b"left\n")]
-)
+@pytest.mark.parametrize("error, said", [(None, b"done\n"), (KeyboardInterrupt, b"done\n"), (ValueError, b"left\n")])
 def test_how_we_leave_is_said(group, error, said):
     made, others, ended = group(1, 2)
     try:
@@ -192,17 +188,13 @@ def free_port(host="127.0.0.1"):
 def test_a_port_in_use_is_said():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(
-            ProcessError, match=f"mesh.coordinator: {address} can't be opened: "
-        ) as e:
+        with pytest.raises(ProcessError, match=f"mesh.coordinator: {address} can't be opened: ") as e:
             processes.initialize(address, 2, 0, timeout=5)
     assert "another program listens there: choose another port in mesh.coordinator" in str(e.value)
 
 
 def test_an_address_of_another_machine_is_said(monkeypatch):
-    with pytest.raises(
-        ProcessError, match=r"192.0.2.1:1234 can't be opened: .*name one of process"
-    ):
+    with pytest.raises(ProcessError, match=r"192.0.2.1:1234 can't be opened: .*name one of process"):
         processes.initialize("192.0.2.1:1234", 2, 0, timeout=5)
     port = free_port()
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"127.0.0.1:{port}")

@@ -86,9 +86,7 @@ def torch_curve(path, batches, c, warmup):
     model = reference.load(path)
     flat = {k: p.ndim == 1 for k, p in model.named_parameters()}
     groups = [
-        dict(
-            params=[p for k, p in model.named_parameters() if flat[k] is plain], weight_decay=decay
-        )
+        dict(params=[p for k, p in model.named_parameters() if flat[k] is plain], weight_decay=decay)
         for plain, decay in [(False, c.weight_decay), (True, 0.0)]
     ]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.b1, c.b2), eps=c.eps)
@@ -121,9 +119,7 @@ def test_ten_training_steps(name, tmp_path):
     for batches, micro in [(packed, 1), (packed, 4), (filled, 1)]:
         tx = optim.make(c, lr, model.abstract, everything)
         loss_fn = sftjax.losses.causal_lm(model)
-        step = jax.jit(
-            functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro)
-        )
+        step = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro))
         state, losses = sftjax.TrainState.create(params=params, tx=tx), []
         for batch in batches:
             state, metrics = step(state, batch)

@@ -22,9 +22,7 @@ KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 def theirs(path, kind):
     """transformers' model of a directory, every tensor of it used and none missing."""
-    model, info = kind.from_pretrained(
-        path, output_loading_info=True, attn_implementation="eager", dtype="auto"
-    )
+    model, info = kind.from_pretrained(path, output_loading_info=True, attn_implementation="eager", dtype="auto")
     assert not any(info[k] for k in KEYS), info
     return model.eval()
 
@@ -195,9 +193,7 @@ def test_gradients_of_a_masked_language_model(name, tmp_path):
     close_norms(ours, theirs_, 1e-4, zero=tuple(zero))
 
 
-@pytest.mark.parametrize(
-    "kind", ["BertForPreTraining", "BertForMaskedLM", "BertForTokenClassification"]
-)
+@pytest.mark.parametrize("kind", ["BertForPreTraining", "BertForMaskedLM", "BertForTokenClassification"])
 def test_other_heads_are_left_out_and_said(kind, tmp_path, caplog):
     torch.manual_seed(0)
     other = getattr(transformers, kind)(transformers.BertConfig(

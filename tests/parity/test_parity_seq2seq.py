@@ -36,9 +36,9 @@ def batch(vocab, width=24, target=12):
         there = np.arange(n) < np.array(lengths)[:, None]
         out[f"{name}segments"] = there.astype(np.int32)
         out[f"{name}positions"] = np.broadcast_to(np.arange(n), there.shape).astype(np.int32)
-        out[name.rstrip("_") + "s" if name else "tokens"] = (
-            rng.integers(3, vocab, there.shape) * there
-        ).astype(np.int32)
+        out[name.rstrip("_") + "s" if name else "tokens"] = (rng.integers(3, vocab, there.shape) * there).astype(
+            np.int32
+        )
     return out | {"weights": out["target_segments"].astype(np.float32)}
 
 
@@ -153,9 +153,7 @@ def test_files_are_bit_equal_both_ways(tmp_path, name):
 def test_bart_with_a_logits_bias_is_refused(tmp_path):
     path = write("bart", tmp_path)
     tensors = load_file(path / "model.safetensors")
-    save_file(
-        tensors | {"final_logits_bias": np.ones((1, 64), np.float32)}, path / "model.safetensors"
-    )
+    save_file(tensors | {"final_logits_bias": np.ones((1, 64), np.float32)}, path / "model.safetensors")
     with pytest.raises(ValueError, match="final_logits_bias is not 0"):
         sftjax.load_pretrained(path)
 

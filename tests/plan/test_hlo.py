@@ -163,9 +163,7 @@ PART = 2 * 8 * 32 * 4
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_bytes_of_a_collective_in_a_loop(mesh, kind, group, fn, payload, sends):
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=P(("a", "b")), out_specs=P(), check_vma=False
-    )
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(("a", "b")), out_specs=P(), check_vma=False)
     def loop(x):
         def body(x, i):
             y = fn(x * (i + 1))

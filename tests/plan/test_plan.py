@@ -258,9 +258,7 @@ def test_a_search_without_a_way_says_so(make):
 @pytest.fixture
 def file(make, tmp_path):
     make()
-    text = (
-        "from sftjax.config import get_default\n\ndef get_config(arg=''):\n    c = get_default()\n"
-    )
+    text = "from sftjax.config import get_default\n\ndef get_config(arg=''):\n    c = get_default()\n"
     text += f"    c.model.path = {str(tmp_path)!r}\n    c.data.max_length = 64\n    return c\n"
     (tmp_path / "c.py").write_text(text)
     return tmp_path / "c.py"
@@ -357,11 +355,7 @@ def run_command(text, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        pytest.param(c, marks=pytest.mark.slow if "=here" in c else ())
-        for c in COMMANDS
-        if "v5e" not in c
-    ],
+    [pytest.param(c, marks=pytest.mark.slow if "=here" in c else ()) for c in COMMANDS if "v5e" not in c],
 )
 def test_the_commands_of_the_page_run(text, tmp_path, capsys, monkeypatch):
     out = run_command(text, tmp_path, capsys, monkeypatch)

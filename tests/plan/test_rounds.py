@@ -26,9 +26,7 @@ def build(folder, model, **changes):
 
 @pytest.mark.slow
 def test_blocks_of_attention_are_counted_as_often_as_they_meet(tmp_path):
-    program = build(
-        tmp_path, BERT, task="classification", data__labels="('a', 'b')", data__max_length=512
-    )
+    program = build(tmp_path, BERT, task="classification", data__labels="('a', 'b')", data__max_length=512)
     with plan.use(program.mesh):
         text = program.step.lower(program.state, program.batch).compile().as_text()
     cost = hlo.analyze(text, plan.assumed(text, program))

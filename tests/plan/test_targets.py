@@ -65,10 +65,7 @@ def test_present_devices_are_found_by_their_kind():
         def __init__(self, kind):
             self.device_kind = kind
 
-    found = {
-        kind: targets._present(Device(kind))
-        for kind in ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")
-    }
+    found = {kind: targets._present(Device(kind)) for kind in ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")}
     expected = ("v5e", "v5p", "gpu-h100")
     assert list(found.values()) == [*(targets.CHIPS[name] for name in expected), None]
 

@@ -36,9 +36,7 @@ def bench(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_no_scores_of_a_whole_row(bench, name, tmp_path):
     run = bench.RUNS[name]
-    run = dataclasses.replace(
-        run, model=run.model | CASES[name], slice="v5e:2x2", rows=8, length=min(run.length, 1024)
-    )
+    run = dataclasses.replace(run, model=run.model | CASES[name], slice="v5e:2x2", rows=8, length=min(run.length, 1024))
     found = bench.measure(name, run, str(tmp_path))
     text = (tmp_path / f"{name}.hlo").read_text()
     assert found["fits"] and 0 < found["peak_gib"] < 1

@@ -53,9 +53,7 @@ def test_a_long_train_loss_is_faint_under_its_mean():
 
 def test_running_mean():
     values = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
-    np.testing.assert_allclose(
-        running_mean(values, 1), [3 / 2, 7 / 3, 14 / 3, 28 / 3, 12], rtol=1e-12
-    )
+    np.testing.assert_allclose(running_mean(values, 1), [3 / 2, 7 / 3, 14 / 3, 28 / 3, 12], rtol=1e-12)
     np.testing.assert_allclose(running_mean(values, 9), [31 / 5] * 5, rtol=1e-12)
 
 

@@ -31,9 +31,7 @@ def workdir(tmp_path):
     said = dict(state="stopped", error="by SIGTERM after step 12 of 20", step=12, steps=20)
     (tmp_path / "run.json").write_text(json.dumps(said | dict(best="a/loss", lower=True)))
     lines = [dict(step=n, **LINE, **{"loss/x": 1.0}) for n in range(1, 13)]
-    lines += [
-        {"step": n, "a/loss": loss, "a/accuracy": 0.5} for n, loss in ((4, 3), (8, 1), (12, 2))
-    ]
+    lines += [{"step": n, "a/loss": loss, "a/accuracy": 0.5} for n, loss in ((4, 3), (8, 1), (12, 2))]
     lines.sort(key=lambda line: line["step"])
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in (8, 12):

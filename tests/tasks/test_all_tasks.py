@@ -212,9 +212,7 @@ CASES = {
         "'c'",
     ),
     "masked_lm": (
-        functools.partial(
-            of_reviews, task="masked_lm", change=lambda row, i: {"text": row["text"]}
-        ),
+        functools.partial(of_reviews, task="masked_lm", change=lambda row, i: {"text": row["text"]}),
         {"text": " "},
         "text",
     ),
@@ -366,9 +364,7 @@ def test_a_stopped_run_with_a_damaged_checkpoint_resumes_bit_equal(case, ran, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, lr", [("adamw", 1e30), pytest.param("sgd", 1e25, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("name, lr", [("adamw", 1e30), pytest.param("sgd", 1e25, marks=pytest.mark.long)])
 def test_a_run_that_diverges_is_an_error_and_exports_nothing(case, tmp_path, name, lr):
     config = case[1].copy_and_resolve_references()
     config.optim.name, config.optim.lr = name, lr

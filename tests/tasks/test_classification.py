@@ -133,9 +133,7 @@ def test_a_store_counts_labels_and_warns_of_what_is_rare(tmp_path, caplog):
     store = build_store(source, task(), 16, "truncate_end", tmp_path / "cache")
     assert store.report["labels"] == {"negative": 1, "positive": 19}
     assert "95.0% of the examples have the label positive" in caplog.text
-    again = build_store(
-        source, task(("negative", "positive", "mixed")), 16, "drop", tmp_path / "cache"
-    )
+    again = build_store(source, task(("negative", "positive", "mixed")), 16, "drop", tmp_path / "cache")
     assert "no example has the label mixed" in caplog.text and len(again) == 20
 
 

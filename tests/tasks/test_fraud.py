@@ -58,9 +58,7 @@ def test_the_model_is_a_plain_forward_pass_in_float64(made):
     params = params_lib.init(model.abstract, jax.random.key(1))
     state = params_lib.init(model.state, jax.random.key(2))
     np.testing.assert_allclose(state["mean"], task.mean, rtol=1e-6)
-    stacked = [
-        np.stack(x) for x in zip(*(e.arrays for e in task.examples(rows, rows)), strict=True)
-    ]
+    stacked = [np.stack(x) for x in zip(*(e.arrays for e in task.examples(rows, rows)), strict=True)]
     given = model.apply(params, state, *stacked[:2])
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     x = [(numbers(rows) - task.mean) / task.std]
@@ -229,9 +227,7 @@ def test_the_table_of_results_is_written_between_its_marks(made, tmp_path, monke
     found = compare.main(made, tmp_path, readme)
     text = readme.read_text()
     assert text == "\n".join(["before", compare.BEGIN, *found, compare.END, "after", ""])
-    assert (
-        "| **MLP, mean of 2 seeds** | 0.850 ± 0.071 |" in text and "| MLP, seed 1 | 0.900" in text
-    )
+    assert "| **MLP, mean of 2 seeds** | 0.850 ± 0.071 |" in text and "| MLP, seed 1 | 0.900" in text
     test = compare.arrays(made / "test.jsonl")
     assert f"all alike | 0.500 | {test[2].mean():.3f}" in text
     # Logistic regression beside a plain one's scores, from features made by hand.

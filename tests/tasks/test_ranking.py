@@ -72,10 +72,7 @@ def test_losses_beside_plain_ones_in_float64(kind):
     assert float(loss.metrics["trained_tokens"][0]) == sum(len(y) for y, _ in queries)
     # The derivative by a factor of all scores, beside a difference in float64.
     slope = jax.grad(lambda p: loss_fn(p, batch, None).sum)(1.0)
-    up, down = (
-        sum(v for y, s in queries if (v := plain(kind, s * p, y)) is not None)
-        for p in (1 + 1e-6, 1 - 1e-6)
-    )
+    up, down = (sum(v for y, s in queries if (v := plain(kind, s * p, y)) is not None) for p in (1 + 1e-6, 1 - 1e-6))
     np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-4)
 
 
@@ -204,19 +201,13 @@ def test_each_candidate_is_a_segment_with_positions_and_types_of_its_own(made):
     task = task_lib.Pairwise(tokenizer)
     records = ranked(2)
     examples = task.examples(records, ["f:1", "f:2"])
-    lengths = [
-        [len(tokenizer(r["query"], c)["input_ids"]) for c in r["candidates"]] for r in records
-    ]
+    lengths = [[len(tokenizer(r["query"], c)["input_ids"]) for c in r["candidates"]] for r in records]
     [row] = [{k: v[0] for k, v in packed(task, examples, [[0, 1]], 160).items()}]
     k, n = len(lengths[0]), sum(lengths[0])
     sizes = [*lengths[0], *lengths[1]]
     total = sum(sizes)
-    np.testing.assert_array_equal(
-        row["segments"][:total], np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    )
-    np.testing.assert_array_equal(
-        row["positions"][:total], np.concatenate([np.arange(s) for s in sizes])
-    )
+    np.testing.assert_array_equal(row["segments"][:total], np.repeat(np.arange(1, len(sizes) + 1), sizes))
+    np.testing.assert_array_equal(row["positions"][:total], np.concatenate([np.arange(s) for s in sizes]))
     np.testing.assert_array_equal(row["groups"][:total], np.repeat([1, 2], [n, total - n]))
     assert not row["segments"][total:].any() and not row["groups"][total:].any()
     assert row["weights"].sum() == len(sizes)
@@ -379,12 +370,8 @@ def test_prepared_data(fixtures, tmp_path, monkeypatch):
         q["question"]: q["answers"][0]["text"]
         for a in data for p in a["paragraphs"] for q in p["qas"]
     }  # fmt: skip
-    right = [
-        answers[r["query"]] in r["candidates"][r["relevance"].index(1)] for r in [*train, *test]
-    ]
+    right = [answers[r["query"]] in r["candidates"][r["relevance"].index(1)] for r in [*train, *test]]
     assert np.mean(right) > 0.97  # the others' answers go over a passage's end
     assert [r["candidates"] for r in shuffled] == [r["candidates"] for r in train]
-    share = np.mean(
-        [a["relevance"] == b["relevance"] for a, b in zip(train, shuffled, strict=True)]
-    )
+    share = np.mean([a["relevance"] == b["relevance"] for a, b in zip(train, shuffled, strict=True)])
     assert 0.08 < share < 0.18  # one in eight by chance

@@ -28,9 +28,7 @@ def test_a_state_that_no_machine_holds_is_refused_before_it_is_made(tmp_path):
     tx = optim.make(config.optim, lambda step: 1e-3, model.abstract, trainable)
     mesh = parallel.make_mesh(dict(data=1, fsdp=-1, context=1, tensor=1, expert=1))
     target = build.abstract_state(config.model, model, trainable, tx, mesh)
-    with pytest.raises(
-        OutOfMemory, match=r"GiB of each device.*largest array is \[2147483648, 1024"
-    ):
+    with pytest.raises(OutOfMemory, match=r"GiB of each device.*largest array is \[2147483648, 1024"):
         build.first_state(config.model, model, trainable, tx, target, mesh)
     assert time.process_time() - began < 60  # it would be hours, and the machine's memory
 

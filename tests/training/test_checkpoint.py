@@ -56,9 +56,7 @@ def make_state(step=3, devices=None, shape=(1,), rng="typed"):
 
 def abstract_like(state):
     """The restore target of a concrete state: shapes, dtypes and shardings, no values."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def raw(x):
@@ -150,13 +148,9 @@ def run_python(code, **env):
 # ---- which are kept ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mode, losses, kept", [("min", [5, 1, 4, 3, 2], [1, 3, 4]), ("max", [1, 2, 3, 9, 4], [3, 4])]
-)
+@pytest.mark.parametrize("mode, losses, kept", [("min", [5, 1, 4, 3, 2], [1, 3, 4]), ("max", [1, 2, 3, 9, 4], [3, 4])])
 def test_keeps_the_newest_and_the_best(tmp_path, mode, losses, kept):
-    with closing(
-        Checkpointer(tmp_path, keep=2, best_metric="val/loss", lower=mode == "min")
-    ) as ckpt:
+    with closing(Checkpointer(tmp_path, keep=2, best_metric="val/loss", lower=mode == "min")) as ckpt:
         for step, loss in enumerate(losses):
             ckpt.save(step, {"x": jnp.float32(step)}, {}, {"val/loss": loss, "other": 0})
     assert ckpt.all_steps() == kept

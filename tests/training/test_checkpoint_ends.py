@@ -59,9 +59,7 @@ def test_a_full_disk_is_reported_and_the_good_checkpoint_stays(tmp_path, end):
     with closing(Checkpointer(tmp_path)) as ckpt:
         assert ckpt.all_steps() == [1]
         got, _ = ckpt.restore({"x": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)})
-    assert np.array_equal(
-        got["x"], np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
-    )
+    assert np.array_equal(got["x"], np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32))
 
 
 SAVE_FOREVER = """
@@ -138,9 +136,7 @@ print("threads:", [t.name for t in threading.enumerate() if not t.daemon and "sa
         ("shutil.rmtree({path!r})", "", "the directory is gone: it was deleted"),
     ],
 )
-def test_failed_saves_are_tried_again_and_the_third_in_a_row_ends_the_run(
-    tmp_path, fault, part, reason
-):
+def test_failed_saves_are_tried_again_and_the_third_in_a_row_ends_the_run(tmp_path, fault, part, reason):
     path = str(tmp_path / "c")
     options = dict(path=path, part=part, fault=fault.format(path=path))
     code = FAULTS.format(**options, mended=False)

@@ -57,9 +57,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_next_is_not(bad, micro_
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
     own = {"mean": jnp.float32(0)} if stateful else None
     state = TrainState.create(params={"w": jnp.ones(3)}, tx=tx, model_state=own)
-    step = jax.jit(
-        functools.partial(sftjax.train_step, loss_fn=quadratic, tx=tx, micro_batches=micro_batches)
-    )
+    step = jax.jit(functools.partial(sftjax.train_step, loss_fn=quadratic, tx=tx, micro_batches=micro_batches))
     good = {"x": jnp.ones((2, 3))}
     state, found = step(state, good)
     assert found["skipped"] == 0 and found["loss"] == 1
@@ -270,9 +268,7 @@ def test_the_first_operation_on_a_mesh_is_named_in_a_layer_of_a_model():
         weight["w"] = weight["w"].at[1, 1, 1, 1].set(jnp.inf)
         state = TrainState.create(params=params, tx=tx)
         batch = parallel.put_batch(mesh, tiny.batch(), 8)
-        state, metrics = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx))(
-            state, batch
-        )
+        state, metrics = jax.jit(functools.partial(sftjax.train_step, loss_fn=loss_fn, tx=tx))(state, batch)
         with pytest.raises(DivergenceError) as raised:
             nan.check(1, metrics, state, batch, loss_fn, tx)
     found = str(raised.value)
@@ -389,7 +385,5 @@ def test_a_run_rolls_back_past_the_batch(config, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_debug_nan_names_the_operation(config, tmp_path, monkeypatch):
     poison(monkeypatch)
-    with pytest.raises(
-        DivergenceError, match=r"log makes a NaN at .*test_health.py:\d+ \(\S*poisoned\)"
-    ):
+    with pytest.raises(DivergenceError, match=r"log makes a NaN at .*test_health.py:\d+ \(\S*poisoned\)"):
         train(config, tmp_path / "run", debug_nan=True)

@@ -68,15 +68,11 @@ def test_which_of_several_files_differs(tmp_path):
     write(b, ROWS[:7])
     old = facts(tmp_path, f"{a},{b}")
     write(b, edited(ROWS[:7], 4))
-    assert compare(old, facts(tmp_path, f"{a},{b}")) == (
-        "b.jsonl: 1 row edited, the first difference at row 5"
-    )
+    assert compare(old, facts(tmp_path, f"{a},{b}")) == ("b.jsonl: 1 row edited, the first difference at row 5")
     write(b, ROWS[:7])
     assert compare(old, facts(tmp_path, f"{b},{a}")) == "the same files in another order"
     write(c, ROWS[:2])
-    assert compare(old, facts(tmp_path, f"{a},{c}")) == (
-        "c.jsonl is new; b.jsonl is not there any more"
-    )
+    assert compare(old, facts(tmp_path, f"{a},{c}")) == ("c.jsonl is new; b.jsonl is not there any more")
 
 
 def test_rows_that_are_a_part_of_their_files(tmp_path):
@@ -128,9 +124,7 @@ def test_the_refusal_names_sources_and_what_else_differs(tmp_path):
         "Use another workdir, or put back what differs to resume that run.",
     ]
     with pytest.raises(CheckpointError, match=r"tokenised data: 'a' there, 'b' now\n.*this ver"):
-        check_manifest(
-            tmp_path, manifest({"tokenised data": "b", "model": "1"}, data={"train": source()})
-        )
+        check_manifest(tmp_path, manifest({"tokenised data": "b", "model": "1"}, data={"train": source()}))
 
 
 def test_evaluation_sets_may_differ_and_it_is_said(tmp_path, caplog):

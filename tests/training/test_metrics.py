@@ -193,9 +193,7 @@ def events_of(file):
         at += 16 + n
 
 
-@pytest.mark.parametrize(
-    "junk", [b"\xff\xfe\x00junk\n", b"[]\n", b"5\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\n"]
-)
+@pytest.mark.parametrize("junk", [b"\xff\xfe\x00junk\n", b"[]\n", b"5\n", b'{"loss": 1}\n', b'{"step": "x"}\n', b"\n"])
 def test_junk_in_metrics_jsonl_is_left_out_and_said(tmp_path, caplog, junk):
     with closing(Writer(tmp_path, 10, tensorboard=False)) as writer:
         writer.write(1, {"loss": 1})

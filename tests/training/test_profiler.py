@@ -36,9 +36,7 @@ def traces(where):
     return [f.read_bytes() for f in where.glob("profile/**/*.xplane.pb")]
 
 
-@pytest.mark.parametrize(
-    ("steps", "traced"), [("3-4", {3, 4}), ("3", {3}), ("", set()), ("5-9", {5, 6})]
-)
+@pytest.mark.parametrize(("steps", "traced"), [("3-4", {3, 4}), ("3", {3}), ("", set()), ("5-9", {5, 6})])
 def test_only_the_steps_named_are_traced(tmp_path, steps, traced):
     run(profiler(tmp_path, steps), range(1, 7))  # the run may end before
     found = traces(tmp_path)

@@ -51,9 +51,7 @@ def test_a_key_that_changes_what_is_learned_is_named(begun, key, value, text):
     begun()  # and what was there is not changed
 
 
-@pytest.mark.parametrize(
-    "key, value", [("train.keep", 5), ("train.checkpoint_every", "5"), ("train.log_every", "1")]
-)
+@pytest.mark.parametrize("key, value", [("train.keep", 5), ("train.checkpoint_every", "5"), ("train.log_every", "1")])
 def test_a_key_that_changes_nothing_is_free(begun, caplog, key, value):
     begun(**{key.replace(".", "__"): value})
     assert not caplog.text
@@ -80,10 +78,7 @@ def test_evaluation_may_differ_and_it_is_said(begun, caplog, key, value):
 
 def test_the_duration_may_grow_and_schedules_that_depend_on_it_are_said(begun, caplog):
     begun(train__duration="11 steps")
-    assert (
-        "the duration is another from now on: train.duration: '10 steps' there, '11 steps' now"
-        in caplog.text
-    )
+    assert "the duration is another from now on: train.duration: '10 steps' there, '11 steps' now" in caplog.text
     assert "by optim.schedule=cosine and optim.warmup=3%" in caplog.text
     caplog.clear()
     begun(train__duration="2 epochs")  # in another unit: compared when the steps are known
@@ -114,9 +109,7 @@ TORN = [b"", b"{", b'{"seed": 0, "mod', b"\xff\xfe\x00", b"[]", b"5", b"null", b
 def test_a_torn_config_is_an_error_with_a_fix(begun, content):
     file = begun.workdir / "config.json"
     file.write_bytes(content)
-    with pytest.raises(
-        ConfigError, match=r"config.json .*Put back an intact copy.*delete the file"
-    ):
+    with pytest.raises(ConfigError, match=r"config.json .*Put back an intact copy.*delete the file"):
         begun()
     file.unlink()
     begun()

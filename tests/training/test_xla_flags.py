@@ -113,9 +113,7 @@ def test_what_is_read_from_the_environment_alone_is_set_there(monkeypatch):
     assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=/tmp/x --{xla_flags.RACES}=true"
 
 
-@pytest.mark.parametrize(
-    ("devices", "own", "threads"), [(1, None, None), (4, None, "64"), (4, "3", "3")]
-)
+@pytest.mark.parametrize(("devices", "own", "threads"), [(1, None, None), (4, None, "64"), (4, "3", "3")])
 def test_cpu_devices_have_threads_enough_for_their_collectives(monkeypatch, devices, own, threads):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
     monkeypatch.setenv(xla_flags.THREADS, own or "")

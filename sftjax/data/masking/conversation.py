@@ -41,9 +41,9 @@ MESSAGE_FIELDS = ("role", "content")  # of a message
 class Reading(NamedTuple):
     """A record as it was read."""
 
-    # dict(messages=[{role, content, ...}], tools=list or None, options=dict for the template,
-    # kind="chat" | "pair" | "segments" | "text"). A pair is one prompt and completion in text; it
-    # may be rendered as a chat or run together. Text and segments are messages of role "text".
+    # dict(messages=[{role, content, ...}], tools=list or None, options=dict for the template, kind="chat" | "pair" |
+    # "segments" | "text"). A pair is one prompt and completion in text; it may be rendered as a chat or run together.
+    # Text and segments are messages of role "text".
     chat: dict[str, Any]
     read: set[str]  # the fields asked for
     left_out: list[str]  # what was not read, in words
@@ -282,8 +282,7 @@ def _check_order(messages):
         before = role
     if before != "assistant":
         raise DataError(
-            f"roles out of order: the last message is {before!r}, expected 'assistant': "
-            "there is no answer to train on",
+            f"roles out of order: the last message is {before!r}, expected 'assistant': there is no answer to train on",
             "drop the last message or the row",
             kind="role_order",
         )
@@ -292,9 +291,7 @@ def _check_order(messages):
 # --- the fields of a record ---
 
 
-def read_field(
-    record: dict[str, Any], name: str, where: str = "", key: str = "data.fields.*"
-) -> Any:
+def read_field(record: dict[str, Any], name: str, where: str = "", key: str = "data.fields.*") -> Any:
     """`record[name]`; inside for a dotted name; a text with names in braces is filled in.
 
     where: file and row; key: of the config, that says this name. Both are for errors.

@@ -59,8 +59,8 @@ def _in_text(call):
 def learn(render: Render, special: Pattern[str]) -> Dialect:
     """The dialect of a template.
 
-    render: (messages, with the generation prompt?, tools) -> text, "" where the template fails.
-    special: a pattern of the tokenizer's special tokens.
+    render: (messages, with the generation prompt?, tools) -> text, "" where the template fails. special: a pattern of
+    the tokenizer's special tokens.
     """
 
     def rendered(dialect, messages, prompt=False, tools=None):

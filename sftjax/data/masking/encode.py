@@ -1,9 +1,8 @@
 """From a record to tokens, each with the weight at which it is trained.
 
-A record becomes one conversation (`conversation.py`), is rendered ONCE with the tokenizer's own
-chat template and tokenised ONCE. Which characters are trained is found by `ChatTemplate.regions`;
-tokens are matched to them by character offsets. No mask comes from subtracting a rendered prefix,
-and no token is judged by its id.
+A record becomes one conversation (`conversation.py`), is rendered ONCE with the tokenizer's own chat template and
+tokenised ONCE. Which characters are trained is found by `ChatTemplate.regions`; tokens are matched to them by character
+offsets. No mask comes from subtracting a rendered prefix, and no token is judged by its id.
 """
 
 from bisect import bisect_left, bisect_right
@@ -61,9 +60,7 @@ class Policy(NamedTuple):
     reasoning: dict[str, str]
 
 
-def encode(
-    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
-) -> Encoded:
+def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any) -> Encoded:
     """Tokenise one record and say which of its tokens are trained.
 
     Args:
@@ -71,20 +68,20 @@ def encode(
       tokenizer: a fast Hugging Face tokenizer.
       where: file and row, for errors.
       **policy:
-        train_on: "assistant" (default) | "last" (the last assistant turn) | "all" (every turn but
-          the system's) | roles, comma-separated or a list. A message's own `train: bool` or
-          `weight: float` counts before it. Segments say themselves what is trained.
-        stop_token: train the special token that ends a turn: "turn" (default, after each trained
-          turn) | "all" (after every turn) | "last" (after the last turn only) | "none".
-        reasoning: of the answers in history (before the last user's message), of the last turn's,
-          and of an empty think block: dict(history="train", last="train", empty="keep"); each is
-          "train" | "keep" (in the text, not trained) | "drop" (taken out before rendering).
-        template: a chat template, or a file that holds one, in place of the tokenizer's.
-        template_kwargs, fields, roles, system: as in `to_conversation`.
+        train_on: "assistant" (default) | "last" (the last assistant turn) | "all" (every turn but the system's) |
+          roles, comma-separated or a list. A message's own `train: bool` or `weight: float` counts before it. Segments
+          say themselves what is trained.
+        stop_token: train the special token that ends a turn: "turn" (default, after each trained turn) | "all" (after
+          every turn) | "last" (after the last turn only) | "none".
+        reasoning: of the answers in history (before the last user's message), of the last turn's, and of an empty think
+          block: dict(history="train", last="train", empty="keep"); each is "train" | "keep" (in the text, not trained)
+          | "drop" (taken out before rendering).
+        template: a chat template, or a file that holds one, in place of the tokenizer's. template_kwargs, fields,
+        roles, system: as in `to_conversation`.
 
     A text prompt and completion are rendered as a user's and an assistant's turn; where there is
-    no template they are run together as they stand, and the end-of-text token follows. Of plain
-    text everything is trained. Segments are run together and nothing is added. Raises: DataError.
+    no template they are run together as they stand, and the end-of-text token follows. Of plain text everything is
+    trained. Segments are run together and nothing is added. Raises: DataError.
     """
     return encode_batch([record], [where], tokenizer, **policy)[0]
 
@@ -104,9 +101,7 @@ def encode_batch(
     if stop_token not in STOP_TOKEN:
         problem = f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}"
         raise DataError(problem, kind="setting")
-    policy = Policy(
-        _trained_roles(train_on), train_on == "last", stop_token, reasoning_of(reasoning)
-    )
+    policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, reasoning_of(reasoning))
     groups: dict[ChatTemplate, dict[int, dict]] = {}  # a tokenizer may have a template for tools
     for i, (record, where) in enumerate(zip(records, wheres, strict=True)):
         chosen, chat = conversation_of(record, where, tokenizer, template, policy.reasoning, forms)
@@ -120,8 +115,8 @@ def encode_batch(
 
 def _encode_chats(template, chats, policy):
     parts = [chats[at : at + PART] for at in range(0, len(chats), PART)]
-    # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of
-    # the tokenizer; one at a time, as a tokenizer may fail if two callers set it up at once.
+    # Beside us the next parts are rendered, in a process of its own, and tokenised, by threads of the tokenizer; one at
+    # a time, as a tokenizer may fail if two callers set it up at once.
     with ThreadPoolExecutor(1) as pool:
         tokenised = pool.map(lambda part: _tokenise(template, part), parts)
         examples = []
@@ -137,11 +132,7 @@ def _tokenise(template, chats):
     texts = template.render(chats) if template.source else [raw_text(chat) for chat in chats]
     _check_unicode(texts, chats)
     output = template.tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
     return texts, output.encodings
 
@@ -152,8 +143,7 @@ def _check_unicode(texts, chats):
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"half of a surrogate pair, {text[error.start]!r}, is no character, and no "
-                "tokenizer reads it",
+                f"half of a surrogate pair, {text[error.start]!r}, is no character, and no tokenizer reads it",
                 "repair the text, which was cut there, or drop the row",
                 where=chat["where"],
                 kind="surrogate",
@@ -253,10 +243,7 @@ def _wanted(messages, weights, policy):
     That is asked of the last message only: of those before, templates leave it out on purpose.
     """
     last, train = len(messages) - 1, policy.reasoning["last"] == "train"
-    says = [
-        m["content"].strip() or len(m.keys() & {"tool_calls", "reasoning_content"})
-        for m in messages
-    ]
+    says = [m["content"].strip() or len(m.keys() & {"tool_calls", "reasoning_content"}) for m in messages]
     return {i: train and i == last for i, weight in enumerate(weights) if weight and says[i]}
 
 
@@ -346,9 +333,7 @@ def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int
     return full[:start], full[start + len(plain) :] if eos is None else [eos]
 
 
-def token_weights(
-    n: int, chars: Callable[[int], Any], spans: Iterable[tuple[int, int, float]]
-) -> np.ndarray:
+def token_weights(n: int, chars: Callable[[int], Any], spans: Iterable[tuple[int, int, float]]) -> np.ndarray:
     """The weight of each token, float32 [n]: of the span that its characters overlap, else 0.
 
     chars: gives the (start, stop) characters of a token, ascending; few are asked for.

@@ -17,11 +17,7 @@ PARTS = {
 
 
 def of_conversation(
-    chat: Mapping[str, Any],
-    text: str,
-    absent: Collection[tuple[int, str]] | None,
-    literals: str,
-    source: str,
+    chat: Mapping[str, Any], text: str, absent: Collection[tuple[int, str]] | None, literals: str, source: str
 ) -> list[str]:
     """What of a conversation is not in its rendering `text`, each kind of thing once.
 

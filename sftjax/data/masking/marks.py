@@ -1,7 +1,7 @@
 """Sentinels: render a conversation with a mark for each of its texts, and put the texts back.
 
-The rendering with marks is the skeleton: what the template itself writes. It is right if the texts
-put back into it give the plain rendering, character by character; then every text's place is known.
+The rendering with marks is the skeleton: what the template itself writes. It is right if the texts put back into it
+give the plain rendering, character by character; then every text's place is known.
 """
 
 import json
@@ -44,8 +44,7 @@ def put_marks(
         return f"{salt}{len(marks) - 1}z"
 
     marked = [
-        _put_marks(message, i, mark) if only is None or i in only else message
-        for i, message in enumerate(messages)
+        _put_marks(message, i, mark) if only is None or i in only else message for i, message in enumerate(messages)
     ]
     return marked, marks
 
@@ -74,8 +73,8 @@ def _mark_content(message, i, mark):
     return "".join(pieces)
 
 
-# No regex with blanks on both sides of a tag: it would try every run of blanks from each of its
-# places, in time that grows with the square of a text that a data set may hold.
+# No regex with blanks on both sides of a tag: it would try every run of blanks from each of its places, in time that
+# grows with the square of a text that a data set may hold.
 
 
 def after_thinking(content: str) -> str | None:

@@ -1,9 +1,9 @@
 """One message of any data set to the form that chat templates read, checked.
 
-The form: {"role", "content": text}, and where there are any "reasoning_content": text and
-"tool_calls": [{"type": "function", "function": {"name", "arguments": dict}}]. The keys `train`
-and `weight` are for us; all others are kept, for templates that know them, and those that a
-template does not know are counted (`ChatTemplate.left_out`).
+The form: {"role", "content": text}, and where there are any "reasoning_content": text and "tool_calls": [{"type":
+"function", "function": {"name", "arguments": dict}}]. The keys `train`
+and `weight` are for us; all others are kept, for templates that know them, and those that a template does not know are
+counted (`ChatTemplate.left_out`).
 """
 
 import json
@@ -43,9 +43,7 @@ def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {name: name for name in ROLES} | dict(more or {})
 
 
-def read_messages(
-    raw: Any, fields: Mapping[str, str], roles: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def read_messages(raw: Any, fields: Mapping[str, str], roles: Mapping[str, str]) -> list[dict[str, Any]]:
     """The messages of a list, of its JSON text, or of a tree of replies.
 
     fields: may name the keys "role" and "content" of a message; roles: as from `known_roles`.
@@ -71,9 +69,7 @@ def read_messages(
 
 def _same_turn(before, message):
     own = ("content", "reasoning_content", "tool_calls")  # all else has to be alike
-    rest = (
-        {k: v for k, v in m.items() if k.partition(".")[0] not in own} for m in (before, message)
-    )
+    rest = ({k: v for k, v in m.items() if k.partition(".")[0] not in own} for m in (before, message))
     return next(rest) == next(rest)
 
 

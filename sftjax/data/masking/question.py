@@ -36,10 +36,10 @@ def prompt_and_answer(
 ) -> tuple[np.ndarray, str]:
     """The prompt for which a model generates, and the reference answer.
 
-    The prompt is the conversation up to the last assistant turn with the template's generation
-    prompt; and what the template itself writes between that and the answer, such as an empty
-    think block. Of a pair without a template it is the prompt as it stands. It is cut from the
-    tokens of the whole, so the model sees before the answer what it saw in training.
+    The prompt is the conversation up to the last assistant turn with the template's generation prompt; and what the
+    template itself writes between that and the answer, such as an empty
+    think block. Of a pair without a template it is the prompt as it stands. It is cut from the tokens of the whole, so
+    the model sees before the answer what it saw in training.
 
     Returns: prompt tokens int32 [n], answer text. Raises: DataError.
     """
@@ -56,8 +56,8 @@ def question(
 ) -> tuple[Question, list[str]]:
     """As `prompt_and_answer`; and in words what the record holds and the whole does not.
 
-    shots: records that stand before it with their answers, as turns of the same conversation; of
-    pairs without a template as texts, with SEPARATOR after each.
+    shots: records that stand before it with their answers, as turns of the same conversation; of pairs without a
+    template as texts, with SEPARATOR after each.
     """
     policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
     own, reasoning = policy.pop("template", None), reasoning_of(policy.pop("reasoning", None))
@@ -96,18 +96,14 @@ def _after_shots(messages, shots, template):
     return [*lead, *turns, *messages[len(lead) :]]
 
 
-def split_at(
-    tokenizer: "PreTrainedTokenizerBase", text: str, stop: int
-) -> tuple[list[int], list[int]]:
+def split_at(tokenizer: "PreTrainedTokenizerBase", text: str, stop: int) -> tuple[list[int], list[int]]:
     """The tokens of `text` before character `stop`, and the others; one across it is of these."""
     output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     at = bisect_right(output["offset_mapping"], stop, key=itemgetter(1))
     return output["input_ids"][:at], output["input_ids"][at:]
 
 
-def continuations(
-    tokenizer: "PreTrainedTokenizerBase", asked: Question
-) -> list[tuple[list[int], list[int]]]:
+def continuations(tokenizer: "PreTrainedTokenizerBase", asked: Question) -> list[tuple[list[int], list[int]]]:
     """(the prompt's tokens, the choice's and its end's) of each choice.
 
     They are cut from the tokens of both together. Without its end "1" would be likelier than "10".

@@ -1,7 +1,7 @@
 """Render chat templates in a process of their own: they come with a model, from anybody.
 
-transformers' sandbox keeps a template from objects and attributes that are not its business. It
-does not keep it from running for ever, nor from filling the memory, and no thread or signal ends
+transformers' sandbox keeps a template from objects and attributes that are not its business. It does not keep it from
+running for ever, nor from filling the memory, and no thread or signal ends
 a single long operation of the interpreter. A process with limits can be ended by the kernel.
 """
 
@@ -26,14 +26,12 @@ _lock = Lock()
 _workers: dict[int, subprocess.Popen] = {}  # by process id: a fork needs one of its own
 
 
-def render(
-    template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def render(template: str, variables: dict[str, Any], chats: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each chat as {"text"} (and "blocks"), or as {"error"} where the template failed.
 
     variables: what the template sees beside messages, tools and options (special tokens).
-    chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation
-      tags; where: file and row, for errors.
+    chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation tags; where: file and
+      row, for errors.
 
     Raises: DataError if the template had to be stopped.
     """

@@ -1,7 +1,7 @@
 """The process in which chat templates are rendered, under limits that the kernel keeps.
 
-Started by `sandbox.py`, which writes a request a line and reads a result a line. We import
-transformers' renderer and nothing of sftjax: a start must be quick.
+Started by `sandbox.py`, which writes a request a line and reads a result a line. We import transformers' renderer and
+nothing of sftjax: a start must be quick.
 """
 
 import contextlib
@@ -36,9 +36,7 @@ def main(seconds: int, memory: int, characters: int) -> None:
             sys.stdout.buffer.flush()  # should we end, the next chat is to blame
 
 
-def render(
-    template: str, variables: dict[str, Any], chat: dict[str, Any], characters: int
-) -> dict[str, Any]:
+def render(template: str, variables: dict[str, Any], chat: dict[str, Any], characters: int) -> dict[str, Any]:
     """{"text", and "blocks" where they are asked for}, or {"error"}."""
     try:
         texts, blocks = render_jinja_template(  # type: ignore[str-unpack] # its type says str

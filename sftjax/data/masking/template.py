@@ -1,8 +1,8 @@
 """A chat template: what it renders, and where in the rendering each message's own words stand.
 
-No mask comes from subtracting a rendered prefix: templates rewrite history, and a prefix of the
-text is not a prefix of its tokens. Regions are found in the one rendering that is trained, by
-strategies that verify themselves; where none can, the row is refused.
+No mask comes from subtracting a rendered prefix: templates rewrite history, and a prefix of the text is not a prefix of
+its tokens. Regions are found in the one rendering that is trained, by strategies that verify themselves; where none
+can, the row is refused.
 """
 
 import json
@@ -71,13 +71,12 @@ def load_template(
 ) -> "ChatTemplate":
     """The template in use for this tokenizer; one object, so that its skeletons are shared.
 
-    chat: the conversation to be rendered, as of `to_conversation`: where the tokenizer has several
-      templates, its tools choose one, and a text needs none.
+    chat: the conversation to be rendered, as of `to_conversation`: where the tokenizer has several templates, its tools
+      choose one, and a text needs none.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{type(tokenizer).__name__} gives no character offsets: a tokenizer.json is needed",
-            kind="setting",
+            f"{type(tokenizer).__name__} gives no character offsets: a tokenizer.json is needed", kind="setting"
         )
     if chat and chat["kind"] in ("text", "segments"):
         return _load(tokenizer, "", len(tokenizer))
@@ -95,9 +94,7 @@ def load_template(
     return _load(tokenizer, texts[name], len(tokenizer))
 
 
-def load_templates(
-    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
-) -> list["ChatTemplate"]:
+def load_templates(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list["ChatTemplate"]:
     """All templates that rows may be rendered with, see `template_texts`."""
     texts = template_texts(tokenizer, template).values()
     return [_load(tokenizer, text, len(tokenizer)) for text in texts]
@@ -114,13 +111,11 @@ def named_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     return given if isinstance(given, dict) else {}
 
 
-def template_texts(
-    tokenizer: "PreTrainedTokenizerBase", template: str | None = None
-) -> dict[str, str]:
+def template_texts(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> dict[str, str]:
     """The templates that rows may be rendered with: "default", and "tool_use" for rows with tools.
 
-    The default is `template` (its text, a file's name, the name of one of the tokenizer's). Without
-    it they are the tokenizer's own, as transformers chooses; "" where it has none.
+    The default is `template` (its text, a file's name, the name of one of the tokenizer's). Without it they are the
+    tokenizer's own, as transformers chooses; "" where it has none.
     """
     named = named_templates(tokenizer)
     if template in named:
@@ -198,10 +193,7 @@ class ChatTemplate:
 
     def _request(self, messages, chat, **more: Any):
         """What the sandbox gets: of the messages only what this template can read."""
-        plain = (
-            {k: v for k, v in m.items() if k in KEYS or (k in self.source and k not in OURS)}
-            for m in messages
-        )
+        plain = ({k: v for k, v in m.items() if k in KEYS or (k in self.source and k not in OURS)} for m in messages)
         return _request([self.dialect.message(m) for m in plain], chat, **more)
 
     def _results(self, requests):

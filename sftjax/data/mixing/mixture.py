@@ -1,10 +1,9 @@
 """Rows of several sources, by index.
 
-A mixture comes in cycles. In a cycle each source gives the next documents of its own endless
-stream: a shuffle of all it has, then another one, and so on. The cycle's documents are packed
-together as `Rows` packs those of an epoch. Of the last cycle of a phase, or of the run, there is as
-much as fits; what would be over stays at the head of its stream. So where each stream stands is a
-function of the row index, like everything else here.
+A mixture comes in cycles. In a cycle each source gives the next documents of its own endless stream: a shuffle of all
+it has, then another one, and so on. The cycle's documents are packed together as `Rows` packs those of an epoch. Of the
+last cycle of a phase, or of the run, there is as much as fits; what would be over stays at the head of its stream. So
+where each stream stands is a function of the row index, like everything else here.
 """
 
 import hashlib
@@ -74,8 +73,8 @@ KEPT = 1 << 20  # documents in the cycles kept; of the newest two, all
 class Mixture(Rows):
     """`Rows` of several sources. Batches have `sources` too, int32, shaped like their weights.
 
-    per_epoch is the number of rows of the first phase's cycle. Cycles are planned in order, from
-    the first: two seconds for a million documents, at a resumption too.
+    per_epoch is the number of rows of the first phase's cycle. Cycles are planned in order, from the first: two seconds
+    for a million documents, at a resumption too.
     """
 
     store: Joined

@@ -38,9 +38,7 @@ def sources(config: ConfigDict) -> list[Share]:
     found = found or [Share("train", config)]
     mixing = d.phases or d.temperature != 1 or found[0].count or found[0].replay
     if len(found) == 1 and mixing:
-        raise ConfigError(
-            "phases, temperature, count and replay mix several data.sources, but there is one"
-        )
+        raise ConfigError("phases, temperature, count and replay mix several data.sources, but there is one")
     names = [s.name for s in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"data.sources: two are called {twice[0]!r}; set their 'name'")
@@ -110,10 +108,9 @@ class Phase(NamedTuple):
 def phases(config: ConfigDict, sources: Sequence[Share], stores: Sequence[Store]) -> list[Phase]:
     """The phases of data.phases, or the one that the sources describe. Raises: ConfigError.
 
-    A cycle has as many tokens as the sources with a weight hold together, divided by the weights;
-    in addition the counted documents; and of replay sources what makes their share. Sources without
-    a weight share these tokens by (their own tokens) ** (1 / data.temperature), so at temperature 1
-    a cycle is every document once.
+    A cycle has as many tokens as the sources with a weight hold together, divided by the weights; in addition the
+    counted documents; and of replay sources what makes their share. Sources without a weight share these tokens by
+    (their own tokens) ** (1 / data.temperature), so at temperature 1 a cycle is every document once.
     """
     entries: Sequence[Mapping] = config.data.phases or ({},)
     return [_phase(config, i, entry, sources, stores) for i, entry in enumerate(entries)]
@@ -146,9 +143,7 @@ def _phase(config, i, entry, sources, stores):
     elif unset:
         raise ConfigError(f"{what}: {unset[0]!r} has no weight, but others do; give all or none")
     elif temperature != 1:
-        raise ConfigError(
-            f"data.temperature={temperature} makes weights out of sizes, but {what} sets weights"
-        )
+        raise ConfigError(f"data.temperature={temperature} makes weights out of sizes, but {what} sets weights")
     _check_amounts(what, weights | counts)
     column = lambda values: np.array([float(values.get(s.name, 0)) for s in sources])  # noqa: E731
     weight, count = column(weights), column(counts)

@@ -56,9 +56,7 @@ def shards(spec: str) -> list[Path]:
     for path in files:
         if kind(path) not in known:
             raise DataError(
-                f"{kind(path)!r} can't be streamed; known: {', '.join(known)}",
-                where=path,
-                kind="unknown_format",
+                f"{kind(path)!r} can't be streamed; known: {', '.join(known)}", where=path, kind="unknown_format"
             )
     return files
 
@@ -102,13 +100,9 @@ def check(config: ConfigDict, sources: Sequence[mix.Share], streams: bool = True
         keys = ("limit", "augment", "clean.rules", "split.share")
         refused |= {key: own[key] for key in keys if own[key]}
         if len(sources) > 1 and source.weight is None and not source.replay:
-            raise ConfigError(
-                f"data.streaming: the size of {source.name!r} is not known; give it a weight"
-            )
+            raise ConfigError(f"data.streaming: the size of {source.name!r} is not known; give it a weight")
     if there := [key for key, value in refused.items() if value]:
-        raise ConfigError(
-            f"data.{there[0]} can't be had with data.streaming; take it out, or tokenise first"
-        )
+        raise ConfigError(f"data.{there[0]} can't be had with data.streaming; take it out, or tokenise first")
 
 
 class Spec(NamedTuple):
@@ -139,10 +133,9 @@ def batches(
 ) -> grain.DatasetIterator:
     """An endless iterator of Batches [rows, length], with get_state() and set_state().
 
-    Of several sources the batches have `sources` too: int32 [B, S], each token's source. packing:
-    "bfd" or "bfd_split" (best fit, among BINS rows) | "none" (one document a row). window: records
-    of a source that are shuffled together. prefetch: batches made ahead, by a thread. rejects: the
-    file for rows that can't be used, where on_error is "skip".
+    Of several sources the batches have `sources` too: int32 [B, S], each token's source. packing: "bfd" or "bfd_split"
+    (best fit, among BINS rows) | "none" (one document a row). window: records of a source that are shuffled together.
+    prefetch: batches made ahead, by a thread. rejects: the file for rows that can't be used, where on_error is "skip".
 
     This is the part `part`, from 0 on, of `parts` of the data: each has whole shards where there
     is at least one for each, else every parts-th row.
@@ -195,9 +188,7 @@ class _Records(grain.DatasetIterator):
     row: int  # the next of the shard
     rows: Any  # those left of the shard; None where it is not open
 
-    def __init__(
-        self, parents: Sequence, files: Sequence[Path], part: int, parts: int, seed: int
-    ) -> None:
+    def __init__(self, parents: Sequence, files: Sequence[Path], part: int, parts: int, seed: int) -> None:
         super().__init__(parents)
         self.by_shard = len(files) >= parts
         self.files = files[part::parts] if self.by_shard else files

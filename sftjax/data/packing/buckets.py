@@ -13,9 +13,9 @@ from sftjax.errors import DataError
 class Buckets(Rows):
     """`Rows` without packing, ordered so that a batch has documents of like length.
 
-    A batch's width is one of `widths`, so a training step compiles once for each. In every epoch
-    the batches come in a new order, and only those at the border of two widths hold documents of
-    both. Like any row, a batch is a function of its index.
+    A batch's width is one of `widths`, so a training step compiles once for each. In every epoch the batches come in a
+    new order, and only those at the border of two widths hold documents of both. Like any row, a batch is a function of
+    its index.
     """
 
     def __init__(

@@ -69,14 +69,12 @@ class RowPlan:
         return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
-def pack(
-    lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd"
-) -> list[list[tuple[int, int, int]]]:
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd") -> list[list[tuple[int, int, int]]]:
     """Rows of at most `capacity` tokens, each a list of (document, start, stop).
 
     lengths: number of tokens of each document; empty ones are skipped. strategy: one of
-      `bfd`: best-fit decreasing; a document longer than a row is cut to the row's length;
-      `bfd_split`: as bfd, but a longer document is cut into pieces and none is lost;
+      `bfd`: best-fit decreasing; a document longer than a row is cut to the row's length; `bfd_split`: as bfd, but a
+      longer document is cut into pieces and none is lost;
       `wrapped`: one stream of all documents, cut every `capacity` tokens;
       `none`: one document a row, cut to the row's length.
     """
@@ -132,8 +130,8 @@ STRATEGIES = {"bfd": _bfd, "bfd_split": _bfd_split, "wrapped": _wrapped, "none":
 def _best_fit(doc, start, stop, capacity):
     """Best-fit decreasing, row by row: the longest piece that fits, until two more can fill a row.
 
-    These two are chosen together, to leave the least room; this closes most of the gap between
-    best-fit decreasing and full rows. Pieces of one length are taken in the given order.
+    These two are chosen together, to leave the least room; this closes most of the gap between best-fit decreasing and
+    full rows. Pieces of one length are taken in the given order.
     """
     lengths = stop - start
     counts = np.bincount(lengths, minlength=capacity + 1).tolist()
@@ -175,9 +173,8 @@ def _best_pair(there, counts, smallest, room, longest):
 def shift(tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The targets, int32 [n], and their loss weights, float32 [n], of a document or piece of one.
 
-    Position i predicts token i + 1, so it carries that token's weight: `weights` has those of the
-    tokens themselves. Nothing follows the last token: target 0, weight 0. The first token of a
-    document is never a target.
+    Position i predicts token i + 1, so it carries that token's weight: `weights` has those of the tokens themselves.
+    Nothing follows the last token: target 0, weight 0. The first token of a document is never a target.
     """
     targets = np.zeros(len(tokens), np.int32)
     moved = np.zeros(len(tokens), np.float32)
@@ -194,8 +191,8 @@ def make_batch(
 ) -> Batch:
     """`Encoded` examples, or pairs (tokens [n], weights [n]), to a batch for a language model.
 
-    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one
-    document a row. pad_id: what pad cells hold in `tokens`; no real token is judged by it.
+    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one document a row. pad_id:
+    what pad cells hold in `tokens`; no real token is judged by it.
 
     Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S].
     Raises: DataError if a row doesn't fit.
@@ -222,9 +219,9 @@ def make_batch(
 class TokenRows:
     """Documents one after the other in a row of tokens; segments 1, 2, ... say which is which.
 
-    shifted: a position's target is the next token, with that token's weight (see `shift`), and an
-    example is (tokens, weights). Otherwise an example is (tokens, weights, targets), each [n], and
-    targets stand where they are: the class of a document at the token that it is read from.
+    shifted: a position's target is the next token, with that token's weight (see `shift`), and an example is (tokens,
+    weights). Otherwise an example is (tokens, weights, targets), each [n], and targets stand where they are: the class
+    of a document at the token that it is read from.
     target: the dtype of targets. types: an example has also, last, the type of each token.
     """
 
@@ -240,9 +237,7 @@ class TokenRows:
         kinds |= dict(token_types=np.int32) if self.types else {}
         return {k: Field((rows, width), dtype, ("batch", "seq")) for k, dtype in kinds.items()}
 
-    def document(
-        self, tokens: np.ndarray, weights: np.ndarray, targets: Any = None, types: Any = None
-    ) -> Batch:
+    def document(self, tokens: np.ndarray, weights: np.ndarray, targets: Any = None, types: Any = None) -> Batch:
         """The arrays [n] that a document brings into its row; targets [n], where not shifted."""
         if self.shifted:
             targets, weights = shift(tokens, weights)
@@ -273,8 +268,8 @@ CAUSAL = TokenRows()
 class FixedRows:
     """One example a row, of arrays that have one shape each: images, features.
 
-    fields: (name, shape of one example's array, dtype), in the order of an example's arrays. A
-    batch has `weights` float32 [rows] too: 1, and 0 of the blank rows that fill up a last batch.
+    fields: (name, shape of one example's array, dtype), in the order of an example's arrays. A batch has `weights`
+    float32 [rows] too: 1, and 0 of the blank rows that fill up a last batch.
     """
 
     fields: tuple[tuple[str, tuple[int, ...], type], ...]
@@ -283,10 +278,7 @@ class FixedRows:
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """The arrays of a batch, each [rows, *shape]; they have no width."""
         kinds = (*self.fields, ("weights", (), np.float32))
-        return {
-            name: Field((rows, *shape), dtype, ("batch", *(None,) * len(shape)))
-            for name, shape, dtype in kinds
-        }
+        return {name: Field((rows, *shape), dtype, ("batch", *(None,) * len(shape))) for name, shape, dtype in kinds}
 
     def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Write the one example of a row, with weight 1."""

@@ -14,8 +14,8 @@ NONE = -1  # no token: what fills up the shorter one of a pair
 class PairRows:
     """Rows of `source` tokens of sources beside `target` tokens of targets, or as many per width.
 
-    An example is (tokens, targets), int32 [n] both, the shorter one filled up with NONE. Its n is
-    the length by which pairs are packed: that of the source, or what its target takes of a row.
+    An example is (tokens, targets), int32 [n] both, the shorter one filled up with NONE. Its n is the length by which
+    pairs are packed: that of the source, or what its target takes of a row.
     """
 
     source: int

@@ -1,8 +1,7 @@
 """Rows by index, planned from lengths; batches of them.
 
-A row's content is a function of (store, length, packing, seed, row index) and of nothing else, so
-every host reads its own rows, the number of steps is known before training, and resuming is an
-index.
+A row's content is a function of (store, length, packing, seed, row index) and of nothing else, so every host reads its
+own rows, the number of steps is known before training, and resuming is an index.
 """
 
 import functools
@@ -34,8 +33,8 @@ class Store(Examples, Protocol):
 class Rows:
     """The stream of packed rows over all epochs, by index: `rows[r]` -> Batch row of arrays [S].
 
-    Each epoch has a shuffle and so a packing of its own, drawn from (seed, epoch). Best-fit
-    decreasing makes a number of rows that depends on the lengths alone: every epoch has
+    Each epoch has a shuffle and so a packing of its own, drawn from (seed, epoch). Best-fit decreasing makes a number
+    of rows that depends on the lengths alone: every epoch has
     `per_epoch` of them. From `total` on, rows are blank, so that a last batch can be full.
     """
 
@@ -54,8 +53,8 @@ class Rows:
     ) -> None:
         """Plan rows of `length` tokens, as `pack` does, of what a store holds.
 
-        seed: of the order of examples, and of rows; without `shuffle` it is the store's.
-        total_rows: default as many as `epochs` has, of which there may be a fraction.
+        seed: of the order of examples, and of rows; without `shuffle` it is the store's. total_rows: default as many as
+        `epochs` has, of which there may be a fraction.
         pad_id: the token at places where there is none.
         """
         self.store, self.length, self.packing = store, length, packing
@@ -65,8 +64,7 @@ class Rows:
         if longest > length and packing in ("bfd", "none"):
             raise DataError(
                 f"a document of {longest} tokens is longer than a row of {length}",
-                f"build the store with max_length={length}, or set data.packing to bfd_split or "
-                "wrapped",
+                f"build the store with max_length={length}, or set data.packing to bfd_split or wrapped",
                 kind="setting",
             )
         self.per_epoch = self._count_rows()
@@ -161,9 +159,9 @@ def loader(
     Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those
     at the places `local` within them, so that all processes together read what one would.
 
-    local: None = all of them. start_step: nothing before it is read. stop_step: one past the last;
-    default as many as hold all rows, the last one padded. workers: 0 = threads of this process.
-    prefetch: batches read ahead, by each worker where there are any.
+    local: None = all of them. start_step: nothing before it is read. stop_step: one past the last; default as many as
+    hold all rows, the last one padded. workers: 0 = threads of this process. prefetch: batches read ahead, by each
+    worker where there are any.
 
     Returns: a grain iterator of Batch, numpy [local rows, S], with get_state() and set_state().
     """

@@ -13,9 +13,9 @@ def fit(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The pieces (tokens, weights) of at most `max_length` tokens in which something is trained.
 
-    The first token of a piece has nothing before it that could predict it, so it doesn't count.
-    weights: float32 [n], of each token itself; not shifted. max_length: 0 = no limit. overlong: as
-    of `build_store`, "error" as "drop". bos: the id that begins a text; truncate_prompt keeps it.
+    The first token of a piece has nothing before it that could predict it, so it doesn't count. weights: float32 [n],
+    of each token itself; not shifted. max_length: 0 = no limit. overlong: as of `build_store`, "error" as "drop". bos:
+    the id that begins a text; truncate_prompt keeps it.
     """
     kept: list[Any] = [slice(None)]
     if max_length and len(tokens) > max_length:
@@ -39,9 +39,7 @@ _CUTS: dict[str, Callable[..., list]] = dict(  # to the places of each piece
     truncate_end=lambda tokens, weights, limit, bos: [slice(limit)],
     truncate_prompt=_truncate_prompt,
     drop=lambda *_: [],
-    split=lambda tokens, weights, limit, bos: [
-        slice(at, at + limit) for at in range(0, len(tokens), limit)
-    ],
+    split=lambda tokens, weights, limit, bos: [slice(at, at + limit) for at in range(0, len(tokens), limit)],
     error=lambda *_: [],  # the caller has raised
 )
 OVERLONG = tuple(_CUTS)

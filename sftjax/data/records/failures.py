@@ -10,9 +10,7 @@ from sftjax.errors import DataError
 
 
 @contextmanager
-def readable(
-    path: Path | str, what: str = "data", errors: tuple[type[Exception], ...] = (OSError,)
-) -> Iterator[None]:
+def readable(path: Path | str, what: str = "data", errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
     """Turn errors, such as a missing permission, into those of a file that is no `what`."""
     try:
         yield

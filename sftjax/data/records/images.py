@@ -1,8 +1,8 @@
 """Images: folders and tar files of them as records, and the pixels of one.
 
-A record has the `image`, its `file` and, where it lies in a folder of its own, that folder's name
-as its `label`. In files of other kinds an image is a path beside that file, a data URL, bytes, or
-the {"bytes", "path"} that `datasets` writes.
+A record has the `image`, its `file` and, where it lies in a folder of its own, that folder's name as its `label`. In
+files of other kinds an image is a path beside that file, a data URL, bytes, or the {"bytes", "path"} that `datasets`
+writes.
 """
 
 import base64
@@ -159,8 +159,8 @@ def encoded(value: Any, where: str) -> bytes:
 def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray:
     """uint8 [side, side, channels] of an image's file: its middle square, resized.
 
-    channels: 1 (gray) or 3 (RGB); transparency is left out, as transformers does. Raises: DataError
-    for what cannot be read whole, is animated, has more than PIXELS, or has more than 8 bits.
+    channels: 1 (gray) or 3 (RGB); transparency is left out, as transformers does. Raises: DataError for what cannot be
+    read whole, is animated, has more than PIXELS, or has more than 8 bits.
     """
     try:
         from PIL import Image, ImageOps

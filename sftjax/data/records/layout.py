@@ -1,7 +1,7 @@
 """Which files of a folder are data: their splits and configurations, as on the Hugging Face hub.
 
-A split's name is matched by whole parts of a path: "train" is in "train-00000-of-00001.parquet" and
-in "train/0.jsonl", not in "training_notes.jsonl" or "pretrain.jsonl".
+A split's name is matched by whole parts of a path: "train" is in "train-00000-of-00001.parquet" and in "train/0.jsonl",
+not in "training_notes.jsonl" or "pretrain.jsonl".
 """
 
 import functools
@@ -184,9 +184,7 @@ def chosen(repo: str, folder: Path, asked: str) -> list[Path]:
         if split and first != only:
             problem = f"no configuration {first!r}; its only one is {only!r}"
             raise DataError(problem, where=repo, kind="no_configuration")
-        if not split and not (
-            first == only and first not in own and not _split(folder, own, first)
-        ):
+        if not split and not (first == only and first not in own and not _split(folder, own, first)):
             split = first
     found = _split(folder, own, split or "train", plain=not split)
     if not found:

@@ -34,6 +34,5 @@ def unread(record: Mapping[str, Any], read: Collection[str]) -> list[str]:
 def said(counts: Mapping[str, Iterable]) -> list[str]:
     """A line for each of `Notes.counts`."""
     return [
-        f"{what}: in {rows:,} row{'' if rows == 1 else 's'}, first in {where}"
-        for what, (rows, where) in counts.items()
+        f"{what}: in {rows:,} row{'' if rows == 1 else 's'}, first in {where}" for what, (rows, where) in counts.items()
     ]

@@ -1,9 +1,8 @@
 """Files of many kinds, each to records by index, or one after the other.
 
-A new format is one function `path -> reader` and one line in `READERS`. A reader has a length,
-gives the record at an index, and says by `where` which line or row of the file that is. If it can
-also be streamed, `stream(path, start)` gives (row number, record or line of JSON) one after the
-other from row `start` on, without the whole file in memory.
+A new format is one function `path -> reader` and one line in `READERS`. A reader has a length, gives the record at an
+index, and says by `where` which line or row of the file that is. If it can also be streamed, `stream(path, start)`
+gives (row number, record or line of JSON) one after the other from row `start` on, without the whole file in memory.
 """
 
 import codecs
@@ -26,8 +25,8 @@ from sftjax.errors import DataError
 from sftjax.terminal import warn
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# A compressed file may grow to so many bytes, and by so many times its size. Text grows 3 to 20
-# times; a file made to fill memory and disks grows a thousand times and more.
+# A compressed file may grow to so many bytes, and by so many times its size. Text grows 3 to 20 times; a file made to
+# fill memory and disks grows a thousand times and more.
 GROWTH_BYTES, GROWTH = 1 << 26, 100
 PARQUET_GROWTH = 1000  # its columns are of one kind each, and compress better
 
@@ -74,10 +73,7 @@ def _filled_lines(file):
         start += len(line)
 
 
-_ENDS = {
-    "Expecting value": ("]", "array"),
-    "Expecting property name enclosed in double quotes": ("}", "object"),
-}
+_ENDS = {"Expecting value": ("]", "array"), "Expecting property name enclosed in double quotes": ("}", "object")}
 
 
 def loads(text: str) -> Any:
@@ -153,16 +149,12 @@ def _grown(path, found, growth):
 class Table:
     """Rows in memory, with what `where` says of each.
 
-    A line of JSON among them is parsed when it is asked for, so that a bad one is an error of its
-    own row. A place is the number of a line, or a file with it. lists: as of `nested`.
+    A line of JSON among them is parsed when it is asked for, so that a bad one is an error of its own row. A place is
+    the number of a line, or a file with it. lists: as of `nested`.
     """
 
     def __init__(
-        self,
-        path: Path | str,
-        rows: Sequence[Any],
-        places: Sequence[int | str] | None = None,
-        lists: str = "",
+        self, path: Path | str, rows: Sequence[Any], places: Sequence[int | str] | None = None, lists: str = ""
     ) -> None:
         self.path, self._rows, self._places, self.lists = path, rows, places, lists
 
@@ -192,8 +184,7 @@ def _read_json(path):
     lists = [v for v in data.values() if isinstance(v, list)] if isinstance(data, dict) else [data]
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
-            "expected a list of objects, or an object with one list such as "
-            f'{{"data": [...]}}; found {excerpt(data)}',
+            f'expected a list of objects, or an object with one list such as {{"data": [...]}}; found {excerpt(data)}',
             "one object per line belongs in .jsonl",
             where=path,
             kind="bad_table",
@@ -287,9 +278,8 @@ def _records(rows, where):
 def unfilled(value: Any) -> Any:
     """A value of a column without the nulls of structs.
 
-    Arrow gives all structs of a column the same fields, and fills those that a row has not with
-    nulls: a message would have tool calls, a call the arguments of all other calls. Nulls of lists
-    and columns are the file's own.
+    Arrow gives all structs of a column the same fields, and fills those that a row has not with nulls: a message would
+    have tool calls, a call the arguments of all other calls. Nulls of lists and columns are the file's own.
     """
     if isinstance(value, dict):
         return {key: unfilled(inner) for key, inner in value.items() if inner is not None}
@@ -410,8 +400,8 @@ FIELD = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)|[^"\t\r\n]*+(?=[\t\r\n]|\Z
 def _read_tsv(path):
     """A file of one of two dialects, told by its fields.
 
-    Most tab-separated files have no quoting: in GLUE's a field may begin with a lone quote. Those
-    of pandas and of spreadsheets have it as CSV does, and then every quote is in a quoted field.
+    Most tab-separated files have no quoting: in GLUE's a field may begin with a lone quote. Those of pandas and of
+    spreadsheets have it as CSV does, and then every quote is in a quoted field.
     """
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         quoted = _is_quoted(file.read())
@@ -422,8 +412,7 @@ def _read_tsv(path):
     if wrapped:
         warn(
             "fields that are wrapped in quotes are read with their quotes, as others have quotes of"
-            f" their own: in {len(wrapped)} row{'s' * (len(wrapped) > 1)}, first in "
-            + table.where(wrapped[0])
+            f" their own: in {len(wrapped)} row{'s' * (len(wrapped) > 1)}, first in " + table.where(wrapped[0])
         )
     return table
 

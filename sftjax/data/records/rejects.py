@@ -42,10 +42,7 @@ class Rejects:
         line = dict(row=row + 1, file=error.where, kind=error.kind, reason=error.reason)
         line["record"] = record(self.source, row)
         text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
-        with (
-            writing("the file", self.path),
-            open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file,
-        ):
+        with writing("the file", self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         self.counts[error.label] += 1
         rows, rejected = len(self.source), self.counts.total()

@@ -91,9 +91,9 @@ def open_source(spec: str, limit: int = 0) -> Source:
     """Open records for random access.
 
     Args:
-      spec: comma-separated files, globs, folders, or a hub data set id: `org/name`, with `:split`
-        where it isn't `train`; `org/name:config` or `org/name:config/split` where it has several
-        configurations. Of a folder, all data files are read. `#paragraphs.qas` after any
+      spec: comma-separated files, globs, folders, or a hub data set id: `org/name`, with `:split` where it isn't
+        `train`; `org/name:config` or `org/name:config/split` where it has several configurations. Of a folder, all data
+        files are read. `#paragraphs.qas` after any
         of them: a record for each element of these nested lists, with the keys of what holds it.
       limit: use only the first so many records; 0 = all.
 
@@ -137,9 +137,7 @@ def _hub_files(repo, asked):
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
     except Exception as error:
         raise DataError(
-            f"no such local file, and as a hub data set it can't be fetched: {error}",
-            where=repo,
-            kind="no_file",
+            f"no such local file, and as a hub data set it can't be fetched: {error}", where=repo, kind="no_file"
         ) from error
     return layout.chosen(repo, Path(folder), asked)
 

@@ -1,7 +1,7 @@
 """Attention: one function, a table of backends, each saying what it supports.
 
-Segments are the single truth about which tokens may see each other: a query sees a key of its own
-segment at a position not after its own. Positions restart in each document, so this one rule
+Segments are the single truth about which tokens may see each other: a query sees a key of its own segment at a position
+not after its own. Positions restart in each document, so this one rule
 serves padded rows, packed rows and a KV cache (where an unwritten slot has segment 0).
 """
 
@@ -21,9 +21,7 @@ from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket
 from sftjax.parallel import RULES, shard_map, spec
 
 
-def xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
-) -> jax.Array:
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options) -> jax.Array:
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     B, S, N, H = q.shape
     K = k.shape[2]
@@ -37,9 +35,7 @@ def xla(
     return checkpoint_name(out, "attention")
 
 
-def cached(
-    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
-) -> jax.Array:
+def cached(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options) -> jax.Array:
     """As xla, with k [B, K, H, T] and v [B, K, T, H]: products of matrices as they lie."""
     B, S, N, H = q.shape
     K, T = k.shape[1], k.shape[3]
@@ -56,9 +52,9 @@ def of_distances(
 ) -> jax.Array:
     """What DeBERTa adds to the scores: float32 [B, N, S, T] (He et al. 2021, arXiv 2006.03654).
 
-    Of q [B, S, N, H] and k [B, T, N, H]: each query times the key of a distance, and each key times
-    its query; keys and queries [R, N, H] are those of R distances, the middle one 0. Half of them
-    are one distance each, the others ever more, up to o.furthest.
+    Of q [B, S, N, H] and k [B, T, N, H]: each query times the key of a distance, and each key times its query; keys and
+    queries [R, N, H] are those of R distances, the middle one 0. Half of them are one distance each, the others ever
+    more, up to o.furthest.
     """
     span = len(keys) // 2
     mid = span // 2
@@ -111,9 +107,7 @@ class Backend:
 
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    features: frozenset = frozenset(
-        "segments window softcap sinks bidirectional distances relative cross".split()
-    )
+    features: frozenset = frozenset("segments window softcap sinks bidirectional distances relative cross".split())
     multiple: int = 1  # of which a shard's part of a row has to be
 
 
@@ -146,8 +140,8 @@ def named(name: str) -> Backend:
 def check(backend: str, features: Iterable[str] = (), platform: str = "", length: int = 0) -> None:
     """Raise ConfigError unless `backend` exists and can do what is asked of it.
 
-    features: what it must support; platform: where it runs, "" = here; length: the tokens of a row
-    that a shard of mesh.context holds, 0 = any.
+    features: what it must support; platform: where it runs, "" = here; length: the tokens of a row that a shard of
+    mesh.context holds, 0 = any.
     """
     own = named(backend)
     missing = set(features) - own.features
@@ -160,9 +154,7 @@ def check(backend: str, features: Iterable[str] = (), platform: str = "", length
     platform = platform or jax.default_backend()
     if platform not in own.platforms:
         here = [name for name, b in BACKENDS.items() if platform in b.platforms]
-        raise ConfigError(
-            f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}"
-        )
+        raise ConfigError(f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}")
     if length % own.multiple:
         raise ConfigError(
             f"model.attention={backend!r} takes rows of a multiple of {own.multiple} tokens on each"
@@ -195,14 +187,12 @@ def attention(
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 
     from_cache: k is [B, K, H, T] and v [B, K, T, H], as a cache holds them.
-    segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when
-    None). window: a query sees itself and window-1 keys before it, and as many after it where not
-    causal; 0 = all. softcap: 0 = none.
-    scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the
-    softmax and gives nothing. distances [N, buckets]: what is added to a score by the distance of
-    its key, in buckets as T5's up to `furthest`; not together with a softcap. relative: keys and
-    queries [R, N, H] of distances up to `furthest`, as DeBERTa has them. ConfigError where the
-    backend cannot.
+    segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when None). window: a
+    query sees itself and window-1 keys before it, and as many after it where not causal; 0 = all. softcap: 0 = none.
+    scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the softmax and gives
+    nothing. distances [N, buckets]: what is added to a score by the distance of its key, in buckets as T5's up to
+    `furthest`; not together with a softcap. relative: keys and queries [R, N, H] of distances up to `furthest`, as
+    DeBERTa has them. ConfigError where the backend cannot.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, extra = Options(causal, window, softcap, scale, furthest), Extra(sinks, distances, relative)
@@ -223,15 +213,12 @@ def attention(
     heads, keys = spec(("batch", "seq", "heads", None)), spec(("batch", "seq", "kv_heads", None))
     axes = Extra(("heads",), ("heads",), (None, "heads"))
     each = Extra(*(None if x is None else spec(a) for x, a in zip(extra, axes, strict=True)))
-    return shard_map(functools.partial(_shard, run), (heads, keys, keys, each, rows), heads)(
-        q, k, v, extra, where
-    )
+    return shard_map(functools.partial(_shard, run), (heads, keys, keys, each, rows), heads)(q, k, v, extra, where)
 
 
 def _shard(run, q, k, v, extra, where):
     """One device's rows, heads and queries, with the keys of the whole `context` axis."""
     k, v, kv_seg, kv_pos = (
-        jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True)
-        for x in (k, v, where.kv_seg, where.kv_pos)
+        jax.lax.all_gather(x, RULES["seq"], axis=1, tiled=True) for x in (k, v, where.kv_seg, where.kv_pos)
     )
     return run(q, k, v, extra, where._replace(kv_seg=kv_seg, kv_pos=kv_pos))

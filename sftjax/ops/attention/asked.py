@@ -31,8 +31,8 @@ class Options(NamedTuple):
 class Extra(NamedTuple):
     """Arrays that the scores are made with, beside queries and keys; see ops.attention.attention.
 
-    sinks [N]. distances [N, buckets]: what is added to a score by how far the key lies away.
-    relative: (keys, queries) [R, N, H] of the distances, see ops.attention.of_distances.
+    sinks [N]. distances [N, buckets]: what is added to a score by how far the key lies away. relative: (keys, queries)
+    [R, N, H] of the distances, see ops.attention.of_distances.
     """
 
     sinks: Any = None
@@ -43,8 +43,8 @@ class Extra(NamedTuple):
 def bucket(ahead: jax.Array, buckets: int, o: Options) -> jax.Array:
     """Which bucket of T5's a distance is in: int32, of `ahead`, how far the key lies behind.
 
-    Half of the buckets hold one distance each, the others ever more, up to o.furthest (Raffel et
-    al. 2020, arXiv 1910.10683). Where a query sees both sides, each has half of the buckets.
+    Half of the buckets hold one distance each, the others ever more, up to o.furthest (Raffel et al. 2020, arXiv
+    1910.10683). Where a query sees both sides, each has half of the buckets.
     """
     n = buckets if o.causal else buckets // 2
     one = n // 2

@@ -1,12 +1,12 @@
 """Blockwise attention: the blocks of queries and keys that no document connects are never formed.
 
-Which blocks meet is decided at run time from segments and positions, so a long packed row costs
-what its documents cost. Forward, an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867)
-goes over the key blocks that a query block needs; backward, each block's probabilities are formed
-again from the saved log-sum-exp (Dao et al. 2022, arXiv 2205.14135). Nothing of [S, T] exists.
+Which blocks meet is decided at run time from segments and positions, so a long packed row costs what its documents
+cost. Forward, an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) goes over the key blocks that a query
+block needs; backward, each block's probabilities are formed again from the saved log-sum-exp (Dao et al. 2022, arXiv
+2205.14135). Nothing of [S, T] exists.
 
-Letters: g groups of rows, r rows of a group, i query blocks, j key blocks, k key/value heads, q the
-queries of a block for all query heads of one k, t the keys of a block, h head width.
+Letters: g groups of rows, r rows of a group, i query blocks, j key blocks, k key/value heads, q the queries of a block
+for all query heads of one k, t the keys of a block, h head width.
 """
 
 import functools
@@ -39,9 +39,7 @@ class Places(NamedTuple):
     met: jax.Array
 
 
-def blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
-) -> jax.Array:
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options) -> jax.Array:
     """Softmax attention of tokens in any order; see ops.attention.attention. Padding gives 0."""
     B, S, N, _ = q.shape
     T, K = k.shape[1:3]
@@ -86,8 +84,8 @@ def _whole(x, N, B, S):
 def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
     """Each block as an interval of (segment, position) in lexical order.
 
-    Blocks meet where the interval of what a block's queries see overlaps that of the keys: never
-    too few, and none too many where documents lie one after the other.
+    Blocks meet where the interval of what a block's queries see overlaps that of the keys: never too few, and none too
+    many where documents lie one after the other.
     """
     last = jnp.iinfo(jnp.int32).max
     first_seen = jnp.maximum(q_pos - o.window + 1, 0) if o.window else jnp.zeros_like(q_pos)

@@ -1,8 +1,8 @@
 """Attention on TPU: JAX's splash kernel, which never forms the scores and skips what no mask shows.
 
-A place is an index into the row. Inside a document places rise with positions, so causality and
-windows by place are those by position; segments keep documents apart. On a mesh with a `context`
-axis each shard holds some places of every row (parallel.places) and the keys of all.
+A place is an index into the row. Inside a document places rise with positions, so causality and windows by place are
+those by position; segments keep documents apart. On a mesh with a `context` axis each shard holds some places of every
+row (parallel.places) and the keys of all.
 """
 
 import jax
@@ -17,8 +17,8 @@ from sftjax.ops.attention.asked import Extra, Options, Where
 
 INTERPRET = False  # run the kernels as plain JAX, on any platform: for tests
 LANES = 128  # a block is a multiple of it
-# Largest blocks of queries and of keys by the width of a head. Whole steps with heads of 64 and 128
-# compile with them for v5e and v5p; no TPU has timed them yet: benchmarks/splash_blocks.py does.
+# Largest blocks of queries and of keys by the width of a head. Whole steps with heads of 64 and 128 compile with them
+# for v5e and v5p; no TPU has timed them yet: benchmarks/splash_blocks.py does.
 BLOCKS = {64: (1024, 1024), 128: (1024, 1024), 256: (512, 512)}
 
 
@@ -80,9 +80,7 @@ def _kernel(places, shards, length, heads, head_dim, causal, window, softcap):
     )
 
 
-def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options
-) -> jax.Array:
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options) -> jax.Array:
     """A backend of ops.attention, for one device's part of the mesh. S and T multiples of LANES."""
     T, shards = k.shape[1], k.shape[1] // q.shape[1]
     places, q_seg, kv_seg = parallel.places(T, shards), where.q_seg, where.kv_seg

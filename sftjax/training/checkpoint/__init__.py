@@ -32,10 +32,10 @@ FAILURES = 3  # saves in a row that may fail before the run ends
 class Checkpointer:
     """The checkpoints of one run, in one directory on a disk that all processes share.
 
-    directory: created when absent. manifest: see identity.make_manifest. keep: newest checkpoints
-    kept; besides the best by best_metric ("" = none), of which lower says: is less of it better.
-    Raises CheckpointError where the directory can't be written, or is another identity's. Process 0
-    seals what all have written. Call close() at the end.
+    directory: created when absent. manifest: see identity.make_manifest. keep: newest checkpoints kept; besides the
+    best by best_metric ("" = none), of which lower says: is less of it better. Raises CheckpointError where the
+    directory can't be written, or is another identity's. Process 0 seals what all have written. Call close() at the
+    end.
     """
 
     def __init__(
@@ -74,15 +74,12 @@ class Checkpointer:
 
     # ---- saving ----
 
-    def save(
-        self, step: int, state: Any, extra: Mapping | None = None, metrics: Mapping | None = None
-    ) -> bool:
+    def save(self, step: int, state: Any, extra: Mapping | None = None, metrics: Mapping | None = None) -> bool:
         """Copy `state` off the devices and write it behind the loop; True when a save was begun.
 
-        The state may be donated to the next step at once. extra: anything JSON holds; None comes
-        back for numbers that JSON has not. metrics: {name: number} of an evaluation of this step.
-        False when `step` is the newest checkpoint already. Raises CheckpointError when FAILURES
-        saves in a row, the one before this the last of them, have failed.
+        The state may be donated to the next step at once. extra: anything JSON holds; None comes back for numbers that
+        JSON has not. metrics: {name: number} of an evaluation of this step. False when `step` is the newest checkpoint
+        already. Raises CheckpointError when FAILURES saves in a row, the one before this the last of them, have failed.
         """
         self._settle()
         latest = self.latest_step()
@@ -229,9 +226,7 @@ class Checkpointer:
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as e:
-                raise TypeError(
-                    f"extra[{key!r}] of a checkpoint: {e}; make arrays lists, scalars int or float"
-                ) from e
+                raise TypeError(f"extra[{key!r}] of a checkpoint: {e}; make arrays lists, scalars int or float") from e
         return json.loads(json.dumps(extra))  # a copy: the caller may go on changing its own
 
     def _metrics(self, metrics) -> dict | None:
@@ -239,16 +234,15 @@ class Checkpointer:
             return None
         if self.best_metric not in metrics:
             raise CheckpointError(
-                f"best_metric {self.best_metric!r} is not among the metrics of this evaluation:"
-                f" {sorted(metrics)}"
+                f"best_metric {self.best_metric!r} is not among the metrics of this evaluation: {sorted(metrics)}"
             )
         return {name: float(value) for name, value in metrics.items()}
 
     def check_space(self, state: Any, export: bool) -> None:
         """Compare what this run will write with the free space of the disk, and say if it is short.
 
-        state: as of save, or its shapes. export: are its parameters written once more. Raises:
-        CheckpointError where not even one checkpoint finds room beside what is there.
+        state: as of save, or its shapes. export: are its parameters written once more. Raises: CheckpointError where
+        not even one checkpoint finds room beside what is there.
         """
         sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in to_table(state).items()}
         model = sum(n for name, n in sizes.items() if name.startswith(("params/", "frozen/")))
@@ -274,9 +268,9 @@ class Checkpointer:
     def restore(self, abstract_state: Any) -> tuple[Any, dict]:
         """(state, extra) of the newest checkpoint whose files are intact; newer ones are set aside.
 
-        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings. Raises
-        NotFoundError when there is no checkpoint, and CheckpointError where none is intact, or
-        naming every leaf whose name, shape or dtype is another.
+        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings. Raises NotFoundError when there is no
+        checkpoint, and CheckpointError where none is intact, or naming every leaf whose name, shape or dtype is
+        another.
         """
         self.wait()
         wrong, steps = dict[int, str](), self.all_steps()
@@ -331,9 +325,8 @@ def _orbax(barrier) -> ocp.AsyncCheckpointer:
         async_options=ocp.options.AsyncOptions(
             timeout_secs=int(TIMEOUT),
             barrier_sync_fn=barrier,
-            # Else threads wait 300 s for a folder that can't be made, and the interpreter, at its
-            # end, for the threads. Of several items Orbax makes the folders so in any case, which
-            # is why it is given the state alone.
+            # Else threads wait 300 s for a folder that can't be made, and the interpreter, at its end, for the threads.
+            # Of several items Orbax makes the folders so in any case, which is why it is given the state alone.
             create_directories_asynchronously=False,
         ),
     )

@@ -118,8 +118,7 @@ def check_writable(directory: Path | str) -> None:
             probe.write(b"sftjax")
     except OSError as e:
         raise CheckpointError(
-            f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is"
-            " writable and not full."
+            f"cannot write to {directory}: {e.strerror or e}. Choose a workdir on a disk that is writable and not full."
         ) from e
 
 

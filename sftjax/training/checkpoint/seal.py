@@ -1,7 +1,7 @@
 """files.json of a checkpoint: the size and checksum of every file in it.
 
-The checksum is zlib's CRC-32, which finds accidents, releases the GIL and is twice as fast as SHA
-(1.8 GB/s a thread against 0.7). It does not keep out somebody who forges a checkpoint.
+The checksum is zlib's CRC-32, which finds accidents, releases the GIL and is twice as fast as SHA (1.8 GB/s a thread
+against 0.7). It does not keep out somebody who forges a checkpoint.
 """
 
 import json

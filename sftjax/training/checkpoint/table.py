@@ -1,7 +1,7 @@
 """A state as a flat table {name: array}, which is what a checkpoint holds.
 
-PRNG keys are stored as their key data, arrays of size 0 and None not at all: the restore target
-supplies the structure and the shardings, on a mesh that may be another.
+PRNG keys are stored as their key data, arrays of size 0 and None not at all: the restore target supplies the structure
+and the shardings, on a mesh that may be another.
 """
 
 import math
@@ -64,8 +64,8 @@ def _key_impl(spec):
 def restore(folder: Path, target: Any, beginnings: tuple[str, ...] = ("",)) -> Any:
     """The arrays of a checkpoint in the structure of `target`, laid out as it says.
 
-    beginnings: of the names that are read. Raises: CheckpointError where a leaf has another name,
-    shape or dtype, or Orbax can't read it.
+    beginnings: of the names that are read. Raises: CheckpointError where a leaf has another name, shape or dtype, or
+    Orbax can't read it.
     """
     wanted = to_table(target)
     places = {name: _placed(x) for name, x in wanted.items()}
@@ -90,8 +90,8 @@ def restore(folder: Path, target: Any, beginnings: tuple[str, ...] = ("",)) -> A
 def read_weights(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
     """The trees of a checkpoint under "params", "frozen" and "model_state", without a lock.
 
-    target: the same, of jax.ShapeDtypeStruct with shardings. Raises: CheckpointError for damaged
-    files, or where a leaf has another name, shape or dtype.
+    target: the same, of jax.ShapeDtypeStruct with shardings. Raises: CheckpointError for damaged files, or where a leaf
+    has another name, shape or dtype.
     """
     if problem := seal.damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")

@@ -27,9 +27,7 @@ def make_tokenizer(template=CHATML, bos=False):
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -81,9 +79,7 @@ END = "<|im_end|>"
 
 def test_the_answer_and_its_stop_token_are_trained_after_the_shift():
     e = encode({"prompt": "two plus two?", "completion": "four."}, TOKENIZER)
-    assert e.text == (
-        "<|im_start|>user\ntwo plus two?<|im_end|>\n<|im_start|>assistant\nfour.<|im_end|>\n"
-    )
+    assert e.text == ("<|im_start|>user\ntwo plus two?<|im_end|>\n<|im_start|>assistant\nfour.<|im_end|>\n")
     targets, weights = shift(e.tokens, e.weights)
     assert TOKENIZER.decode(targets[weights > 0]) == "four.<|im_end|>"
     assert (e.tokens.dtype, e.weights.dtype) == (np.int32, np.float32)
@@ -109,9 +105,7 @@ def test_train_on_and_stop_token(policy, expected):  # L7, L12
 
 
 def test_messages_say_themselves_whether_they_are_trained():
-    record = {
-        M: [user("u1"), assistant("a1", train=False), user("u2") | {"weight": 0.5}, assistant("a2")]
-    }
+    record = {M: [user("u1"), assistant("a1", train=False), user("u2") | {"weight": 0.5}, assistant("a2")]}
     e = encode(record, TOKENIZER)
     assert [e.text[a:b] for a, b in e.spans] == ["u2" + END, "a2" + END]
     assert sorted(set(e.weights.tolist())) == [0, 0.5, 1]
@@ -171,9 +165,7 @@ def test_a_template_that_fails_names_the_row_and_its_message():
     template = "{{ raise_exception('no system please') }}"
     message = fails(TWO_TURNS, make_tokenizer(template))
     assert "the chat template failed: TemplateError: no system please; the roles are" in message
-    assert "the chat template failed: TemplateSyntaxError" in fails(
-        TWO_TURNS, make_tokenizer("{% for %}")
-    )
+    assert "the chat template failed: TemplateSyntaxError" in fails(TWO_TURNS, make_tokenizer("{% for %}"))
 
 
 def test_template_from_a_file(tmp_path):
@@ -190,9 +182,7 @@ def test_a_chat_without_a_template_is_refused():
 
 def test_double_bos_is_refused():
     twice = make_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML)
-    assert "the text begins with '<s>' twice; take it out of the template" in fails(
-        TWO_TURNS, twice
-    )
+    assert "the text begins with '<s>' twice; take it out of the template" in fails(TWO_TURNS, twice)
     once = encode(TWO_TURNS, make_tokenizer("{{ bos_token }}" + CHATML, bos=True))
     assert once.tokens[:2].tolist() == [0, 2]
 
@@ -333,9 +323,7 @@ def test_gsm8k(stock_case, fixtures):
     tokenizer, end, _ = stock_case
     source = open_source(fixtures / "gsm8k" / "test.jsonl", limit=100)
     records = source[:]
-    for e, record in zip(
-        encode_batch(records, [""] * 100, tokenizer, **gsm8k_policy()), records, strict=True
-    ):
+    for e, record in zip(encode_batch(records, [""] * 100, tokenizer, **gsm8k_policy()), records, strict=True):
         assert tokenizer.decode(e.tokens[e.weights > 0]) == record["answer"] + end
 
 

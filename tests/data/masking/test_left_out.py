@@ -106,12 +106,8 @@ def test_a_start_that_can_not_be_learnt_is_checked_against_the_generation_prompt
 
 # --- roles, contents and tools that a template does not write (cases 03, 04) ---
 
-NO_DEVELOPER = CHATML.replace(
-    "{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}"
-)
-REFUSES = (
-    "{% for m in messages if m.role == 'developer' %}{{ raise_exception('role') }}{% endfor %}"
-)
+NO_DEVELOPER = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}")
+REFUSES = "{% for m in messages if m.role == 'developer' %}{{ raise_exception('role') }}{% endfor %}"
 
 
 @pytest.mark.parametrize("template", [NO_DEVELOPER, REFUSES + CHATML])
@@ -171,9 +167,7 @@ def test_fields_of_messages_that_the_template_does_not_write():
         "field 'id' of role 'user' is left out by the chat template",
     ]
     named = CHATML.replace("{{ m.content }}", "{{ m.name }}: {{ m.content }}")
-    assert left_out(record, make_tokenizer(named)) == [
-        "field 'id' of role 'user' is left out by the chat template"
-    ]
+    assert left_out(record, make_tokenizer(named)) == ["field 'id' of role 'user' is left out by the chat template"]
 
 
 def test_fields_of_calls_and_parts_that_have_no_place():
@@ -232,9 +226,7 @@ def test_rows_with_tools_take_the_template_for_tools():
     tokenizer = named(default=CHATML, tool_use=TOOLS, rag="{{ documents }}")
     plain, tools = chat(user("u"), assistant("a")), chat(user("u"), assistant("a"), tools=[TOOL])
     for record in (plain, tools, chat(user("u"), calling(), tools=[TOOL])):
-        expected = tokenizer.apply_chat_template(
-            record["messages"], tools=record.get("tools"), tokenize=False
-        )
+        expected = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"), tokenize=False)
         assert encode(record, tokenizer).text == expected
     assert left_out(tools, tokenizer) == []
     tokens, _ = prompt_and_answer(tools, tokenizer)
@@ -243,9 +235,7 @@ def test_rows_with_tools_take_the_template_for_tools():
 
 
 def test_a_template_may_be_chosen_by_name():
-    tokenizer = named(
-        default=CHATML, short="{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    )
+    tokenizer = named(default=CHATML, short="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     assert encode(chat(user("u"), assistant("a")), tokenizer, template="short").text == "u</s>a</s>"
 
 
@@ -293,9 +283,7 @@ def test_other_names_of_system_tools_and_answer():
     record = {"instruction": "When?", "answer": "Now.", "system_prompt": "Be brief."}
     assert "<|im_start|>system\nBe brief.<|im_end|>" in encode(record, TOKENIZER).text
     record = chat(user("u"), assistant("a"), functions=json.dumps([TOOL["function"]]))
-    assert (
-        json.dumps(TOOL) in encode(record, make_tokenizer("{{ tools[0] | tojson }}" + CHATML)).text
-    )
+    assert json.dumps(TOOL) in encode(record, make_tokenizer("{{ tools[0] | tojson }}" + CHATML)).text
     record = chat(system("Mine."), user("u"), assistant("a"), system="Yours.", source="web")
     assert left_out(record) == [
         "field 'system' is not read: the messages have a system message",

@@ -85,9 +85,7 @@ def test_no_regex_of_the_package_tries_a_run_twice():
     for file in Path(sftjax.__file__).parent.rglob("*.py"):
         text = file.read_text()
         assert not twice.search(text), (file, twice.search(text))
-        for call in re.finditer(
-            r"re\.(?:split|sub|search|findall|finditer)\(\s*r?f?[\"'](\(?)\\s", text
-        ):
+        for call in re.finditer(r"re\.(?:split|sub|search|findall|finditer)\(\s*r?f?[\"'](\(?)\\s", text):
             assert file.parent.name == "plan", (file, call[0])  # texts of our own compiler
 
 

@@ -355,8 +355,7 @@ def plain_text(name, template, record):
     for message in messages:
         if "tool_calls" in message and name == "deepseekv3" and template == STOCK[name]:
             message["tool_calls"] = [
-                call | {"function": call["function"] | {"arguments": "{}"}}
-                for call in message["tool_calls"]
+                call | {"function": call["function"] | {"arguments": "{}"}} for call in message["tool_calls"]
             ]
     found = transformers_mask(name, template, record | {"messages": messages})
     return found[0] if found else ""

@@ -362,9 +362,7 @@ def test_a_step_reports_each_source_and_trains_as_without(micro_batches):
     for i, name in enumerate(names):
         only = batch | {"weights": batch["weights"] * (batch["sources"] == i)}
         alone = losses.causal_lm(model)(params, only, None)
-        np.testing.assert_allclose(
-            metrics[f"loss/{name}"], alone.sum / alone.weight if alone.weight else 0, rtol=1e-5
-        )
+        np.testing.assert_allclose(metrics[f"loss/{name}"], alone.sum / alone.weight if alone.weight else 0, rtol=1e-5)
         assert metrics[f"trained_tokens/{name}"] == (only["weights"] != 0).sum()
     assert sum(metrics[f"trained_tokens/{n}"] for n in names) == metrics["trained_tokens"]
 
@@ -436,9 +434,7 @@ def test_a_curriculum_runs_logs_each_source_and_resumes(files, kinds, tmp_path, 
     same = lambda x: {k: v for k, v in x.items() if not k.endswith(timed)}  # noqa: E731
     again = {x["step"]: x for x in lines(tmp_path / "again") if "loss" in x}
     assert {k: same(v) for k, v in again.items()} == {k: same(v) for k, v in log.items()}
-    saved = json.loads(
-        (tmp_path / "again" / "checkpoints" / "9" / "extra" / "metadata").read_text()
-    )
+    saved = json.loads((tmp_path / "again" / "checkpoints" / "9" / "extra" / "metadata").read_text())
     assert saved["data"] == {k: v for k, v in log[9].items() if k.startswith(("doc", "epochs"))}
 
 

@@ -93,9 +93,7 @@ def documents(batches):
 
 def stored(tmp_path, path, length=48, overlong="truncate_end"):
     """The documents as the index has them."""
-    store = build_store(
-        open_source(path), CausalLM(TOKENIZER, POLICY), length, overlong, tmp_path / "cache"
-    )
+    store = build_store(open_source(path), CausalLM(TOKENIZER, POLICY), length, overlong, tmp_path / "cache")
     return documents([make_batch([store[i]]) for i in range(len(store))])
 
 
@@ -151,16 +149,12 @@ def test_every_pass_has_the_documents_of_the_index(shards, tmp_path, window):
 def test_rows_of_a_stream_are_those_of_the_index(tmp_path):  # P8, of rows like P1's
     texts = ["ABC", "DEFGH", "IJ"]
     path = write(tmp_path / "x.jsonl", [{"segments": [dict(text=t, train=True)]} for t in texts])
-    store = build_store(
-        open_source(path), CausalLM(TOKENIZER, POLICY), 5, "truncate_end", tmp_path / "cache"
-    )
+    store = build_store(open_source(path), CausalLM(TOKENIZER, POLICY), 5, "truncate_end", tmp_path / "cache")
     assert store.lengths.tolist() == [3, 5, 2]
     rows = Rows(store, 5)
     expected = {documents_of_row(rows[r]) for r in range(rows.per_epoch)}
     streamed = Stream(spec([path]), length=5, window=1, rows=2).take(20)
-    assert {
-        documents_of_row({k: v[i] for k, v in b.items()}) for b in streamed for i in (0, 1)
-    } == (expected)
+    assert {documents_of_row({k: v[i] for k, v in b.items()}) for b in streamed for i in (0, 1)} == (expected)
 
 
 def documents_of_row(row):
@@ -208,9 +202,7 @@ def test_what_is_not_read_is_said_when_it_first_comes(tmp_path, caplog):
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])
 def test_resuming_is_bit_equal_at_every_step(shards, packing):
-    several = Stream(
-        spec(shards[:2], weight=3.0), spec(shards[2:], "b", weight=1.0), packing=packing
-    )
+    several = Stream(spec(shards[:2], weight=3.0), spec(shards[2:], "b", weight=1.0), packing=packing)
     iterator, straight, states = several(), [], []
     for _ in range(60):
         states.append(json.loads(json.dumps(iterator.get_state())))  # as a checkpoint keeps it
@@ -288,11 +280,7 @@ def test_a_run_trains_on_a_stream_and_resumes(straight, files, tmp_path, capsys)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
     train_lib.train(config, tmp_path / "run")  # from step 9
     said = capsys.readouterr().out
-    assert (
-        "resumed" in said
-        and "a sample: 200 examples" in said
-        and "\n          rows of 96 tokens" in said
-    )
+    assert "resumed" in said and "a sample: 200 examples" in said and "\n          rows of 96 tokens" in said
     assert losses(tmp_path / "run") == losses(workdir)
 
 

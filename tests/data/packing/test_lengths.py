@@ -18,10 +18,7 @@ from sftjax.data.packing.truncate import OVERLONG, describe, fit
 from sftjax.tasks.causal_lm import CausalLM
 
 BOS = 1
-BOS_CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}"
-)
+BOS_CHATML = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
 def pieces(trained, overlong, limit, bos=None):
@@ -183,9 +180,7 @@ def test_hosts_and_resumption_give_the_same_batches():
 
 @pytest.mark.parametrize("widths", [[0, 8], [16, 8], [8, 8], [32]])
 def test_wrong_widths(widths):
-    with pytest.raises(
-        DataError, match=r"data.buckets=\(.*\): expected ascending lengths below 32"
-    ):
+    with pytest.raises(DataError, match=r"data.buckets=\(.*\): expected ascending lengths below 32"):
         buckets(widths=widths)
 
 

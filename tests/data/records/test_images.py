@@ -71,12 +71,7 @@ def test_a_folder_and_a_tar_of_it_are_the_same_records(folder, tmp_path, caplog)
     same = [encoded(r["image"], s.where(i)) for s in (a, b) for i, r in enumerate(s)]
     assert set(same) == {png()}
     said = [r.getMessage() for r in caplog.records]  # not of what is hidden
-    assert (
-        said
-        == [f"{s.readers[0].path}: files that are not read as images: 1 of .txt" for s in (b, a)][
-            ::-1
-        ]
-    )
+    assert said == [f"{s.readers[0].path}: files that are not read as images: 1 of .txt" for s in (b, a)][::-1]
     assert a.files()[0]["bytes"] == 4 * len(png())
     before = a.fingerprint()
     (folder / "cat" / "0.png").write_bytes(png(SQUARE[::-1]) + b" ")
@@ -229,10 +224,7 @@ def test_settings_that_are_not_of_images(folder, tmp_path):
     config.task = "causal_lm"
     with pytest.raises(ConfigError, match="is empty, or of images"):
         tasks.make(config, None).key()
-    assert (
-        tasks.of_head({"model_type": "vit", "architectures": ["ViTModel"]})
-        == "image_classification"
-    )
+    assert tasks.of_head({"model_type": "vit", "architectures": ["ViTModel"]}) == "image_classification"
 
 
 def test_a_compressed_tar_is_refused(tmp_path):

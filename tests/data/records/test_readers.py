@@ -107,9 +107,7 @@ def test_a_damaged_part_of_arrow_is_refused(tmp_path):
 
 
 def test_a_date_that_python_has_not(tmp_path):
-    pq.write_table(
-        pa.table({"at": pa.array([0, 2**60], pa.timestamp("us"))}), tmp_path / "a.parquet"
-    )
+    pq.write_table(pa.table({"at": pa.array([0, 2**60], pa.timestamp("us"))}), tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
     assert source[0]["at"].year == 1970
     with pytest.raises(DataError, match=r"a.parquet:2: not read: "):

@@ -159,9 +159,7 @@ def test_bfcl(fixtures, tokenizer, tmp_path, name):
     )
     found = trained(tokenizer, str(tmp_path / "joined.jsonl"), 100, *lines)
     for row, spans in zip(rows, found, strict=True):
-        calls = [
-            call(c["name"], json.loads(c["arguments"])) for c in row["answer"][0]["tool_calls"]
-        ]
+        calls = [call(c["name"], json.loads(c["arguments"])) for c in row["answer"][0]["tool_calls"]]
         assert spans == ["\n".join(calls) + END]
     [example] = encode_batch(
         rows[:1], [""], tokenizer, fields=dict(prompt="question.0", completion="answer",

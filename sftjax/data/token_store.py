@@ -30,9 +30,10 @@ from sftjax.terminal import warn
 if TYPE_CHECKING:
     from sftjax.tasks.base import Encoded, Task
 
-FORMAT = 6  # of the files below; part of the cache's key
+FORMAT = 7  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
+OWN = (-1,)  # the shape of a column with any number of values, not one a token: the bytes of images
 BUILDING = ".building-"  # prefix of a store being written
 STALE = 3600  # seconds
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
@@ -42,12 +43,12 @@ class TokenStore:
     """Examples in a folder of memory-mapped arrays.
 
     columns: {name: (dtype, shape)} of an example's arrays, in order; shape None is one value a token, whose number
-    differs from document to document.
+    differs from document to document; OWN any number of values.
 
     Attributes:
-      arrays: {name: all examples' values, one after the other}; those of a fixed shape stacked. tokens: int32 [all
-      tokens], and weights: float32 [all tokens], is each token itself trained,
-        not shifted; where there are columns of these names.
+      arrays: {name: all examples' values, one after the other}; those of a fixed shape stacked.
+      tokens: int32 [all tokens], and weights: float32 [all tokens], is each token itself trained, not shifted; where
+        there are columns of these names.
       offsets: int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]].
       lengths: int32 [documents]; 1 where no column has a value a token.
       records: int64 [documents], the index in its source of the record that each came from.
@@ -63,22 +64,30 @@ class TokenStore:
             for name, (dtype, shape) in self.columns.items()
         }
         self.offsets = np.load(self.folder / "offsets.npy")
+        self.own = {k: np.load(self.folder / f"{k}.npy") for k, (_, shape) in self.columns.items() if _is_own(shape)}
         self.records = np.load(self.folder / "records.npy", mmap_mode="r")
         self.lengths = np.diff(self.offsets).astype(np.int32)
-        if self.report.get("fixed"):  # a row each, however many bytes
-            self.lengths = np.ones_like(self.lengths)
         self.tokens, self.weights = self.arrays.get("tokens"), self.arrays.get("weights")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
-        document = slice(self.offsets[i], self.offsets[i + 1])
-        return tuple(self.arrays[name][document if shape is None else i] for name, (_, shape) in self.columns.items())
+        return tuple(self.arrays[name][self._at(name, shape, i)] for name, (_, shape) in self.columns.items())
+
+    def _at(self, name, shape, i):
+        if shape is None or name in self.own:
+            stops = self.own.get(name, self.offsets)
+            return slice(stops[i], stops[i + 1])
+        return i
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         # Worker processes map the files anew instead of copying them.
         return TokenStore, (self.folder,)
+
+
+def _is_own(shape) -> bool:
+    return tuple(shape or ()) == OWN
 
 
 def column_file(name: str, dtype: str) -> str:
@@ -195,10 +204,11 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
     first, notes, records, sizes = None, Notes(), list[int](), list[int]()
     shapes = [shape for _, shape in task.columns.values()]
     varying = shapes.index(None) if None in shapes else None  # the column that gives the offsets
+    own = {name: list[int]() for name, (_, shape) in task.columns.items() if _is_own(shape)}
     with contextlib.ExitStack() as files:
         names = [column_file(name, dtype) for name, (dtype, _) in task.columns.items()]
         out = [files.enter_context(open(temporary / name, "wb")) for name in names]
-        for rows in _chunks(len(source), 64 if task.layout.fixed and varying is not None else CHUNK):
+        for rows in _chunks(len(source), 64 if own else CHUNK):
             encoded = encode_rows(source, rows, task, rejects, notes, read)
             first = first or next(iter(encoded), None)
             tally.wheres = []
@@ -209,11 +219,15 @@ def _write(temporary, folder, source, task, max_length, overlong, on_error, max_
             records += [index[where] for where in tally.wheres]
             for file, (dtype, _), values in zip(out, task.columns.values(), zip(*pieces, strict=True), strict=False):
                 np.concatenate([np.ravel(x) for x in values]).astype(dtype, copy=False).tofile(file)
-    report = tally.report(rejects.counts) | dict(left_out=notes.counts, fixed=task.layout.fixed)
+            for i, name in enumerate(task.columns):
+                if name in own:
+                    own[name] += [len(piece[i]) for piece in pieces]
+    report = tally.report(rejects.counts) | dict(left_out=notes.counts)
     if not tally.lengths:
         raise DataError(task.nothing_left(first, report, max_length), kind="nothing_trained")
     np.save(temporary / "rows.npy", hashes)  # says later which rows were edited
-    np.save(temporary / "offsets.npy", np.append(0, np.cumsum(sizes, dtype=np.int64)))
+    for name, counts in ({"offsets": sizes} | own).items():
+        np.save(temporary / f"{name}.npy", np.append(0, np.cumsum(counts, dtype=np.int64)))
     np.save(temporary / "records.npy", np.array(records, np.int64))
     (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 

@@ -52,14 +52,16 @@ def sample(logits: jax.Array, rng: jax.Array, temperature: float, top_k: int, to
     return jax.random.categorical(rng, logits).astype(jnp.int32)
 
 
-def _prefill(model, params, tokens, lengths, cache):
+def _prefill(model, params, tokens, lengths, cache, beside):
     """The cache with the prompts, and the hidden state of the last token of each.
 
     In parts, so that one compiled program costs what the longest prompt needs and not its width.
     """
+    inserted = model.inserted(params, {"tokens": tokens, **beside}) if beside else None
     # A rotation that depends on a prompt's length has to know it from the first token on.
     kinds = model.config.kinds
     whole = any(kind.rope is not None and kind.rope.kind in rope.BY_LENGTH for kind in kinds)
+    whole |= inserted is not None and inserted.sees is not None  # a token of an image sees all of it
     part = tokens.shape[1] if whole else math.gcd(tokens.shape[1], PART)
     start = jnp.zeros((len(tokens), model.config.width), model.config.dtype)
 
@@ -67,8 +69,9 @@ def _prefill(model, params, tokens, lengths, cache):
         cache, last = carry
         positions = jnp.broadcast_to(i * part + jnp.arange(part), (len(tokens), part))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
-        own = jax.lax.dynamic_slice_in_dim(tokens, i * part, part, axis=1)
-        hidden, cache = model.decode(params, cache, own, positions, segments)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part, axis=1)
+        images = [jax.tree.map(cut, inserted)] if beside else []
+        hidden, cache = model.decode(params, cache, cut(tokens), positions, segments, *images)
         at = (lengths - 1 - i * part)[:, None]
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[..., None], axis=1)[:, 0]
         return cache, jnp.where((at >= 0) & (at < part), found, last)
@@ -76,8 +79,8 @@ def _prefill(model, params, tokens, lengths, cache):
     return jax.lax.fori_loop(0, -(-jnp.max(lengths) // part), body, (cache, start))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _run(model, params, tokens, lengths, rng, stop_ids, new, how):
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
+def _run(model, params, tokens, lengths, rng, beside, stop_ids, new, how):
     """Of tokens int32 [B, P], right-padded, lengths [B]: (ids [B, new], count of ids kept [B])."""
     B, P = tokens.shape
     stops = jnp.array(stop_ids or (-1,), jnp.int32)
@@ -85,7 +88,7 @@ def _run(model, params, tokens, lengths, rng, stop_ids, new, how):
         cache, last = model.begin(params, tokens, lengths, new)
         first = jnp.ones_like(lengths)
     else:
-        cache, last = _prefill(model, params, tokens, lengths, model.init_cache(B, P + new))
+        cache, last = _prefill(model, params, tokens, lengths, model.init_cache(B, P + new), beside)
         first = lengths
     beams, penalty, *drawn = how
     if beams > 1:
@@ -137,12 +140,14 @@ def generate(
     batch_size: int = 64,
     mesh: Mesh | None = None,
     said: Callable[[int, int], None] = lambda done, of: None,
+    beside: Callable[[Sequence[int]], dict[str, np.ndarray]] | None = None,
 ) -> list[list[int]]:
     """A list of int lists: the tokens generated for each prompt, without the stop token.
 
     prompts: a list of non-empty int sequences of any lengths. A row ends at any of stop_ids or after max_new_tokens.
     beams: of a beam search, see beams.py. said: called after each batch with the number of prompts that are answered,
-    and of all. Every process must call this with the same prompts.
+    and of all. beside: gives the arrays of the images of the prompts with these numbers, as a batch has them. Every
+    process must call this with the same prompts.
     """
     if not hasattr(model, "decode") or getattr(model.config, "classes", 0) > 0:
         raise ModelError(
@@ -174,9 +179,11 @@ def generate(
             tokens[j, : sizes[i]] = prompts[i]
             lengths[j] = sizes[i]
         key = jax.random.fold_in(jax.random.key(seed), at * size)
-        arrays = (replicated(mesh, x) for x in (tokens, lengths, key))
+        images = beside(rows) if beside else {}
+        images = {k: np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)) for k, x in images.items()}
+        arrays = [jax.tree.map(functools.partial(replicated, mesh), x) for x in (tokens, lengths, key, images)]
         drawn = (max_new_tokens, (beams, length_penalty, temperature, top_k, top_p))
-        program = (model, size, width, stop, drawn)
+        program = (model, size, width, stop, drawn, *(x.shape for x in images.values()))
         with contextlib.nullcontext() if program in _COMPILED else _COMPILING:
             found = _run(model, params, *arrays, stop, *drawn)
             _COMPILED.add(program)

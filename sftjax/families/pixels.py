@@ -1,5 +1,7 @@
 """preprocessor_config.json: how a model's images become numbers."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ def config(family: Any, hf: dict, directory: Path) -> Any:
 
     Raises: ModelError where images have other channels than 1 or 3, or than the mean and std.
     """
-    c = family.config(hf, read(directory))
+    whole = family.config(hf, read(directory))
+    c = getattr(whole, "vision", whole)
     if c.channels not in (1, 3):
         raise ModelError(f"images of {c.channels} channels; 1 (gray) and 3 (RGB) are read")
     numbers = all(type(x) in (int, float) for x in (*c.mean, *c.std))
@@ -32,7 +35,7 @@ def config(family: Any, hf: dict, directory: Path) -> Any:
             f"mean {c.mean} and std {c.std}: expected {c.channels} numbers each, and deviations"
             f" above 0; {FILE} or pretrained_cfg gives them"
         )
-    return c
+    return whole
 
 
 def fields(preprocessor: dict) -> dict[str, Any]:
@@ -49,6 +52,9 @@ def fields(preprocessor: dict) -> dict[str, Any]:
         if not isinstance(found or [], list):
             raise ModelError(f"{FILE}: image_{name}={found!r:.99}, expected a list of numbers")
         out |= {name: tuple(found)} if found else {}
+    most, least = (preprocessor.get(f"{name}_num_patches") for name in ("max", "min"))
+    if most:
+        out["patches"] = (least or 1, most)
     size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
     sides = {*size.values()} if isinstance(size, dict) else {0}
@@ -57,15 +63,29 @@ def fields(preprocessor: dict) -> dict[str, Any]:
     return out | ({"image_size": sides.pop()} if sides else {})
 
 
-def exported(c: Any) -> dict[str, Any]:
-    """What an export says: what is done with an image here."""
-    side = c.image_size
-    return dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True) | dict(
-        image_processor_type="CLIPImageProcessor",
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        resample=2,
-        rescale_factor=1 / 255,
-        image_mean=list(c.mean),
-        image_std=list(c.std),
-    )
+COPIED = (FILE, "processor_config.json", "video_preprocessor_config.json")
+
+
+def write(directory: Path, config: Any, source: Path) -> None:
+    """Write what an export says of images, where its model reads any: what is done with one here.
+
+    Of a model of texts too, the files of the directory it came from, which say how its processor puts both together.
+    """
+    side, vision = getattr(config, "image_size", None), getattr(config, "vision", None)
+    for name in COPIED if vision else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    if side or (vision and not (directory / FILE).exists()):
+        text = json.dumps(_exported(vision or config), indent=2, sort_keys=True)
+        (directory / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _exported(c) -> dict[str, Any]:
+    side, limits = c.image_size, getattr(c, "patches", ())
+    out: dict[str, Any] = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    out |= dict(resample=2, rescale_factor=1 / 255, image_mean=list(c.mean), image_std=list(c.std))
+    if limits:
+        own = dict(patch_size=c.patch, min_num_patches=limits[0], max_num_patches=limits[1])
+        return out | own | {"image_processor_type": "Siglip2ImageProcessor"}
+    size = dict(do_center_crop=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return out | size | {"image_processor_type": "CLIPImageProcessor"}

@@ -1,4 +1,4 @@
-"""Vision transformers: ViT, and the image tower of SigLIP.
+"""Vision transformers: ViT and SigLIP's image tower; and those that decoders read images by: CLIP's, SigLIP 2's.
 
 ViT has a class token, which a head reads; of SigLIP a head reads the mean of all patches. SigLIP's text tower and the
 pooling of its contrastive head are left out.
@@ -13,24 +13,29 @@ from sftjax.models.vision import Config
 IMAGES = True
 OTHERS = r"(vit\.)?pooler\..*|(vision_model\.)?head\..*|text_model\..*|logit_(scale|bias)"
 OTHERS += r"|classifier\..*|decoder\..*|(vit\.)?embeddings\.mask_token"
+SIGLIP = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+CLIP = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, patch_size=32)
+DEFAULTS = {"siglip": SIGLIP, "siglip2": SIGLIP, "clip": CLIP, "vit": dict(hidden_act="gelu", layer_norm_eps=1e-12)}
 
 
 def config(hf: dict, preprocessor: dict | None = None) -> Config:
     """vision.Config from the fields of a config.json and, for its pixels, preprocessor_config.json.
 
-    Raises: ModelError for sizes that do not fit one another.
+    hf may be that of a tower alone, as other models hold it. Raises: ModelError for sizes that do not fit one another.
     """
-    siglip = hf["model_type"] == "siglip"
-    own = (hf.get("vision_config") or {}) if siglip else hf
+    kind = hf["model_type"].removesuffix("_vision_model")
+    own = (hf.get("vision_config") or {}) if hf["model_type"] == "siglip" else hf
     common.check(own)
-    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    own = base | {"intermediate_size": 3072} | own
-    said = pixels.fields(preprocessor or {})
-    side, patch = own.get("image_size", 224), own.get("patch_size", 16)
+    base: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    own = base | {"intermediate_size": 3072, "image_size": 224, "patch_size": 16} | DEFAULTS[kind] | own
+    said, patch = pixels.fields(preprocessor or {}), own["patch_size"]
+    if kind == "siglip2":
+        own["image_size"] = round(own.get("num_patches", 256) ** 0.5) * patch
+    side, limits = own["image_size"], said.pop("patches", ())
     if said.pop("image_size", side) != side or side % patch:
         raise ModelError(
-            f"image_size={side}, of patches of {patch}: {pixels.FILE} must ask for images of that"
-            " size, and patches divide it"
+            f"image_size={side}, of patches of {patch}: {pixels.FILE} must ask for images of that size, and patches"
+            " divide it"
         )
     return Config(
         vocab=1,  # it has none
@@ -40,22 +45,25 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
         kv_heads=own["num_attention_heads"],
         head_dim=bert.head_dim(own),
         mlp=own["intermediate_size"],
-        norm_eps=own.get("layer_norm_eps", 1e-6 if siglip else 1e-12),
-        activation=own.get("hidden_act", "gelu_pytorch_tanh" if siglip else "gelu"),
+        norm_eps=own["layer_norm_eps"],
+        activation=own["hidden_act"],
         init_std=own.get("initializer_range", 0.02),
         dropout=own.get("hidden_dropout_prob", 0.0),
         qkv_bias=own.get("qkv_bias", True),
         channels=own.get("num_channels", 3),
         image_size=side,
         patch=patch,
-        class_token=not siglip,
+        class_token=kind in ("vit", "clip"),
+        embed_norm=kind == "clip",
+        patch_bias=kind != "clip",
+        patches=(limits or (1, 256)) if kind == "siglip2" else (),
         **said,
     )
 
 
 def names(c: Config) -> list[tuple]:
     """Rows as in llama.names."""
-    table = _vit(c) if c.class_token else _siglip()
+    table = _vit(c) if c.class_token else tower(c)
     return table + (common.linear("classifier", "score", "c d -> c d") if c.classes else [])
 
 
@@ -76,11 +84,17 @@ def _vit(c) -> list[tuple]:
     ]
 
 
-def _siglip() -> list[tuple]:
+def tower(c: Config) -> list[tuple]:
+    """The rows of a tower of SigLIP's or CLIP's form."""
     embed, block = "vision_model.embeddings.", "vision_model.encoder.layers.{}."
-    return [
+    clip: Any = [
+        (embed + "class_embedding", "class_token/w", "d -> d"),
+        *common.layer_norm("vision_model.pre_layrnorm", "embed_norm"),
+    ]
+    layout = "d (p q c) -> p q c d" if c.patches else "d c p q -> p q c d"
+    return clip * c.class_token + [
         (embed + "position_embedding.weight", "positions/w", "n d -> n d"),
-        *common.linear(embed + "patch_embedding", "patches", "d c p q -> p q c d"),
+        *common.linear(embed + "patch_embedding", "patches", layout, c.patch_bias),
         *common.matrices(block + "self_attn.", "layers/attn", q="q_proj", k="k_proj", v="v_proj", o="out_proj"),
         *common.matrices(block, "layers/mlp", up="mlp.fc1", down="mlp.fc2"),
         *common.layer_norm(block + "layer_norm1", "layers/attn_norm"),

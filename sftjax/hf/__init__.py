@@ -12,3 +12,4 @@ from sftjax.hf.directory import (
     stored_dtypes,
     with_dtypes,
 )
+from sftjax.hf.names import text_config

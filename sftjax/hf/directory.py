@@ -29,14 +29,16 @@ from sftjax.families import common, pixels
 from sftjax.files import read_json, refuse_url
 from sftjax.hf import heads
 from sftjax.hf.names import FAMILIES as FAMILIES
-from sftjax.hf.names import ends, family_of, in_files, tensors, visible
+from sftjax.hf.names import ends, family_of, in_files, reads_images, tensors, text_config, visible
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
-from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet, vision
+from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet, vision, vision_language
 from sftjax.ops import rope
 from sftjax.parallel import param_shardings, processes
 
-MODELS: dict[type, Any] = {kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision)}
+MODELS: dict[type, Any] = {
+    kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision, vision_language)
+}
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
     r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)"
@@ -103,9 +105,9 @@ def load_model(
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method")
             raise ModelError(f"quantization_config: quantised weights ({method}) are not supported")
-        images, classes = hasattr(family, "IMAGES"), changes.pop("classes", None)
-        config = pixels.config(family, hf, file.parent) if images else family.config(hf)
-        head, labels = heads.choose(hf, config.causal, head, labels, classes, images)
+        classes = changes.pop("classes", None)
+        config = pixels.config(family, hf, file.parent) if hasattr(family, "IMAGES") else family.config(hf)
+        head, labels = heads.choose(hf, config.causal, head, labels, classes, reads_images(hf))
         model = MODELS[type(config)](config).replace(**changes, head=head, classes=len(labels))
         if isinstance(model.config, decoder.Config):
             _check(model.config, hf)
@@ -411,8 +413,7 @@ def save_pretrained(
     _write_json(temporary / "config.json", hf)
     if model.config.causal and model.config.head == "vocabulary":
         _write_json(temporary / "generation_config.json", _generation(model, tokenizer, stop_ids))
-    if hasattr(model.config, "image_size"):
-        _write_json(temporary / pixels.FILE, pixels.exported(model.config))
+    pixels.write(temporary, model.config, Path(model.source.directory))
     if tokenizer is not None:
         save_tokenizer(tokenizer, temporary)
     new = sorted(file.name for file in temporary.iterdir())
@@ -458,7 +459,10 @@ def _tensor(parts, shape) -> np.ndarray:
 
 def _hf_config(model, rows, tokenizer) -> dict:
     hf = heads.exported(model)
-    hf |= {} if hasattr(model.config, "image_size") else {"vocab_size": model.config.vocab}
+    if "text_config" in hf:
+        hf["text_config"] = dict(text_config(hf), vocab_size=model.config.vocab)
+    elif not reads_images(hf):
+        hf["vocab_size"] = model.config.vocab
     pad = getattr(tokenizer, "pad_token_id", None)
     if model.config.classes and hf.get("pad_token_id") is None and pad is not None:
         hf["pad_token_id"] = pad  # transformers finds a row's last token by it

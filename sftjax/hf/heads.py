@@ -189,7 +189,7 @@ def exported(model: Model) -> dict:
         return hf | {"num_classes": n} | ({"label_names": list(labels)} if n else {})
     # The loop form may call itself a llama, and is then told by this name alone.
     loop = "iquestloop" in f"{hf.get('architectures')} {hf['model_type']}".lower()
-    known = {"iquestcoder": "IQuestCoderConfig"} | CONFIG_MAPPING_NAMES
+    known = {"iquestcoder": "IQuestCoderConfig", "phi4-siglip": "Phi4VisionR"} | CONFIG_MAPPING_NAMES
     prefix = "IQuestLoopCoder" if loop else known[hf["model_type"]].removesuffix("Config")
     if not n:
         if not model.config.causal and is_other(hf, kind):

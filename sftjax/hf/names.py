@@ -19,14 +19,18 @@ MODULES = {
     "gemma3_text": "gemma3",
     "iquestcoder": "llama",
     "iquestloopcoder": "iquest",
+    "phi4-siglip": "llava",
     "siglip": "vit",
     "timm": "resnet",
     "xlm-roberta": "roberta",
 }
 TYPES = """bart bert deberta-v2 distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite
-iquestcoder iquestloopcoder llama mistral mixtral modernbert olmo2 phi3 qwen2 qwen3 qwen3_moe resnet
+iquestcoder iquestloopcoder llama llava mistral mixtral modernbert olmo2 phi3 phi4-siglip qwen2 qwen3 qwen3_moe resnet
 roberta siglip smollm3 t5 timm vit xlm-roberta""".split()
 FAMILIES = {name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES}
+
+
+PARTS = {"encoder": "encoder", "tower": "vision"}  # of a tree: the field of the Config with the part's own
 
 
 def family_of(hf: dict) -> ModuleType:
@@ -47,9 +51,15 @@ def family_of(hf: dict) -> ModuleType:
 
 
 def reads_images(hf: dict) -> bool:
-    """Is it the config.json of a model of images."""
+    """Is it the config.json of a model of images, and not of texts too."""
     kind = "timm" if "architecture" in hf else hf.get("model_type")
-    return hasattr(FAMILIES.get(str(kind)), "IMAGES")
+    family = FAMILIES.get(str(kind))
+    return hasattr(family, "IMAGES") and not hasattr(family, "TEXTS")
+
+
+def text_config(hf: dict) -> dict:
+    """The part of a config.json with the fields of the text's decoder, where it has one."""
+    return hf.get("text_config") or hf
 
 
 def names(model: base.Model) -> list[tuple]:
@@ -69,8 +79,8 @@ def tensors(model: base.Model, as_read: bool = True) -> Iterator[tuple[str, dict
     known = model.source.dtypes if as_read else {}
     for name, path, text, *part in names(model):
         layout, c = Layout(text, *part), model.config
-        if path.startswith("encoder/"):
-            c = c.encoder
+        if own := PARTS.get(path.partition("/")[0]):
+            c = getattr(c, own)
         if "layers/" not in path:
             one = in_files(name, known)
             if path == "embed/w" and c.tied and one not in known:
@@ -94,7 +104,7 @@ def tensors(model: base.Model, as_read: bool = True) -> Iterator[tuple[str, dict
 def in_files(name: str, known: Container[str]) -> str:
     """The one of a tensor's names that is known: of the whole model, of a bare one, of old."""
     short = name.partition(".")[2]
-    for new in (name, short):
+    for new in (name, short, name.replace("vision_tower.vision_model.", "vision_tower.")):
         old = new.replace("LayerNorm.weight", "LayerNorm.gamma")
         for one in (new, old.replace("LayerNorm.bias", "LayerNorm.beta")):
             if one in known:

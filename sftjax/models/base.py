@@ -8,7 +8,7 @@ Letters of shapes: B rows, S tokens of a row, D width, C classes.
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,14 @@ import jax.numpy as jnp
 from sftjax.errors import ConfigError, ModelError
 from sftjax.ops import weight
 from sftjax.params import replace
+
+
+class Inserted(NamedTuple):
+    """What stands in a batch in place of some tokens' embeddings, as features of images do."""
+
+    own: jax.Array  # bool [B, S]: of which tokens
+    values: jax.Array  # [B, S, D]
+    sees: jax.Array | None = None  # int32 [B, S]: the last position that each token sees; None = its own
 
 
 class Model(Protocol):

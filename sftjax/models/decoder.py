@@ -281,6 +281,7 @@ def forward(
     segments: jax.Array,
     cache: dict[str, Any] | None = None,
     rng: jax.Array | None = None,
+    inserted: base.Inserted | None = None,
 ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array] | None]:
     """(hidden states after the final norm [B, S, D], updated cache, moe.routing_sums).
 
@@ -288,9 +289,9 @@ def forward(
     over all layers, are None for a dense model. rng: of dropout; None = without.
     """
     if cache is None:
-        x, ctx = embed(config, params, tokens, positions, segments, rng)
+        x, ctx = embed(config, params, tokens, positions, segments, rng, inserted=inserted)
     else:
-        x, ctx, cache = embed_next(config, params, cache, tokens, positions, segments)
+        x, ctx, cache = embed_next(config, params, cache, tokens, positions, segments, inserted)
     x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
     return (unspread(x), None, routing) if cache is None else (x, cache | {"kv": kept}, routing)
@@ -304,17 +305,21 @@ def embed(
     segments: jax.Array,
     rng: jax.Array | None = None,
     types: jax.Array | None = None,
+    inserted: base.Inserted | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(x [B, S, D], what the layers are told of its tokens), in the context axis's order.
 
     tokens to segments, and types where the model has them: int32 [B, S]; rng: of dropout.
     """
     tokens, positions, segments = map(spread, (tokens, positions, segments))
+    inserted = jax.tree.map(spread, inserted)
     with jax.named_scope("embed"):
         x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
-    x = _embedded(config, params, x, positions, None if types is None else spread(types))
+    x = _embedded(config, params, x, positions, None if types is None else spread(types), inserted)
     where = {"positions": positions, "segments": segments}
     ctx = {"where": where, "angles": _angles(config, **where)}
+    if inserted is not None and inserted.sees is not None:
+        ctx["where"] = {"positions": inserted.sees, "segments": segments} | {f"kv_{k}": v for k, v in where.items()}
     if rng is not None and config.dropout:
         ctx["ids"] = spread(dropout.ids(positions.shape))
         # The embedding's, and one for each layer, whatever the stacks.
@@ -330,19 +335,24 @@ def embed_next(
     tokens: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
+    inserted: base.Inserted | None = None,
 ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """As `embed`, of tokens that go on from a cache, and the cache with their places."""
     x = weight.rows(params["embed"]["w"], tokens, config.dtype)
-    x = _embedded(config, params, x, positions)
+    x = _embedded(config, params, x, positions, inserted=inserted)
     slot, cache = cache["slot"], write_places(cache, positions, segments)
     where = {"positions": positions, "segments": segments}
     where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
-    return x, {"slot": slot, "where": where, "angles": _angles(config, **where)}, cache
+    angles = _angles(config, **where)
+    where |= {} if inserted is None or inserted.sees is None else {"positions": inserted.sees}
+    return x, {"slot": slot, "where": where, "angles": angles}, cache
 
 
-def _embedded(config, params, x, positions, types=None):
+def _embedded(config, params, x, positions, types=None, inserted=None):
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if inserted is not None:
+        x = jnp.where(inserted.own[..., None], inserted.values.astype(x.dtype), x)
     if config.learned_positions:
         places = positions + config.first_position
         x = x + weight.rows(params["positions"]["w"], places, x.dtype)
@@ -477,7 +487,8 @@ class Model(base.Body):
         tokens: jax.Array,
         positions: jax.Array,
         segments: jax.Array,
+        inserted: base.Inserted | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """(hidden [B, S, D], cache) with the tokens appended to the cache."""
-        out: Any = forward(self.config, params, tokens, positions, segments, cache)
+        out: Any = forward(self.config, params, tokens, positions, segments, cache, inserted=inserted)
         return out[:2]

@@ -5,6 +5,7 @@ W, C] from 0 to 255.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,6 +34,10 @@ class Config(encoder.Config):
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of each channel, from 0 to 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     class_token: bool = True  # a token of its own before the patches, which a head reads
+    patch_bias: bool = True
+    # The least and the most patches of an image, where images keep their shapes: then the positions' table, of
+    # image_size, is stretched to each. () = all are squares of image_size.
+    patches: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -47,7 +52,9 @@ def abstract(c: Config) -> dict:
     tree.pop("embed")
     axes = (None, None, "channels", "embed")
     w = Param((c.patch, c.patch, c.channels, c.width), axes, normal, ("channels",))
-    tree["patches"] = {"w": w, "b": Param((c.width,), ("norm",), jax.nn.initializers.zeros)}
+    tree["patches"] = {"w": w}
+    if c.patch_bias:
+        tree["patches"]["b"] = Param((c.width,), ("norm",), jax.nn.initializers.zeros)
     if c.class_token:
         tree["class_token"] = {"w": Param((c.width,), ("norm",), normal)}
     return tree
@@ -63,24 +70,45 @@ class Model(base.Body):
 
     def features(self, params: dict[str, Any], images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[B, N, D] of images [B, H, W, C], after the last norm; rng: of dropout, None for none."""
-        c, B, side = self.config, images.shape[0], self.config.image_size // self.config.patch
-        x = normalised(images, c.mean, c.std).astype(c.dtype)
-        x = x.reshape(B, side, c.patch, side, c.patch, c.channels)
+        c, side = self.config, self.config.image_size // self.config.patch
+        x = images.reshape(-1, side, c.patch, side, c.patch, c.channels)
+        x = jnp.swapaxes(x, 2, 3).reshape(len(images), side * side, c.patch, c.patch, c.channels)
+        return layer.norm(c, self.encoded(params, x, rng=rng), params.get("norm"))
+
+    def encoded(
+        self,
+        params: dict[str, Any],
+        patches: jax.Array,
+        segments: jax.Array | None = None,
+        places: jax.Array | None = None,
+        rng: jax.Array | None = None,
+        left: int = 0,
+    ) -> jax.Array:
+        """[B, N, D] of patches [B, N, P, P, C], before the last norm and without the last `left` layers.
+
+        segments int32 [B, N], 0 for none, and places int32 [B, N, 4], which patch it is and of how many, downwards and
+        across (y, x, height, width): of images of any sizes, several in a row. None: a whole image is a row.
+        """
+        c, B = self.config, len(patches)
+        x = normalised(patches, c.mean, c.std).astype(c.dtype)
         w = weight.gather_for_use(params["patches"]["w"], (None, None, None, "embed"), x.dtype)
-        x = weight.project("bgphqc,pqcd->bghd", x, params["patches"] | {"w": w})
-        x = x.reshape(B, side * side, c.width)
+        x = weight.project("bnpqc,pqcd->bnd", x, params["patches"] | {"w": w})
         if c.class_token:
             own = jnp.broadcast_to(params["class_token"]["w"].astype(x.dtype), (B, 1, c.width))
             x = jnp.concatenate([own, x], 1)
-        x = x + weight.dense(params["positions"]["w"], x.dtype)
-        places = jnp.broadcast_to(jnp.arange(c.tokens), (B, c.tokens))
-        ctx: dict[str, Any] = {"where": {"positions": places, "segments": jnp.ones_like(places)}, "angles": {}}
+        table = weight.dense(params["positions"]["w"], jnp.float32)
+        x = x + (table if places is None else stretched(table, places)).astype(x.dtype)
+        x = layer.norm(c, x, params.get("embed_norm"))
+        at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        where = {"positions": at, "segments": jnp.ones_like(at) if segments is None else segments}
+        ctx: dict[str, Any] = {"where": where, "angles": {}}
         if rng is not None and c.dropout:
-            ctx["ids"] = dropout.ids(places.shape)
+            ctx["ids"] = dropout.ids(x.shape[:2])
             ctx["seeds"] = dropout.seeds(rng, 1 + c.layers)
             x = dropout.dropout(x, c.dropout, ctx["seeds"][0], ctx["ids"])
-        x, _, _ = decoder.run_layers(c, params["layers"], ctx, x)
-        return layer.norm(c, x, params["norm"])
+        # The stack of those that are run has a name of its own where some are left out.
+        run = dataclasses.replace(c, layers=c.layers - left, split=()) if left else c
+        return decoder.run_layers(run, params["layers"], ctx, x)[0]
 
     def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple[jax.Array, None]:
         """(what a head reads of each image [B, 1, D], None) of a batch's images."""
@@ -98,3 +126,22 @@ class Model(base.Body):
             return of(images * n, trained, lambda window: each * pairs(window))
 
         return count
+
+
+def stretched(table: jax.Array, places: jax.Array) -> jax.Array:
+    """The positions [B, N, D] of patches of images of any size, of a table [S * S, D] of a square's.
+
+    places: as of Model.encoded. Bilinear, with the wider triangle where an image has fewer patches than the table, as
+    torch's interpolate(antialias=True).
+    """
+    side = math.isqrt(len(table))
+
+    def weights(at, n):  # [B, N, side]: what each row, or column, of the table counts
+        step = side / jnp.maximum(n, 1)[..., None]
+        off = (at[..., None] + 0.5) * step - (jnp.arange(side) + 0.5)
+        w = jnp.maximum(1 - jnp.abs(off) / jnp.maximum(step, 1), 0)
+        return w / jnp.sum(w, -1, keepdims=True)
+
+    y, x, height, width = jnp.moveaxis(places, -1, 0)
+    rows = jnp.einsum("bni,ijd->bnjd", weights(y, height), table.reshape(side, side, -1))
+    return jnp.einsum("bnj,bnjd->bnd", weights(x, width), rows)

@@ -27,6 +27,7 @@ TASKS = {
     "token_labels": "sftjax.tasks.token_labels:TokenLabels",
     "masked_lm": "sftjax.tasks.masked_lm:MaskedLM",
     "seq2seq": "sftjax.tasks.seq2seq:Seq2Seq",
+    "image_text": "sftjax.tasks.image_text:ImageText",
     "image_classification": "sftjax.tasks.image_classification:ImageClassification",
 }
 
@@ -62,6 +63,8 @@ def of_head(hf: dict) -> str:
     if kind == "document":
         one = hf.get("num_labels", len(hf.get("id2label") or (0, 0))) == 1
         return PROBLEMS.get("regression" if one else hf.get("problem_type"), "classification")
+    if "vision_config" in hf and not reads_images(hf):
+        return "image_text"
     if kind == "vocabulary":
         said = str(hf.get("architectures"))
         return next((task for ending, task in WRITERS.items() if ending in said), "causal_lm")

@@ -286,17 +286,21 @@ class Task(Generic[E]):
         return ""
 
 
-def read_model(section: ConfigDict, images: bool = False, **changes: Any) -> Model:
+READERS = {"text": "texts", "image": "images", "image_text": "images with texts"}
+
+
+def read_model(section: ConfigDict, reads: str = "text", **changes: Any) -> Model:
     """hf.load_model of the config's section `model`. Raises: ConfigError where it names none.
 
-    images: does the task read images; a model that reads what the task does not is refused too.
+    reads: a key of READERS; a model that reads what the task does not is refused too.
     """
     if not section.path:
         raise ConfigError("model.path is empty; give a Hugging Face directory or a hub id")
     model = hf.load_model(section.path, **changes)
-    if hasattr(model.config, "image_size") != images:
-        reads, task = ("texts", "images") if images else ("images", "texts")
-        raise ConfigError(f"model.path={section.path}: the model reads {reads}, the task {task}")
+    kinds = {"vision": "image_text", "image_size": "image"}
+    found = next((kind for name, kind in kinds.items() if hasattr(model.config, name)), "text")
+    if found != reads:
+        raise ConfigError(f"model.path={section.path}: the model reads {READERS[found]}, the task {READERS[reads]}")
     return model
 
 

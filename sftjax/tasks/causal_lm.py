@@ -42,6 +42,7 @@ class CausalLM(Answering[chat.Encoded]):
     """policy: the keywords of `data.encode`: what is trained of a record, and how it is read."""
 
     columns = COLUMNS
+    foreign: tuple[str, ...] = ("label", "pair", "image")  # fields of other tasks
     options = (*"normalise label_smoothing z_loss dft load_balance chunk_tokens".split(),)
 
     def __init__(
@@ -56,7 +57,7 @@ class CausalLM(Answering[chat.Encoded]):
     def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
         """The task of a config. Raises: ConfigError for a setting of another task."""
         d = config.data
-        foreign = {f"data.fields.{k}": d.fields[k] for k in ("label", "pair")}
+        foreign = {f"data.fields.{k}": d.fields[k] for k in cls.foreign}
         for key, value in ({"data.labels": d.labels} | foreign).items():
             if value:
                 raise ConfigError(
@@ -237,7 +238,7 @@ def policy(data: ConfigDict) -> dict:
         train_on=data.train_on,
         stop_token=data.stop_token,
         reasoning=data.reasoning.to_dict(),
-        fields={k: v for k, v in data.fields.items() if v and k not in ("label", "pair")},
+        fields={k: v for k, v in data.fields.items() if v and k not in CausalLM.foreign},
         roles=_roles(data.roles),
         system=data.system,
         template_kwargs=_template_kwargs(data.template_kwargs),

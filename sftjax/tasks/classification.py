@@ -165,8 +165,8 @@ class Classification(Texts):
 
     def load_model(self, section: ConfigDict, **changes: Any) -> Model:
         """The body of model.path, without weights, with a head of a row for each label."""
-        images = self.head == "image"
-        return read_model(section, images, labels=self.labels.names, head=self.head, **changes)
+        reads = "image" if self.head == "image" else "text"
+        return read_model(section, reads, labels=self.labels.names, head=self.head, **changes)
 
     def own(self, options: dict) -> dict[str, Any]:
         """As of Task, with a weight for each label."""

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sftjax.data import open_source
 from sftjax.data.packing.images import ImageRows
 from sftjax.data.records.images import encoded, labels_of, pixels
+from sftjax.data.token_store import OWN
 from sftjax.errors import ConfigError
 from sftjax.hf.heads import stored_labels
 from sftjax.models.base import Model
@@ -30,7 +31,7 @@ class ImageClassification(Classification):
     head = "image"
     usual: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": ("image", "img", "file_name", "path"), "label": LABELS}
     columns: Mapping[str, tuple[str, tuple[int, ...] | None]] = {
-        "image": ("uint8", None),
+        "image": ("uint8", OWN),
         "weights": ("float32", (1,)),
         "targets": ("int32", (1,)),
     }
@@ -54,7 +55,7 @@ class ImageClassification(Classification):
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: Any) -> "ImageClassification":
         """The task of a config. Raises: ConfigError where nothing names the labels."""
-        d, model = config.data, read_model(config.model, images=True)
+        d, model = config.data, read_model(config.model, "image")
         labels = d.labels or stored_labels(model.source.config, cls.head)
         if not labels and d.train:
             labels = labels_of(open_source(d.train))

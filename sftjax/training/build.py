@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Mo
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
+    unused = getattr(model.config, "unused", "(?!)")  # no output depends on them: decay alone would change them
+    trainable = params_lib.map_named(lambda name, on: on and not re.fullmatch(unused, name), trainable)
     if hasattr(model, "with_trained"):
         model = model.with_trained(trainable)
     return model, trainable
@@ -227,7 +230,7 @@ def make_params(
     drawn = lambda: None if model.state is None else _drawn(model.state, mesh, seed)  # noqa: E731
     if from_files(model) and section.init == "pretrained":
         # With rows drawn for new tokens, and a head where the files have none.
-        rows = model.source.config.get("vocab_size")  # None of images
+        rows = hf.text_config(model.source.config).get("vocab_size")  # None of images
         stored: Any = model.replace(vocab=rows) if rows else model
         _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
         if new:

@@ -39,8 +39,8 @@ class Health:
     Attributes:
       state: skipped (updates), spikes, rollbacks; lag, by how many updates the optimizer is behind the step, as skipped
         ones and those rolled back do not count in it.
-      ill: (what the config wants done, message), once too many bad steps came in a row; else None. sound: was the last
-      step that was seen finite; else no checkpoint is made.
+      ill: (what the config wants done, message), once too many bad steps came in a row; else None.
+      sound: was the last step that was seen finite; else no checkpoint is made.
     """
 
     def __init__(self, section: ConfigDict, workdir: Path, feed: "Feed", state: Mapping | None = None) -> None:

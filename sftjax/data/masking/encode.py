@@ -76,8 +76,8 @@ def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, wher
         reasoning: of the answers in history (before the last user's message), of the last turn's, and of an empty think
           block: dict(history="train", last="train", empty="keep"); each is "train" | "keep" (in the text, not trained)
           | "drop" (taken out before rendering).
-        template: a chat template, or a file that holds one, in place of the tokenizer's. template_kwargs, fields,
-        roles, system: as in `to_conversation`.
+        template: a chat template, or a file that holds one, in place of the tokenizer's.
+        template_kwargs, fields, roles, system: as in `to_conversation`.
 
     A text prompt and completion are rendered as a user's and an assistant's turn; where there is
     no template they are run together as they stand, and the end-of-text token follows. Of plain text everything is

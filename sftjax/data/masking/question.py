@@ -29,6 +29,7 @@ class Question(NamedTuple):
     lead: int  # so many special tokens stand before the text's
     ends: Sequence[int] = ()  # the tokens that end the answer
     choices: Sequence[str] = ()  # between which the metric `choice` decides
+    images: Sequence[bytes] = ()  # the files of those that the prompt's image tokens stand for
 
 
 def prompt_and_answer(

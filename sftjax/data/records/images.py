@@ -12,7 +12,7 @@ import mmap
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -156,9 +156,12 @@ def encoded(value: Any, where: str) -> bytes:
         return path.read_bytes()
 
 
-def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray:
-    """uint8 [side, side, channels] of an image's file: its middle square, resized.
+def pixels(
+    data: bytes, size: int | Callable[[int, int], tuple[int, int]], channels: int, where: str = ""
+) -> np.ndarray:
+    """uint8 [height, width, channels] of an image's file, resized.
 
+    size: the side of a square, its middle; or a function that gives the height and width of the whole from its own.
     channels: 1 (gray) or 3 (RGB); transparency is left out, as transformers does. Raises: DataError for what cannot be
     read whole, is animated, has more than PIXELS, or has more than 8 bits.
     """
@@ -173,9 +176,8 @@ def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray
     try:
         image: Any = Image.open(BytesIO(data))
         if image.width * image.height > PIXELS:
-            size = f"{image.width} x {image.height}"
-            fix = f"at most {PIXELS:,} are read"
-            raise refuse(f"the image has {size} pixels", fix, "too_large")
+            problem = f"the image has {image.width} x {image.height} pixels"
+            raise refuse(problem, f"at most {PIXELS:,} are read", "too_large")
         # Cameras write MPO: a picture and its preview.
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise refuse(f"the image has {image.n_frames} frames", "take one of them out of it")
@@ -183,12 +185,17 @@ def pixels(data: bytes, side: int, channels: int, where: str = "") -> np.ndarray
             problem = f"the image's pixels are of mode {image.mode}, expected one of 8 bits"
             raise refuse(problem, f"save it as one of {', '.join(MODES)}")
         mode = "L" if channels == 1 else "RGB"
-        image.draft(mode, (side, side))  # a large JPEG is read at a smaller size
+        if isinstance(size, int):
+            image.draft(mode, (size, size))  # a large JPEG is read at a smaller size
         image = ImageOps.exif_transpose(image).convert(mode)
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+        if isinstance(size, int):
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        else:
+            height, width = size(image.height, image.width)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
     except DataError:
         raise
     except Exception as error:  # Pillow's readers fail in many ways
         said = f"{type(error).__name__}: {error}".replace(str(BytesIO), "the file")
         raise refuse(f"the image cannot be read: {said[:200]}") from None
-    return np.asarray(image, np.uint8).reshape(side, side, channels)
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)

@@ -93,8 +93,8 @@ def open_source(spec: str, limit: int = 0) -> Source:
     Args:
       spec: comma-separated files, globs, folders, or a hub data set id: `org/name`, with `:split` where it isn't
         `train`; `org/name:config` or `org/name:config/split` where it has several configurations. Of a folder, all data
-        files are read. `#paragraphs.qas` after any
-        of them: a record for each element of these nested lists, with the keys of what holds it.
+        files are read. `#paragraphs.qas` after any of them: a record for each element of these nested lists, with the
+        keys of what holds it.
       limit: use only the first so many records; 0 = all.
 
     Raises: DataError if a file is absent, empty, malformed or of an unknown kind.

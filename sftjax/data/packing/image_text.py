@@ -1,0 +1,110 @@
+"""Rows of texts with images: an image is cut into patches, and each patch has a token in its text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sftjax.data.packing.pack import Batch, Examples, Field, TokenRows
+from sftjax.data.records.images import pixels
+from sftjax.errors import DataError
+
+
+class Patches(NamedTuple):
+    """How an image becomes patches: its middle square of `side`, or all of it in `limits`[0] to [1] patches."""
+
+    side: int
+    patch: int
+    channels: int
+    limits: tuple[int, ...] = ()
+
+    @property
+    def most(self) -> int:
+        """The most patches of an image."""
+        return self.limits[1] if self.limits else (self.side // self.patch) ** 2
+
+    def of(self, data: bytes, where: str = "") -> np.ndarray:
+        """uint8 [height, width, P, P, C] of an image's file: its patches by row and column. Raises: DataError."""
+        image, p = pixels(data, self._size if self.limits else self.side, self.channels, where), self.patch
+        rows, columns = image.shape[0] // p, image.shape[1] // p
+        return np.swapaxes(image.reshape(rows, p, columns, p, self.channels), 1, 2)
+
+    def _size(self, height, width):
+        """(height, width) as the image is read: in as many patches as it fills, within the limits.
+
+        The scale is the largest, to 1e-5, at which the patches that the image touches are no more; as of SigLIP 2's
+        processor in transformers, in Phi-4's form, which leaves images between the limits at their size.
+        """
+        p = self.patch
+        most = min(max((height // p) * (width // p), self.limits[0], 1), self.limits[1])
+        low, high, step = 1e-6, 100.0, 1e-5
+        grid = lambda scale: [max(1, int(np.ceil(n * scale / p))) for n in (height, width)]  # noqa: E731
+        while high - low >= step:
+            middle = (low + high) / 2
+            low, high = (middle, high) if np.prod(grid(middle)) <= most else (low, middle)
+        return tuple(n * p for n in grid(low))
+
+    def batch(self, rows: Sequence[Sequence[bytes]], cells: int) -> Batch:
+        """The arrays of the images of each row, in `cells` patches: of images of any size also which patch is whose."""
+        p = self.patch
+        out = {"patches": np.zeros((len(rows), cells, p, p, self.channels), np.uint8)}
+        if self.limits:
+            out["patch_segments"] = np.zeros((len(rows), cells), np.int32)
+            out["patch_places"] = np.zeros((len(rows), cells, 4), np.int32)
+        for r, images in enumerate(rows):
+            self.fill({k: v[r] for k, v in out.items()}, images)
+        return out
+
+    def fill(self, row: Batch, images: Sequence[bytes]) -> None:
+        """Write the images one after the other into a row."""
+        at = 0
+        for n, data in enumerate(images, 1):
+            found = self.of(data)
+            height, width = found.shape[:2]
+            cells = slice(at, at + height * width)
+            row["patches"][cells] = found.reshape(-1, *found.shape[2:])
+            if self.limits:
+                y, x = np.divmod(np.arange(height * width), width)
+                row["patch_segments"][cells] = n
+                row["patch_places"][cells] = np.stack([y, x, np.full_like(y, height), np.full_like(y, width)], -1)
+            at = cells.stop
+
+    def cells(self, width: int) -> int:
+        """The patches for which there is room beside a row of `width` tokens: as many whole images as fit."""
+        return width if self.limits else width // self.most * self.most
+
+
+def files(images: np.ndarray, sizes: np.ndarray) -> list[bytes]:
+    """The file of each image, of the bytes of all and how many each has."""
+    stops = np.cumsum(sizes)
+    return [images[stop - n : stop].tobytes() for stop, n in zip(stops, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class ImageTextRows(TokenRows):
+    """TokenRows of examples (tokens, weights, images, sizes); see `files`. Their images are decoded as rows are read.
+
+    The n-th image token of a row is that of its n-th patch.
+    """
+
+    patches: Patches = field(default_factory=lambda: Patches(0, 1, 3))
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """Those of TokenRows, with the patches of images; see models.vision_language."""
+        p, cells = self.patches, self.patches.cells(width)
+        none = (None,) * 4
+        out = {"patches": Field((rows, cells, p.patch, p.patch, p.channels), np.uint8, ("batch", *none))}
+        if p.limits:
+            out["patch_segments"] = Field((rows, cells), np.int32, ("batch", None))
+            out["patch_places"] = Field((rows, cells, 4), np.int32, ("batch", None, None))
+        return super().spec(rows, width) | out
+
+    def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Write the pieces, which are whole examples, into a row, and their images."""
+        whole: dict[int, Any] = {doc: examples[doc] for doc, _, _ in pieces}
+        for doc, start, stop in pieces:
+            if (start, stop) != (0, len(whole[doc][0])):
+                raise DataError(f"tokens {start} to {stop} of {len(whole[doc][0])}: texts with images are not cut")
+        super().fill(row, {doc: arrays[:2] for doc, arrays in whole.items()}, pieces)
+        self.patches.fill(row, [data for doc, _, _ in pieces for data in files(*whole[doc][2:])])

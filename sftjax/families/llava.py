@@ -1,0 +1,72 @@
+"""Decoders that read images: LLaVA, and Phi-4-reasoning-vision, whose decoder is a Phi-3 and whose tower a SigLIP 2.
+
+Of LLaVA any decoder and any tower of the families here. Phi-4's files have no id for an image's token, which is put in
+by its processor: here it is its first token without a use, as in vLLM.
+"""
+
+from typing import Any
+
+from sftjax.errors import ModelError
+from sftjax.families import common, phi3, vit
+from sftjax.models.vision_language import Config, with_vision
+
+IMAGES = TEXTS = True
+OTHERS = r".*vision_model\.head\..*"
+TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+PHI_IMAGE = 100256  # <|dummy_0|>
+# What config.json leaves out of a Llama's fields where they are those of 7B.
+LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)
+
+
+def decoder_of(hf: dict) -> Any:
+    """The family of a text_config. Raises: ModelError where it is none of a decoder."""
+    from sftjax.hf.names import family_of  # which lists this family too
+
+    family = family_of(hf)
+    if hasattr(family, "IMAGES"):
+        raise ModelError(f"text_config.model_type {hf['model_type']!r} is no decoder of texts")
+    return family
+
+
+def config(hf: dict, preprocessor: dict | None = None) -> Config:
+    """vision_language.Config from the fields of a config.json, and of preprocessor_config.json."""
+    own = dict(hf.get("vision_config") or {})
+    phi = hf["model_type"] == "phi4-siglip"
+    own.setdefault("model_type", "siglip2_vision_model" if phi else "clip_vision_model")
+    if own["model_type"] not in TOWERS:
+        raise ModelError(f"vision_config.model_type {own['model_type']!r} is not supported; known: {', '.join(TOWERS)}")
+    if phi:
+        common.refuse(hf, mm_projector_type="mlp2x_gelu", use_s2=False)
+        limits = dict(min_num_patches=hf.get("min_num_patches", 256), max_num_patches=hf.get("max_num_patches", 3600))
+        tower = vit.config(own, limits | (preprocessor or {}))
+        return with_vision(phi3.config(hf), tower, image_token=PHI_IMAGE)
+    common.refuse(hf, vision_feature_select_strategy="full" if own["model_type"] != TOWERS[0] else "default")
+    text = dict(hf.get("text_config") or {})
+    text = (LLAMA if text.setdefault("model_type", "llama") == "llama" else {}) | text
+    common.check(text)
+    tower, layer = vit.config(own, preprocessor), hf.get("vision_feature_layer", -2)
+    if type(layer) is not int or not -tower.layers <= layer < -1:
+        raise ModelError(f"vision_feature_layer={layer!r:.99} is not supported, only one from -2 to {-tower.layers}")
+    return with_vision(
+        decoder_of(text).config(text),
+        tower,
+        family=text["model_type"],
+        image_token=hf.get("image_token_index", hf.get("image_token_id", 32000)),
+        left=-1 - layer,
+        projector=hf.get("projector_hidden_act", "gelu"),
+        projector_bias=hf.get("multimodal_projector_bias", True),
+    )
+
+
+def names(c: Config) -> list[tuple]:
+    """Rows as in llama.names."""
+    if c.vision.patches:
+        text, own = phi3.names(c), "model."
+        tower, projector = own + "vision_tower.vision_tower.", (own + "mm_projector.0", own + "mm_projector.2")
+    else:
+        family = decoder_of({"model_type": c.family})
+        text = [(f"language_model.{name}", *rest) for name, *rest in family.names(c)]
+        tower, projector = "vision_tower.", ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
+    rows = [(tower + name, f"tower/{path}", *rest) for name, path, *rest in vit.tower(c.vision)]
+    rows += common.linear(projector[0], "projector/up", "d c -> c d", c.projector_bias)
+    return text + rows + common.linear(projector[1], "projector/down", "e d -> d e", c.projector_bias)

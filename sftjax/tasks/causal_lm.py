@@ -222,7 +222,7 @@ class CausalTally(Tally):
         """As of Tally; counts each stop token where it is trained."""
         super().count(pieces)
         if pieces:
-            tokens, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+            tokens, weights = (np.concatenate([piece[i] for piece in pieces]) for i in range(2))
             self.stopped.update(tokens[np.isin(tokens, self.stops) & (weights > 0)].tolist())
 
     def report(self, skipped: Mapping[str, int]) -> dict:

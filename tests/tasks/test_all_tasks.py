@@ -179,13 +179,36 @@ def images(c, where, config=RESNET):
     (where / "model").mkdir()
     (where / "model" / "config.json").write_text(json.dumps(config))
     for name, n in {"train": 120, "validation": 21}.items():
-        rng, rows = np.random.default_rng(n), []
-        for i in range(n):
-            pixels, out = rng.integers(0, 128, (9, 8, 3), np.uint8), io.BytesIO()
-            pixels[:, 4 * (i % 2) :][:, :4] += 96
-            Image.fromarray(pixels).save(out, "png")
-            url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-            rows.append({"image": url, "label": LABELS[i % 2], "extra": i})
+        rows = [{"image": url, "label": LABELS[i % 2], "extra": i} for i, url in enumerate(squares(n))]
+        c.data[name] = write(where / f"{name}.jsonl", rows)
+
+
+def squares(n):
+    rng = np.random.default_rng(n)
+    for i in range(n):
+        pixels, out = rng.integers(0, 128, (9, 8, 3), np.uint8), io.BytesIO()
+        pixels[:, 4 * (i % 2) :][:, :4] += 96
+        Image.fromarray(pixels).save(out, "png")
+        yield "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+LLAVA = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_feature_select_strategy="full")
+SIGLIP = {k: VIT[k] for k in VIT if k[0] in "nip" or k == "hidden_size"} | {"model_type": "siglip_vision_model"}
+
+
+def pictures(c, where):
+    """A question about a square, and some without one; the reserved token is an image's."""
+    c.task, c.model.path, c.model.init = "image_text", model(where / "model"), "random"
+    own = json.loads((where / "model" / "config.json").read_text())
+    token = AutoTokenizer.from_pretrained(where / "model").convert_tokens_to_ids("<|reserved_0|>")
+    own = LLAVA | dict(text_config=own, vision_config=SIGLIP, image_token_index=token)
+    (where / "model" / "config.json").write_text(json.dumps(own))
+    for name, n in {"train": 120, "validation": 21, "test": 3}.items():
+        rows = []
+        for i, url in enumerate(squares(n)):
+            mark, images = ("", []) if i % 5 == 4 else ("<image>", [url])
+            said = [("user", f"{mark} which?"), ("assistant", LABELS[i % 2])]
+            rows.append({"messages": [dict(role=r, content=x) for r, x in said], "images": images, "extra": i})
         c.data[name] = write(where / f"{name}.jsonl", rows)
 
 
@@ -223,6 +246,7 @@ CASES = {
         {"image": "data:image/png;base64,AAAA", "label": "bad"},
         "the image cannot be read",
     ),
+    "image_text": (pictures, {"prompt": "<image> a", "completion": "b"}, "a place for image 1"),
     "causal_lm": (causal, {"prompt": "a", "completion": ""}, "completion"),
     "classification": (classes, {"text": "a", "label": "odd"}, "odd"),
     "classification bert": (functools.partial(classes, config=BERT), {"label": "bad"}, "text"),
@@ -417,11 +441,11 @@ def test_a_stream_has_documents_or_is_refused(case, tmp_path):
     config = config_lib.ConfigDict(case[1].to_dict())
     config.data.streaming, config.train.duration = True, "2 steps"
     mesh = parallel.make_mesh(dict(data=1), jax.devices()[:1])
-    task = make(config)
-    if not hasattr(task.layout, "document"):
-        with pytest.raises(config_lib.ConfigError, match="data.streaming packs documents"):
-            feed_lib.Feed(config, task, tmp_path, mesh)
+    if case[0] == "image_text" or not hasattr(make(case[1]).layout, "document"):
+        with pytest.raises(config_lib.ConfigError, match="data.streaming"):
+            feed_lib.Feed(config, make(config), tmp_path, mesh)
         return
+    task = make(config)
     batch = next(iter(feed_lib.Feed(config, task, tmp_path, mesh).batches(0)))
     assert set(task.layout.spec(1, 8)) <= set(batch)
     assert float(batch["weights"].sum()) > 0

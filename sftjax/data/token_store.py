@@ -60,7 +60,9 @@ class TokenStore:
         self.report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
         self.columns = self.report.get("columns", COLUMNS)
         self.arrays = {
-            name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape((-1, *(() if _is_own(shape) else shape or ())))
+            name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape(
+                (-1, *(() if _is_own(shape) else shape or ()))
+            )
             for name, (dtype, shape) in self.columns.items()
         }
         self.offsets = np.load(self.folder / "offsets.npy")

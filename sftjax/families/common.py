@@ -25,15 +25,13 @@ EXPECTED = [
     (
         "a positive whole number",
         lambda x: type(x) is int and 0 < x < 2**63,
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads?"
-        " head_dim? intermediate_size max_position_embeddings original_max_position_embeddings?"
-        " n_embd n_layer n_head n_inner? n_positions loop_num loop_window_size n_layers n_heads dim"
-        " hidden_dim local_attention global_attn_every_n_layers"
-        " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval?"
-        " num_labels? d_model d_kv d_ff num_layers num_decoder_layers? num_heads encoder_layers"
-        " decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim"
-        " decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance"
-        " embedding_size num_channels patch_size image_size in_chans",
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads? head_dim? intermediate_size"
+        " max_position_embeddings original_max_position_embeddings? n_embd n_layer n_head n_inner? n_positions loop_num"
+        " loop_window_size n_layers n_heads dim hidden_dim local_attention global_attn_every_n_layers"
+        " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval? num_labels? d_model d_kv d_ff"
+        " num_layers num_decoder_layers? num_heads encoder_layers decoder_layers encoder_attention_heads"
+        " decoder_attention_heads encoder_ffn_dim decoder_ffn_dim relative_attention_num_buckets"
+        " relative_attention_max_distance embedding_size num_channels patch_size image_size in_chans",
     ),
     (
         "a whole number",
@@ -44,12 +42,11 @@ EXPECTED = [
     (
         "a positive number",
         lambda x: _number(x) and x > 0,
-        "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta? rope_local_base_freq?"
-        " global_rope_theta? local_rope_theta?"
-        " rotary_emb_base? rotary_pct? partial_rotary_factor? factor? low_freq_factor?"
-        " high_freq_factor? beta_fast? beta_slow? attention_factor? query_pre_attn_scalar"
-        " attn_logit_softcapping? final_logit_softcapping? embedding_multiplier"
-        " attention_multiplier residual_multiplier logits_scaling swiglu_alpha swiglu_limit",
+        "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta? rope_local_base_freq? global_rope_theta?"
+        " local_rope_theta? rotary_emb_base? rotary_pct? partial_rotary_factor? factor? low_freq_factor?"
+        " high_freq_factor? beta_fast? beta_slow? attention_factor? query_pre_attn_scalar attn_logit_softcapping?"
+        " final_logit_softcapping? embedding_multiplier attention_multiplier residual_multiplier logits_scaling"
+        " swiglu_alpha swiglu_limit",
     ),
     (
         "a number from 0 to below 1",
@@ -67,9 +64,8 @@ EXPECTED = [
     (
         "a name",
         lambda x: isinstance(x, str),
-        "model_type hidden_act? hidden_activation? activation_function type rope_type activation"
-        " classifier_activation classifier_pooling feed_forward_proj architecture layer_type"
-        " classifier",
+        "model_type hidden_act? hidden_activation? activation_function type rope_type activation classifier_activation"
+        " classifier_pooling feed_forward_proj architecture layer_type classifier",
     ),
     (
         "a list of names",

@@ -174,9 +174,8 @@ class Model(base.Body):
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
         if self.config.head != "vocabulary":
             raise ModelError(
-                "an encoder has no vocabulary head to train on tokens or to generate from; load"
-                " it with labels or head='vocabulary', or take the directory of a causal language"
-                " model"
+                "an encoder has no vocabulary head to train on tokens or to generate from; load it with labels or"
+                " head='vocabulary', or take the directory of a causal language model"
             )
         w = params["embed" if self.config.tied else "head"]["w"]
         return weight.as_stored(w, ("vocab", "embed"))

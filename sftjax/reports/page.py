@@ -77,10 +77,9 @@ def overfitting(series: Mapping[str, curves.Points]) -> list[str]:
         falls = early and statistics.mean(late) < statistics.mean(early)
         if last > least * (1 + RISE) and step > at and falls:
             said.append(
-                f"The run overfits: the loss of {name.removesuffix('/loss')} was lowest at step"
-                f" {at} ({least:.4g}) and rose to {last:.4g} by step {step}, while the training"
-                f" loss fell to {statistics.mean(late):.4g}. Train for fewer steps, or keep the"
-                f" best checkpoint with eval.best={name}."
+                f"The run overfits: the loss of {name.removesuffix('/loss')} was lowest at step {at} ({least:.4g}) and"
+                f" rose to {last:.4g} by step {step}, while the training loss fell to {statistics.mean(late):.4g}."
+                f" Train for fewer steps, or keep the best checkpoint with eval.best={name}."
             )
     return said
 

@@ -149,9 +149,8 @@ class CausalLM(Answering[chat.Encoded]):
         """What was lost and which settings to check, with the first example's trained spans."""
         lost = report["dropped"] | report["skipped"]
         text = (
-            f"nothing is trained in any of {sum(lost.values())} rows ({counted(lost)}): check "
-            f"data.train_on={self.policy.get('train_on', 'assistant')!r} and"
-            f" data.max_length={max_length}."
+            f"nothing is trained in any of {sum(lost.values())} rows ({counted(lost)}): check"
+            f" data.train_on={self.policy.get('train_on', 'assistant')!r} and data.max_length={max_length}."
         )
         if not first:
             return text

@@ -79,9 +79,8 @@ def _checked(config, model, tokenizer, platform):
     if lacking:
         some = ", ".join(repr(token) for _, token in lacking[:5]) + ", ..." * (len(lacking) > 5)
         raise ConfigError(
-            f"the tokenizer has {size} tokens, the model's embedding only {rows} rows; without a"
-            f" row: {some}. Take the model's own tokenizer (data.tokenizer), or list what the model"
-            " is to learn in data.add_tokens"
+            f"the tokenizer has {size} tokens, the model's embedding only {rows} rows; without a row: {some}. Take the"
+            " model's own tokenizer (data.tokenizer), or list what the model is to learn in data.add_tokens"
         )
     return model.replace(vocab=max(rows, size))
 

@@ -293,8 +293,7 @@ class Feed(Sets):
         ]
         if self.steps <= FEW and d.packing != "none" and not self.task.layout.fixed:
             lines += [
-                f"only {self.steps} steps: packing puts {len(self.store):,} documents into"
-                f" {rows.per_epoch} rows; for more, lower train.batch_size or data.max_length, or"
-                " set data.packing=none"
+                f"only {self.steps} steps: packing puts {len(self.store):,} documents into {rows.per_epoch} rows; for"
+                " more, lower train.batch_size or data.max_length, or set data.packing=none"
             ]
         return "\n".join(lines)

@@ -83,9 +83,8 @@ def _check(directory, old, new):
     before, after = (n if isinstance(n, int) else 0 for n in steps)
     if 0 < after < before:
         raise CheckpointError(
-            f"{directory} holds checkpoints of a run of {before} steps, and this one has"
-            f" {after}: train.duration may grow, not shrink. Set it back, or use another"
-            " workdir."
+            f"{directory} holds checkpoints of a run of {before} steps, and this one has {after}: train.duration may"
+            " grow, not shrink. Set it back, or use another workdir."
         )
     if sets := _compared(old.get("evaluation"), new.get("evaluation")):
         text = "evaluation is by other rows from now on, so its metrics may differ: "

@@ -274,9 +274,8 @@ def _check_order(messages):
         if role not in MAY_FOLLOW[before]:
             place = f"after {before!r}" if before else "first"
             raise DataError(
-                f"roles out of order: message {n} is {role!r} {place}, where "
-                f"{' or '.join(MAY_FOLLOW[before])} is expected; "
-                f"the roles are: {', '.join(m['role'] for m in messages)}",
+                f"roles out of order: message {n} is {role!r} {place}, where {' or '.join(MAY_FOLLOW[before])} is"
+                f" expected; the roles are: {', '.join(m['role'] for m in messages)}",
                 kind="role_order",
             )
         before = role

@@ -84,9 +84,8 @@ def load_template(
     name = "tool_use" if chat and chat["tools"] and "tool_use" in texts else "default"
     if name not in texts:
         raise DataError(
-            "the tokenizer's chat templates are called "
-            f"{', '.join(sorted(named_templates(tokenizer)))}, and none is the 'default' that a "
-            "row without tools needs",
+            f"the tokenizer's chat templates are called {', '.join(sorted(named_templates(tokenizer)))}, and none is"
+            " the 'default' that a row without tools needs",
             "set data.template to one of these names, or to a file",
             where=where,
             kind="no_template",

@@ -157,9 +157,8 @@ def check(backend: str, features: Iterable[str] = (), platform: str = "", length
         raise ConfigError(f"model.attention={backend!r} does not run on {platform}; set one of {', '.join(here)}")
     if length % own.multiple:
         raise ConfigError(
-            f"model.attention={backend!r} takes rows of a multiple of {own.multiple} tokens on each"
-            f" shard of mesh.context, found {length}; change data.max_length and data.buckets, or"
-            " set model.attention='xla'"
+            f"model.attention={backend!r} takes rows of a multiple of {own.multiple} tokens on each shard of"
+            f" mesh.context, found {length}; change data.max_length and data.buckets, or set model.attention='xla'"
         )
 
 

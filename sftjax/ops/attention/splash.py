@@ -51,9 +51,8 @@ def block(length: int, most: int) -> int:
     sizes = [n for n in range(LANES, most + 1, LANES) if length % n == 0]
     if not sizes:
         raise ConfigError(
-            f"attention backend 'splash' needs rows of a multiple of {LANES} tokens on each shard"
-            f" of mesh.context, found {length}: change data.max_length, or take model.attention="
-            "'xla'"
+            f"attention backend 'splash' needs rows of a multiple of {LANES} tokens on each shard of mesh.context,"
+            f" found {length}: change data.max_length, or take model.attention='xla'"
         )
     return sizes[-1]
 

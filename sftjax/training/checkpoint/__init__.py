@@ -258,9 +258,8 @@ class Checkpointer:
             )
         if free < more * save + model * export:
             warn(
-                f"the disk of {has}; {more} checkpoints of up to {gb(save)}, which lie there at a"
-                f" time, and {gb(model * export)} of the export may not find room: lower"
-                " train.keep, or make room"
+                f"the disk of {has}; {more} checkpoints of up to {gb(save)}, which lie there at a time, and"
+                f" {gb(model * export)} of the export may not find room: lower train.keep, or make room"
             )
 
     # ---- restoring ----

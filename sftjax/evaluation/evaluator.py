@@ -89,7 +89,8 @@ class Evaluator:
         {"<set>/<metric>": standard error}, "baselines": {"<set>": {name: {metric: value}}}}, with "answers" for the
         name of a set; and of the questions {"<metric>": value, "answers": texts}. rows: also "rows": {"<set>":
         {"record": their numbers in the file, "<metric>": values}}, one for each row of it, with "about": {"of": a hash
-        of the set's files, "lower": metrics of which less is better, "weight" and "group" of each row, where it has them}.
+        of the set's files, "lower": metrics of which less is better, "weight" and "group" of each row, where it has
+        them}.
         """
         sets = self.sets.sets | self.sets.tests
         out = self._measured(sets, params, model_state)

@@ -34,7 +34,9 @@ def tokenised(source: Any, task: "Task", config: ConfigDict, cache: Path | str) 
     """A source's rows, tokenised as the config's section `data` says."""
     d = config.data
     how = dict(on_error=d.on_error, max_skipped=d.max_skipped)
-    return data_lib.build_store(source, task, d.max_length, d.overlong, cache, **how)
+    store = data_lib.build_store(source, task, d.max_length, d.overlong, cache, **how)
+    task.opened(store.report)
+    return store
 
 
 ANSWERS = "answers"  # stands for the name of a set before the metrics of generated answers

@@ -187,6 +187,9 @@ class Task(Generic[E]):
         lost = report["dropped"] | report["skipped"]
         return f"no example is left of {sum(lost.values())} rows ({counted(lost)})"
 
+    def opened(self, report: dict) -> None:
+        """Told the report of each store as it is opened, before rows are made of any."""
+
     def saw(self, reports: Sequence[dict]) -> None:
         """Told the reports of the training data's stores, before the loss is made."""
 

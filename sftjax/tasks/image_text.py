@@ -4,7 +4,8 @@ A record has its images in order, as paths, data URLs or bytes, under `images` o
 message's content. In tokens an image is as many placeholders as it has patches, none of them trained.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from sftjax.errors import ConfigError, DataError
 from sftjax.models.base import Model
 from sftjax.models.vision_language import Config
 from sftjax.tasks.base import Task, read_model
-from sftjax.tasks.causal_lm import CausalLM
+from sftjax.tasks.causal_lm import CausalLM, CausalTally
 
 MARK = "<image>"
 PARTS = ("image", "image_url", "input_image")  # types of a message's parts that are images
@@ -47,8 +48,10 @@ class ImageText(CausalLM):
     columns: Any = COLUMNS | {"images": ("uint8", OWN), "sizes": ("int32", OWN)}
     foreign = ("label", "pair")
     field = ""  # which of a record holds its images; "" = the first of FIELDS that it has
+    layout: ImageTextRows
     image_token: int
     patches: Patches
+    sized = False  # is the layout's share that of data
 
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: Any) -> "ImageText":
@@ -184,10 +187,19 @@ class ImageText(CausalLM):
         if 0 < max_length < self.patches.most:
             problem = f"data.max_length={max_length}: an image has up to {self.patches.most} tokens"
             raise DataError(problem, "raise it", kind="setting")
-        return super().tally(max_length, overlong)
+        return ImageTally(self, max_length, overlong)
+
+    def opened(self, report: dict) -> None:
+        """Rows have room for the images of the store that has most of them beside its texts."""
+        known = self.layout.share if self.sized else 0.0
+        self.layout, self.sized = replace(self.layout, share=max(known, report["image_share"])), True
 
     # Rules of cleaning read texts.
     prepared: Any = Task.prepared
+
+    def summary(self, report: dict) -> str:
+        """As of CausalLM, with the number of images."""
+        return f"{super().summary(report)}; {report['images']:,} images"
 
     # ---- model, questions ----
 
@@ -216,6 +228,26 @@ class ImageText(CausalLM):
         most = self.patches.most
         cells = [sum(int(np.prod(self.patches.of(data).shape[:2])) for data in row) for row in images]
         return self.patches.batch(images, -(-max(*cells, 1) // most) * most)
+
+
+class ImageTally(CausalTally):
+    """Counts the images, and measures the most of an example's tokens that are of images."""
+
+    images, share = 0, 0.0
+
+    def __init__(self, task: ImageText, max_length: int, overlong: str) -> None:
+        super().__init__(task, max_length, overlong)
+        self.token = task.image_token
+
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of CausalTally, with the images."""
+        super().count(pieces)
+        self.images += sum(len(piece[3]) for piece in pieces)
+        self.share = max([self.share, *(float(np.mean(piece[0] == self.token)) for piece in pieces)])
+
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of CausalTally, with images and image_share."""
+        return super().report(skipped) | dict(images=self.images, image_share=self.share)
 
 
 class _Texts:

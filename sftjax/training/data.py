@@ -53,8 +53,8 @@ class Feed(Sets):
             self._prepare(source, workdir)
         self.batch_size = config.train.batch_size
         self.wait = 0.0  # seconds the last step waited for its batch
-        self._plan()
         self.open(d.validation, d.test)
+        self._plan()
         self._check_best()
         task.saw([store.report for store in self.stores])
 

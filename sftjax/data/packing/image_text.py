@@ -70,9 +70,9 @@ class Patches(NamedTuple):
                 row["patch_places"][cells] = np.stack([y, x, np.full_like(y, height), np.full_like(y, width)], -1)
             at = cells.stop
 
-    def cells(self, width: int) -> int:
-        """The patches for which there is room beside a row of `width` tokens: as many whole images as fit."""
-        return width if self.limits else width // self.most * self.most
+    def cells(self, tokens: float) -> int:
+        """The patches for which there is room where a row has at most so many tokens of images, one image at least."""
+        return max(int(tokens) if self.limits else int(tokens / self.most) * self.most, self.most)
 
 
 def files(images: np.ndarray, sizes: np.ndarray) -> list[bytes]:
@@ -85,14 +85,16 @@ def files(images: np.ndarray, sizes: np.ndarray) -> list[bytes]:
 class ImageTextRows(TokenRows):
     """TokenRows of examples (tokens, weights, images, sizes); see `files`. Their images are decoded as rows are read.
 
-    The n-th image token of a row is that of its n-th patch.
+    The n-th image token of a row is that of its n-th patch. share: the most of an example's tokens that are of images,
+    which says for how many patches a row has room.
     """
 
+    share: float = 1.0
     patches: Patches = field(default_factory=lambda: Patches(0, 1, 3))
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """Those of TokenRows, with the patches of images; see models.vision_language."""
-        p, cells = self.patches, self.patches.cells(width)
+        p, cells = self.patches, self.patches.cells(width * self.share + 1e-6)
         none = (None,) * 4
         out = {"patches": Field((rows, cells, p.patch, p.patch, p.channels), np.uint8, ("batch", *none))}
         if p.limits:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax.data import DataError, Rows, pack
+from sftjax.data.records.images import as_url
 from sftjax.errors import writing
 from sftjax.evaluation.sets import tokenised
 from sftjax.hf.tokenizer import load_tokenizer
@@ -130,22 +131,29 @@ def _examples(part, wanted, tokenizer) -> list[dict]:
 
 def _example(name, row, places, tokenizer):
     ids, weights = row.example.tokens.tolist(), row.example.weights.tolist()
-    tokens = [
-        dict(zip(COLUMNS, (tokenizer.decode([i]), i, weight, *place), strict=True))
-        for i, weight, place in zip(ids, weights, places, strict=True)
+    image = getattr(row.example, "image", np.zeros(len(ids), np.int32))
+    shown = [i for i, n in enumerate(image) if not n or i in (0, len(ids) - 1) or len({*image[i - 1 : i + 2]}) > 1]
+    tokens = [  # of an image the first and the last
+        dict(zip(COLUMNS, (tokenizer.decode([ids[i]]), ids[i], weights[i], *places[i]), strict=True)) for i in shown
     ]
     return dict(
         source=name,
         where=row.where,
         dropped=row.dropped,
-        note=row.note,
+        note="; ".join(filter(None, [row.note, _of_images(image)])),
         trained=round(row.trained, 4),
         length=len(ids),
         kept=sum(map(len, row.kept)),
+        images=[as_url(data) for data in getattr(row.example, "images", ())],
         text=row.example.text,
         spans=[list(span) for span in row.example.spans],
         tokens=tokens,
     )
+
+
+def _of_images(image):
+    """How many tokens each image has; image: int [n], which one a token is of, 0 for none."""
+    return ", ".join(f"image {i}: {n} tokens" for i, n in enumerate(np.bincount(image)) if i)
 
 
 def _totals(part, cache):

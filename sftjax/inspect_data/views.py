@@ -192,6 +192,7 @@ def as_html(report: dict[str, Any], color: bool, width: int) -> str:
         fates={"": "all", "no": "kept", "any": "dropped"} | {r: f"dropped: {r}" for r in reasons},
         columns=COLUMNS,
         examples=shown,
+        **({"pictures": True} if any(e["images"] for e in examples) else {}),
         nothing=NOTHING,
     )
 

@@ -61,7 +61,6 @@ class ImageText(CausalLM):
             "data.packing": d.packing not in ("bfd", "none") and d.packing,
             "data.overlong": d.overlong == "split" and d.overlong,
             "data.streaming": d.streaming,
-            "data.sources": bool(d.sources) and "...",
             "eval.shots": config.eval.shots,
             "eval.metrics": "choice" in config.eval.metrics and "choice",
         }
@@ -216,6 +215,16 @@ class ImageText(CausalLM):
             times, _ = self.expanded(q.prompt, images, source.where(i))
             asked[i] = q._replace(prompt=np.repeat(q.prompt, times), images=images)
         return asked
+
+    beside_prompt = " --image=FILE"
+
+    def as_text(self, source: Source, i: int) -> dict:
+        """Record i of a source, with MARK for each image."""
+        mark, self.mark = self.mark, MARK
+        try:
+            return self.separated(source[i], source.where(i))[0]
+        finally:
+            self.mark = mark
 
     def answers(self, model: Any, params: Any, questions: list, groups: Sequence | None = None, **options: Any) -> dict:
         """See evaluation.answers.answered."""

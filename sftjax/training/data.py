@@ -68,6 +68,7 @@ class Feed(Sets):
         rows = prepare.training_rows(c, task, self.cache, where)
         self.notes += [tag + note for note in rows.notes]
         self.stores.append(tokenised(rows.train, rows.task, c, self.cache))
+        self.task.opened(self.stores[-1].report)  # whose layout all share
         self.records.append(rows.train)
         self.facts["data"][source.name] = facts_of(rows.train, self.stores[-1])
         if rows.validation:

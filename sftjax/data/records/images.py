@@ -125,6 +125,12 @@ def labels_of(source: Any) -> list[str]:
     return [] if "" in found else sorted(found)
 
 
+def as_url(data: bytes) -> str:
+    """A data URL of an image's file."""
+    kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}
+    return f"data:image/{kinds.get(data[:4], 'jpeg')};base64,{base64.b64encode(data).decode()}"
+
+
 # ---- pixels --------------------------------------------------------------------------------
 
 

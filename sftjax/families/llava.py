@@ -39,7 +39,7 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
         common.refuse(hf, mm_projector_type="mlp2x_gelu", use_s2=False)
         limits = dict(min_num_patches=hf.get("min_num_patches", 256), max_num_patches=hf.get("max_num_patches", 3600))
         tower = vit.config(own, limits | (preprocessor or {}))
-        return with_vision(phi3.config(hf), tower, image_token=PHI_IMAGE)
+        return with_vision(phi3.config(hf), tower, image_token=hf.get("image_token_index", PHI_IMAGE))
     common.refuse(hf, vision_feature_select_strategy="full" if own["model_type"] != TOWERS[0] else "default")
     text = dict(hf.get("text_config") or {})
     text = (LLAMA if text.setdefault("model_type", "llama") == "llama" else {}) | text

@@ -184,7 +184,8 @@ def feeding(fixtures, folder, steps=500):
     source = open_source(fixtures / "gsm8k" / "train.jsonl")
     policy = dict(fields=GSM8K)
     store = build_store(source, CausalLM(tokenizer, policy), length, "truncate_end", folder / "cache")
-    packed = Rows(store, length, total_rows=steps * rows)
+    packed = Rows(store, length)
+    packed.total = steps * rows
     one = train_step.prepare("S", *train_step.VARIANTS["default"])
     began = time.perf_counter()
     tokens = sum(batch["tokens"].size for batch in loader(packed, rows))

@@ -2,8 +2,8 @@
 
 Applies the rules of data.clean (all of them where none is named) to data.train, looking for rows of data.validation and
 data.test too. Writes the rows that stay (.parquet or .jsonl), the rejects with their reasons, and a page to read. The
-rule label_suspects asks the config's model which answers
-it finds least likely: it lists them, and removes them with data.clean.remove_suspects.
+rule label_suspects asks the config's model which answers it finds least likely: it lists them, and removes them with
+data.clean.remove_suspects.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,8 +113,7 @@ def trust(
         encoded = task.examples(records, [source.where(i) for i in rows])
         # Cut at the front: what counts is the answer, at the end.
         docs = [(e.tokens[-max_length:], e.weights[-max_length:]) for e in encoded]
-        counts = np.array([weights[1:].sum() for _, weights in docs])
-        return -weighted(model, params, docs, batch_size=BATCH)[0], counts
+        return -weighted(model, params, docs, batch_size=BATCH)[0], np.array([weights[1:].sum() for _, weights in docs])
 
     said = [[r.get("completion"), *(m["content"] for m in r.get("messages", ()))] for r in records]
     answers = [texts[0] if texts[0] is not None else texts[-1] for texts in said]

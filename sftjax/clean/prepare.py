@@ -15,16 +15,13 @@ from sftjax.data.records.protocols import RecordSource
 from sftjax.data.token_store import store_key
 from sftjax.tasks import Task
 
-READING = ("fields", "roles")  # of the keywords of to_conversation: how to read a record
-
 
 class Prepared(NamedTuple):
-    """The rows of a config, and the tasks that encode them."""
+    """The rows of a config, and the task that encodes them."""
 
     train: RecordSource
-    task: Task  # encodes them
     validation: Subset | None  # rows held out of data.train
-    held: Task  # encodes these
+    task: Task  # encodes both
     notes: list[str]  # what was done, a line each
     removed: dict[int, Finding]  # by row of data.train: what cleaning took out
 
@@ -43,17 +40,14 @@ def training_rows(config: ConfigDict, task: Task, cache_dir: Path | str, workdir
         )
     source: RecordSource
     source = stream.sample(d.train) if d.streaming else open_source(d.train, d.limit)
-    options, form = dict[str, Any](), dict[str, Any]()
     if d.augment and not task.varies:
         raise ConfigError(
             f"data.augment={d.augment}: variants are of images; of texts, write a file of them, as"
             " experiments/augment does"
         )
-    if d.clean.rules:
-        options = clean_options(config, task)
+    options = clean_options(config, task) if d.clean.rules else {}
     if d.clean.rules or d.split.share:
         source, task, form = task.prepared(source)
-    held = task
     if d.clean.rules:
         key = store_key(source, task, d.max_length, d.overlong)
         findings = find_once(cache_dir, key, source, tuple(d.clean.rules), **options)
@@ -65,11 +59,10 @@ def training_rows(config: ConfigDict, task: Task, cache_dir: Path | str, workdir
             notes[-1] += f"; see {rejects} and {report.name}"
         source, removed = Subset(source, findings.kept), findings.removed
     if d.split.share:
-        by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by)
-        by["skip"] = d.on_error == "skip"
-        source, held_out = split(source, d.split.share, form=_only(form, READING), **by)
+        by = dict(group_by=d.split.group_by, stratify_by=d.split.stratify_by, skip=d.on_error == "skip")
+        source, held_out = split(source, d.split.share, form=_reading(form), **by)
         notes.append(f"{len(held_out):,} of {len(source) + len(held_out):,} rows held out")
-    return Prepared(source, task, held_out, held, notes, removed)
+    return Prepared(source, held_out, task, notes, removed)
 
 
 def clean_options(config: ConfigDict, task: Task) -> dict[str, Any]:
@@ -82,7 +75,7 @@ def clean_options(config: ConfigDict, task: Task) -> dict[str, Any]:
         return [encoder.length(example) for example in encoder.examples(records, wheres)]
 
     return dict(
-        form=_only(form, READING),
+        form=_reading(form),
         near=c.near,
         ngram=c.ngram,
         evaluation=[task.prepared(source)[0] for source in evaluation],
@@ -93,5 +86,6 @@ def clean_options(config: ConfigDict, task: Task) -> dict[str, Any]:
     )
 
 
-def _only(form, keys):
-    return {key: form[key] for key in keys if key in form}
+def _reading(form):
+    """Of the keywords of to_conversation those that say how to read a record."""
+    return {key: form[key] for key in ("fields", "roles") if key in form}

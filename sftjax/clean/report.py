@@ -15,10 +15,9 @@ EXCERPT = 160  # characters of a text on the page; the rejects file has the whol
 
 def summary(findings: Findings) -> str:
     """One line: what was removed, and why."""
-    gone = len(findings.removed)
     counts = [f"{n} {rule}" for rule, n in findings.counts().items() if rule in findings.removes]
     reasons = f" ({', '.join(counts)})" if counts else ""
-    return f"{gone:,} of {findings.rows:,} rows removed{reasons}"
+    return f"{len(findings.removed):,} of {findings.rows:,} rows removed{reasons}"
 
 
 def write_rejects(path: Path | str, source: RecordSource, findings: Findings) -> None:
@@ -43,8 +42,7 @@ def write_records(path: Path | str, source: RecordSource, rows: Iterable[int]) -
     elif path.suffix == ".parquet":
         _write_parquet(path, list(records))
     else:
-        problem = f"--out={path}: expected a name that ends in .parquet or .jsonl"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"--out={path}: expected a name that ends in .parquet or .jsonl", kind="setting")
 
 
 def _write_parquet(path, records):
@@ -74,9 +72,8 @@ def write_report(
     rules = []
     for rule in counts:
         found = [f for f in findings.found if f.rule == rule]
-        rows = [(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form or {}))
-                for f in found]  # fmt: skip
-        about = " ".join((RULES[rule].__doc__ or "").split("\n\n")[0].split())
+        rows = [(source.where(f.row), f.note, f.other, *_excerpts(source, f.row, form or {})) for f in found]
+        about = " ".join((RULES[rule].__doc__ or "").partition("\n\n")[0].split())
         rules.append(dict(name=rule, about=about, rows=rows))
     _write(path, [html.render("clean.html.jinja", title=title, totals=totals, rules=rules)])
 

@@ -91,13 +91,11 @@ def find(
     rules: names in RULES; "all" stands for every rule whose inputs are given. form: the keywords of `to_conversation`
     that say how to read a record: fields, roles. evaluation: the sources of the evaluation sets. count_tokens:
     (records, wheres) -> the token count of each. trust: rows -> a number for each, least for what is likely wrong. The
-    others are keys of the config's data.clean.
-
-    Raises: DataError for an unknown rule, one whose input is not given, or a value out of range.
+    others are keys of the config's data.clean. Raises: DataError for an unknown rule, one whose input is not given, or
+    a value out of range.
     """
     if not 0.1 <= near <= 0.95:  # the range in which LSH has several bands
-        problem = f"data.clean.near={near}: expected a similarity from 0.1 to 0.95"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.clean.near={near}: expected a similarity from 0.1 to 0.95", kind="setting")
     if ngram < 1 or not 0 <= suspects <= 1:
         raise DataError(
             f"data.clean.ngram={ngram}, suspects={suspects}: expected 1 or more words, and a share from 0 to 1",
@@ -340,8 +338,7 @@ def near_duplicate(texts: Texts, rows: Sequence[int], *, near: float, **_: Any) 
     # The weights favour finding too many: what LSH returns is checked, by estimate, then exactly.
     index = MinHashLSH(threshold=near, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
     signatures = np.zeros((len(rows), PERMUTATIONS), np.uint32)
-    sets = (pieces(i)[2].tolist() for i in rows)
-    hashes = MinHash.generator(sets, num_perm=PERMUTATIONS, hashfunc=int)
+    hashes = MinHash.generator((pieces(i)[2].tolist() for i in rows), num_perm=PERMUTATIONS, hashfunc=int)
     for at, minhash in enumerate(hashes):
         signatures[at] = minhash.hashvalues
         alike = np.array(sorted(index.query(minhash)), np.int64)
@@ -386,9 +383,8 @@ def label_suspects(texts: Texts, rows: Sequence[int], *, trust: Trust, suspects:
         yield rows[at], f"trust {values[at]:.3g}", None
 
 
-_EVERY: list[Any] = [missing, empty, too_long, markup, contamination]
-_EVERY += [conflict, exact_duplicate, near_duplicate, label_suspects]
-RULES: dict[str, Callable[..., Iterator[Hit]]] = {rule.__name__: rule for rule in _EVERY}
+_ALL: Any = (missing, empty, too_long, markup, contamination, conflict, exact_duplicate, near_duplicate, label_suspects)
+RULES: dict[str, Callable[..., Iterator[Hit]]] = {rule.__name__: rule for rule in _ALL}
 
 
 # --- once per data --------------------------------------------------------------------------------
@@ -412,6 +408,5 @@ def find_once(folder: Path | str, key: str, source: RecordSource, rules: Sequenc
     try:
         write_atomic(file, json.dumps(list(vars(findings).values())))  # as other processes do
     except OSError as error:
-        problem = f"data.cache_dir={folder}: can't be written: {error}"
-        raise DataError(problem, kind="unwritable") from None
+        raise DataError(f"data.cache_dir={folder}: can't be written: {error}", kind="unwritable") from None
     return findings

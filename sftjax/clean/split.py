@@ -38,9 +38,7 @@ class Subset(RecordSource):
 
     def fingerprint(self) -> str:
         """A hash of the source's own and of the indices."""
-        digest = hashlib.sha256(self.source.fingerprint().encode())
-        digest.update(self.rows.tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(self.source.fingerprint().encode() + self.rows.tobytes()).hexdigest()
 
 
 def split(
@@ -63,13 +61,10 @@ def split(
 
     share, group_by, stratify_by: as in the config's data.split. form: keywords of to_conversation: fields, roles; the
     prompt is the first user message. skip: leave a row that can't be read to training, which lists it
-    (data.on_error="skip").
-
-    Raises: DataError for a row without the field, or if a side is left empty.
+    (data.on_error="skip"). Raises: DataError for a row without the field, or if a side is left empty.
     """
     if not 0 < share < 1:
-        problem = f"data.split.share={share!r}: expected a share between 0 and 1"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.split.share={share!r}: expected a share between 0 and 1", kind="setting")
     side_of, held, seen = {}, Counter[Any](), Counter[Any]()
     sides = np.zeros(len(source), bool)
     for i in range(len(source)):

@@ -3,12 +3,12 @@
 For the first 5 rows of each source: the text with its trained spans marked and, beside it, each token with its id,
 weight, segment and position in a packed row. Then totals over the whole set. Nothing is trained.
 
-  --n=20 --start=100  so many rows of each source, from this one on (the first is 0) --set=validation train | validation
-  | test
-  --source=NAME       one source only: a name in data.sources, or the stem of a validation file --min_trained=0.1
-  --max_trained=0.5 rows of whose tokens this share is trained
-  --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained --dropped=REASON
-  those lost for one reason
+  --n=20 --start=100  so many rows of each source, from this one on (the first is 0)
+  --set=validation    train | validation | test
+  --source=NAME       one source only: a name in data.sources, or the stem of a validation file
+  --min_trained=0.1 --max_trained=0.5   rows of whose tokens this share is trained
+  --dropped           rows that are lost: to data.clean, to data.overlong, or as nothing is trained
+  --dropped=REASON    those lost for one reason
   --format=html       one file for a browser, with filters, to be sent around; also: json
 """
 
@@ -39,8 +39,7 @@ from sftjax.terminal import show
 def main(argv: Sequence[str]) -> None:
     """Run the command line of `argv`, without the program's name."""
     argv = ["--dropped=any" if arg == "--dropped" else arg for arg in argv]
-    options = dict(format="terminal", set="train", out="")
-    config, flags = config_lib.parse(argv, **options, **Wanted()._asdict())
+    config, flags = config_lib.parse(argv, format="terminal", set="train", out="", **Wanted()._asdict())
     wanted = Wanted(*(getattr(flags, name) for name in Wanted._fields))
     view, color = view_of(flags.format), not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
@@ -182,5 +181,4 @@ def _sum(totals) -> dict:
     for name in ("removed", "dropped", "skipped"):
         reasons = dict.fromkeys(reason for t in totals for reason in t[name])
         total[name] = {r: sum(t[name].get(r, 0) for t in totals) for r in reasons}
-    could = sum(t["targets"] for t in totals)
-    return total | dict(trained_fraction=total["trained_tokens"] / max(could, 1))
+    return total | dict(trained_fraction=total["trained_tokens"] / max(sum(t["targets"] for t in totals), 1))

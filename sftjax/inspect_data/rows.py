@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -47,14 +47,12 @@ class Wanted(NamedTuple):
     def check(self) -> None:
         """Raises: DataError for a value that can't be."""
         if self.n < 0 or self.start < 0:
-            problem = f"--n={self.n} --start={self.start}: expected 0 or more"
-            raise DataError(problem, kind="setting")
+            raise DataError(f"--n={self.n} --start={self.start}: expected 0 or more", kind="setting")
         if not 0 <= self.min_trained <= self.max_trained <= 1:
             found = f"--min_trained={self.min_trained} --max_trained={self.max_trained}"
             raise DataError(f"{found}: expected shares, 0 <= min <= max <= 1", kind="setting")
         if self.dropped not in ("", "any", *REASONS):
-            problem = f"--dropped={self.dropped}: expected any | {' | '.join(REASONS)}"
-            raise DataError(problem, kind="setting")
+            raise DataError(f"--dropped={self.dropped}: expected any | {' | '.join(REASONS)}", kind="setting")
 
 
 class Part(NamedTuple):
@@ -75,20 +73,16 @@ def parts_of(
     if set == "train" or (set == "validation" and not data.validation):
         sources = mix.sources(config) if data.train or data.sources else []
         for source in _choose({s.name: s for s in sources}, chosen):
-            task = tasks.make(source.config, tokenizer)
-            rows = prepare.training_rows(source.config, task, cache)
-            held: Any = rows.validation  # None where none is held out; the part then goes
-            part = Part(source.name, source.config, held, rows.held)
-            if set == "train":
-                part = part._replace(source=rows.train, task=rows.task, removed=rows.removed)
-            parts += [part] if part.source else []
+            rows = prepare.training_rows(source.config, tasks.make(source.config, tokenizer), cache)
+            own: RecordSource | None = rows.train if set == "train" else rows.validation
+            if own:
+                parts.append(Part(source.name, source.config, own, rows.task, rows.removed if set == "train" else {}))
     else:
         sets = sets_lib.named(data.validation) if set == "validation" else {"test": data.test}
         for name in _choose({k: k for k in sets}, chosen) if data[set] else ():
             parts.append(Part(name, config, open_source(sets[name]), tasks.make(config, tokenizer)))
     if not parts:
-        problem, fix = f"data.{set} is empty", "give a file, a glob or a hub data set id"
-        raise DataError(problem, fix, kind="setting")
+        raise DataError(f"data.{set} is empty", "give a file, a glob or a hub data set id", kind="setting")
     return parts
 
 
@@ -112,19 +106,17 @@ class Row:
     @property
     def trained(self) -> float:
         """The share trained of the tokens kept (if dropped: of all) that can be a target."""
-        pieces = self.kept or [np.arange(len(self.example.tokens))]
-        pieces = [piece[int(self.shifted) :] for piece in pieces]
+        pieces = [piece[int(self.shifted) :] for piece in self.kept or [np.arange(len(self.example.tokens))]]
         trained = sum(np.count_nonzero(self.example.weights[piece]) for piece in pieces)
         return float(trained) / max(sum(map(len, pieces)), 1)
 
 
 def wanted_rows(part: Part, wanted: Wanted) -> Iterator[Row]:
     """The rows wanted, from the first on; those that cleaning removed come after the others."""
-    rows = _encode(part, range(len(part.source))[wanted.start :])
-    yield from filter(wanted.takes, rows)
+    yield from filter(wanted.takes, _encode(part, range(len(part.source))[wanted.start :]))
     if part.removed:
-        start = max(wanted.start - len(part.source), 0)
-        yield from filter(wanted.takes, _removed(part, list(part.removed)[start:]))
+        others = list(part.removed)[max(wanted.start - len(part.source), 0) :]
+        yield from filter(wanted.takes, _removed(part, others))
 
 
 def _encode(part, indices) -> Iterator[Row]:
@@ -140,8 +132,7 @@ def _encode(part, indices) -> Iterator[Row]:
         long = 0 < d.max_length < part.task.length(example)
         notes = [getattr(example, "note", ""), f"data.max_length={d.max_length}" * long]
         dropped = next(iter(tally.dropped), "")
-        note, shifted = "; ".join(filter(None, notes)), part.task.layout.shifted
-        yield Row(where, example, kept, dropped, note, shifted)
+        yield Row(where, example, kept, dropped, "; ".join(filter(None, notes)), part.task.layout.shifted)
 
 
 def _removed(part, indices):

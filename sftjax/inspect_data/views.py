@@ -17,12 +17,10 @@ BESIDE = 120  # columns of a terminal from which tokens stand beside the text
 
 def _title(example, several):
     source = f"{example['source']}: " if several else ""
-    size = f"{example['length']} tokens, {example['trained']:.0%} trained"
-    text = f"{source}{example['where']}, {size}"
+    text = f"{source}{example['where']}, {example['length']} tokens, {example['trained']:.0%} trained"
     if example["dropped"]:
         return f"{text}, dropped: {example['dropped']}"
-    cut = example["kept"] < example["length"]
-    return f"{text}, {example['kept']} kept" if cut else text
+    return f"{text}, {example['kept']} kept" if example["kept"] < example["length"] else text
 
 
 def _counts(reasons):
@@ -31,8 +29,7 @@ def _counts(reasons):
 
 def _summary(t, alone=False) -> dict[str, str]:
     """The totals of a source (alone: the only one), or of several together, as {name: text}."""
-    lines = {}
-    lines["examples"] = f"{t['examples']:,}, {t['documents']:,} documents kept"
+    lines = {"examples": f"{t['examples']:,}, {t['documents']:,} documents kept"}
     if t["removed"]:
         lines["cleaned"] = _counts(t["removed"])
     lines["dropped"], lines["skipped"] = _counts(t["dropped"]), _counts(t["skipped"])
@@ -43,8 +40,7 @@ def _summary(t, alone=False) -> dict[str, str]:
         lines["lengths"], lines[""] = lengths.percentiles(t), lengths.histogram(t)
         lines |= t["facts"]
     if alone:
-        full = f"{t['packing_efficiency']:.1%} full"
-        lines["packing"] = f"{t['rows']:,} rows of {t['row_length']:,}, {full}"
+        lines["packing"] = f"{t['rows']:,} rows of {t['row_length']:,}, {t['packing_efficiency']:.1%} full"
     return lines
 
 
@@ -82,8 +78,7 @@ def terminal(report: dict[str, Any], color: bool, width: int) -> str:
     """The report as text; color: with escapes, width: columns of the terminal, 0 for a file."""
     report, lines = _safe(report), []
     for example in report["examples"]:
-        title = _title(example, _several(report))
-        lines += [f"== {title}", *filter(None, [example["note"]]), ""]
+        lines += [f"== {_title(example, _several(report))}", *filter(None, [example["note"]]), ""]
         lines += _beside(example, _token_lines(example["tokens"], color), color, width)
         lines.append("")
     if not report["examples"]:

@@ -107,10 +107,9 @@ def settings(sides: Sequence[Measured]) -> dict[str, list[Any]]:
     """{key: the value of each side}, of the settings in which sides with a config differ."""
     known = [one.config for one in sides if one.config]
     keys = dict.fromkeys(key for config in known for key in config)
-    every = {key: [one.config.get(key) for one in sides] for key in keys}
     return {
-        key: values
-        for key, values in every.items()
+        key: [one.config.get(key) for one in sides]
+        for key in keys
         if len({json.dumps(config.get(key), sort_keys=True) for config in known}) > 1
     }
 
@@ -124,8 +123,7 @@ def differences(a: Measured, b: Measured) -> list[Difference]:
         alive = alive and numbers[-1] < LEVEL / (len(found) - rank)
         name, _, last = metric.partition("/")
         less = last in a.rows[name].get("about", {}).get("lower", LOWER) or lower_is_better(last)
-        better = ("b" if (numbers[1] < 0) == less else "a") if alive else ""
-        out[metric] = Difference(metric, *numbers, better)
+        out[metric] = Difference(metric, *numbers, ("b" if (numbers[1] < 0) == less else "a") if alive else "")
     return [out[metric] for metric, _ in found]
 
 
@@ -214,22 +212,18 @@ def parts(sides: Sequence[Measured]) -> list[Part]:
     """The settings that differ, the metrics side by side, and the first against each other."""
     letters = [chr(65 + i) for i in range(len(sides))]
     head = ("", *letters)
-    models = [(letter, one.name) for letter, one in zip(letters, sides, strict=True)]
-    out = [Part("Compared", ("", "model"), models)]
+    out = [Part("Compared", ("", "model"), [(letter, one.name) for letter, one in zip(letters, sides, strict=True)])]
     if rows := [(k, *map(str, v)) for k, v in settings(sides).items()]:
         out.append(Part("Settings that differ", head, rows))
     metrics = dict.fromkeys(k for one in sides for k in one.values)
-    shown = [(k, *(number(k, one.values.get(k)) for one in sides)) for k in metrics]
-    out.append(Part("Measured", head, shown))
+    out.append(Part("Measured", head, [(k, *(number(k, one.values.get(k)) for one in sides)) for k in metrics]))
     for letter, other in zip(letters[1:], sides[1:], strict=True):
         if lines := [_line(one, letter) for one in differences(sides[0], other)]:
-            names = ("", "difference", "95% interval", "rows", "p", "")
-            out.append(Part(f"{letter} - A, row by row", names, lines))
+            out.append(Part(f"{letter} - A, row by row", ("", "difference", "95% interval", "rows", "p", ""), lines))
         else:
             out.append(Part(f"{letter} and A have no rows in common", (), ()))
         if lacking := left_out(sides[0], other):
-            title = f"{letter} and A, not compared row by row"
-            out.append(Part(title, ("",), [[x] for x in lacking]))
+            out.append(Part(f"{letter} and A, not compared row by row", ("",), [[x] for x in lacking]))
     return out
 
 

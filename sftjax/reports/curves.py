@@ -137,7 +137,4 @@ def _draw(axes: Axes, name, points, colour: int, marker: int):
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     """The mean of each value with those up to `reach` places before and after it."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])

@@ -37,14 +37,12 @@ def _environment() -> jinja2.Environment:
 def render(template: str, *, styles: Sequence[str] = (), script: str = "", **values: Any) -> str:
     """A whole page.
 
-    template: a file of templates/ that extends page.html.jinja and takes `values`, of which
-    `title` is one; `pictures`, where there are any, are data: URLs. styles, script: further files of templates/, which
-    this page alone needs.
+    template: a file of templates/ that extends page.html.jinja and takes `values`, of which `title` is one; `pictures`,
+    where there are any, are data: URLs. styles, script: further files of templates/, which this page alone needs.
     """
     style = "\n".join(_asset(name) for name in ("page.css", *styles))
     code = _asset(script) if script else ""
-    own = dict(style=Markup(style), script=Markup(code))
-    own["csp"] = csp(style, code, "pictures" in values)
+    own = dict(style=Markup(style), script=Markup(code), csp=csp(style, code, "pictures" in values))
     text = _environment().get_template(template).render(**own, **values)
     # A browser reads a bare carriage return as a newline, so that no value would keep its own.
     return text.replace("\r", "&#13;") + "\n"
@@ -62,8 +60,7 @@ def csp(style: str, script: str, pictures: bool = False) -> Markup:
 def _source(text):
     if not text:
         return "'none'"
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _asset(name):

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,7 @@ def _tables(tables: Mapping[str, Any]) -> Iterator[html.Part]:
             rows = [(k, *(number(m, v[m]) for m in head[1:4]), v["n"]) for k, v in found.items()]
         elif kind == "calibration":
             head = ("mean confidence", "share right", "share of rows")
-            keys = ("confidence", "accuracy", "share")
-            rows = [tuple(f"{one[k]:.1%}" for k in keys) for one in found]
+            rows = [tuple(f"{one[k]:.1%}" for k in ("confidence", "accuracy", "share")) for one in found]
         else:
             head, rows = (), [(json.dumps(found),)]
         yield html.Part(name, head, rows)
@@ -111,8 +110,7 @@ def _worst(task, feed, after) -> Iterator[html.Part]:
         if source is None or "loss" not in found:
             continue
         pairs = sorted(zip(found["loss"], found["record"], strict=True), reverse=True)[:WORST]
-        reader = feed.readers.get(name, task)
-        rows = [(source.where(i), f"{loss:.3f}", _text(reader, source, i)) for loss, i in pairs]
+        rows = [(source.where(i), f"{loss:.3f}", _text(feed.readers.get(name, task), source, i)) for loss, i in pairs]
         yield html.Part(f"{name}: the rows with the largest loss", ("row", "loss", "text"), rows)
 
 
@@ -136,9 +134,7 @@ def _answers(task, feed, before, after) -> Iterator[html.Part]:
         return
     scores = after.get("rows", {}).get("answers", {})
     metric = next((name for name in scores if name not in ("record", "about")), "")
-    order: Sequence[int] = range(len(feed.questions))
-    if metric:
-        order = sorted(order, key=lambda i: scores[metric][i])
+    order = sorted(range(len(feed.questions)), key=lambda i: scores[metric][i] if metric else 0)
     rows = []
     for i in order[:WORST]:
         one = feed.questions[i]

@@ -25,15 +25,13 @@ def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     lines = [textwrap.indent(columns(rows, right=(1,)), "  ")]
     for name, baselines in after.get("baselines", {}).items():
         for what, values in baselines.items():
-            said = (f"{k} {number(k, v)}" for k, v in values.items())
-            lines.append(f"  {name}, {what}: {', '.join(said)}")
+            lines.append(f"  {name}, {what}: {', '.join(f'{k} {number(k, v)}' for k, v in values.items())}")
     return "\n".join(lines)
 
 
 def values(found: Mapping[str, Any]) -> dict[str, float]:
     """{"<set>/<metric>": value} of what Evaluator.full returns; "answers" is a set too."""
-    answers = {f"answers/{k}": v for k, v in found.items() if isinstance(v, float)}
-    return answers | found["losses"]
+    return {f"answers/{k}": v for k, v in found.items() if isinstance(v, float)} | found["losses"]
 
 
 def measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:

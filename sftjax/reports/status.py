@@ -126,8 +126,7 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         notes.append(f"{path.name} is not there")
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is torn or no JSON"
-        notes.append(f"{path.name} can't be read: {reason}")
+        notes.append(f"{path.name} can't be read: {e.strerror if isinstance(e, OSError) else 'it is torn or no JSON'}")
     return {}
 
 
@@ -139,8 +138,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             for text in file:
                 line = parse_object(text) if text.endswith("\n") else {}
                 if type(line.get("step")) is int:
-                    plain = (x for x in line.items() if type(x[1]) is not float or isfinite(x[1]))
-                    yield dict(plain)
+                    yield {k: v for k, v in line.items() if type(v) is not float or isfinite(v)}
                 else:
                     torn += 1
     except FileNotFoundError:
@@ -174,8 +172,7 @@ def _best(measured: list[dict], metric: str, lower: Any) -> dict[str, Any]:
     for name in [metric] if metric else names:
         found = [(line[name], line["step"]) for line in measured if type(line.get(name)) in NUMBER]
         if found:
-            known = metric and isinstance(lower, bool)
-            less = lower if known else name.rpartition("/")[2] in LOWER
+            less = lower if metric and isinstance(lower, bool) else name.rpartition("/")[2] in LOWER
             value, step = (min if less else max)(found, key=lambda pair: pair[0])
             out[name] = dict(value=value, step=step)
     return out

@@ -73,7 +73,7 @@ class Feed(Sets):
         self.facts["data"][source.name] = facts_of(rows.train, self.stores[-1])
         if rows.validation:
             name = f"validation_{source.name}" if self.names else "validation"
-            self.sets[name] = self.measured(name, rows.validation, rows.held, c)
+            self.sets[name] = self.measured(name, rows.validation, rows.task, c)
 
     def _plan(self):
         """Know the number of steps before the first one."""

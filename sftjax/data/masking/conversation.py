@@ -1,7 +1,4 @@
-"""Records of many forms to one canonical conversation, checked.
-
-A new record form is one function and one line in `_read_form`.
-"""
+"""Records of many forms to one conversation, checked. A new form is one function and one line in `_read_form`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -74,15 +71,12 @@ def read_record(
       with names in braces is filled in: "{context}\n\n{question}".
     roles: {the data's name of a role: ours}, beside the known ones.
     system: a system message for conversations that have none.
-    template_kwargs: for the chat template; the record's chat_template_kwargs count before them.
-
-    Raises: DataError.
+    template_kwargs: for the chat template; the record's chat_template_kwargs count before them. Raises: DataError.
     """
     record = Asked(record)
     fields = {key: name for key, name in dict(fields or {}).items() if name}
     if unknown := set(fields) - {*FIELDS, *MESSAGE_FIELDS}:
-        problem = f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.fields has no {min(unknown)!r}; it has {', '.join(FIELDS)}", kind="setting")
     roles = known_roles(roles)
     left_out = []
     with located(where):
@@ -100,8 +94,7 @@ def read_record(
                 left_out = [f"field {name!r} is not read: the messages have a system message"]
             _check_order(messages)
         elif system or "system" in fields:
-            problem = "a system message is set, but plain text is no conversation"
-            raise DataError(problem, kind="system_unused")
+            raise DataError("a system message is set, but plain text is no conversation", kind="system_unused")
     left_out += unread(record, record.read)
     return Reading(chat | dict(messages=messages, kind=kind), record.read, left_out)
 
@@ -127,8 +120,7 @@ def _given(record, fields, key, names):
     """The name and the value of what `fields` names, else of the first of `names` that says any."""
     if key in fields:
         return fields[key], read_field(record, fields[key])
-    found = ((name, record.get(name)) for name in names)
-    return next((pair for pair in found if pair[1]), (names[0], None))
+    return next(((name, record[name]) for name in names if record.get(name)), (names[0], None))
 
 
 def last_turn(messages: Sequence[dict[str, Any]]) -> int:

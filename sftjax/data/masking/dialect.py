@@ -42,8 +42,7 @@ class Dialect(NamedTuple):
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A canonical message in the form that the template reads."""
         if self.parts:
-            parts = [{"type": "text", "text": message["content"]}]
-            message = message | {"content": parts}
+            message = message | {"content": [{"type": "text", "text": message["content"]}]}
         if self.text_arguments and message.get("tool_calls"):
             message = message | {"tool_calls": [_in_text(c) for c in message["tool_calls"]]}
         if message["role"] == "developer" and not self.developer:
@@ -96,14 +95,12 @@ def learn(render: Render, special: Pattern[str]) -> Dialect:
         calls = special.findall(_between(answered, A, B))[:1]
     stops = dict.fromkeys([*(common or tail[:1] or between[:1]), *calls])
     ends = dict.fromkeys([*stops, *([] if common else between[:1])])
-    found = dict(header=header, openings=openings, ends=tuple(ends), stops=tuple(stops))
-    return dialect._replace(**found)
+    return dialect._replace(header=header, openings=openings, ends=tuple(ends), stops=tuple(stops))
 
 
 def alike(a: Sequence, b: Sequence) -> int:
     """How many items two texts or lists begin with in common."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _accepted(rendered, dialect):

@@ -1,8 +1,8 @@
 """From a record to tokens, each with the weight at which it is trained.
 
 A record becomes one conversation (`conversation.py`), is rendered ONCE with the tokenizer's own chat template and
-tokenised ONCE. Which characters are trained is found by `ChatTemplate.regions`; tokens are matched to them by character
-offsets. No mask comes from subtracting a rendered prefix, and no token is judged by its id.
+tokenised ONCE. Which characters are trained is found by `ChatTemplate.found`; tokens are matched to them by character
+offsets, and none is judged by its id.
 """
 
 from bisect import bisect_left, bisect_right
@@ -79,9 +79,9 @@ def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, wher
         template: a chat template, or a file that holds one, in place of the tokenizer's.
         template_kwargs, fields, roles, system: as in `to_conversation`.
 
-    A text prompt and completion are rendered as a user's and an assistant's turn; where there is
-    no template they are run together as they stand, and the end-of-text token follows. Of plain text everything is
-    trained. Segments are run together and nothing is added. Raises: DataError.
+    A text prompt and completion are rendered as a user's and an assistant's turn; where there is no template they are
+    run together as they stand, and the end-of-text token follows. Of plain text everything is trained. Segments are run
+    together and nothing is added. Raises: DataError.
     """
     return encode_batch([record], [where], tokenizer, **policy)[0]
 
@@ -99,8 +99,7 @@ def encode_batch(
 ) -> list[Encoded]:
     """`encode` for many records, which uses all cores."""
     if stop_token not in STOP_TOKEN:
-        problem = f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.stop_token={stop_token!r}: expected {' | '.join(STOP_TOKEN)}", kind="setting")
     policy = Policy(_trained_roles(train_on), train_on == "last", stop_token, reasoning_of(reasoning))
     groups: dict[ChatTemplate, dict[int, dict]] = {}  # a tokenizer may have a template for tools
     for i, (record, where) in enumerate(zip(records, wheres, strict=True)):
@@ -108,8 +107,7 @@ def encode_batch(
         groups.setdefault(chosen, {})[i] = chat
     encoded: dict[int, Encoded] = {}
     for chosen, chats in groups.items():
-        examples = _encode_chats(chosen, list(chats.values()), policy)
-        encoded.update(zip(chats, examples, strict=True))
+        encoded.update(zip(chats, _encode_chats(chosen, list(chats.values()), policy), strict=True))
     return [encoded[i] for i in range(len(records))]
 
 
@@ -121,8 +119,7 @@ def _encode_chats(template, chats, policy):
         tokenised = pool.map(lambda part: _tokenise(template, part), parts)
         examples = []
         for part, (texts, encodings) in zip(parts, tokenised, strict=True):
-            found = _trained_spans(template, part, texts, policy)
-            rows = zip(part, texts, encodings, found, strict=True)
+            rows = zip(part, texts, encodings, _trained_spans(template, part, texts, policy), strict=True)
             examples += [_encoded(template.tokenizer, *row, *own) for *row, own in rows]
     return examples
 
@@ -158,8 +155,7 @@ def _trained_roles(train_on):
         return {"assistant"}
     if train_on == "all":
         return set(ROLES.values()) - {"system", "developer"}
-    roles = train_on.split(",") if isinstance(train_on, str) else list(train_on)
-    roles = [role.strip() for role in roles]
+    roles = [role.strip() for role in (train_on.split(",") if isinstance(train_on, str) else train_on)]
     if unknown := [role for role in roles if role not in ROLES]:
         raise DataError(
             f"data.train_on={train_on!r}: unknown role {unknown[0]!r}; expected assistant | last "
@@ -227,8 +223,7 @@ def _trained_spans(template, chats, texts, policy):
     """Of each text the spans (start, stop, weight), in order, and what it leaves out."""
     weights = [_message_weights(chat, policy) for chat in chats]
     if not template.source:
-        pairs = zip(chats, weights, strict=True)
-        return [(_raw_spans(chat, own), left_out.of_text(chat)) for chat, own in pairs]
+        return [(_raw_spans(chat, own), left_out.of_text(chat)) for chat, own in zip(chats, weights, strict=True)]
     cases = [
         Case(chat, text, _wanted(chat["messages"], own, policy))
         for chat, text, own in zip(chats, texts, weights, strict=True)
@@ -288,8 +283,7 @@ def _raw_spans(chat, weights):
     if chat["kind"] != "segments":
         weights = [0.0] * (len(weights) - 1) + [1.0]
     stops = list(accumulate(len(m["content"]) for m in chat["messages"]))
-    spans = zip([0, *stops], stops, weights, strict=False)
-    return [span for span in spans if span[2] and span[0] < span[1]]
+    return [span for span in zip([0, *stops], stops, weights, strict=False) if span[2] and span[0] < span[1]]
 
 
 def _encoded(tokenizer, chat, text, encoding, spans, words):
@@ -302,8 +296,7 @@ def _encoded(tokenizer, chat, text, encoding, spans, words):
             kind="double_bos",
         )
     weights = token_weights(len(ids), encoding.token_to_chars, spans)
-    places = [span[:2] for span in spans]
-    example = Encoded(np.array(ids, np.int32), weights, text, places, chat["kind"])
+    example = Encoded(np.array(ids, np.int32), weights, text, [span[:2] for span in spans], chat["kind"])
     if chat["kind"] in ("pair", "text"):
         example = _with_ends(tokenizer, *example)
     example.left_out = chat["left_out"] + words
@@ -336,8 +329,8 @@ def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int
 def token_weights(n: int, chars: Callable[[int], Any], spans: Iterable[tuple[int, int, float]]) -> np.ndarray:
     """The weight of each token, float32 [n]: of the span that its characters overlap, else 0.
 
-    chars: gives the (start, stop) characters of a token, ascending; few are asked for.
-    spans: (start, stop, weight), ascending.
+    chars: gives the (start, stop) characters of a token, ascending; few are asked for. spans: (start, stop, weight),
+    ascending.
     """
     weights = np.zeros(n, np.float32)
     for start, stop, weight in spans:

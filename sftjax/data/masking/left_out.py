@@ -21,18 +21,16 @@ def of_conversation(
 ) -> list[str]:
     """What of a conversation is not in its rendering `text`, each kind of thing once.
 
-    absent: (message, part) of the texts that it leaves out; None where that is not known.
-    literals: what the template wrote itself, or `text` where that is not known.
-    source: the template.
+    absent: (message, part) of the texts that it leaves out; None where that is not known. literals: what the template
+    wrote itself, or `text` where that is not known. source: the template.
     """
     messages = chat["messages"]
     if absent is None:
         absent = {(i, part) for i, m in enumerate(messages) for part in _not_in(m, text)}
     found = [f"{PARTS[part]} of role {messages[i]['role']!r}" for i, part in sorted(absent)]
     for message in messages:
-        fields = ((k, v) for k, v in message.items() if k not in OWN)
-        for name, value in fields:
-            if name not in source or not all(_in(leaf, text) for leaf in _leaves(value)):
+        for name, value in message.items():
+            if name not in OWN and not (name in source and all(_in(leaf, text) for leaf in _leaves(value))):
                 found.append(f"field {name!r} of role {message['role']!r}")
     found += _of_tools(chat.get("tools") or [], literals)
     words = [f"{what} is left out by the chat template" for what in found]

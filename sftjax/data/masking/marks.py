@@ -62,8 +62,7 @@ def _put_marks(message, i, mark):
 def _mark_content(message, i, mark):
     """A mark for the content; an answer keeps its think tags, as templates look for them."""
     content, reasoning = message["content"], message.get("reasoning_content")
-    tagged = message["role"] == "assistant" and "think>" in content
-    split = split_tags(content) if tagged else []
+    split = split_tags(content) if message["role"] == "assistant" and "think>" in content else []
     if not any(split[::2]):
         return mark(i, "content", content)
     pieces, part = [], "content" if reasoning or after_thinking(content) is None else "think"
@@ -79,8 +78,7 @@ def _mark_content(message, i, mark):
 
 def after_thinking(content: str) -> str | None:
     """The answer of a content that begins with its reasoning; None of one that does not."""
-    inner = content.lstrip().removeprefix("<think>")
-    thought, closing, answer = inner.partition("</think>")
+    thought, closing, answer = content.lstrip().removeprefix("<think>").partition("</think>")
     return answer.lstrip() if closing and "<think>" not in thought else None
 
 
@@ -97,8 +95,7 @@ def split_tags(content: str) -> list[str]:
 
 def _mark_call(call, i, mark):
     name, arguments = call["function"]["name"], call["function"]["arguments"]
-    name = mark(i, "call", name)
-    return call | {"function": {"name": name, "arguments": _mark_strings(arguments, i, mark)}}
+    return call | {"function": {"name": mark(i, "call", name), "arguments": _mark_strings(arguments, i, mark)}}
 
 
 def _mark_strings(value, i, mark):
@@ -123,8 +120,7 @@ def put_back(text: str, skeleton: Sequence[str], marks: Sequence[Mark]) -> list[
         return None
     at, places = len(skeleton[0]), []
     for number, literal in zip(map(int, skeleton[1::2]), skeleton[2::2], strict=True):
-        forms = _forms(marks[number].text)
-        form = next((f for f in forms if text.startswith(f + literal, at)), None)
+        form = next((f for f in _forms(marks[number].text) if text.startswith(f + literal, at)), None)
         if form is None:
             return None
         places.append(Place(number, at, at + len(form)))
@@ -133,9 +129,7 @@ def put_back(text: str, skeleton: Sequence[str], marks: Sequence[Mark]) -> list[
 
 
 def _forms(text):
-    yield text
-    yield text.strip()
-    yield from (text.lstrip(), text.rstrip())
+    yield from (text, text.strip(), text.lstrip(), text.rstrip())
     yield from (text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
     for form in (text, text.strip()):
         yield json.dumps(form, ensure_ascii=False)[1:-1]

@@ -1,9 +1,8 @@
 """One message of any data set to the form that chat templates read, checked.
 
 The form: {"role", "content": text}, and where there are any "reasoning_content": text and "tool_calls": [{"type":
-"function", "function": {"name", "arguments": dict}}]. The keys `train`
-and `weight` are for us; all others are kept, for templates that know them, and those that a template does not know are
-counted (`ChatTemplate.left_out`).
+"function", "function": {"name", "arguments": dict}}]. The keys `train` and `weight` are for us; all others are kept,
+for templates that know them, and those that a template does not know are counted (`ChatTemplate.left_out`).
 """
 
 import json
@@ -38,8 +37,7 @@ def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
     for name, role in dict(more or {}).items():
         if role not in ROLES:
             expected = ", ".join(sorted(set(ROLES.values())))
-            problem = f"data.roles: {name}={role!r}, expected one of {expected}"
-            raise DataError(problem, kind="setting")
+            raise DataError(f"data.roles: {name}={role!r}, expected one of {expected}", kind="setting")
     return {name: name for name in ROLES} | dict(more or {})
 
 
@@ -60,8 +58,7 @@ def read_messages(raw: Any, fields: Mapping[str, str], roles: Mapping[str, str])
             message, is_call = _message(one, fields, roles)
         # Several messages that are one call each are one turn of the assistant's with them all.
         if is_call and messages and _same_turn(messages[-1], message):
-            calls = messages[-1].get("tool_calls", []) + message["tool_calls"]
-            messages[-1] = messages[-1] | {"tool_calls": calls}
+            messages[-1] = messages[-1] | {"tool_calls": messages[-1].get("tool_calls", []) + message["tool_calls"]}
         else:
             messages.append(message)
     return messages
@@ -79,8 +76,7 @@ def _best_thread(node, fields, roles):
     while isinstance(replies := node.get("replies"), list):
         if not (replies := [r for r in replies if isinstance(r, dict)]):
             break
-        given = (r.get("rank") for r in replies)
-        ranks = [n if isinstance(n, (int, float)) else len(replies) for n in given]
+        ranks = [r["rank"] if isinstance(r.get("rank"), (int, float)) else len(replies) for r in replies]
         node = replies[ranks.index(min(ranks))]
         thread.append(node)
     while len(thread) > 1 and ROLES.get(roles.get(str(thread[-1].get(role)), "")) == "user":
@@ -123,18 +119,14 @@ def _message(raw, fields, roles):
     if role == "assistant" and reasoning:
         message["reasoning_content"] = reasoning
     if role == "assistant" and calls:
-        called = [_tool_call(call) for call in calls]
-        message |= _unread("tool_calls", calls, CALL) | {"tool_calls": called}
+        message |= _unread("tool_calls", calls, CALL) | {"tool_calls": [_tool_call(call) for call in calls]}
     if role == "assistant" and not (content.strip() or calls or reasoning):
         raise empty("response", f"content is {content!r}")
     return message, is_call and "tool_calls" in message
 
 
 def trained_by(raw: dict[str, Any]) -> dict[str, Any]:
-    """What the other names of `train` and `weight` say of a message; {} where they say nothing.
-
-    Raises: DataError, which names the key, for a value that says neither.
-    """
+    """What the other names of `train` and `weight` say of a message; {} for nothing. Raises: DataError, by the key."""
     said: dict[str, Any] = {}
     for key in (k for k in (*TRAINED, *WEIGHTED) if raw.get(k) is not None):
         value = raw[key]
@@ -142,8 +134,7 @@ def trained_by(raw: dict[str, Any]) -> dict[str, Any]:
         if not number or (key in WEIGHTED and isinstance(value, bool)):
             expected = "a number" if key in WEIGHTED else "true, false or a number"
             raise wrong_value(key, value, f"expected {expected}")
-        flag = key in TRAINED and value in (0, 1)
-        ours, value = ("train", bool(value)) if flag else ("weight", value)
+        ours, value = ("train", bool(value)) if key in TRAINED and value in (0, 1) else ("weight", value)
         given = said.get(ours, raw.get(ours))
         if given is not None and given != value:
             raise wrong_value(key, value, f"but another key says {ours}={given!r}")
@@ -153,8 +144,7 @@ def trained_by(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _unread(name, parts, known):
     """What of a message's parts has no place in its form, as fields that no template knows."""
-    inner = (p.get("function") for p in parts if isinstance(p, dict))
-    functions = [f for f in inner if isinstance(f, dict)]
+    functions = [f for p in parts if isinstance(p, dict) and isinstance(f := p.get("function"), dict)]
     found: dict[str, Any] = {}
     for part in (p for p in (*parts, *functions) if isinstance(p, dict)):
         used = {*known, next((k for k in ARGUMENTS if part.get(k) is not None), "")}
@@ -192,19 +182,16 @@ def _tool_call(raw):
     if not isinstance(arguments or {}, dict):
         raise wrong_type("arguments", arguments, "an object or JSON text of one")
     known = {"id": call["id"]} if call.get("id") else {}
-    function = {"name": function["name"], "arguments": arguments or {}}
-    return known | {"type": "function", "function": function}
+    return known | {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
 
 
 def read_tools(raw: Any) -> list[dict[str, Any]] | None:
     """A list of tools, each with or without its {"type": "function"} wrapper; JSON text as well."""
-    tools = _listed(raw or [], "tools")
-    tools = [parse_json(t, "tools") if isinstance(t, str) else t for t in tools]
+    tools = [parse_json(t, "tools") if isinstance(t, str) else t for t in _listed(raw or [], "tools")]
     tools = [t for t in tools if t not in (None, {})]  # these describe no tool
     if wrong := [t for t in tools if not isinstance(t, dict)]:
         raise wrong_type("tools", wrong[0], "an object that describes a function")
-    wrapped = (t if "function" in t else {"type": "function", "function": t} for t in tools)
-    return list(wrapped) or None
+    return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
 
 
 def _listed(value, name):
@@ -223,8 +210,7 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return loads(text)
     except (ValueError, RecursionError) as error:
-        problem = f"{name!r} is not valid JSON: {error}: {text[:60]!r}"
-        raise DataError(problem, kind="bad_json") from None
+        raise DataError(f"{name!r} is not valid JSON: {error}: {text[:60]!r}", kind="bad_json") from None
 
 
 def wrong_type(name: str, value: Any, expected: str) -> DataError:

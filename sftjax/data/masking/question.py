@@ -38,11 +38,9 @@ def prompt_and_answer(
     """The prompt for which a model generates, and the reference answer.
 
     The prompt is the conversation up to the last assistant turn with the template's generation prompt; and what the
-    template itself writes between that and the answer, such as an empty
-    think block. Of a pair without a template it is the prompt as it stands. It is cut from the tokens of the whole, so
-    the model sees before the answer what it saw in training.
-
-    Returns: prompt tokens int32 [n], answer text. Raises: DataError.
+    template itself writes between that and the answer, such as an empty think block. Of a pair without a template it is
+    the prompt as it stands. It is cut from the tokens of the whole, so the model sees before the answer what it saw in
+    training. Returns: prompt tokens int32 [n], answer text. Raises: DataError.
     """
     return question(record, tokenizer, where=where, **policy)[0][:2]
 
@@ -61,8 +59,7 @@ def question(
     template as texts, with SEPARATOR after each.
     """
     policy = {k: v for k, v in policy.items() if k not in ("train_on", "stop_token")}
-    own, reasoning = policy.pop("template", None), reasoning_of(policy.pop("reasoning", None))
-    how = tokenizer, own, reasoning, policy
+    how = tokenizer, policy.pop("template", None), reasoning_of(policy.pop("reasoning", None)), policy
     template, chat = conversation_of(record, where, *how)
     if chat["kind"] in ("text", "segments"):
         problem, fix = "plain text has no prompt and answer", "evaluate its loss instead"
@@ -118,8 +115,7 @@ def continuations(tokenizer: "PreTrainedTokenizerBase", asked: Question) -> list
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list[int]:
     """The ids at which generation stops: end of text, and the template's ends of a turn."""
-    in_use = [t for t in load_templates(tokenizer, template) if t.source]
-    stops = [token for t in in_use for token in t.dialect.stops]
+    stops = [token for t in load_templates(tokenizer, template) if t.source for token in t.dialect.stops]
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ends: Any = tokenizer.convert_tokens_to_ids(list(stops))  # of a list, a list
     return sorted({*ids, *ends})

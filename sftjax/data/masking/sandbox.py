@@ -1,8 +1,8 @@
 """Render chat templates in a process of their own: they come with a model, from anybody.
 
 transformers' sandbox keeps a template from objects and attributes that are not its business. It does not keep it from
-running for ever, nor from filling the memory, and no thread or signal ends
-a single long operation of the interpreter. A process with limits can be ended by the kernel.
+running for ever, nor from filling the memory, and no thread or signal ends a single long operation of the interpreter.
+A process with limits can be ended by the kernel.
 """
 
 import atexit
@@ -32,7 +32,6 @@ def render(template: str, variables: dict[str, Any], chats: Sequence[dict[str, A
     variables: what the template sees beside messages, tools and options (special tokens).
     chats: dict(messages, tools, options, blocks, where); blocks: return the spans of generation tags; where: file and
       row, for errors.
-
     Raises: DataError if the template had to be stopped.
     """
     if not chats:

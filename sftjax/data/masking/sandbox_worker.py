@@ -16,10 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def main(seconds: int, memory: int, characters: int) -> None:
-    """Answer the requests on standard input until it ends.
-
-    seconds: of processor time a chat; memory: bytes.
-    """
+    """Answer the requests on standard input until it ends. seconds: of processor time a chat; memory: bytes."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the run; we end when it closes our input
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # macOS refuses; the limits of time and characters remain.

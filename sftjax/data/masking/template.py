@@ -95,8 +95,7 @@ def load_template(
 
 def load_templates(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list["ChatTemplate"]:
     """All templates that rows may be rendered with, see `template_texts`."""
-    texts = template_texts(tokenizer, template).values()
-    return [_load(tokenizer, text, len(tokenizer)) for text in texts]
+    return [_load(tokenizer, text, len(tokenizer)) for text in template_texts(tokenizer, template).values()]
 
 
 @lru_cache(maxsize=8)
@@ -125,13 +124,11 @@ def template_texts(tokenizer: "PreTrainedTokenizerBase", template: str | None = 
     if "{" in template:
         return {"default": template}
     if not Path(template).is_file():
-        problem = f"data.template={template!r}: no such file, and it is no template text"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.template={template!r}: no such file, and it is no template text", kind="setting")
     try:
         return {"default": Path(template).read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"data.template={template!r} can't be read as text: {error}"
-        raise DataError(problem, kind="setting") from None
+        raise DataError(f"data.template={template!r} can't be read as text: {error}", kind="setting") from None
 
 
 class ChatTemplate:
@@ -158,10 +155,7 @@ class ChatTemplate:
         return learn(render, self.special)
 
     def render(self, chats: Sequence[dict[str, Any]], generate: bool = False) -> list[str]:
-        """The text of each conversation, with the generation prompt if `generate`.
-
-        Raises: DataError, naming the first row that the template refuses.
-        """
+        """The text of each conversation, with the generation prompt if `generate`. Raises: DataError, by its row."""
         requests = [self._request(chat["messages"], chat, generate=generate) for chat in chats]
         texts = []
         for result, chat in zip(self._results(requests), chats, strict=True):
@@ -259,8 +253,7 @@ class ChatTemplate:
             salt = "sftjax"
             while salt in case.text:
                 salt += "x"
-            only = set(case.trained) if only_trained else None
-            messages, marks = put_marks(case.chat["messages"], salt, only)
+            messages, marks = put_marks(case.chat["messages"], salt, set(case.trained) if only_trained else None)
             key = json.dumps([messages, case.chat["tools"], case.chat["options"]], default=str)
             marked.append((key, marks))
             if key not in skeletons:
@@ -269,8 +262,7 @@ class ChatTemplate:
         for (key, (salt, _)), result in zip(missing.items(), results, strict=True):
             # A template may fail where it parses a text for which there is a mark.
             skeletons[key] = split(result["text"], salt) if "text" in result else None
-        pairs = zip(cases, marked, strict=True)
-        return [self._regions(case, skeletons[key], marks) for case, (key, marks) in pairs]
+        return [self._regions(case, skeletons[key], marks) for case, (key, marks) in zip(cases, marked, strict=True)]
 
     def _regions(self, case, skeleton, marks):
         """The regions of one case by its skeleton, None if that does not give its text."""
@@ -348,8 +340,7 @@ class ChatTemplate:
             return start - min(len(opening), len(written))
         request = self._request(case.chat["messages"][:message], case.chat, generate=True)
         [prompt] = (result.get("text", "") for result in self._results([request]))
-        begins = prompt and text.startswith(prompt) and lower <= len(prompt) <= start
-        return len(prompt) if begins else None
+        return len(prompt) if prompt and text.startswith(prompt) and lower <= len(prompt) <= start else None
 
     def _answer(self, case, marks, run, start, stop):
         """Where the answer begins in the turn [start, stop): after its reasoning."""
@@ -379,15 +370,13 @@ class ChatTemplate:
         if not cases or not GENERATION_TAG.search(self.source):
             return [Found(None)] * len(cases)
         requests = [self._request(c.chat["messages"], c.chat, blocks=True) for c in cases]
-        pairs = zip(cases, self._results(requests), strict=True)
-        return [Found(self._tagged(case, result)) for case, result in pairs]
+        return [Found(self._tagged(case, result)) for case, result in zip(cases, self._results(requests), strict=True)]
 
     def _tagged(self, case, result):
         turns = [i for i, m in enumerate(case.chat["messages"]) if m["role"] == "assistant"]
         if result.get("text") != case.text or len(result["blocks"]) != len(turns):
             return None
-        blocks = zip(turns, result["blocks"], strict=True)
-        return [self._block(case.text, i, *block) for i, block in blocks]
+        return [self._block(case.text, i, *block) for i, block in zip(turns, result["blocks"], strict=True)]
 
     def _block(self, text, message, start, stop):
         inside = list(self.special.finditer(text, start, stop))
@@ -408,5 +397,4 @@ def _request(messages, chat, *, generate=False, blocks=False):
     """What the sandbox gets of a conversation."""
     options = chat.get("options", {}) | {"add_generation_prompt": generate}
     where = chat.get("where", "a short conversation, to learn what the template expects")
-    own = dict(tools=chat.get("tools"), options=options, where=where)
-    return dict(messages=messages, blocks=blocks, **own)
+    return dict(messages=messages, blocks=blocks, tools=chat.get("tools"), options=options, where=where)

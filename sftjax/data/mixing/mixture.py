@@ -86,20 +86,16 @@ class Mixture(Rows):
         length: int,
         packing: str = "bfd",
         seed: int = 0,
-        total_rows: int | None = None,
         *,
         phases: Sequence[Phase],
         ends: Sequence[int] = (),
         **options: Any,
     ) -> None:
-        """ends: the rows at which the phases end, all but the last's; they may be set later.
-
-        options: as of `Rows`.
-        """
+        """ends: the rows at which the phases end, all but the last's; they may be set later. options: as of `Rows`."""
         self.names, self.phases, self.ends = tuple(stores), phases, tuple(ends)
         self._seeds = [name_seed(name) for name in stores]
         self._cycles, self._held, self._place = list[Cycle](), 0, None
-        super().__init__(Joined(stores.values()), length, packing, seed, total_rows, **options)
+        super().__init__(Joined(stores.values()), length, packing, seed, **options)
 
     def _count_rows(self):
         """Plan a cycle of each phase, to know its number of rows."""
@@ -112,8 +108,7 @@ class Mixture(Rows):
     def mean(self, values: np.ndarray) -> float:
         """The mean over all rows; until the phases' ends are known, over the phases."""
         sums = [self._by_source(phase, values).sum() for phase in self.phases]
-        known = len(self.ends) == len(self.phases) - 1
-        spans = np.diff([0, *self.ends, self.total]) if known else None
+        spans = np.diff([0, *self.ends, self.total]) if len(self.ends) == len(self.phases) - 1 else None
         return float(np.average(np.divide(sums, self._rows), weights=spans))
 
     def _by_source(self, phase, values) -> np.ndarray:
@@ -177,8 +172,7 @@ class Mixture(Rows):
 
     def _start(self, ends=(), phase=0) -> Place:
         n = len(self.names)
-        queues = [np.zeros(0, int)] * n
-        return Place(ends, 0, 0, phase, queues, np.zeros(n, int), np.zeros(n), np.zeros(n, int))
+        return Place(ends, 0, 0, phase, [np.zeros(0, int)] * n, np.zeros(n, int), np.zeros(n), np.zeros(n, int))
 
     def _next(self, place) -> Cycle:
         """Plan the cycle at `place`, and move `place` behind it."""
@@ -203,8 +197,7 @@ class Mixture(Rows):
 
     def _pack(self, place, docs) -> RowPlan:
         """The plan of docs; its `doc` are places in docs, as one may be there twice."""
-        lengths = self.store.lengths[docs]
-        return shuffled_plan(lengths, self.length, self.packing, [self.seed, place.cycle])
+        return shuffled_plan(self.store.lengths[docs], self.length, self.packing, [self.seed, place.cycle])
 
     def _draw(self, place, share) -> np.ndarray:
         """Take `share` of a cycle's documents out of the queues."""
@@ -232,8 +225,7 @@ class Mixture(Rows):
 
     def _begun(self, plan) -> np.ndarray:
         """How many documents of each source begin in a plan: int [sources]."""
-        owners = self.store.owner(plan.doc[plan.start == 0])
-        return np.bincount(owners, minlength=len(self.names))
+        return np.bincount(self.store.owner(plan.doc[plan.start == 0]), minlength=len(self.names))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cycles": [], "_held": 0, "_place": None}

@@ -34,8 +34,7 @@ def sources(config: ConfigDict) -> list[Share]:
         raise ConfigError("data.train and data.sources are both set; keep one of them")
     if not d.train and not d.sources:
         raise ConfigError("data.train is empty; give a file, a glob or a hub data set id")
-    found = [_source(config, i, entry) for i, entry in enumerate(d.sources)]
-    found = found or [Share("train", config)]
+    found = [_source(config, i, entry) for i, entry in enumerate(d.sources)] or [Share("train", config)]
     mixing = d.phases or d.temperature != 1 or found[0].count or found[0].replay
     if len(found) == 1 and mixing:
         raise ConfigError("phases, temperature, count and replay mix several data.sources, but there is one")
@@ -58,8 +57,8 @@ def _source(config, i, entry) -> Share:
     name = entry.get("name") or Path(entry["path"].split(",")[0]).name.split(".")[0]
     if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(f"{what}: set a 'name' of letters, digits, _ and -; {name!r} is none")
-    source = Share(name, _alone(config, what, entry), entry.get("weight"))
-    source = source._replace(count=entry.get("count", 0), replay=entry.get("replay", 0.0))
+    own = _alone(config, what, entry)
+    source = Share(name, own, entry.get("weight"), entry.get("count", 0), entry.get("replay", 0.0))
     amounts = dict(weight=source.weight or 0, count=source.count, replay=source.replay)
     given = [key for key, amount in amounts.items() if amount]
     if len(given) > 1:
@@ -75,8 +74,7 @@ def _alone(config, what, entry):
     for key, value in ((k, v) for k, v in entry.items() if k in config_lib.OWN):
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
         for part, part_value in inner:
-            name = f"data.{key}.{part}".rstrip(".")
-            config_lib.override(alone, name, str(part_value), f"{what}: ")
+            config_lib.override(alone, f"data.{key}.{part}".rstrip("."), str(part_value), f"{what}: ")
     return alone
 
 

@@ -39,8 +39,7 @@ SAMPLE = 2000  # records looked at before training
 
 
 def _read(path, start):
-    rows = READERS[kind(path)].stream(path, start)
-    return ((f"{path}:{row + 1}", row, value) for row, value in rows)
+    return ((f"{path}:{row + 1}", row, value) for row, value in READERS[kind(path)].stream(path, start))
 
 
 def _table(path, found):
@@ -97,8 +96,7 @@ def check(config: ConfigDict, sources: Sequence[mix.Share], streams: bool = True
     refused = dict(phases=d.phases, workers=d.workers, packing=d.packing == "wrapped")
     for source in sources:
         own = flat(source.config.data.to_dict())
-        keys = ("limit", "augment", "clean.rules", "split.share")
-        refused |= {key: own[key] for key in keys if own[key]}
+        refused |= {key: own[key] for key in ("limit", "augment", "clean.rules", "split.share") if own[key]}
         if len(sources) > 1 and source.weight is None and not source.replay:
             raise ConfigError(f"data.streaming: the size of {source.name!r} is not known; give it a weight")
     if there := [key for key, value in refused.items() if value]:
@@ -137,8 +135,8 @@ def batches(
     (best fit, among BINS rows) | "none" (one document a row). window: records of a source that are shuffled together.
     prefetch: batches made ahead, by a thread. rejects: the file for rows that can't be used, where on_error is "skip".
 
-    This is the part `part`, from 0 on, of `parts` of the data: each has whole shards where there
-    is at least one for each, else every parts-th row.
+    This is the part `part`, from 0 on, of `parts` of the data: each has whole shards where there is at least one for
+    each, else every parts-th row.
     """
     streams = []
     for source in sources:
@@ -156,8 +154,7 @@ def batches(
         seed=seed,
         max_sequences_per_bin=1 if packing == "none" else None,
     )
-    out = packed.map(_batch_row).batch(rows)
-    return iter(graph.ThreadPrefetchIterDataset(out, prefetch_buffer_size=prefetch))
+    return iter(graph.ThreadPrefetchIterDataset(packed.map(_batch_row).batch(rows), prefetch_buffer_size=prefetch))
 
 
 def _batch_row(row):
@@ -211,8 +208,7 @@ class _Records(grain.DatasetIterator):
         if self.shard == len(self.order):
             if self.empty:
                 names = ", ".join(map(str, self.files[:3]))
-                problem = f"no row for part {self.part + 1} of {self.parts}"
-                raise DataError(problem, where=names, kind="no_rows")
+                raise DataError(f"no row for part {self.part + 1} of {self.parts}", where=names, kind="no_rows")
             self._begin(self.passed + 1)
 
     def _begin(self, passed):

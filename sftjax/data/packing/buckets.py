@@ -19,15 +19,7 @@ class Buckets(Rows):
     """
 
     def __init__(
-        self,
-        store: Store,
-        length: int,
-        seed: int = 0,
-        total_rows: int | None = None,
-        *,
-        widths: Sequence[int],
-        batch_size: int,
-        **options: Any,
+        self, store: Store, length: int, seed: int = 0, *, widths: Sequence[int], batch_size: int, **options: Any
     ) -> None:
         """Order the rows; the other arguments are those of `Rows`.
 
@@ -41,7 +33,7 @@ class Buckets(Rows):
                 "length of a row (data.max_length)",
                 kind="setting",
             )
-        super().__init__(store, length, "none", seed, total_rows, **options)
+        super().__init__(store, length, "none", seed, **options)
 
     @property
     def efficiency(self) -> float:

@@ -1,7 +1,7 @@
 """Packing: which document goes into which row, and the arrays of a batch.
 
-`plan` works on lengths alone, so the rows of an epoch (and the number of steps) are known before
-a token is read. `shift` is the one place in which targets and their weights are built.
+`plan` works on lengths alone, so the rows of an epoch (and the number of steps) are known before a token is read.
+`shift` is the one place in which targets and their weights are built.
 """
 
 from collections.abc import Iterable, Sequence
@@ -85,11 +85,9 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bf
 def plan(lengths: Sequence[int] | np.ndarray, capacity: int, strategy: str = "bfd") -> RowPlan:
     """`pack` as flat arrays: a million documents in about a second. Raises: DataError."""
     if strategy not in STRATEGIES:
-        problem = f"data.packing={strategy!r}: expected one of {', '.join(STRATEGIES)}"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.packing={strategy!r}: expected one of {', '.join(STRATEGIES)}", kind="setting")
     if capacity < 1:
-        problem = f"a row holds at least 1 token, but the capacity is {capacity}"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"a row holds at least 1 token, but the capacity is {capacity}", kind="setting")
     return STRATEGIES[strategy](np.asarray(lengths, np.int64).reshape(-1), int(capacity))
 
 
@@ -114,14 +112,12 @@ def _wrapped(lengths, capacity):
     stops = np.append(starts[1:], total)[: len(starts)]
     doc = np.searchsorted(ends, starts, side="right")
     base = (ends - lengths)[doc]
-    offsets = np.append(np.searchsorted(starts, cuts), len(starts))
-    return RowPlan(doc, starts - base, stops - base, offsets)
+    return RowPlan(doc, starts - base, stops - base, np.append(np.searchsorted(starts, cuts), len(starts)))
 
 
 def _none(lengths, capacity):
     kept = np.flatnonzero(lengths)
-    stop = np.minimum(lengths[kept], capacity)
-    return RowPlan(kept, np.zeros_like(kept), stop, np.arange(len(kept) + 1))
+    return RowPlan(kept, np.zeros_like(kept), np.minimum(lengths[kept], capacity), np.arange(len(kept) + 1))
 
 
 STRATEGIES = {"bfd": _bfd, "bfd_split": _bfd_split, "wrapped": _wrapped, "none": _none}
@@ -194,8 +190,8 @@ def make_batch(
     length: tokens in a row; default the longest row's. rows: the result of `pack`; default one document a row. pad_id:
     what pad cells hold in `tokens`; no real token is judged by it.
 
-    Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S].
-    Raises: DataError if a row doesn't fit.
+    Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S]. Raises: DataError if a row
+    doesn't fit.
     """
     docs = [(np.asarray(d[0]), np.asarray(d[1])) for d in encoded_docs]
     if rows is None:
@@ -241,8 +237,8 @@ class TokenRows:
         """The arrays [n] that a document brings into its row; targets [n], where not shifted."""
         if self.shifted:
             targets, weights = shift(tokens, weights)
-        own = {} if types is None else {"token_types": types}
-        return dict(tokens=tokens, targets=targets, weights=weights, **own)
+        own = dict(tokens=tokens, targets=targets, weights=weights)
+        return own if types is None else own | {"token_types": types}
 
     def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Write the pieces one after the other into a row, with their positions and segments."""
@@ -257,8 +253,7 @@ class TokenRows:
 
     def trained(self, example: tuple[np.ndarray, ...]) -> int:
         """How many targets of an example (or of a piece of one) have a weight."""
-        weights = example[1][1:] if self.shifted else example[1]
-        return int(np.count_nonzero(weights))
+        return int(np.count_nonzero(example[1][1:] if self.shifted else example[1]))
 
 
 CAUSAL = TokenRows()
@@ -268,8 +263,8 @@ CAUSAL = TokenRows()
 class FixedRows:
     """One example a row, of arrays that have one shape each: images, features.
 
-    fields: (name, shape of one example's array, dtype), in the order of an example's arrays. A batch has `weights`
-    float32 [rows] too: 1, and 0 of the blank rows that fill up a last batch.
+    fields: (name, shape of one example's array, dtype), in the order of an example's arrays. Where none is `weights`, a
+    batch has them too, float32 [rows]: 1, and 0 of the blank rows that fill up a last batch.
     """
 
     fields: tuple[tuple[str, tuple[int, ...], type], ...]
@@ -277,7 +272,7 @@ class FixedRows:
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """The arrays of a batch, each [rows, *shape]; they have no width."""
-        kinds = (*self.fields, ("weights", (), np.float32))
+        kinds = (("weights", (), np.float32), *self.fields)
         return {name: Field((rows, *shape), dtype, ("batch", *(None,) * len(shape))) for name, shape, dtype in kinds}
 
     def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:

@@ -33,8 +33,7 @@ class PairRows:
         short, axes = -(-width * self.target // self.source), ("batch", "seq")
         sizes = dict.fromkeys(("tokens", "positions", "segments"), width)
         sizes |= dict.fromkeys(("targets", "target_positions", "target_segments", "weights"), short)
-        kind = {"weights": np.float32}
-        return {k: Field((rows, n), kind.get(k, np.int32), axes) for k, n in sizes.items()}
+        return {k: Field((rows, n), np.float32 if k == "weights" else np.int32, axes) for k, n in sizes.items()}
 
     def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Write the pairs one after the other into a row."""

@@ -7,7 +7,6 @@ own rows, the number of steps is known before training, and resuming is an index
 import functools
 import math
 import multiprocessing
-import operator
 import os
 import signal
 from collections.abc import Sequence
@@ -34,8 +33,8 @@ class Rows:
     """The stream of packed rows over all epochs, by index: `rows[r]` -> Batch row of arrays [S].
 
     Each epoch has a shuffle and so a packing of its own, drawn from (seed, epoch). Best-fit decreasing makes a number
-    of rows that depends on the lengths alone: every epoch has
-    `per_epoch` of them. From `total` on, rows are blank, so that a last batch can be full.
+    of rows that depends on the lengths alone: every epoch has `per_epoch` of them. From `total` on, rows are blank, so
+    that a last batch can be full.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class Rows:
         length: int,
         packing: str = "bfd",
         seed: int = 0,
-        total_rows: int | None = None,
         *,
         epochs: float = 1,
         shuffle: bool = True,
@@ -53,9 +51,8 @@ class Rows:
     ) -> None:
         """Plan rows of `length` tokens, as `pack` does, of what a store holds.
 
-        seed: of the order of examples, and of rows; without `shuffle` it is the store's. total_rows: default as many as
-        `epochs` has, of which there may be a fraction.
-        pad_id: the token at places where there is none.
+        seed: of the order of examples, and of rows; without `shuffle` it is the store's. epochs: those of `total` at
+        first, also a fraction; it may be set later. pad_id: the token at places where there is none.
         """
         self.store, self.length, self.packing = store, length, packing
         self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
@@ -68,9 +65,7 @@ class Rows:
                 kind="setting",
             )
         self.per_epoch = self._count_rows()
-        if total_rows is None:
-            total_rows = math.ceil(epochs * self.per_epoch - 1e-9)
-        self.total = operator.index(total_rows)
+        self.total = math.ceil(epochs * self.per_epoch - 1e-9)
 
     def _count_rows(self):
         return len(self._plan(0))
@@ -97,8 +92,7 @@ class Rows:
             if r < 0:
                 raise IndexError(f"row {r}")
             if r < self.total:
-                row = {k: v[b, ...] for k, v in batch.items()}
-                self.layout.fill(row, self.store, self.pieces(int(r)))
+                self.layout.fill({k: v[b, ...] for k, v in batch.items()}, self.store, self.pieces(int(r)))
         return batch
 
     def pieces(self, r: int) -> list[tuple[int, int, int]]:
@@ -156,14 +150,12 @@ def loader(
 ) -> "grain.DatasetIterator":
     """Batches in order, read ahead by threads, or by `workers` processes.
 
-    Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those
-    at the places `local` within them, so that all processes together read what one would.
+    Step b is the global rows [b * batch_size, (b + 1) * batch_size); this process reads those at the places `local`
+    within them, so that all processes together read what one would.
 
     local: None = all of them. start_step: nothing before it is read. stop_step: one past the last; default as many as
     hold all rows, the last one padded. workers: 0 = threads of this process. prefetch: batches read ahead, by each
-    worker where there are any.
-
-    Returns: a grain iterator of Batch, numpy [local rows, S], with get_state() and set_state().
+    worker where there are any. Returns: a grain iterator of Batch, numpy [local rows, S], with get_state, set_state.
     """
     import grain
 
@@ -173,10 +165,8 @@ def loader(
     if not local or min(local) < 0 or max(local) >= batch_size:
         raise ValueError(f"local rows {local} are not within a batch of {batch_size}")
     steps = grain.MapDataset.range(start_step, max(stop_step, start_step))
-    read = functools.partial(_read, rows=rows, batch_size=batch_size, local=local)
-    batches = steps.map(read)
-    options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
-    batches = batches.to_iter_dataset(options)
+    batches = steps.map(functools.partial(_read, rows=rows, batch_size=batch_size, local=local))
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch))
     if workers:
         from absl import flags
 

@@ -20,8 +20,7 @@ def fit(
     kept: list[Any] = [slice(None)]
     if max_length and len(tokens) > max_length:
         kept = _CUTS[overlong](tokens, weights, max_length, bos)
-    pieces = [(tokens[at], weights[at]) for at in kept]
-    return [piece for piece in pieces if piece[1][1:].any()]
+    return [(tokens[at], weights[at]) for at in kept if weights[at][1:].any()]
 
 
 def _truncate_prompt(tokens, weights, limit, bos):
@@ -46,16 +45,12 @@ OVERLONG = tuple(_CUTS)
 
 
 def describe(lengths: Sequence[int]) -> dict:
-    """{"percentiles": {"p5": n, ..., "max": n}, "histogram": [[at most, documents], ...]}.
-
-    The histogram's bounds double.
-    """
+    """{"percentiles": {"p5": n, ..., "max": n}, "histogram": [[at most, documents], ...]}, whose bounds double."""
     at = (5, 25, 50, 75, 95, 99)
     values = np.percentile(lengths, at, method="higher").astype(int).tolist()
     percentiles = {f"p{p}": n for p, n in zip(at, values, strict=True)}
     bins = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-    counts = np.bincount(bins).tolist()
-    histogram = [[2**b, n] for b, n in enumerate(counts) if b >= bins.min()]
+    histogram = [[2**b, n] for b, n in enumerate(np.bincount(bins).tolist()) if b >= bins.min()]
     return dict(percentiles=percentiles | {"max": int(max(lengths))}, histogram=histogram)
 
 
@@ -78,5 +73,4 @@ def lines(report: dict) -> list[str]:
     lost += [(n, f"dropped: {reason}") for reason, n in report["dropped"].items()]
     lost += [(n, f"skipped: {reason}") for reason, n in report["skipped"].items()]
     texts = [f"{n:,} {what}" for n, what in lost if n]
-    shown = [f"tokens each: {percentiles(report)}", histogram(report)]
-    return shown + (["; ".join(texts)] if texts else [])
+    return [f"tokens each: {percentiles(report)}", histogram(report)] + (["; ".join(texts)] if texts else [])

@@ -15,8 +15,7 @@ def readable(path: Path | str, what: str = "data", errors: tuple[type[Exception]
     try:
         yield
     except errors as error:
-        problem = f"not a readable {what} file: {error}"
-        raise DataError(problem, where=path, kind="unreadable") from None
+        raise DataError(f"not a readable {what} file: {error}", where=path, kind="unreadable") from None
 
 
 @contextmanager
@@ -38,14 +37,12 @@ def not_json(where: str | Path, error: ValueError | RecursionError) -> DataError
         return DataError(f"JSON that can't be read: {error}", where=where, kind="bad_json")
     near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip("\r\n")
     problem = f"malformed JSON at column {error.colno}: {error.msg}, near {near!r}"
-    fix = "expected JSON, in .jsonl one object per line"
-    return DataError(problem, fix, where=where, kind="bad_json")
+    return DataError(problem, "expected JSON, in .jsonl one object per line", where=where, kind="bad_json")
 
 
 def not_utf8(where: str | Path, error: UnicodeDecodeError) -> DataError:
     """The error of a text that is not UTF-8."""
-    problem, fix = f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
-    return DataError(problem, fix, where=where, kind="not_utf8")
+    return DataError(f"not UTF-8 at byte {error.start}", "save the file as UTF-8", where=where, kind="not_utf8")
 
 
 def excerpt(value: Any) -> str:

@@ -25,8 +25,7 @@ Files = dict[str, list[Path]]  # by split; "" of those that no split claims
 
 def kind(path: PurePath) -> str:
     """The suffix that says how a file is read: ".parquet", ".jsonl.gz"."""
-    compressed = path.suffix.lower() in COMPRESSED
-    return "".join(path.suffixes[-2:] if compressed else path.suffixes[-1:]).lower()
+    return "".join(path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:]).lower()
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -50,13 +49,11 @@ def _saved(folder) -> list[Path] | None:
         return None
     if state.get("_indices_data_files"):
         problem = "a saved data set with a mapping of indices, which is not read"
-        fix = "save it again after flatten_indices()"
-        raise DataError(problem, fix, where=folder, kind="unreadable")
+        raise DataError(problem, "save it again after flatten_indices()", where=folder, kind="unreadable")
     names = [f.get("filename") for f in named if isinstance(f, dict)]
     files = [folder / PurePath(name).name for name in names if isinstance(name, str)]
     if missing := [f for f in files if not f.is_file()]:
-        problem = f"state.json names {missing[0].name}, which is not there"
-        raise DataError(problem, where=folder, kind="no_file")
+        raise DataError(f"state.json names {missing[0].name}, which is not there", where=folder, kind="no_file")
     return files
 
 
@@ -93,8 +90,8 @@ def is_of(path: PurePath, split: str) -> bool:
 def configurations(folder: Path, files: Sequence[Path], guess: bool = False) -> dict[str, Files]:
     """{name: files by split} of a data set's configurations; {} where it names none.
 
-    They stand in README.md, or in dataset_infos.json and are folders. guess: folders in which
-    files have the same names are configurations, too.
+    They stand in README.md, or in dataset_infos.json and are folders. guess: folders in which files have the same names
+    are configurations, too.
     """
     if named := _of_card(folder, files):
         return named
@@ -142,19 +139,14 @@ def _of_entry(folder, files, entry) -> Files:
             split, patterns = str(one.get("split", "train")), one.get("path", [])
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             rule = glob_rule((base + str(pattern)).removeprefix("./").rstrip("/"))
-            own = [f for f in files if rule.match(f.relative_to(folder).as_posix())]
-            found.setdefault(split, []).extend(own)
+            found.setdefault(split, []).extend([f for f in files if rule.match(f.relative_to(folder).as_posix())])
     return found
 
 
 def glob_rule(pattern: str) -> re.Pattern[str]:
-    """A glob of the hub as a regular expression: `*` stays in a folder, `**` does not.
-
-    A folder stands for all that is in it.
-    """
+    """A glob of the hub as a regular expression: `*` stays in a folder, `**` does not; a folder means all in it."""
     special = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
-    body = "".join(special.get(piece) or re.escape(piece) for piece in pieces)
+    body = "".join(special.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
     return re.compile(rf"{body}(?:/.*)?\Z")
 
 
@@ -213,8 +205,7 @@ def of_folder(folder: Path) -> list[Path]:
     if not files and any(map(is_image, below(folder))):
         return [folder]  # of images, see records/images.py
     if not files:
-        problem = f"no data file in this folder (known: {', '.join(READERS)})"
-        raise DataError(problem, where=folder, kind="no_file")
+        raise DataError(f"no data file in this folder (known: {', '.join(READERS)})", where=folder, kind="no_file")
     named = [name for name, own in configurations(folder, files).items() if any(own.values())]
     if len(named) > 1:
         problem = f"{folder} holds several configurations ({_some(named)})"

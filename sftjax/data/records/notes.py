@@ -8,13 +8,10 @@ OTHER = "another field or text is not read"
 
 
 class Notes:
-    """Counts rows by what is not read of them.
-
-    counts: {what, in words: [rows, file and row of the first]}, as JSON holds it.
-    """
+    """Counts rows by what is not read of them."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, list] = {}
+        self.counts: dict[str, list] = {}  # {what, in words: [rows, file and row of the first]}, as JSON holds it
 
     def add(self, where: str, words: Iterable[str]) -> None:
         """Count what one row leaves out."""
@@ -33,6 +30,4 @@ def unread(record: Mapping[str, Any], read: Collection[str]) -> list[str]:
 
 def said(counts: Mapping[str, Iterable]) -> list[str]:
     """A line for each of `Notes.counts`."""
-    return [
-        f"{what}: in {rows:,} row{'' if rows == 1 else 's'}, first in {where}" for what, (rows, where) in counts.items()
-    ]
+    return [f"{what}: in {rows:,} row{'s' * (rows != 1)}, first in {where}" for what, (rows, where) in counts.items()]

@@ -84,8 +84,7 @@ def loads(text: str) -> Any:
         end, kind = _ENDS.get(error.msg, ("", ""))
         before = text[: error.pos].rstrip(" \t\r\n")
         if end and text[error.pos :].startswith(end) and before.endswith(","):
-            message = f"Illegal trailing comma before end of {kind}"
-            raise json.JSONDecodeError(message, text, len(before) - 1) from None
+            raise json.JSONDecodeError(f"Illegal trailing comma before end of {kind}", text, len(before) - 1) from None
         raise
 
 
@@ -202,8 +201,7 @@ def nested(reader: Any, lists: str) -> Table:
         where = reader.where(row)
         found += _elements({}, reader[row], lists.split("."), where, f"{where}#")
     if not found:
-        problem = f"#{lists} holds no element in any row"
-        raise DataError(problem, where=reader.path, kind="no_rows")
+        raise DataError(f"#{lists} holds no element in any row", where=reader.path, kind="no_rows")
     places, rows = zip(*found, strict=True)
     return Table(reader.path, rows, places, lists)
 
@@ -220,13 +218,11 @@ def _elements(outer, value, names, where, place):
         raise _no_list(f"#{names[0]} is {excerpt(inner)}", repr(names[0]), where)
     del record[names[0]]
     places = (f"{place}{names[0]}.{n}." for n in range(len(inner)))
-    pairs = zip(inner, places, strict=True)
-    return [one for e, at in pairs for one in _elements(record, e, names[1:], where, at)]
+    return [one for e, at in zip(inner, places, strict=True) for one in _elements(record, e, names[1:], where, at)]
 
 
 def _no_list(found, subject, where):
-    problem = f"{found}, expected a list of objects"
-    return DataError(problem, where=where, kind="wrong_type", subject=subject)
+    return DataError(f"{found}, expected a list of objects", where=where, kind="wrong_type", subject=subject)
 
 
 class Columns:
@@ -242,8 +238,7 @@ class Columns:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         n = bisect_right(self._ends, i)
-        at = i - (self._ends[n - 1] if n else 0)
-        row = self._parts[n].slice(at, 1)
+        row = self._parts[n].slice(i - (self._ends[n - 1] if n else 0), 1)
         if n not in self._sound:  # read through once, where its rows are read anyway
             self._sound[n] = not _damage(self._parts[n])
         if not self._sound[n] and (problem := _damage(row)):
@@ -353,8 +348,7 @@ def _batches(path):
 
 
 def _check_growth(path, metadata):
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    size = sum(group.total_byte_size for group in groups)
+    size = sum(group.total_byte_size for group in map(metadata.row_group, range(metadata.num_row_groups)))
     if size > GROWTH_BYTES + PARQUET_GROWTH * path.stat().st_size:
         raise _grown(path, f"{size:,} bytes", PARQUET_GROWTH)
 
@@ -373,14 +367,12 @@ def _read_table(path, **dialect: Any):
             reader = csv.reader(file, strict=True, **dialect)
             lines = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
-        where = f"{path}:{reader.line_num}"
-        raise DataError(f"malformed: {error}", where=where, kind="bad_table") from None
+        raise DataError(f"malformed: {error}", where=f"{path}:{reader.line_num}", kind="bad_table") from None
     except UnicodeDecodeError as error:
         raise failures.not_utf8(path, error) from None
     names = lines[0][1] if lines else []
     if len(set(names)) < len(names):
-        problem = f"the header names a column twice: {names}"
-        raise DataError(problem, where=f"{path}:{lines[0][0]}", kind="bad_table")
+        raise DataError(f"the header names a column twice: {names}", where=f"{path}:{lines[0][0]}", kind="bad_table")
     for line, row in lines[1:]:
         if len(row) != len(names):
             raise DataError(
@@ -389,8 +381,7 @@ def _read_table(path, **dialect: Any):
                 where=f"{path}:{line}",
                 kind="bad_table",
             )
-    rows = [dict(zip(names, row, strict=True)) for _, row in lines[1:]]
-    return Table(path, rows, [line for line, _ in lines[1:]])
+    return Table(path, [dict(zip(names, row, strict=True)) for _, row in lines[1:]], [line for line, _ in lines[1:]])
 
 
 WRAPPED = re.compile('".*"', re.DOTALL)

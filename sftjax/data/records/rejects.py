@@ -16,11 +16,9 @@ ON_ERROR = ("raise", "skip")
 def check(on_error: str, max_skipped: float) -> None:
     """Raises: DataError for settings that there are not."""
     if on_error not in ON_ERROR:
-        problem = f"data.on_error={on_error!r}: expected {' | '.join(ON_ERROR)}"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.on_error={on_error!r}: expected {' | '.join(ON_ERROR)}", kind="setting")
     if not 0 <= max_skipped <= 1:
-        problem = f"data.max_skipped={max_skipped!r}: expected a share of rows, 0 to 1"
-        raise DataError(problem, kind="setting")
+        raise DataError(f"data.max_skipped={max_skipped!r}: expected a share of rows, 0 to 1", kind="setting")
 
 
 @dataclass
@@ -40,8 +38,7 @@ class Rejects:
         if self.on_error == "raise" or not alone or self.path is None or self.kept is None:
             raise error
         line = dict(row=row + 1, file=error.where, kind=error.kind, reason=error.reason)
-        line["record"] = record(self.source, row)
-        text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+        text = json.dumps(line | {"record": record(self.source, row)}, ensure_ascii=False, default=str) + "\n"
         with writing("the file", self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         self.counts[error.label] += 1

@@ -1,7 +1,7 @@
 """Records by index: JSONL (.gz, .zst too), JSON, Parquet, Arrow, CSV, TSV; folders, hub data sets.
 
-Random access (index -> dict) is what makes shuffling and resuming a matter of arithmetic. The
-kinds of files, and how each is read, are in readers.py; which files of a folder, in layout.py.
+Random access (index -> dict) is what makes shuffling and resuming a matter of arithmetic. The kinds of files, and how
+each is read, are in readers.py; which files of a folder, in layout.py.
 """
 
 import functools
@@ -106,8 +106,7 @@ def open_source(spec: str, limit: int = 0) -> Source:
             opened = [_open(path) for path in find_files(files)]
         readers += [nested(reader, lists.strip()) for reader in opened] if lists else opened
     if not readers:
-        fix = "set data.train=FILE (JSONL, JSON, Parquet, CSV)"
-        raise DataError("no data file is named", fix, kind="setting")
+        raise DataError("no data file is named", "set data.train=FILE (JSONL, JSON, Parquet, CSV)", kind="setting")
     return Source(readers, limit)
 
 
@@ -125,8 +124,7 @@ def _find(part) -> list[Path]:
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.+-]+(/[\w.+-]+)?)?", part)
     if is_hub_id and kind(path) not in READERS:
         return _hub_files(*part.partition(":")[::2])
-    fix = "check data.train and data.validation"
-    raise DataError("no such file", fix, where=part, kind="no_file")
+    raise DataError("no such file", "check data.train and data.validation", where=part, kind="no_file")
 
 
 def _hub_files(repo, asked):

@@ -53,7 +53,9 @@ def mixture(*entries, packing="bfd", seed=3, total=None, ends=(), stores=STORES,
     sources = mix.sources(c)
     stores = {s.name: stores[s.name] for s in sources}
     phases = mix.phases(c, sources, list(stores.values()))
-    return Mixture(stores, 64, packing, seed, total, phases=phases, ends=ends)
+    rows = Mixture(stores, 64, packing, seed, phases=phases, ends=ends)
+    rows.total = total or rows.total
+    return rows
 
 
 def names(*given, **more):

@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> None:
     add("--step", default="latest", help="of a workdir: latest, best or a number")
     add("--shots", default="", help="numbers with commas: each in turn as eval.shots")
     add("--json", action="store_true", help="print one JSON object, and nothing else")
-    add("--out", default="", help="a file for the same JSON and each row's values, for sftjax"
-        " compare")  # fmt: skip
+    add("--out", default="", help="a file for the same JSON and each row's values, for sftjax compare")
     options, rest = parser.parse_known_args(argv)
     xla_flags.settle()
     found = []
@@ -135,8 +134,7 @@ def evaluate(config: ConfigDict, data: str, run: Path | None = None, step: str =
     if "," in data and not Path(data).exists():
         raise ConfigError(f"--data={data}: name one data set each time: --data=A --data=B")
     if run is None and step != "latest":
-        raise ConfigError(f"--step={step} is of a workdir's checkpoints, and {config.model.path} is"
-                          " none")  # fmt: skip
+        raise ConfigError(f"--step={step} is of a workdir's checkpoints, and {config.model.path} is none")
     home = workdir_lib.began_in(run.absolute()) if run else Path.cwd()
     mesh = parallel.make_mesh({axis: config.mesh[axis] for axis in parallel.AXES})
     folder = run.absolute() if run else cache_folder()

@@ -18,9 +18,8 @@ def check_batch(mesh: AnyMesh, batch_size: int, micro_batches: int, length: int)
         raise MeshError(f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches")
     if (batch_size // micro_batches) % shards:
         raise MeshError(
-            f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size},"
-            f" micro_batches={micro_batches}) does not divide over the {shards} batch shards of"
-            f" the mesh (data x fsdp x expert)"
+            f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size}, micro_batches="
+            f"{micro_batches}) does not divide over the {shards} batch shards of the mesh (data x fsdp x expert)"
         )
     context = mesh.shape["context"]
     if context > 1 and length % (2 * context):

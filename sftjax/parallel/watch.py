@@ -129,8 +129,7 @@ class Watch:
             if len(self._times) < len(self.hosts) or not all(self._times.values()):
                 return
             line = [self._times[id].pop(0) for id in range(len(self.hosts))]
-            slow = slow_ones(line)
-            self._slow = {id: self._slow.get(id, 0) + 1 for id in slow}
+            self._slow = {id: self._slow.get(id, 0) + 1 for id in slow_ones(line)}
         for id in (id for id, lines in self._slow.items() if lines == LINES):
             took = f"{max(line[id][1:]):.3g} s of {line[id][0]:.3g} s"
             warn(

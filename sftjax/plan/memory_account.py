@@ -53,7 +53,6 @@ def exhausted(message: str) -> tuple[float, list]:
     found = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         number, scale = re.findall(rf"\A{size}", part)[0]
-        named = first(r"Shape: (\S+\])", part), first(r'op_name="([^"]*)"', part)
-        what = " ".join(filter(None, named))
+        what = " ".join(filter(None, (first(r"Shape: (\S+\])", part), first(r'op_name="([^"]*)"', part))))
         found.append((float(number) * unit[scale], what or part.split("\n")[0]))
     return total, found

@@ -181,10 +181,14 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return _too_large(program, str(e), began)
+        # The estimate's parts, with the size and the largest buffers that the compiler named.
+        out = estimated(program, "does not fit, says the compiler", began)
+        total, largest = memory_lib.exhausted(str(e))
+        out.total, out.largest = max(total, out.total, out.limit + 1), largest or out.largest
+        return out
     text: Any = compiled.as_text()  # None only where a backend has no text
     cost = hlo.analyze(text, assume=assumed(text, program))
-    return account(program, "compiled", began, cost, memory_lib.account(program, compiled))
+    return account(program, "compiled", began, cost, *memory_lib.account(program, compiled))
 
 
 def rounds(text: str, program: Program, attention: bool = False) -> int:
@@ -213,17 +217,8 @@ def estimated(program: Program, basis: str, began: float) -> Plan:
     return account(program, basis, began, *estimate_lib.estimate(traced, program))
 
 
-def _too_large(program, message, began) -> Plan:
-    """The estimate's parts, with the size and the largest buffers that the compiler named."""
-    out = estimated(program, "does not fit, says the compiler", began)
-    total, largest = memory_lib.exhausted(message)
-    out.total = max(total, out.total, out.limit + 1)
-    out.largest = largest or out.largest
-    return out
-
-
-def account(program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account) -> Plan:
-    """The Plan of a step's cost and of its memory, both of one device, with its projection."""
+def account(program: Program, basis: str, began: float, cost: hlo.Cost, memory: dict, total: float) -> Plan:
+    """The Plan of a step's cost and its memory by part and in all, of one device, with its projection."""
     target, chip, work = program.target, program.target.chip, program.work
     flops = (cost.flops + program.kernel_flops(cost)) * target.n
     return Plan(
@@ -237,10 +232,10 @@ def account(program: Program, basis: str, began: float, cost: hlo.Cost, found: m
         f" {work.trained:.0%} of the tokens trained"
         if work.width > 1
         else f"{work.rows} examples of one shape",
-        memory=found.parts,
-        total=found.total,
+        memory=memory,
+        total=total,
         limit=chip.hbm * memory_lib.GIB if chip else build_lib.memory_limit(target.devices),
-        largest=found.largest,
+        largest=sorted(((size, f"the {name}") for name, size in memory.items() if name != "other"), reverse=True),
         model_flops=program.model_flops,
         hardware_flops=flops,
         cost=cost,

@@ -302,10 +302,7 @@ def parse(argv: Sequence[str], **flags: str | float | bool | None) -> tuple[Conf
 
 
 def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]) -> set[str]:
-    """Apply every --config.a.b=VALUE of a command line; returns the keys.
-
-    options: the others that there are, for the message of a ConfigError.
-    """
+    """Apply every --config.a.b=VALUE of a command line; returns the keys. options: the others, for a ConfigError."""
     overridden, words = set[str](), iter(argv)
     for word in words:
         match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
@@ -320,10 +317,7 @@ def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]
 
 
 def override(config: ConfigDict, key: str, text: str, what: str = "--config.") -> None:
-    """Set config.<key> from text, cast to the type of the present value.
-
-    what: what stands before the key in the message of a ConfigError.
-    """
+    """Set config.<key> from text, cast to the type of its value. what: stands before the key in a ConfigError."""
     parts, node = key.split("."), config
     for i, part in enumerate(parts):
         if not isinstance(node, ConfigDict) or part not in node:
@@ -410,8 +404,7 @@ def _wrong(name, value, default):
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"{name}={value!r:.200}: expected {known}{hint}"
     if name in PATHS:
-        parts = value.split(",")
-        yield from (f"{name}={part}: {said}" for part in parts if (said := url_problem(part)))
+        yield from (f"{name}={part}: {said}" for part in value.split(",") if (said := url_problem(part)))
     if name == "data.sources":
         paths = (entry.get("path") for entry in value if hasattr(entry, "get"))
         parts = (part for path in paths for part in str(path).split(","))

@@ -81,13 +81,9 @@ class LockedError(UserError, RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):  # code that handles all errors lets this one through
-    """A run that was asked to stop, and has; the message says where it stands.
+    """A run that was asked to stop, and has; the message says where it stands."""
 
-    Attributes:
-      status: the exit status, EX_TEMPFAIL of sysexits.h: the same command goes on later.
-    """
-
-    status = 75
+    status = 75  # the exit status, EX_TEMPFAIL of sysexits.h: the same command goes on later
 
 
 class CheckpointError(UserError, RuntimeError):

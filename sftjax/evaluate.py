@@ -76,10 +76,7 @@ def _one(found):
 
 
 def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, Path | None]:
-    """(config, workdir): how a model is measured; workdir None where it is no run's.
-
-    spec: a config file, or "". argv: the --config.KEY=VALUE of the command line.
-    """
+    """(config, workdir; None if it is no run): how a model is measured. spec: a config file, or "". argv: overrides."""
     run = Path(path).expanduser()
     is_run = (run / "checkpoints").is_dir() and (run / "config.json").is_file()
     if spec:

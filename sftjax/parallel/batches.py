@@ -63,10 +63,7 @@ def _rows(mesh, batch_size) -> dict[int, list[int]]:
 def put_batch(
     mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int, axes: Mapping | None = None
 ) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, ...], laid out on the mesh, of NumPy rows of this process.
-
-    axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").
-    """
+    """Global arrays [batch_size, ...] of this process's rows. axes: {name: logical axes}; None: ("batch", "seq")."""
 
     def put(name, x):
         own = axes[name] if axes else ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)

@@ -318,8 +318,7 @@ def _collective(one, computation):
 
 
 def _collectives_in(computation):
-    found = (_collective(one, computation) for one in computation)
-    return [c for c in found if c is not None]
+    return [found for one in computation if (found := _collective(one, computation))]
 
 
 def _kernel(one, total):

@@ -21,10 +21,7 @@ COMPILED = 3  # of the candidates, the best so many by the estimate are compiled
 def search(
     config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0, compiled: int | None = None
 ) -> list[compile_lib.Plan]:
-    """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
-
-    Each remat is traced once; from that, every candidate is estimated.
-    """
+    """Plans of micro-batches x remat x mesh, best first: those compiled, then those estimated from a trace a remat."""
     found = []
     on_cpu = compile_lib.platform(target) == "cpu"  # whose memory is the host's
     for remat in (r for r in REMAT if r != "offload" or not on_cpu):

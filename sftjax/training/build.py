@@ -58,9 +58,7 @@ def from_files(model: Any) -> bool:
 def _checked(config, model, tokenizer, platform):
     """The model with a row for every token; raises what it refuses of the config."""
     if hasattr(model.config, "image_size"):
-        if config.model.init != "pretrained":
-            return model
-        return hf.with_dtypes(model, hf.resolve(config.model.path))
+        return hf.with_dtypes(model, hf.resolve(config.model.path)) if config.model.init == "pretrained" else model
     m, longest = config.model, max(config.data.max_length, config.data.max_target_length)
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
@@ -199,10 +197,7 @@ def first_state(
     seed: int = 0,
     new: Sequence[int] = (),
 ) -> TrainState:
-    """TrainState at step 0: pretrained weights read, or random ones drawn, in place.
-
-    section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
-    """
+    """TrainState at step 0: weights read or drawn. section: the config's `model`. new: the ids of data.add_tokens."""
     check_memory(target)
     if new:
         say("tokens", _added_text(model, trainable, new))

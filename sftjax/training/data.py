@@ -240,9 +240,8 @@ class Feed(Sets):
                 f" {len(parts)}: resume with as many processes, or use another workdir"
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
-        given = zip(self.sources, amounts, self.stores, strict=True)
         specs = []
-        for s, weight, store in given:
+        for s, weight, store in zip(self.sources, amounts, self.stores, strict=True):
             d, task = s.config.data, tasks.make(s.config, self.task.tokenizer)
             own = (d.overlong, d.on_error, d.max_skipped, weight, store.report["left_out"])
             specs.append(stream.Spec(s.name, d.train, task, *own))

@@ -53,10 +53,7 @@ class Log:
         see: Callable[[int, list[dict]], None] = lambda first, window: None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """section: the config's `train`. see: gets the metrics of every step; see Health.see.
-
-        window: what `state` was when step `start` was saved.
-        """
+        """section: the config's `train`. window: what `state` was as step `start` was saved. see: as Health.see."""
         if not feed.every(section.log_every, "train.log_every"):
             raise ConfigError("train.log_every is 0; write at least 1 step")
         # Lines of steps after `start`, which a killed run left behind, are dropped.

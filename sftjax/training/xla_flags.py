@@ -64,11 +64,8 @@ def settle() -> None:
 
 def yours() -> dict[str, str]:
     """{option: value} of what the user has set in the environment."""
-    found = {}
-    for variable in VARIABLES:
-        for name, value in re.findall(r"--(\w+)(?:=(\S+))?", os.environ.get(variable, "")):
-            found[name] = value or "true"
-    return found
+    given = " ".join(os.environ.get(variable, "") for variable in VARIABLES)
+    return {name: value or "true" for name, value in re.findall(r"--(\w+)(?:=(\S+))?", given)}
 
 
 @functools.cache

@@ -45,10 +45,7 @@ def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int
 
 
 def find(directory: Path, step: str, metric: str = "", lower: bool = True) -> int:
-    """The step that "latest", "best" (by a metric: is less of it better) or a number names.
-
-    Raises: NotFoundError where there is none, or metric is "".
-    """
+    """The step that "latest", "best" (by a metric: is less of it better) or a number names. Raises: NotFoundError."""
     whole = complete(directory)
     there = f"; complete steps in {directory}: {whole or 'none'}"
     if step == "latest" and whole:

@@ -63,10 +63,7 @@ class Watch:
             self._send(other, self._state)
 
     def told(self, seconds: float, own: list[float]) -> None:
-        """Take this process's times of a line of the log, in seconds of a step.
-
-        own: those that it did not wait for other processes, in several ways of counting.
-        """
+        """Take this process's seconds a step of a log line. own: not spent waiting for others, by several counts."""
         if self.me:
             self._send(0, " ".join(["time", *map(str, [seconds, *own])]))
         else:

@@ -132,9 +132,7 @@ def resolve(text: str) -> Target:
         return Target(text, _present(devices[0]), len(devices), devices=devices)
     target = parse(text)
     jax.config.update("jax_platforms", "cpu")
-    if not target.topology:
-        return target
-    return dataclasses.replace(target, devices=_describe(target))
+    return dataclasses.replace(target, devices=_describe(target)) if target.topology else target
 
 
 def _describe(target) -> tuple:

@@ -199,10 +199,7 @@ class Stop:
         return False
 
     def release(self, step: int, steps: int, saved: int | None) -> None:
-        """End of the loop: raise Stopped if this run was asked to stop.
-
-        step: the last one that is done, of `steps`; saved: the newest checkpoint's.
-        """
+        """End of the loop after `step` of `steps`; raises Stopped if asked to. saved: the newest checkpoint's step."""
         self._holding = False
         if not self.asked:
             return

@@ -402,7 +402,7 @@ def config(rng, folder):
 def resumed():
     """A config, and what its run leaves in its workdir: {file: JSON value}."""
     c = config_lib.get_default()
-    made = identity.make_manifest({"tokenised data": "0" * 32})
+    made = {"identity": {"tokenised data": "0" * 32}}
     lines = [{"step": n, "loss": 2.0, "grad_norm": None} for n in (1, 2, 3)]
     files = {"config.json": config_lib.to_dict(c), "env.json": workdir.environment()}
     return c, made, files | {"checkpoints/manifest.json": made, "metrics.jsonl": lines}

@@ -106,8 +106,7 @@ def measure(name: str, run: Run, texts: str = "") -> dict:
     if texts:
         Path(texts, f"{name}.hlo").write_text(text)
     cost = hlo.analyze(text, plan.assumed(text, program))
-    held = memory_account.account(program, compiled)
-    p = plan.account(program, "compiled", began, cost, held)
+    p = plan.account(program, "compiled", began, cost, *memory_account.account(program, compiled))
     return dict(
         run=name, target=p.target, mesh=p.mesh, rows=run.rows, length=run.length,
         target_length=run.target, attention=run.attention, remat=run.remat, fits=p.fits,

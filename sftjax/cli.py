@@ -36,8 +36,7 @@ def main() -> None:
     elif name in COMMANDS:
         exits.run(importlib.import_module(COMMANDS[name][0]).main, sys.argv[2:])
     else:
-        found = f"unknown command {name!r}\n" if name else ""
-        show(f"{found}{usage()}", file=sys.stderr)
+        show((f"unknown command {name!r}\n" if name else "") + usage(), file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -209,7 +209,7 @@ _BELOW_1 = math.nextafter(1, 0)  # a mean over the past that has a 1 here never 
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "data.limit data.clean.max_tokens eval.patience eval.samples eval.test_limit": (0, math.inf),
-    "data.max_target_length": (0, 2**31),
+    "data.max_target_length generate.top_k": (0, 2**31),
     "eval.shots": (0, 1000),
     "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),
@@ -221,15 +221,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.temperature": (1e-3, math.inf),
     "loss.label_smoothing optim.floor generate.top_p": (0, 1),
     "loss.mask_rate optim.layer_decay": (1e-6, 1),
-    "loss.focal_gamma loss.huber_delta": (0, math.inf),
+    "loss.focal_gamma loss.huber_delta generate.temperature train.spike": (0, math.inf),
     "optim.b1 optim.b2 optim.momentum": (0, _BELOW_1),
     "loss.z_loss loss.load_balance optim.lr optim.eps optim.clip optim.weight_decay": (0, math.inf),
     "mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert": (-1, 2**20),
     "mesh.processes": (1, 2**20),
     "mesh.process_id": (0, 2**20),
     "mesh.timeout train.grace": (1, 10**6),
-    "generate.temperature train.spike": (0, math.inf),
-    "generate.top_k": (0, 2**31),
     "generate.beams": (1, 1000),
     "generate.length_penalty": (-100, 100),
 }
@@ -304,10 +302,7 @@ def parse(argv: Sequence[str], **flags: str | float | bool | None) -> tuple[Conf
 
 
 def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]) -> set[str]:
-    """Apply every --config.a.b=VALUE of a command line; returns the keys.
-
-    options: the others that there are, for the message of a ConfigError.
-    """
+    """Apply every --config.a.b=VALUE of a command line; returns the keys. options: the others, for a ConfigError."""
     overridden, words = set[str](), iter(argv)
     for word in words:
         match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
@@ -322,25 +317,19 @@ def override_all(config: ConfigDict, argv: Sequence[str], options: Sequence[str]
 
 
 def override(config: ConfigDict, key: str, text: str, what: str = "--config.") -> None:
-    """Set config.<key> from text, cast to the type of the present value.
-
-    what: what stands before the key in the message of a ConfigError.
-    """
-    *parents, last = key.split(".")
-    node = config
-    for i, part in enumerate([*parents, last]):
+    """Set config.<key> from text, cast to the type of its value. what: stands before the key in a ConfigError."""
+    parts, node = key.split("."), config
+    for i, part in enumerate(parts):
         if not isinstance(node, ConfigDict) or part not in node:
             siblings = list(node) if isinstance(node, ConfigDict) else []
-            where = ".".join(["config", *key.split(".")[:i]])
+            where = ".".join(["config", *parts[:i]])
             near = difflib.get_close_matches(part, siblings, 1, 0.4)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(siblings) or 'none'}"
             raise ConfigError(f"{what}{key}: {where} has no key {part!r}; {hint}")
-        if i < len(parents):
-            node = node[part]
-    old = node[last]
-    if isinstance(old, ConfigDict):
-        raise ConfigError(f"{what}{key} is a group; set one of {', '.join(old)}")
-    node[last] = _cast(text, old, f"{what}{key}")
+        group, node = node, node[part]
+    if isinstance(node, ConfigDict):
+        raise ConfigError(f"{what}{key} is a group; set one of {', '.join(node)}")
+    group[parts[-1]] = _cast(text, node, f"{what}{key}")
 
 
 def _cast(text, old, key):
@@ -360,8 +349,7 @@ def _cast(text, old, key):
     if isinstance(old, tuple) and isinstance(value, (list, int)):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not type(old):
-        expected = type(old).__name__
-        raise ConfigError(f"{key}={text}: expected {expected}, like {old!r}")
+        raise ConfigError(f"{key}={text}: expected {type(old).__name__}, like {old!r}")
     return value
 
 
@@ -416,8 +404,7 @@ def _wrong(name, value, default):
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"{name}={value!r:.200}: expected {known}{hint}"
     if name in PATHS:
-        parts = value.split(",")
-        yield from (f"{name}={part}: {said}" for part in parts if (said := url_problem(part)))
+        yield from (f"{name}={part}: {said}" for part in value.split(",") if (said := url_problem(part)))
     if name == "data.sources":
         paths = (entry.get("path") for entry in value if hasattr(entry, "get"))
         parts = (part for path in paths for part in str(path).split(","))
@@ -466,6 +453,5 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim.lr": 1e-4} of a nested config."""
     out = dict[str, Any]()
     for key, value in config.items():
-        inner = isinstance(value, Mapping)
-        out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return out

@@ -81,13 +81,9 @@ class LockedError(UserError, RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):  # code that handles all errors lets this one through
-    """A run that was asked to stop, and has; the message says where it stands.
+    """A run that was asked to stop, and has; the message says where it stands."""
 
-    Attributes:
-      status: the exit status, EX_TEMPFAIL of sysexits.h: the same command goes on later.
-    """
-
-    status = 75
+    status = 75  # the exit status, EX_TEMPFAIL of sysexits.h: the same command goes on later
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -142,10 +138,9 @@ class DataError(UserError, ValueError):
         return shortened(f"{self.where}: {self.reason}" if self.where else self.reason)
 
 
-# The kinds of DataError in words; {} is its subject. A kind that is not here is counted under its own name with blanks
-# for underscores, so a new kind needs no line.
+# The kinds of a row's DataErrors in words; {} is the subject. One that is not here is counted under its own name with
+# blanks for underscores.
 KINDS = {
-    # --- of a row ---
     "bad_json": "malformed JSON",
     "not_utf8": "not UTF-8",
     "wrong_type": "{} is of the wrong type",
@@ -153,11 +148,7 @@ KINDS = {
     "missing_field": "field {} is missing",
     "null_field": "field {} is null",
     "no_form": "no known form in the fields",
-    "unknown_role": "unknown role",
-    "unknown_label": "unknown label",
     "role_order": "roles out of order",
-    "empty_response": "empty response",
-    "empty_text": "empty text",
     "no_weight": "a segment with neither train nor weight",
     "surrogate": "half of a surrogate pair",
     "no_prompt": "plain text without a prompt and answer",
@@ -168,18 +159,5 @@ KINDS = {
     "turn_not_found": "the trained turns can't be found in the rendering",
     "double_bos": "the text begins with the first token twice",
     "too_long": "more tokens than data.max_length",
-    # --- of a file, or of all rows ---
-    "no_file": "no such file",
-    "no_configuration": "a data set of several configurations",
-    "mixed_splits": "several splits in one folder",
-    "unknown_format": "unknown kind of file",
     "unreadable": "a file that can't be read",
-    "grown": "a compressed file that grows without bounds",
-    "unwritable": "a place that can't be written",
-    "bad_table": "malformed table",
-    "no_rows": "no rows",
-    "too_many_rejects": "too many rows that can't be used",
-    "nothing_trained": "nothing is trained",
-    # --- of no data at all ---
-    "setting": "a setting that is wrong",
 }

@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> None:
     add("--step", default="latest", help="of a workdir: latest, best or a number")
     add("--shots", default="", help="numbers with commas: each in turn as eval.shots")
     add("--json", action="store_true", help="print one JSON object, and nothing else")
-    add("--out", default="", help="a file for the same JSON and each row's values, for sftjax"
-        " compare")  # fmt: skip
+    add("--out", default="", help="a file for the same JSON and each row's values, for sftjax compare")
     options, rest = parser.parse_known_args(argv)
     xla_flags.settle()
     found = []
@@ -77,10 +76,7 @@ def _one(found):
 
 
 def configured(path: str, spec: str, argv: Sequence[str]) -> tuple[ConfigDict, Path | None]:
-    """(config, workdir): how a model is measured; workdir None where it is no run's.
-
-    spec: a config file, or "". argv: the --config.KEY=VALUE of the command line.
-    """
+    """(config, workdir; None if it is no run): how a model is measured. spec: a config file, or "". argv: overrides."""
     run = Path(path).expanduser()
     is_run = (run / "checkpoints").is_dir() and (run / "config.json").is_file()
     if spec:
@@ -135,8 +131,7 @@ def evaluate(config: ConfigDict, data: str, run: Path | None = None, step: str =
     if "," in data and not Path(data).exists():
         raise ConfigError(f"--data={data}: name one data set each time: --data=A --data=B")
     if run is None and step != "latest":
-        raise ConfigError(f"--step={step} is of a workdir's checkpoints, and {config.model.path} is"
-                          " none")  # fmt: skip
+        raise ConfigError(f"--step={step} is of a workdir's checkpoints, and {config.model.path} is none")
     home = workdir_lib.began_in(run.absolute()) if run else Path.cwd()
     mesh = parallel.make_mesh({axis: config.mesh[axis] for axis in parallel.AXES})
     folder = run.absolute() if run else cache_folder()

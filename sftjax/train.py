@@ -88,14 +88,11 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
         lr = build.make_schedule(config.optim, feed.steps)
         tx = optim.make(config.optim, lr, model.abstract, trainable)
         target = build.abstract_state(config.model, model, trainable, tx, mesh)
-        lower = task.lower_is_better(config.eval.best)
+        best = config.eval.best
+        lower = task.lower_is_better(best)
         manifest = workdir_lib.manifest(config, feed, model)
         checkpoints = Checkpointer(
-            workdir / "checkpoints",
-            manifest=manifest,
-            keep=config.train.keep,
-            best_metric=config.eval.best,
-            lower=lower,
+            workdir / "checkpoints", manifest=manifest, keep=config.train.keep, best_metric=best, lower=lower
         )
         checkpoints.check_space(target, config.train.export)
         if checkpoints.latest_step() is None:
@@ -128,14 +125,13 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
 
         # ==== The loop ====
         step = checkpoints.latest_step() or 0
-        at = (step, extra.get("log", ()))
-        log = Log(config.train, workdir, feed, lr, flops, *at, health.see, told)
-        early_stop = EarlyStop(config.eval.best, config.eval.patience, lower, extra["early_stop"])
-        run.say(state="running", step=step, steps=feed.steps, best=config.eval.best, lower=lower)
+        log = Log(config.train, workdir, feed, lr, flops, step, extra.get("log", ()), health.see, told)
+        early_stop = EarlyStop(best, config.eval.patience, lower, extra["early_stop"])
+        run.say(state="running", step=step, steps=feed.steps, best=best, lower=lower)
         stop.hold(step)  # from here on a signal waits for the end of a step
         for batch in feed.batches(start=step, state=extra.get("data")):
             if early_stop.stop:
-                say("stopped", f"{config.eval.best} did not improve {config.eval.patience} times")
+                say("stopped", f"{best} did not improve {config.eval.patience} times")
                 break
             with profiler.step(step + 1), jax.transfer_guard("disallow"):
                 state, metrics = steps[feed.width(batch)](state, batch)
@@ -156,7 +152,7 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
                 extra["early_stop"] = early_stop.state
             stopping = stop.due(step)
             saves = feed.due(step, config.train.checkpoint_every, "train.checkpoint_every")
-            if stopping or saves or (values and config.eval.best):
+            if stopping or saves or (values and best):
                 with log.pause():
                     extra |= {"data": feed.state(step), "log": log.state()}
                     extra["health"] = health.record()

@@ -18,9 +18,8 @@ def check_batch(mesh: AnyMesh, batch_size: int, micro_batches: int, length: int)
         raise MeshError(f"train.batch_size={batch_size} does not divide into {micro_batches} micro-batches")
     if (batch_size // micro_batches) % shards:
         raise MeshError(
-            f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size},"
-            f" micro_batches={micro_batches}) does not divide over the {shards} batch shards of"
-            f" the mesh (data x fsdp x expert)"
+            f"a micro-batch of {batch_size // micro_batches} rows (train.batch_size={batch_size}, micro_batches="
+            f"{micro_batches}) does not divide over the {shards} batch shards of the mesh (data x fsdp x expert)"
         )
     context = mesh.shape["context"]
     if context > 1 and length % (2 * context):
@@ -64,10 +63,7 @@ def _rows(mesh, batch_size) -> dict[int, list[int]]:
 def put_batch(
     mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int, axes: Mapping | None = None
 ) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, ...], laid out on the mesh, of NumPy rows of this process.
-
-    axes: {name: logical axes}; the default is that of a batch of tokens, ("batch", "seq").
-    """
+    """Global arrays [batch_size, ...] of this process's rows. axes: {name: logical axes}; None: ("batch", "seq")."""
 
     def put(name, x):
         own = axes[name] if axes else ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2)

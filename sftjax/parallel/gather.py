@@ -43,8 +43,7 @@ def _gather_fwd(w, axes):
         return constrain(w, *in_use(axes)), None
     # Under a shard_map over the axes that are left too, or XLA would gather over these as well.
     dim, left = axes.index("embed"), spec(axes)
-    whole = lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True)  # noqa: E731
-    return shard_map(whole, (left,), left)(w), None
+    return shard_map(lambda w: jax.lax.all_gather(w, RULES["embed"], axis=dim, tiled=True), (left,), left)(w), None
 
 
 def _gather_bwd(axes, _, g):

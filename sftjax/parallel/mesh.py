@@ -44,8 +44,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     Several TPU slices (devices with different slice_index) become the leading factor of `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(sizes, len(devices))
-    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = _arrange(mesh_shape(sizes, len(devices)), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_text(sizes: Mapping[str, int], joint: str = " x ") -> str:
@@ -72,8 +72,7 @@ def mesh_shape(sizes: Mapping[str, int] | None, n: int) -> list[int]:
 
 
 def _arrange(shape, devices) -> np.ndarray:
-    tpu = devices[0].platform == "tpu"  # elsewhere each host may call itself a slice
-    if not tpu:
+    if devices[0].platform != "tpu":  # each host may call itself a slice
         return np.array(devices).reshape(shape)
     n = len({getattr(d, "slice_index", 0) for d in devices})
     if shape[0] % n:

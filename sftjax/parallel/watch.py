@@ -63,10 +63,7 @@ class Watch:
             self._send(other, self._state)
 
     def told(self, seconds: float, own: list[float]) -> None:
-        """Take this process's times of a line of the log, in seconds of a step.
-
-        own: those that it did not wait for other processes, in several ways of counting.
-        """
+        """Take this process's seconds a step of a log line. own: not spent waiting for others, by several counts."""
         if self.me:
             self._send(0, " ".join(["time", *map(str, [seconds, *own])]))
         else:
@@ -129,8 +126,7 @@ class Watch:
             if len(self._times) < len(self.hosts) or not all(self._times.values()):
                 return
             line = [self._times[id].pop(0) for id in range(len(self.hosts))]
-            slow = slow_ones(line)
-            self._slow = {id: self._slow.get(id, 0) + 1 for id in slow}
+            self._slow = {id: self._slow.get(id, 0) + 1 for id in slow_ones(line)}
         for id in (id for id, lines in self._slow.items() if lines == LINES):
             took = f"{max(line[id][1:]):.3g} s of {line[id][0]:.3g} s"
             warn(

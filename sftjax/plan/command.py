@@ -15,8 +15,7 @@ from sftjax.training import xla_flags
 
 def main(argv: Sequence[str]) -> None:
     """Print the plan of a config on a target, or with --search the best that were tried."""
-    defaults = dict(target=None, search=False, json="", trained=0.5, document=0)
-    config, flags = config_lib.parse(argv, **defaults)
+    config, flags = config_lib.parse(argv, target=None, search=False, json="", trained=0.5, document=0)
     if not 0 < flags.trained <= 1:
         raise config_lib.ConfigError(f"--trained={flags.trained}: expected a share, above 0 to 1")
     if flags.document < 0 or flags.document > config.data.max_length:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from sftjax import hf, optim, parallel, tasks
@@ -75,8 +75,7 @@ class Program:
 
     def kernel_flops(self, cost: hlo.Cost) -> float:
         """FLOPs of one device's kernels: as declared, or else those of attention."""
-        declared = not cost.kernels or cost.kernel_flops
-        return cost.kernel_flops if declared else self.attention_flops
+        return cost.kernel_flops or (self.attention_flops if cost.kernels else 0.0)
 
     @property
     def head_flops(self) -> float:
@@ -98,8 +97,7 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
     parallel.check_batch(mesh, rows, micro, width)
     model, trainable = build_lib.make_model(config, task, platform=platform(target))
     parallel.param_shardings(mesh, model.abstract)  # raises where a size does not divide
-    lr = build_lib.make_schedule(config.optim, 1000)
-    tx = optim.make(config.optim, lr, model.abstract, trainable)
+    tx = optim.make(config.optim, build_lib.make_schedule(config.optim, 1000), model.abstract, trainable)
     with use(mesh):
         state = build_lib.abstract_state(config.model, model, trainable, tx, mesh)
         loss_fn = task.loss_fn(model, config.loss.to_dict())
@@ -117,8 +115,7 @@ def build(config: ConfigDict, target: Target, trained: float = 0.5, document: in
 def abstract_mesh(sizes: Mapping[str, int], target: Target) -> AbstractMesh:
     """A mesh without devices."""
     shape = tuple(parallel.mesh_shape(sizes, target.n))
-    auto = (jax.sharding.AxisType.Auto,) * len(parallel.AXES)
-    return jax.sharding.AbstractMesh(shape, parallel.AXES, axis_types=auto)
+    return AbstractMesh(shape, parallel.AXES, axis_types=(AxisType.Auto,) * len(parallel.AXES))
 
 
 def platform(target: Target) -> str:
@@ -128,9 +125,7 @@ def platform(target: Target) -> str:
 
 def use(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
     """A context in which `mesh`, with devices or without, is the mesh."""
-    if isinstance(mesh, jax.sharding.AbstractMesh):
-        return jax.sharding.use_abstract_mesh(mesh)
-    return jax.set_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh)
 
 
 def _with_stored_dtype(config):
@@ -138,8 +133,7 @@ def _with_stored_dtype(config):
     config = config.copy_and_resolve_references()
     if not config.model.frozen_dtype:
         path = hf.resolve(config.model.path, weights=False)
-        file = path / "config.json" if path.is_dir() else path
-        stored = read_object(file)
+        stored = read_object(path / "config.json" if path.is_dir() else path)
         name = stored.get("dtype") or stored.get("torch_dtype")
         config.model.frozen_dtype = name if isinstance(name, str) else ""
     return config
@@ -187,11 +181,14 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        return _too_large(program, str(e), began)
+        # The estimate's parts, with the size and the largest buffers that the compiler named.
+        out = estimated(program, "does not fit, says the compiler", began)
+        total, largest = memory_lib.exhausted(str(e))
+        out.total, out.largest = max(total, out.total, out.limit + 1), largest or out.largest
+        return out
     text: Any = compiled.as_text()  # None only where a backend has no text
     cost = hlo.analyze(text, assume=assumed(text, program))
-    found = memory_lib.account(program, compiled)
-    return account(program, "compiled", began, cost, found)
+    return account(program, "compiled", began, cost, *memory_lib.account(program, compiled))
 
 
 def rounds(text: str, program: Program, attention: bool = False) -> int:
@@ -220,17 +217,8 @@ def estimated(program: Program, basis: str, began: float) -> Plan:
     return account(program, basis, began, *estimate_lib.estimate(traced, program))
 
 
-def _too_large(program, message, began) -> Plan:
-    """The estimate's parts, with the size and the largest buffers that the compiler named."""
-    out = estimated(program, "does not fit, says the compiler", began)
-    total, largest = memory_lib.exhausted(message)
-    out.total = max(total, out.total, out.limit + 1)
-    out.largest = largest or out.largest
-    return out
-
-
-def account(program: Program, basis: str, began: float, cost: hlo.Cost, found: memory_lib.Account) -> Plan:
-    """The Plan of a step's cost and of its memory, both of one device, with its projection."""
+def account(program: Program, basis: str, began: float, cost: hlo.Cost, memory: dict, total: float) -> Plan:
+    """The Plan of a step's cost and its memory by part and in all, of one device, with its projection."""
     target, chip, work = program.target, program.target.chip, program.work
     flops = (cost.flops + program.kernel_flops(cost)) * target.n
     return Plan(
@@ -244,10 +232,10 @@ def account(program: Program, basis: str, began: float, cost: hlo.Cost, found: m
         f" {work.trained:.0%} of the tokens trained"
         if work.width > 1
         else f"{work.rows} examples of one shape",
-        memory=found.parts,
-        total=found.total,
+        memory=memory,
+        total=total,
         limit=chip.hbm * memory_lib.GIB if chip else build_lib.memory_limit(target.devices),
-        largest=found.largest,
+        largest=sorted(((size, f"the {name}") for name, size in memory.items() if name != "other"), reverse=True),
         model_flops=program.model_flops,
         hardware_flops=flops,
         cost=cost,

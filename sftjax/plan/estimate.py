@@ -15,7 +15,6 @@ from jax.extend import core
 from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.plan import hlo
-from sftjax.plan import memory_account as memory
 
 if TYPE_CHECKING:
     from sftjax.plan.compile import Program
@@ -45,8 +44,8 @@ def trace(program: "Program") -> Traced:
     return Traced(once + rounds * each, kept * n, layer * n, logits, share)
 
 
-def estimate(traced: Traced, program: "Program") -> tuple[hlo.Cost, memory.Account]:
-    """(Cost of one device, Account) of a step that was traced for any mesh and micro-batches."""
+def estimate(traced: Traced, program: "Program") -> tuple[hlo.Cost, dict[str, float], float]:
+    """(Cost, {part of the memory: bytes}, bytes in all) of one device, of a step that was traced for any mesh."""
     mesh, cost = program.mesh, hlo.Cost(flops=traced.flops / program.mesh.size)
     _collectives(program, cost)
     shards = parallel.axis_size(mesh, parallel.RULES["batch"]) * mesh.shape["context"]
@@ -56,9 +55,8 @@ def estimate(traced: Traced, program: "Program") -> tuple[hlo.Cost, memory.Accou
     parts["batch"] = params_lib.nbytes(program.batch) / shards
     layer, logits = traced.layer / micro, traced.logits / shards
     parts |= {"gradients": trained, "activations": traced.kept / micro + layer, "logits": logits}
-    named = sorted(((size, f"the {name}") for name, size in parts.items()), reverse=True)
     # A layer is over when the loss runs, and the other way round.
-    return cost, memory.Account(parts, sum(parts.values()) - min(layer, logits), named)
+    return cost, parts, sum(parts.values()) - min(layer, logits)
 
 
 def _parameters(program) -> tuple[float, float]:

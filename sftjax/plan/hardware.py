@@ -84,8 +84,7 @@ class Target:
         """The devices in words, for a report."""
         if not self.chip or not self.topology:
             return f"{self.n} x {self.chip.kind if self.chip else self.devices[0].device_kind}"
-        chips = self.per_slice // self.chip.devices
-        one = f"{self.chip.kind}, {self.topology}: {chips} chips"
+        one = f"{self.chip.kind}, {self.topology}: {self.per_slice // self.chip.devices} chips"
         many = f"{self.slices} slices, each {one}" if self.slices > 1 else one
         return f"{self.n} devices; {many}"
 
@@ -123,8 +122,7 @@ def parse(text: str) -> Target:
     if len(sizes) != chip.dims or 0 in sizes:
         raise TargetError(f"--target={text}: a slice of {name} has {chip.dims} dimensions, such as {like}")
     slices = int(tpu[1] or 1)
-    n = math.prod(sizes) * chip.devices * slices
-    return Target(text, chip, n, f"{name}:{topology}", slices)
+    return Target(text, chip, math.prod(sizes) * chip.devices * slices, f"{name}:{topology}", slices)
 
 
 def resolve(text: str) -> Target:
@@ -134,9 +132,7 @@ def resolve(text: str) -> Target:
         return Target(text, _present(devices[0]), len(devices), devices=devices)
     target = parse(text)
     jax.config.update("jax_platforms", "cpu")
-    if not target.topology:
-        return target
-    return dataclasses.replace(target, devices=_describe(target))
+    return dataclasses.replace(target, devices=_describe(target)) if target.topology else target
 
 
 def _describe(target) -> tuple:
@@ -153,8 +149,7 @@ def _describe(target) -> tuple:
         ) from None
     from jax.experimental import topologies
 
-    options = dict(platform="tpu", topology_name=target.topology)
-    options["chip_config_name"] = target.chip.config
+    options = dict(platform="tpu", topology_name=target.topology, chip_config_name=target.chip.config)
     if target.slices > 1:
         options["num_slices"] = target.slices
     if target.n == 1:

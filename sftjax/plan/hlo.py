@@ -173,7 +173,7 @@ class _Reader:
     def _flops(self, one, body) -> float:
         if one.op == "fusion":
             callee = self.computations[one.attribute("calls")]
-            return sum(self._flops(i, callee) for i in callee if i.op in _MATMUL)
+            return sum(self._flops(i, callee) for i in callee if i.op in ("dot", "convolution", "fusion"))
         return (text_lib.dot_flops if one.op == "dot" else text_lib.convolution_flops)(one, body)
 
     def _category(self, one) -> str:
@@ -198,8 +198,7 @@ class _Reader:
                     key = one.name if one.op.endswith("-start") else c.key
                     yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
         elif found := _collective(one, body):
-            on = one.op.endswith("-start")
-            yield dataclasses.replace(found, key=one.name, asynchronous=on)
+            yield dataclasses.replace(found, key=one.name, asynchronous=one.op.endswith("-start"))
 
     def _ends(self, one) -> list:
         """The keys of the collectives that end with this instruction."""
@@ -284,9 +283,6 @@ class _Reader:
         return None
 
 
-_MATMUL = ("dot", "convolution", "fusion")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Found:
     """A collective in the text. key: the same at its start and at its end."""
@@ -322,8 +318,7 @@ def _collective(one, computation):
 
 
 def _collectives_in(computation):
-    found = (_collective(one, computation) for one in computation)
-    return [c for c in found if c is not None]
+    return [found for one in computation if (found := _collective(one, computation))]
 
 
 def _kernel(one, total):

@@ -1,6 +1,5 @@
 """Where a step's memory goes: what is held between steps, exactly, and a step's temporaries."""
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-@dataclasses.dataclass
-class Account:
-    """The memory of one device, by part, and its largest buffers."""
-
-    parts: dict  # name -> bytes of one device
-    total: float
-    largest: list  # [(bytes, what)]
-
-
 def held(program: "Program") -> dict:
     """Bytes a device holds between the steps, exactly: its shards of state and batch."""
     parts = {"parameters": program.state.params, "frozen": program.state.frozen}
@@ -32,15 +22,14 @@ def held(program: "Program") -> dict:
     return {name: build.shard_bytes(tree) for name, tree in parts.items()}
 
 
-def account(program: "Program", compiled: jax.stages.Compiled) -> Account:
-    """The Account of a compiled step."""
+def account(program: "Program", compiled: jax.stages.Compiled) -> tuple[dict[str, float], float]:
+    """({part: bytes}, bytes in all) of the memory of one device, of a compiled step."""
     parts, total = held(program), peak_bytes(compiled)
     m: Any = compiled.memory_analysis()  # CompiledMemoryStats: CPUs, GPUs and TPUs have it
     parts["temporaries"] = m.temp_size_in_bytes
-    named = sorted(((size, f"the {name}") for name, size in parts.items()), reverse=True)
     # The step's number, the random key, the metrics, and what fills up the tiles of all arrays.
     parts["other"] = max(0, total - sum(parts.values()))
-    return Account(parts, total, named)
+    return parts, total
 
 
 def exhausted(message: str) -> tuple[float, list]:
@@ -53,7 +42,6 @@ def exhausted(message: str) -> tuple[float, list]:
     found = []
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         number, scale = re.findall(rf"\A{size}", part)[0]
-        named = first(r"Shape: (\S+\])", part), first(r'op_name="([^"]*)"', part)
-        what = " ".join(filter(None, named))
+        what = " ".join(filter(None, (first(r"Shape: (\S+\])", part), first(r'op_name="([^"]*)"', part))))
         found.append((float(number) * unit[scale], what or part.split("\n")[0]))
     return total, found

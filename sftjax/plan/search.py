@@ -21,10 +21,7 @@ COMPILED = 3  # of the candidates, the best so many by the estimate are compiled
 def search(
     config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0, compiled: int | None = None
 ) -> list[compile_lib.Plan]:
-    """Plans of micro-batches x remat x mesh, best first: those compiled, then the estimated rest.
-
-    Each remat is traced once; from that, every candidate is estimated.
-    """
+    """Plans of micro-batches x remat x mesh, best first: those compiled, then those estimated from a trace a remat."""
     found = []
     on_cpu = compile_lib.platform(target) == "cpu"  # whose memory is the host's
     for remat in (r for r in REMAT if r != "offload" or not on_cpu):
@@ -35,13 +32,11 @@ def search(
                 with compile_lib.use(program.mesh):
                     traced = estimate_lib.trace(program)
             at = dataclasses.replace(program, config=one, mesh=mesh, target=target)
-            needs = estimate_lib.estimate(traced, at)
-            p = compile_lib.account(at, "estimated from shapes", began, *needs)
+            p = compile_lib.account(at, "estimated from shapes", began, *estimate_lib.estimate(traced, at))
             found.append((p, one))
     found.sort(key=lambda x: _rank(x[0]))
     n = (COMPILED if compiled is None else compiled) if target.devices else 0
-    work = trained, document
-    done = [compile_lib.plan(one, target, *work) if p.fits else p for p, one in found[:n]]
+    done = [compile_lib.plan(one, target, trained, document) if p.fits else p for p, one in found[:n]]
     return sorted(done, key=_rank) + [p for p, _ in found[n:]]
 
 
@@ -57,8 +52,7 @@ REMAT = ("none", "dots", "attention", "full", "offload")
 
 def candidates(config: ConfigDict, target: Target, remat: str) -> Iterator[tuple[ConfigDict, AbstractMesh]]:
     """(config, mesh without devices) of what a search tries: where all sizes divide."""
-    task = tasks.make(config, None)
-    model, _ = build.make_model(config, task, compile_lib.platform(target))
+    model, _ = build.make_model(config, tasks.make(config, None), compile_lib.platform(target))
     rows, width = config.train.batch_size, config.data.max_length
     for sizes in _meshes(target):
         mesh = compile_lib.abstract_mesh(sizes, target)
@@ -82,8 +76,7 @@ def _meshes(target):
             continue
         for data in sorted({1, 2, 4, left}):
             if left % data == 0:
-                one = dict(data=data * target.slices, fsdp=left // data, context=1, tensor=1)
-                yield one | inner | {"expert": 1}
+                yield dict(data=data * target.slices, fsdp=left // data, context=1, tensor=1, expert=1) | inner
 
 
 def suggestions(config: ConfigDict, target: Target, trained: float = 0.5, document: int = 0) -> str:

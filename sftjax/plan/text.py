@@ -77,12 +77,11 @@ def _time(p) -> str:
     t = p.time
     return (
         f"{t['step']:.3f} s a step, MFU {t['mfu']:.1%}; {t['tokens_per_s']:,.0f} tokens/s, of them"
-        f" {t['trained_tokens_per_s']:,.0f} trained\n"
-        f"{t['work']:.3f} s of work, {t['collectives']:.3f} s of collectives, of which"
-        f" {t['hidden']:.3f} s behind work\n"
-        "A projection, no measurement: work from the compiler's cycles over the clock, or FLOPs at"
-        " 60% of\npeak where it counts none; collectives from bytes over links, without contention"
-        " or latency.\nCopies to the host (remat=offload) are not counted."
+        f" {t['trained_tokens_per_s']:,.0f} trained\n{t['work']:.3f} s of work, {t['collectives']:.3f} s of"
+        f" collectives, of which {t['hidden']:.3f} s behind work\n"
+        "A projection, no measurement: work from the compiler's cycles over the clock, or FLOPs at 60% of\n"
+        "peak where it counts none; collectives from bytes over links, without contention or latency.\n"
+        "Copies to the host (remat=offload) are not counted."
     )
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from sftjax import config as config_lib
-from sftjax import hf, optim, parallel
+from sftjax import hf, optim, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError, OutOfMemory
 from sftjax.models import vocab
@@ -27,14 +27,11 @@ from sftjax.ops import attention
 from sftjax.parallel.mesh import AnyMesh
 from sftjax.step import Loss, TrainState, train_step
 from sftjax.training import metrics, xla_flags
+from sftjax.training.data import Feed
 from sftjax.training.log import say
 
-if TYPE_CHECKING:
-    from sftjax.tasks import Task
-    from sftjax.training.data import Feed
 
-
-def make_model(config: ConfigDict, task: "Task", platform: str = "") -> tuple[Model, Any]:
+def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tuple[Model, Any]:
     """(Model, tree of bools: is each parameter trained); reads no weights.
 
     Of a task without a tokenizer a config.json is enough, and the embedding has the rows that it says. platform: where
@@ -61,9 +58,7 @@ def from_files(model: Any) -> bool:
 def _checked(config, model, tokenizer, platform):
     """The model with a row for every token; raises what it refuses of the config."""
     if hasattr(model.config, "image_size"):
-        if config.model.init != "pretrained":
-            return model
-        return hf.with_dtypes(model, hf.resolve(config.model.path))
+        return hf.with_dtypes(model, hf.resolve(config.model.path)) if config.model.init == "pretrained" else model
     m, longest = config.model, max(config.data.max_length, config.data.max_target_length)
     features = {"segments"} | model.attention_features
     attention.check(m.attention, features, platform, longest // abs(config.mesh.context))
@@ -136,8 +131,7 @@ def abstract_state(
         parts = name.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts)))
         known = (layouts[tail] for tail in tails if sizes.get(tail) == x.shape)
-        sharding = next(known, NamedSharding(mesh, P()))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(known, NamedSharding(mesh, P())))
 
     return params_lib.map_named(place, state)
 
@@ -169,7 +163,7 @@ def state_text(state: TrainState, flops: float) -> str:
     )
 
 
-def flops_per_step(model: Model, trainable: Any, feed: "Feed") -> float:
+def flops_per_step(model: Model, trainable: Any, feed: Feed) -> float:
     """Model FLOPs of an average step, see Model.train_flops; 0 where the model doesn't say."""
     if not hasattr(model, "train_flops"):
         return 0.0
@@ -185,11 +179,9 @@ def shardings_of(tree: Any) -> Any:
 def _added_text(model, trainable, new) -> str:
     """Which tokens are new, and where their rows will not be learned."""
     text = f"{len(new)} added, {min(new)} to {max(new)} of {model.config.vocab}"
-    frozen, on = [], params_lib.flatten(trainable)
-    for table in ("embed/w", "head/w"):
-        parts = [v for name, v in on.items() if f"{name}/".startswith(f"{table}/")]
-        frozen += [table] if parts and not any(parts) else []
-    if frozen:
+    on = params_lib.named_leaves(trainable)
+    parts = {t: [v for name, v in on if f"{name}/".startswith(t)] for t in ("embed/w/", "head/w/")}
+    if frozen := [table[:-1] for table, trained in parts.items() if trained and not any(trained)]:
         text += f"; in {' and '.join(frozen)} they stay as drawn: frozen by optim.trainable"
     return text
 
@@ -205,10 +197,7 @@ def first_state(
     seed: int = 0,
     new: Sequence[int] = (),
 ) -> TrainState:
-    """TrainState at step 0: pretrained weights read, or random ones drawn, in place.
-
-    section: the config's `model`. new: ids of the tokens that data.add_tokens brought.
-    """
+    """TrainState at step 0: weights read or drawn. section: the config's `model`. new: the ids of data.add_tokens."""
     check_memory(target)
     if new:
         say("tokens", _added_text(model, trainable, new))
@@ -260,16 +249,14 @@ def memory_limit(devices: Sequence[jax.Device]) -> float:
 
 def shard_bytes(tree: Any) -> int:
     """Bytes of one device's shards of a tree of arrays or shapes."""
-    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-    return sum(map(size, jax.tree.leaves(tree)))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _drawn(abstract, mesh, seed):
-    shardings = parallel.param_shardings(mesh, abstract)
-    return params_lib.init(abstract, jax.random.key(seed), shardings=shardings)
+    return params_lib.init(abstract, jax.random.key(seed), shardings=parallel.param_shardings(mesh, abstract))
 
 
-def export(directory: Path | str, task: "Task", model: Model, state: TrainState) -> None:
+def export(directory: Path | str, task: tasks.Task, model: Model, state: TrainState) -> None:
     """Write the trained model as a Hugging Face directory, or as its own `save` does."""
     if hasattr(model, "save"):
         model.save(directory, state.all_params, state.model_state)

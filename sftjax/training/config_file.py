@@ -49,11 +49,8 @@ def _blamed(path, line=1):
         text = f": {e.text.strip()!r:.80}" if e.text else ""
         raise ConfigError(f"{e.filename or path}:{e.lineno or 1}: {e.msg}{text}") from e
     except (Exception, SystemExit) as e:  # a file that exits would end the command in silence
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(e.__traceback__)
-            if os.path.abspath(frame.filename) == os.path.abspath(path)
-        ]
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
         raise ConfigError(f"{path}:{(lines or [line])[-1]}: {_said(e)}") from e
 
 

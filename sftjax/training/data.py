@@ -41,8 +41,7 @@ class Feed(Sets):
 
     def __init__(self, config: ConfigDict, task: tasks.Task, workdir: Path, mesh: Mesh) -> None:
         d = config.data
-        cache = Path(d.cache_dir) if d.cache_dir else workdir / "cache" / "tokens"
-        super().__init__(config, task, cache, mesh)
+        super().__init__(config, task, Path(d.cache_dir or workdir / "cache" / "tokens"), mesh)
         self.sources = mix.sources(config)
         self.names = tuple(s.name for s in self.sources) if len(self.sources) > 1 else ()
         stream.check(config, self.sources, hasattr(task.layout, "document"))
@@ -64,8 +63,7 @@ class Feed(Sets):
         task = tasks.make(c, self.task.tokenizer) if self.names else self.task
         if self.names:
             workdir, tag = workdir / "sources" / source.name, f"{source.name}: "
-        where = workdir if jax.process_index() == 0 else None
-        rows = prepare.training_rows(c, task, self.cache, where)
+        rows = prepare.training_rows(c, task, self.cache, workdir if jax.process_index() == 0 else None)
         self.notes += [tag + note for note in rows.notes]
         self.stores.append(tokenised(rows.train, rows.task, c, self.cache))
         self.task.opened(self.stores[-1].report)  # whose layout all share
@@ -100,13 +98,10 @@ class Feed(Sets):
         self.steps = config_lib.duration(t.duration, "train.duration", **self._units)
         if self.steps < 1:
             raise ConfigError(f"train.duration={t.duration!r} is no step at all")
-        # Whole epochs end with their last row: the last batch is then filled with blank rows.
+        rows.total, self.epochs = self.steps * size, self.steps * size / rows.per_epoch
         n, unit = config_lib.amount(t.duration, "train.duration")
-        exact = n if unit == "epochs" else None
-        rows.total = self.steps * size
-        if exact is not None and epoch is not None:
-            rows.total = math.ceil(exact * epoch - 1e-9)
-        self.epochs = self.steps * size / rows.per_epoch if exact is None else exact
+        if unit == "epochs":  # they end with their last row: the last batch is then filled with blank rows
+            rows.total, self.epochs = math.ceil(n * rows.per_epoch - 1e-9), n
         if phases:
             rows.ends = self._phase_ends(phases)
         tokens, trained = (
@@ -126,8 +121,7 @@ class Feed(Sets):
             config_lib.duration(p.until, f"data.phases[{i}].until", total=self.steps, **self._units)
             for i, p in enumerate(phases[:-1])
         ]
-        borders = [0, *steps, self.steps]
-        if any(b <= a for a, b in itertools.pairwise(borders)):
+        if any(b <= a for a, b in itertools.pairwise([0, *steps, self.steps])):
             raise ConfigError(f"data.phases end at the steps {steps} of {self.steps}: each must have a step")
         return tuple(step * self.batch_size for step in steps)
 
@@ -158,8 +152,7 @@ class Feed(Sets):
         places = []
         for doc in found:
             s = int(np.searchsorted(starts, doc, side="right")) - 1
-            record = int(self.stores[s].records[doc - starts[s]])
-            places.append(self.records[s].where(record))
+            places.append(self.records[s].where(int(self.stores[s].records[doc - starts[s]])))
         return list(dict.fromkeys(places))
 
     def state(self, step: int) -> dict:
@@ -200,8 +193,7 @@ class Feed(Sets):
 
     def width(self, batch: Mapping[str, jax.Array]) -> int:
         """Which of `widths` a batch has."""
-        fixed = self.task.layout.fixed
-        return self.widths[0] if fixed else batch["tokens"].shape[1]
+        return self.widths[0] if self.task.layout.fixed else batch["tokens"].shape[1]
 
     def abstract_batch(self, width: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """A global training batch as ShapeDtypeStructs with shardings; default the widest."""
@@ -249,9 +241,8 @@ class Feed(Sets):
                 f" {len(parts)}: resume with as many processes, or use another workdir"
             )
         amounts = self.rows.phases[0].amounts if self.names else [1.0]
-        given = zip(self.sources, amounts, self.stores, strict=True)
         specs = []
-        for s, weight, store in given:
+        for s, weight, store in zip(self.sources, amounts, self.stores, strict=True):
             d, task = s.config.data, tasks.make(s.config, self.task.tokenizer)
             own = (d.overlong, d.on_error, d.max_skipped, weight, store.report["left_out"])
             specs.append(stream.Spec(s.name, d.train, task, *own))

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,9 @@ from sftjax.errors import CheckpointError, DivergenceError, writing
 from sftjax.files import finite
 from sftjax.step import TrainState
 from sftjax.terminal import warn
+from sftjax.training.checkpoint import Checkpointer
+from sftjax.training.data import Feed
 from sftjax.training.log import say
-
-if TYPE_CHECKING:
-    from sftjax.training.checkpoint import Checkpointer
-    from sftjax.training.data import Feed
 
 WINDOW, FEWEST = 128, 32  # losses that a spike is held against, at most and at least
 ROLLBACKS = 3  # in one run
@@ -43,7 +41,7 @@ class Health:
       sound: was the last step that was seen finite; else no checkpoint is made.
     """
 
-    def __init__(self, section: ConfigDict, workdir: Path, feed: "Feed", state: Mapping | None = None) -> None:
+    def __init__(self, section: ConfigDict, workdir: Path, feed: Feed, state: Mapping | None = None) -> None:
         """section: the config's `train`."""
         self.feed, self.path = feed, workdir / "suspects.jsonl"
         self.most, self.spike = section.bad_steps, section.spike
@@ -85,8 +83,7 @@ class Health:
         return limit if loss > limit else 0.0
 
     def _bad(self, step, reason, loss, norm, what):
-        same = self.streak and self.trouble == reason
-        self.streak, self.trouble = self.streak + 1 if same else 1, reason
+        self.streak, self.trouble = self.streak + 1 if self.trouble == reason else 1, reason
         how = self.how[reason]
         if self.streak >= self.most and how != "log" and not self.ill:
             self.ill = (how, self._message(step))
@@ -100,7 +97,7 @@ class Health:
                 text = f"step {step} is {name}: loss {loss:.4g}, gradient norm {norm:.4g}; {what}"
                 warn(f"{text}; its documents are in {self.path}")
 
-    def mend(self, state: TrainState, step: int, target: TrainState, checkpoints: "Checkpointer") -> TrainState:
+    def mend(self, state: TrainState, step: int, target: TrainState, checkpoints: Checkpointer) -> TrainState:
         """Roll back: the newest checkpoint's state as that of `step`; the data after it come next.
 
         state: the present one, whose buffers are given up. target: see Checkpointer.restore. Raises: DivergenceError
@@ -122,7 +119,7 @@ class Health:
         say("rollback", f"to step {newest}; it goes on with the data after step {step}")
         return dataclasses.replace(restored, step=at)
 
-    def finish(self, step: int, checkpoints: "Checkpointer") -> None:
+    def finish(self, step: int, checkpoints: Checkpointer) -> None:
         """Raises: DivergenceError if the last step was not finite, or a stop was still to come."""
         if self.ill or not self.sound:
             end(self.ill[1] if self.ill else self._message(step), checkpoints)
@@ -153,13 +150,13 @@ class Health:
             what = f"the loss or gradient is not finite in {self.streak} steps in a row"
         return (
             f"step {step}: {what}; {counts}. The documents are in {self.path}.\n"
-            "Nothing is exported, and the checkpoints are of finite states. Lower optim.lr, set"
-            " optim.clip, look at the documents, or set train.on_nonfinite (on_spike) to rollback;"
-            " --debug.nan names the first operation that makes a NaN."
+            "Nothing is exported, and the checkpoints are of finite states. Lower optim.lr, set optim.clip, look at the"
+            " documents, or set train.on_nonfinite (on_spike) to rollback; --debug.nan names the first operation that"
+            " makes a NaN."
         )
 
 
-def end(message: str, checkpoints: "Checkpointer") -> NoReturn:
+def end(message: str, checkpoints: Checkpointer) -> NoReturn:
     """Raise DivergenceError, once the save under way, which is of a finite state, is on disk."""
     try:
         checkpoints.wait()
@@ -170,9 +167,7 @@ def end(message: str, checkpoints: "Checkpointer") -> NoReturn:
 
 def not_finite(tree: Any) -> list[str]:
     """The names of a tree's arrays of floats that hold a number which is not finite."""
-    named = {
-        name: x for name, x in params_lib.named_leaves(tree) if x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
-    }
+    named = {name: x for name, x in params_lib.named_leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
     return [name for name, ok in jax.device_get(_finite(named)).items() if not ok]
 
 

@@ -15,15 +15,6 @@ from sftjax.files import read_json, write_atomic
 from sftjax.training.log import warn
 
 
-def make_manifest(identity: Mapping, **facts: Any) -> dict:
-    """What a run is: `identity`, and what explains a difference in it.
-
-    identity: flat {name: JSON value} of what must not change in one directory. facts: "data" and "evaluation", each
-    {name: facts_of(...)}, "hashes" {name: sha256}, "steps" of the whole run.
-    """
-    return json.loads(json.dumps(dict(identity=dict(identity)) | facts))
-
-
 def sha256(text: str) -> str:
     """The sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -38,14 +29,17 @@ def version(name: str) -> str | None:
 
 
 def check_manifest(directory: Path | str, manifest: Mapping) -> None:
-    """Claim `directory` for the manifest's identity, or raise CheckpointError if it has another."""
+    """Claim `directory` for the manifest's identity, or raise CheckpointError if it has another.
+
+    manifest, as JSON holds it: "identity", flat {name: value} of what must not change in one directory, and what
+    explains a difference in it: "data" and "evaluation", each {name: facts_of(...)}, "hashes" {name: sha256}, "steps".
+    """
     path = Path(directory) / "manifest.json"
     old = read_manifest(path) if path.exists() else {}
     if old:
         _check(directory, old, manifest)
-        manifest = dict(manifest)
         # What an earlier version did not note is not known, and not refused either.
-        manifest["identity"] = manifest["identity"] | old["identity"]
+        manifest = {**manifest, "identity": manifest["identity"] | old["identity"]}
     if jax.process_index() == 0 and old != manifest:
         write_atomic(path, json.dumps(manifest, indent=2))
 
@@ -87,8 +81,7 @@ def _check(directory, old, new):
             " grow, not shrink. Set it back, or use another workdir."
         )
     if sets := _compared(old.get("evaluation"), new.get("evaluation")):
-        text = "evaluation is by other rows from now on, so its metrics may differ: "
-        warn(text + "; ".join(sets))
+        warn("evaluation is by other rows from now on, so its metrics may differ: " + "; ".join(sets))
 
 
 def changes(old: Mapping, new: Mapping) -> list[str]:
@@ -96,8 +89,7 @@ def changes(old: Mapping, new: Mapping) -> list[str]:
     lines = _compared(old.get("data"), new.get("data"))
     was, now = old.get("hashes"), new.get("hashes")
     if isinstance(was, dict) and isinstance(now, dict):
-        both = sorted(was.keys() & now.keys())
-        lines += [f"{name} is another" for name in both if was[name] != now[name]]
+        lines += [f"{name} is another" for name in sorted(was.keys() & now.keys()) if was[name] != now[name]]
     return lines
 
 

@@ -94,8 +94,7 @@ def _check_left(path: Path, left: dict) -> None:
         with tempfile.TemporaryFile(dir=path.parent) as probe:  # the file system's own clock
             age = os.fstat(probe.fileno()).st_mtime - renewed
         if age < STALE:
-            text = f"{path} is of {whose(left)}: {STALE:.0f} s to see whether that run goes on"
-            show(f"{'lock':<10}{text}")
+            show(f"{'lock':<10}{path} is of {whose(left)}: {STALE:.0f} s to see whether that run goes on")
             end = time.monotonic() + STALE
             while not here and time.monotonic() < end:
                 time.sleep(0.5)

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import optax
@@ -16,10 +15,8 @@ from sftjax.config import ConfigError
 from sftjax.files import finite
 from sftjax.parallel import processes
 from sftjax.training import metrics
+from sftjax.training.data import Feed
 from sftjax.training.trackers import Tracker
-
-if TYPE_CHECKING:
-    from sftjax.training.data import Feed
 
 
 def say(what: str, text: str) -> None:
@@ -48,7 +45,7 @@ class Log:
         self,
         section: ConfigDict,
         workdir: Path | str,
-        feed: "Feed",
+        feed: Feed,
         lr: optax.Schedule,
         flops: float,
         start: int,
@@ -56,10 +53,7 @@ class Log:
         see: Callable[[int, list[dict]], None] = lambda first, window: None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """section: the config's `train`. see: gets the metrics of every step; see Health.see.
-
-        window: what `state` was when step `start` was saved.
-        """
+        """section: the config's `train`. window: what `state` was as step `start` was saved. see: as Health.see."""
         if not feed.every(section.log_every, "train.log_every"):
             raise ConfigError("train.log_every is 0; write at least 1 step")
         # Lines of steps after `start`, which a killed run left behind, are dropped.
@@ -106,8 +100,7 @@ class Log:
 
     def state(self) -> list[dict[str, float | None]]:
         """The metrics of the steps since the last line, for the checkpoint; None: not finite."""
-        window = jax.device_get(self._window)
-        return finite([{k: float(v) for k, v in m.items()} for m in window])
+        return finite([{k: float(v) for k, v in m.items()} for m in jax.device_get(self._window)])
 
     def close(self, rest: bool = True) -> None:
         """Write the lines left and close. rest: also one of the steps since the last line."""
@@ -137,8 +130,7 @@ class Log:
         values["data_wait"] = waited / seconds
         # Here alone the loop waits for the devices, and through them for other processes.
         processes.told(values["step_time"], [waited / len(window), own / len(window)])
-        kind, n = jax.devices()[0].device_kind, jax.device_count()
-        mfu = metrics.mfu(self.flops, values["step_time"], kind, n)
+        mfu = metrics.mfu(self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count())
         values |= {} if mfu is None else {"mfu": mfu}
         values["peak_memory"] = metrics.peak_memory()[0]
         self.writer.write(step, values)
@@ -152,6 +144,5 @@ class Log:
             out[f"trained_tokens/{name}"] = sum(counts)
             del values[f"loss/{name}"]
             if any(counts):
-                total = sum(loss * n for loss, n in zip(losses, counts, strict=True))
-                out[f"loss/{name}"] = total / sum(counts)
+                out[f"loss/{name}"] = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
         return out

@@ -42,8 +42,7 @@ class Writer:
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():  # also without what is no line of ours
-            kept = [line for line, at in read_lines(path) if at["step"] <= start_step]
-            write_atomic(path, "".join(kept))
+            write_atomic(path, "".join(line for line, at in read_lines(path) if at["step"] <= start_step))
         self._file = path.open("a", 1, encoding="utf-8")  # by lines: a killed run keeps them
         if tensorboard:
             from sftjax.training.tensorboard import Board  # slow to import, not always wanted
@@ -94,18 +93,13 @@ class Writer:
         done, left = step - self._start, self._total - step
         if done <= 0 or left <= 0:
             return ""
-        seconds = (time.monotonic() - self._started) / done * left
-        return f"  eta {tqdm.format_interval(seconds)}"
+        return f"  eta {tqdm.format_interval((time.monotonic() - self._started) / done * left)}"
 
 
 def progress_text(values: Mapping) -> str:
     """The few values a person watches; of a validation line, its first four."""
-    watched = {
-        "loss": lambda v: f"loss {v:.4f}",
-        "lr": lambda v: f"lr {v:.2e}",
-        "tokens_per_s": lambda v: f"tok/s {v:,.0f}",
-    }
-    parts = [show(values[name]) for name, show in watched.items() if name in values]
+    watched = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "tokens_per_s": "tok/s {:,.0f}"}
+    parts = [form.format(values[name]) for name, form in watched.items() if name in values]
     return "  ".join(parts or [f"{k} {v:.4g}" for k, v in list(values.items())[:4]])
 
 

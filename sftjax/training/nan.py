@@ -44,8 +44,7 @@ def check(step: int, metrics: Mapping, state: TrainState, batch: Any, loss_fn: C
                 raise DivergenceError(f"{text}its operations can't be checked: {e}") from e
         if found := error.get_exception():
             frames = [f for f in found.traceback_info.frames if not LIBRARIES.search(f.file_name)]
-            lines = [f"{f.file_name}:{f.line_num} ({f.function_name})" for f in frames[:6]]
-            where = "\n  called at ".join(lines)
+            where = "\n  called at ".join(f"{f.file_name}:{f.line_num} ({f.function_name})" for f in frames[:6])
             raise DivergenceError(f"{text}{getattr(found, 'prim', 'div')} {what} at {where}")
     raise DivergenceError(text + NOTHING)
 

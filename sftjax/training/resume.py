@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -12,10 +12,8 @@ from sftjax import config as config_lib
 from sftjax.errors import ConfigError
 from sftjax.evaluation.sets import ANSWERS
 from sftjax.files import read_json, read_object
+from sftjax.training.data import Feed
 from sftjax.training.log import warn
-
-if TYPE_CHECKING:
-    from sftjax.training.data import Feed
 
 MOST = 10  # lines of keys that differ
 
@@ -35,9 +33,8 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
             " delete the file: the next start writes it anew."
         ) from None
     before, now = config_lib.flat(old), config_lib.flat(new)
-    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    keys = [k for k in sorted(before.keys() | now.keys()) if not k.startswith(config_lib.FREE)]
     keys = [k for k in keys if _meant(k, before.get(k), began) != _meant(k, now.get(k), began)]
-    keys = [k for k in keys if not k.startswith(config_lib.FREE)]
     measures = [k for k in keys if k.startswith(config_lib.MEASURES)]
     show = lambda k: f"{k}: {before.get(k)!r:.100} there, {now.get(k)!r:.100} now"  # noqa: E731
     refused = [show(k) + why for k in keys if (why := _refused(k, before, now)) is not None]
@@ -49,8 +46,7 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
             " another workdir, or the same settings to resume that run."
         )
     if measures:
-        text = "; ".join(show(k) for k in measures)
-        warn(f"evaluation differs from now on, so its metrics may too: {text}")
+        warn("evaluation differs from now on, so its metrics may too: " + "; ".join(map(show, measures)))
     if "train.duration" in keys:
         text = f"the duration is another from now on: {show('train.duration')}"
         if rates := _rates_that_depend(now):
@@ -88,8 +84,7 @@ def _meant(key, value, began):
     """A value, and by a path what it names, however it is written."""
     if key not in config_lib.PATHS or not isinstance(value, str):
         return value
-    parts = value.split(",")
-    return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in parts]
+    return [os.path.normpath(began / part.strip()) if part.strip() else "" for part in value.split(",")]
 
 
 def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
@@ -107,8 +102,7 @@ def joined(file: Path, new: dict[str, Any], trained: bool) -> dict[str, Any]:
     was, now = _versions(last), _versions(new)
     differ = [f"{k} {was[k]} there, {now.get(k)} now" for k in sorted(was) if was[k] != now.get(k)]
     if differ:
-        text = "the run goes on with other versions, which may change its numbers' last bits: "
-        warn(text + "; ".join(differ))
+        warn("the run goes on with other versions, which may change its numbers' last bits: " + "; ".join(differ))
     return old | {"resumed": [*starts, new]}
 
 
@@ -119,7 +113,7 @@ def _versions(record) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-def comparable(extra: dict[str, Any], manifest: Mapping, feed: "Feed") -> dict[str, Any]:
+def comparable(extra: dict[str, Any], manifest: Mapping, feed: Feed) -> dict[str, Any]:
     """The `extra` of a checkpoint without numbers of sets whose rows are others now."""
     written = extra.get("manifest", {})
     if not isinstance(written.get("evaluation"), dict):  # of an older version

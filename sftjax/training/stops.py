@@ -55,8 +55,8 @@ class Stop:
       leaving: called with the reason, for a second at most, before the process is ended at once.
     """
 
-    def __init__(self, grace: float = 120.0) -> None:
-        self.asked, self.grace = "", grace
+    def __init__(self) -> None:
+        self.asked, self.grace = "", 120.0
         self.leaving: Callable[[str], object] = lambda reason: None
         self._key = f"sftjax/stop/{next(_numbers)}"
         self._several = self._holding = self._raised = False
@@ -77,8 +77,7 @@ class Stop:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        found = {s: signal.getsignal(s) for s in SIGNALS}
-        self._old = {s: old for s, old in found.items() if old != signal.SIG_IGN}
+        self._old = {s: old for s in SIGNALS if (old := signal.getsignal(s)) != signal.SIG_IGN}
         self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread = threading.Thread(target=self._watch, name="sftjax stop", daemon=True)
@@ -169,8 +168,7 @@ class Stop:
                 client.key_value_set(f"{self._key}/by", self.asked, allow_overwrite=True)
                 client.key_value_set(f"{self._key}/at/{me}", str(self._counter))
                 client.wait_at_barrier(f"{self._key}/agreed", int(1000 * self.grace))
-                said = client.key_value_dir_get(f"{self._key}/at/")
-                counters = [int(value) for _, value in said]
+                counters = [int(value) for _, value in client.key_value_dir_get(f"{self._key}/at/")]
                 self._at = max(counters) + 1
         except Exception:  # one has ended already; without it no step comes to its end
             self._deadline = min(self._deadline, time.monotonic() + ELSEWHERE)
@@ -201,10 +199,7 @@ class Stop:
         return False
 
     def release(self, step: int, steps: int, saved: int | None) -> None:
-        """End of the loop: raise Stopped if this run was asked to stop.
-
-        step: the last one that is done, of `steps`; saved: the newest checkpoint's.
-        """
+        """End of the loop after `step` of `steps`; raises Stopped if asked to. saved: the newest checkpoint's step."""
         self._holding = False
         if not self.asked:
             return
@@ -216,8 +211,7 @@ class Stop:
         raise Stopped("" if group()[0] else f"{done}; {again}")
 
     def _nothing_saved(self) -> str:
-        again = "start the same command again to go on"
-        return f"by {self.asked}, outside the training loop: no step is lost; {again}"
+        return f"by {self.asked}, outside the training loop: no step is lost; start the same command again to go on"
 
     def _leave(self, status: int, how: str) -> None:
         """End the process here and now; checkpoints that are not complete do not count."""

@@ -21,5 +21,4 @@ class Board(EventsWriter):
 
     def add(self, name: str, value: float, step: int) -> None:
         """Write one number; in the file after `flush`."""
-        summary = scalar(name, value)
-        self.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))

@@ -60,8 +60,7 @@ def trackio(workdir: Path, key: str, config: Mapping[str, Any]) -> Tracker:
     """Trackio; a database on this machine, or the Space that TRACKIO_SPACE_ID names."""
     import trackio
 
-    name = f"{workdir.name}-{key[:6]}"
-    run = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(config))
+    run = trackio.init(project=PROJECT, name=f"{workdir.name}-{key[:6]}", resume="allow", config=dict(config))
     return Tracker(lambda step, values: run.log(values, step=step), run.finish)
 
 

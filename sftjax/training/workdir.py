@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -18,10 +19,8 @@ from sftjax import config as config_lib
 from sftjax.errors import ConfigError, WriteError
 from sftjax.files import read_json, read_object, refuse_url, write_atomic
 from sftjax.training import log, resume
-from sftjax.training.identity import make_manifest, sha256, version
-
-if TYPE_CHECKING:
-    from sftjax.training.data import Feed
+from sftjax.training.data import Feed
+from sftjax.training.identity import sha256, version
 
 
 def make_workdir(workdir: Path | str) -> Path:
@@ -83,14 +82,9 @@ def _tuples(value):
 
 def began_in(workdir: Path) -> Path:
     """Where a run began, by which its relative paths are taken; else the directory here."""
-    here, found = Path.cwd(), read_object(workdir / "env.json")
-    if not _trained(workdir) or not isinstance(found.get("directory"), str):
-        return here
-    first = Path(found["directory"])
-    try:
-        return first if first.is_absolute() and first.is_dir() else here
-    except OSError:  # a name that the system refuses
-        return here
+    first: Any = read_object(workdir / "env.json").get("directory")
+    known = _trained(workdir) and isinstance(first, str) and os.path.isabs(first) and os.path.isdir(first)
+    return Path(first) if known else Path.cwd()
 
 
 def _trained(workdir):
@@ -105,7 +99,7 @@ def warn(config: ConfigDict) -> None:
         log.warn("model.attention=blockwise is slow on a GPU; what is faster: docs/attention.md")
 
 
-def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
+def manifest(config: ConfigDict, feed: Feed, model: Any) -> dict:
     """What checkpoints belong to: the tokenised data, the config.json of a model that has one."""
     identity, task = {"tokenised data": feed.identity}, feed.task
     reading = json.dumps(task.key(), sort_keys=True, default=str)
@@ -115,13 +109,9 @@ def manifest(config: ConfigDict, feed: "Feed", model: Any) -> dict:
     if getattr(model, "source", None) is not None:
         hashes["the model's config.json"] = json.dumps(model.source.config, sort_keys=True)
         identity["model"] = sha256(hashes["the model's config.json"])
-    return make_manifest(
-        identity,
-        hashes={name: sha256(text) for name, text in hashes.items()},
-        steps=feed.steps,
-        best=config.eval.best,
-        **feed.facts,
-    )
+    known = {name: sha256(text) for name, text in hashes.items()}
+    found = dict(identity=identity, hashes=known, steps=feed.steps, best=config.eval.best, **feed.facts)
+    return json.loads(json.dumps(found))
 
 
 @contextlib.contextmanager

@@ -41,15 +41,10 @@ TABLE: dict[str, dict[str, bool | int | str]] = {
     },
 }
 
-# In newer XLAs (that of JAX 0.11.1 is one) pipelining has another name, and this value.
-PIPELINED = ("enable_pipelined", "pipeline"), "COLLECTIVE_PIPELINING_MODE_ON"
-
-
 # Over several CPU devices, this schedule of older XLAs lets programs give other sums, or NaN, now and then: 70 of 300
-# runs of one with jax 0.10.2, none of 600 without it, none with jax 0.12. It
-# is read from XLA_FLAGS alone; as a compile option it is taken, and changes nothing.
+# runs of one with jax 0.10.2, none of 600 without it, none with jax 0.12. It is read from XLA_FLAGS alone; as a compile
+# option it is taken, and changes nothing.
 RACES = "xla_cpu_enable_concurrency_optimized_scheduler"
-
 
 # A collective on a CPU device blocks one of the threads that all devices of the process share. By default there are as
 # many as devices, and two collectives at once may wait for ever. XLA takes this variable for its number of threads.
@@ -69,11 +64,8 @@ def settle() -> None:
 
 def yours() -> dict[str, str]:
     """{option: value} of what the user has set in the environment."""
-    found = {}
-    for variable in VARIABLES:
-        for name, value in re.findall(r"--(\w+)(?:=(\S+))?", os.environ.get(variable, "")):
-            found[name] = value or "true"
-    return found
+    given = " ".join(os.environ.get(variable, "") for variable in VARIABLES)
+    return {name: value or "true" for name, value in re.findall(r"--(\w+)(?:=(\S+))?", given)}
 
 
 @functools.cache
@@ -88,9 +80,9 @@ def known(platform: str, device: jax.Device | None = None) -> dict[str, tuple]:
         return found
     while refused := _refused(dict(found.values()), device or jax.local_devices()[0]):
         key = next(k for k, (name, _) in found.items() if name == refused)
-        newer, on = key.replace(*PIPELINED[0]), PIPELINED[1]
+        newer = key.replace("enable_pipelined", "pipeline")  # in newer XLAs; that of JAX 0.11.1 is one
         if key == refused and newer != key:
-            found[key] = (newer, on)
+            found[key] = (newer, "COLLECTIVE_PIPELINING_MODE_ON")
         else:
             del found[key]
     return found

@@ -168,11 +168,11 @@ TWO_PROCESSES = """
 import sys, jax
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 sys.path.insert(0, {tests!r})
-from test_checkpoint import Checkpointer, abstract_like, closing, make_state, make_manifest
+from test_checkpoint import Checkpointer, abstract_like, closing, make_state
 from test_checkpoint_ends import assert_same_here
 assert jax.device_count() == 4 and jax.local_device_count() == 2
 state = make_state(3, jax.devices(), (4,))
-manifest = make_manifest({{"model": "a"}})
+manifest = {{"identity": {{"model": "a"}}}}
 with closing(Checkpointer({path!r}, keep=1, manifest=manifest)) as ckpt:
     ckpt.save(2, state, {{"row": 1}})
     ckpt.save(3, state, {{"row": 2}})

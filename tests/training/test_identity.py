@@ -12,7 +12,7 @@ from sftjax.data.token_store import facts_of
 from sftjax.errors import CheckpointError
 from sftjax.tasks.causal_lm import CausalLM
 from sftjax.training.checkpoint import Checkpointer
-from sftjax.training.identity import check_manifest, compare, compare_rows, make_manifest
+from sftjax.training.identity import check_manifest, compare, compare_rows
 
 TASK = CausalLM(make_tokenizer())
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(30)]
@@ -97,7 +97,7 @@ def test_rows_by_their_hashes():
 
 
 def manifest(identity=None, **facts):
-    return make_manifest(identity or {"tokenised data": "a"}, **facts)
+    return dict(identity=identity or {"tokenised data": "a"}, **facts)
 
 
 def source(rows=3, sha="x"):

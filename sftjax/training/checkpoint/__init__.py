@@ -32,7 +32,7 @@ FAILURES = 3  # saves in a row that may fail before the run ends
 class Checkpointer:
     """The checkpoints of one run, in one directory on a disk that all processes share.
 
-    directory: created when absent. manifest: see identity.make_manifest. keep: newest checkpoints kept; besides the
+    directory: created when absent. manifest: see identity.check_manifest. keep: newest checkpoints kept; besides the
     best by best_metric ("" = none), of which lower says: is less of it better. Raises CheckpointError where the
     directory can't be written, or is another identity's. Process 0 seals what all have written. Call close() at the
     end.
@@ -99,8 +99,7 @@ class Checkpointer:
             except Exception as e:
                 problem = e
         # No daemon: a run that ends by an error of another kind still completes its checkpoint.
-        given = step, beside, problem
-        self._thread = threading.Thread(target=self._finish, args=given, name="save")
+        self._thread = threading.Thread(target=self._finish, args=(step, beside, problem), name="save")
         self._thread.start()
         return True
 
@@ -212,10 +211,9 @@ class Checkpointer:
         if self._failures >= FAILURES:
             many = f" {self._failures} saves in a row have failed."
         return CheckpointError(
-            f"checkpoint of step {step} in {self.directory} was not written:"
-            f" {disk.reason(problem)}\n"
-            f"The newest complete one there: {there}{free}.{many} Make room"
-            " or choose another workdir; the same command, started again, resumes."
+            f"checkpoint of step {step} in {self.directory} was not written: {disk.reason(problem)}\n"
+            f"The newest complete one there: {there}{free}.{many} Make room or choose another workdir; the same"
+            " command, started again, resumes."
         )
 
     def _extra(self, extra) -> dict:
@@ -287,8 +285,7 @@ class Checkpointer:
 
     def _damage(self, step) -> str:
         """What is wrong with a checkpoint's files; each process reads a part of them."""
-        folder = self.directory / str(step)
-        problem = seal.damage(folder, jax.process_index(), jax.process_count())
+        problem = seal.damage(self.directory / str(step), jax.process_index(), jax.process_count())
         return next((text for text in processes.gather(problem) if text), "")
 
     def _set_aside(self, wrong: Mapping[int, str], taken: int | None = None) -> None:
@@ -299,8 +296,7 @@ class Checkpointer:
                 name = disk.set_aside(self.directory, step)
                 said = f"{self.directory / str(step)} is damaged: {text}; it is set aside as {name}"
                 if taken is not None:
-                    said += f". The newest intact one, of step {taken}, is taken:"
-                    said += f" {step - taken} steps are repeated."
+                    said += f". The newest intact one, of step {taken}, is taken: {step - taken} steps are repeated."
                 warn(f"checkpoint {said}")
         multihost_utils.sync_global_devices("sftjax: damaged checkpoints are set aside")
 

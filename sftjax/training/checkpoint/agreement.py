@@ -22,8 +22,7 @@ class Agreement:
     def post(self, what: str, text: str = "-") -> None:
         """Say that this process has come so far, or that it "failed", and why."""
         if self._client is not None:
-            key = f"{self._prefix}/{what}/{jax.process_index()}"
-            self._client.key_value_set(key, text, allow_overwrite=True)
+            self._client.key_value_set(f"{self._prefix}/{what}/{jax.process_index()}", text, allow_overwrite=True)
 
     def wait(self, what: str, count: int, timeout: float = TIMEOUT) -> None:
         """Until `count` processes have said so. Raises: CheckpointError if one has failed."""

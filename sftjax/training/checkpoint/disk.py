@@ -18,17 +18,14 @@ PARTS = ("state/_METADATA", "extra/metadata")
 LEFT_BEHIND = (".saving-*", ".deleting-*", "*.orbax-checkpoint-tmp*")
 
 
-def lacking(folder: Path) -> str:
-    """What a numbered folder lacks to be a checkpoint, on one line; "" = nothing."""
-    absent = [part for part in PARTS if not (folder / part).exists()]
-    return f"{', '.join(absent)} is missing" if absent else ""
-
-
 def steps(directory: Path) -> dict[int, str]:
-    """{step: what it lacks} of all numbered folders, ascending; of no directory, none."""
+    """{step: what it lacks, "" = nothing} of all numbered folders, ascending; of no directory, none."""
     names = [d.name for d in directory.iterdir()] if directory.is_dir() else []
-    found = sorted(int(name) for name in names if name.isdecimal())
-    return {step: lacking(directory / str(step)) for step in found}
+    found = dict[int, str]()
+    for step in sorted(int(name) for name in names if name.isdecimal()):
+        absent = [part for part in PARTS if not (directory / str(step) / part).exists()]
+        found[step] = f"{', '.join(absent)} is missing" if absent else ""
+    return found
 
 
 def complete(directory: Path) -> list[int]:
@@ -44,15 +41,11 @@ def best(directory: Path, among: Sequence[int], metric: str, lower: bool) -> int
         with contextlib.suppress(KeyError, TypeError, ValueError):  # it tracked another one
             scores[step] = float(measured[metric])
     known = [step for step, score in scores.items() if not math.isnan(score)]
-    sign = -1 if lower else 1
-    return max(known, key=lambda step: (sign * scores[step], step), default=None)
+    return max(known, key=lambda step: (-scores[step] if lower else scores[step], step), default=None)
 
 
 def find(directory: Path, step: str, metric: str = "", lower: bool = True) -> int:
-    """The step that "latest", "best" (by a metric: is less of it better) or a number names.
-
-    Raises: NotFoundError where there is none, or metric is "".
-    """
+    """The step that "latest", "best" (by a metric: is less of it better) or a number names. Raises: NotFoundError."""
     whole = complete(directory)
     there = f"; complete steps in {directory}: {whole or 'none'}"
     if step == "latest" and whole:

@@ -7,7 +7,6 @@ against 0.7). It does not keep out somebody who forges a checkpoint.
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +20,7 @@ PIECE = 1 << 22  # bytes
 
 def seal(folder: Path) -> None:
     """Write files.json, once every file is read back and on the disk itself. Raises: OSError."""
-    paths = list(_files(folder))
+    paths = _files(folder)
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda path: _measure(path, sync=True), paths))
     known = {str(path.relative_to(folder)): entry for path, entry in zip(paths, found, strict=True)}
@@ -74,11 +73,9 @@ def sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _files(folder) -> Iterator[Path]:
+def _files(folder) -> list[Path]:
     """All files below a folder but files.json."""
-    for path in sorted(folder.rglob("*")):
-        if path != folder / NAME and not path.is_dir():
-            yield path
+    return [path for path in sorted(folder.rglob("*")) if path != folder / NAME and not path.is_dir()]
 
 
 def _measure(path, sync=False) -> tuple[int, int]:

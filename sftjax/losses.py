@@ -6,23 +6,21 @@ rng is None in evaluation: nothing random then, no dropout.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sftjax.errors import ConfigError
+from sftjax.models import base, decoder
 from sftjax.ops import dropout, moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
 from sftjax.step import Loss
 
-if TYPE_CHECKING:
-    from sftjax.models import base, decoder
-
 
 def causal_lm(
-    model: "decoder.Model",
+    model: decoder.Model,
     *,
     normalise: str = "tokens",
     label_smoothing: float = 0.0,
@@ -137,7 +135,7 @@ def _loss_of(table, kind, options):
     return functools.partial(table[kind], o=Options(**options))
 
 
-def read(model: "base.Model", params: Any, batch: dict, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def read(model: base.Model, params: Any, batch: dict, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """float32 logits [B, S, C] of a head of classes, and the weights float32 [B, S]."""
     return _read(model, params, batch, rng, None)[:2]
 
@@ -161,7 +159,7 @@ def summed(batch: dict, losses: jax.Array, weights: jax.Array, sources: Sequence
 
 
 def classification(
-    model: "base.Model",
+    model: base.Model,
     *,
     kind: str = "",
     class_weights: tuple[float, ...] = (),
@@ -205,7 +203,7 @@ def classification(
 
 
 def multi_label(
-    model: "base.Model",
+    model: base.Model,
     *,
     kind: str = "",
     class_weights: tuple[float, ...] = (),
@@ -250,7 +248,7 @@ def _labels_of(targets, segments, classes):
 
 
 def regression(
-    model: "base.Model", *, kind: str = "", predictions: bool = False, sources: Sequence[str] = (), **options: float
+    model: base.Model, *, kind: str = "", predictions: bool = False, sources: Sequence[str] = (), **options: float
 ) -> Callable[..., Any]:
     """The loss of a number, by a row of NUMBER, over the documents of a Batch.
 

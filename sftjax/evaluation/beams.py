@@ -5,13 +5,12 @@ log-likelihood divided by the power `length_penalty` of its length; a prompt is 
 their length now, can be better than all that are kept.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from sftjax.models import decoder
+from sftjax.models import decoder
 
 NEVER = -1e9  # the score of what is no answer
 
@@ -39,7 +38,7 @@ def _rows(cache, change):
 
 
 def search(
-    model: "decoder.Model",
+    model: decoder.Model,
     params: Any,
     cache: dict[str, Any],
     last: jax.Array,

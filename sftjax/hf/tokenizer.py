@@ -1,7 +1,6 @@
 """The tokenizer of a config, with its added tokens and its template."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -9,15 +8,12 @@ from sftjax.errors import ConfigError
 from sftjax.files import read_object, read_text
 from sftjax.hf.directory import load_model, resolve
 from sftjax.hf.names import reads_images
-from sftjax.hf.tokenizer_files import open_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sftjax.hf.tokenizer_files import Tokenizer, open_tokenizer
 
 TEMPLATE_BYTES = 1 << 24
 
 
-def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
+def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
     """The tokenizer that the config names, with data.template if set; None where it names none."""
     d = config.data
     if not (d.tokenizer or config.model.path):

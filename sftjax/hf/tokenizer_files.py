@@ -11,7 +11,9 @@ from sftjax.errors import ConfigError
 from sftjax.files import check_regular, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers is slow to import
 
 TEMPLATES = "additional_chat_templates"  # a folder
 NAMES = (
@@ -51,7 +53,7 @@ def files_of(folder: Path, existing: bool = True) -> list[Path]:
     return [path for path in found if path.is_file()] if existing else found
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write the tokenizer so that whatever loads the directory that it came from loads this one."""
     source = Path(tokenizer.name_or_path or os.devnull)
     origin = _origin(source)

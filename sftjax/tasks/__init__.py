@@ -5,7 +5,6 @@ A new task is one file here and one line in TASKS; a user's own is `path/to/file
 
 import difflib
 import importlib
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -13,10 +12,8 @@ from sftjax.config import ConfigError, get_default
 from sftjax.files import load_python
 from sftjax.hf.heads import MASKED, PAIRED, kind_of
 from sftjax.hf.names import reads_images
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.tasks.base import Example, Scores, Task  # noqa: F401 (offered here)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # name -> "module:class"; imported when a config names it.
 TASKS = {
@@ -87,7 +84,7 @@ def _users(name) -> type[Task]:
     return found
 
 
-def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Task:
+def make(config: ConfigDict, tokenizer: Tokenizer | None) -> Task:
     """The task that a config names, with its settings. tokenizer: None where it needs none."""
     task = find(config.task).of(config, tokenizer)
     for key, plain in {} if task.generates else ASKING.items():

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,13 +25,11 @@ from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
 from sftjax.errors import ConfigError
 from sftjax.evaluation.answers import Asking, with_choices
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
 from sftjax.tasks.base import counted, read_model
 from sftjax.terminal import printable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 READING = ("fields", "roles")  # of a policy: what says how to read a record
@@ -47,14 +45,14 @@ class CausalLM(Answering[chat.Encoded]):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: Tokenizer | None,
         policy: dict | None = None,
         asking: Asking = Asking(),  # noqa: B008, it is a constant
     ) -> None:
         self.tokenizer, self.policy, self.asking = tokenizer, dict(policy or {}), asking
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> "CausalLM":
         """The task of a config. Raises: ConfigError for a setting of another task."""
         d = config.data
         foreign = {f"data.fields.{k}": d.fields[k] for k in cls.foreign}

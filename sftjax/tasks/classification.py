@@ -6,7 +6,7 @@ It is read from a body's first or last token. A document may be a pair of texts.
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,13 +17,11 @@ from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.hf.heads import stored_labels
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, Scores, Task, read_model
 from sftjax.tasks.texts import Labelled, Texts
 from sftjax.terminal import columns
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAJORITY = 0.9  # a share of one label from which on a warning proposes class weights
 NEEDED = (
@@ -85,7 +83,7 @@ class Classification(Texts):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: Tokenizer | None,
         labels: Mapping[Any, str] | Sequence[str],
         names: Mapping[str, str] | None = None,
         reads: str = "first",

@@ -5,7 +5,7 @@ packing.pairs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,14 +15,12 @@ from sftjax.data.packing.pairs import NONE, PairRows
 from sftjax.data.records.sources import Source
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation.answers import Asking
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
 from sftjax.tasks.base import read_model
 from sftjax.tasks.texts import TEXTS, Texts
 from sftjax.terminal import warn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 KINDS = ("text", "label")
 TARGETS = ("target", "summary", "answer", "completion", "output", "response")
@@ -57,7 +55,7 @@ class Seq2Seq(Answering[Any], Texts):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: Tokenizer | None,
         names: Mapping[str, str] | None = None,
         sizes: tuple[int, int] = (1024, 1024),
         asking: Asking = Asking(),  # noqa: B008, it is a constant
@@ -70,7 +68,7 @@ class Seq2Seq(Answering[Any], Texts):
             raise ConfigError("task='seq2seq': the tokenizer has no eos_token, which ends a target")
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Self:
         """The task of a config."""
         d, asking, names = config.data, Asking.of(config), cls.arguments(config)["names"]
         if names.pop("pair"):

@@ -7,7 +7,7 @@ that of a language model whose targets are not shifted.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,10 +15,8 @@ from ml_collections import ConfigDict
 from sftjax.data.masking.conversation import Asked, read_field
 from sftjax.data.packing.pack import TokenRows
 from sftjax.errors import ConfigError, DataError
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.tasks.base import Scores, Task, read_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Usual names, in this order.
 TEXTS = ("text", "sentence", "sentence1", "premise", "content", "review", "prompt", "input")
@@ -59,7 +57,7 @@ class Texts(Task[Labelled]):
     counts = ("cells", "tokens", "trained_tokens")
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase | None", names: Mapping[str, str] | None = None, reads: str = "first"
+        self, tokenizer: Tokenizer | None, names: Mapping[str, str] | None = None, reads: str = "first"
     ) -> None:
         self.tokenizer, self.reads = tokenizer, reads
         self.names = dict.fromkeys((*self.usual, "pair"), "") | dict(names or {})
@@ -91,7 +89,7 @@ class Texts(Task[Labelled]):
         return {"names": names, "reads": read_model(config.model).reads}
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Self:
         """The task of a config."""
         return cls(tokenizer, **cls.arguments(config))
 

@@ -39,15 +39,15 @@ class Labels:
 
     def __init__(self, given: Mapping[Any, str] | Sequence[str]) -> None:
         self.given = given
-        if isinstance(given, Mapping) or hasattr(given, "items"):
+        if hasattr(given, "items"):
             self.by_value = {str(value): name for value, name in given.items()}
             self.names = tuple(dict.fromkeys(self.by_value.values()))
         else:
             self.names = tuple(given)
             self.by_value = {str(i): name for i, name in enumerate(self.names)}
             self.by_value |= {name: name for name in self.names}
-        wrong = [n for n in self.names if not isinstance(n, str) or not n]
-        if wrong or len(set(self.names)) < len(self.names) or len(self.names) < 2:
+        texts = {n for n in self.names if isinstance(n, str) and n}
+        if not 2 <= len(self.names) == len(texts):
             raise ConfigError(
                 f"data.labels={given!r}: expected two or more different names, such as"
                 " ('negative', 'positive'), or {0: 'negative', 1: 'positive'}"
@@ -60,16 +60,15 @@ class Labels:
             texts += [str(value).lower(), str(int(value))]
         elif isinstance(value, float) and value.is_integer():
             texts.append(str(int(value)))
-        name = next((self.by_value[t] for t in texts if t in self.by_value), None)
-        if name is None:
-            expected = ", ".join(map(repr, self.by_value))
-            raise DataError(
-                f"label {value!r} is unknown; expected one of {expected}",
-                "correct the row, or name the label in data.labels",
-                where=where,
-                kind="unknown_label",
-            )
-        return self.names.index(name)
+        for text in texts:
+            if text in self.by_value:
+                return self.names.index(self.by_value[text])
+        raise DataError(
+            f"label {value!r} is unknown; expected one of {', '.join(map(repr, self.by_value))}",
+            "correct the row, or name the label in data.labels",
+            where=where,
+            kind="unknown_label",
+        )
 
 
 class Classification(Texts):
@@ -134,8 +133,7 @@ class Classification(Texts):
 
     def summary(self, report: dict) -> str:
         """The numbers of examples and tokens, and each label's share."""
-        shares = self.facts(report)["labels"]
-        return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {shares}"
+        return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {self.facts(report)['labels']}"
 
     def labelled(self, report: dict) -> int:
         """How many labels a store has, at least 1; of several labels a text: how many texts."""
@@ -144,8 +142,7 @@ class Classification(Texts):
     def facts(self, report: dict) -> dict[str, str]:
         """Each label's share of what is labelled."""
         total = self.labelled(report)
-        shares = (f"{name} {n / total:.1%}" for name, n in report["labels"].items())
-        return {"labels": ", ".join(shares)}
+        return {"labels": ", ".join(f"{name} {n / total:.1%}" for name, n in report["labels"].items())}
 
     def warnings(self, report: dict) -> Iterable[str]:
         """Of labels without an example, and of one that most examples have."""
@@ -168,8 +165,7 @@ class Classification(Texts):
 
     def own(self, options: dict) -> dict[str, Any]:
         """As of Task, with a weight for each label."""
-        weights = self.class_weights(options["class_weights"])
-        return {**super().own(options), "class_weights": weights}
+        return super().own(options) | {"class_weights": self.class_weights(options["class_weights"])}
 
     def class_weights(self, text: str) -> tuple[float, ...]:
         """() for none, or a weight for each label. Raises: ConfigError."""

@@ -246,7 +246,7 @@ def regression(
 
     model_state: {"mean", "std"} of the targets, float32 scalars: the model gives a number in these units, and so is the
     loss; None: in the targets' own. predictions: return (Loss, {"wanted", "given", "weights" [B, S]}) in place of the
-    Loss, numbers in the targets' own units. sources, options: as of classification.
+    Loss, numbers of the targets' own units. sources, options: as of classification.
     """
     loss_of = _loss_of(NUMBER, kind, options)
 

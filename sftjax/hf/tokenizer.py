@@ -28,11 +28,9 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
     if d.template:  # the export then carries it too
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         if d.template not in named and not Path(d.template).is_file():
-            names = f", nor a template of the tokenizer's ({', '.join(sorted(named))})"
-            problem = f"data.template={d.template!r} does not exist: it is no file"
-            raise ConfigError(problem + names * bool(named))
-        own = named.get(d.template)
-        tokenizer.chat_template = own or read_text(d.template, ConfigError, TEMPLATE_BYTES)
+            names = f", nor a template of the tokenizer's ({', '.join(sorted(named))})" if named else ""
+            raise ConfigError(f"data.template={d.template!r} does not exist: it is no file{names}")
+        tokenizer.chat_template = named.get(d.template) or read_text(d.template, ConfigError, TEMPLATE_BYTES)
     return tokenizer
 
 

@@ -88,14 +88,12 @@ class CausalLM(Answering[chat.Encoded]):
             raise ConfigError("model.path is empty, or of images; give a language model's directory")
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
-        texts = template_texts(self.tokenizer, self.policy.get("template"))
-        settings["template"] = list(texts.values())
+        settings["template"] = list(template_texts(self.tokenizer, self.policy.get("template")).values())
         return [settings, special]
 
     def cut(self, example: chat.Encoded, max_length: int, overlong: str) -> list[tuple]:
         """(tokens int32 [n], weights float32 [n]) of each piece with a trained token."""
-        bos = self.tokenizer.bos_token_id
-        return fit(example.tokens, example.weights, max_length, overlong, bos)
+        return fit(example.tokens, example.weights, max_length, overlong, self.tokenizer.bos_token_id)
 
     def kept(self, example: chat.Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
         """The places of the tokens of each piece."""
@@ -114,8 +112,7 @@ class CausalLM(Answering[chat.Encoded]):
 
     def canonical(self) -> "CausalLM":
         """The task without what the policy says of fields, roles, system prompt and template."""
-        rest = {k: v for k, v in self.policy.items() if k not in FORM}
-        return CausalLM(self.tokenizer, rest)
+        return CausalLM(self.tokenizer, {k: v for k, v in self.policy.items() if k not in FORM})
 
     def answers_only(self) -> "CausalLM":
         """The task that trains the last answer of each record and nothing else."""
@@ -150,11 +147,11 @@ class CausalLM(Answering[chat.Encoded]):
             f"nothing is trained in any of {sum(lost.values())} rows ({counted(lost)}): check"
             f" data.train_on={self.policy.get('train_on', 'assistant')!r} and data.max_length={max_length}."
         )
-        if not first:
-            return text
-        where, example = first
-        shown = mark_spans(example.text, example.spans)
-        return f"{text} {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n{shown}"
+        if first:
+            where, example = first
+            shown = mark_spans(example.text, example.spans)
+            text += f" {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n{shown}"
+        return text
 
     # ---- model and loss ----
 
@@ -192,14 +189,13 @@ class CausalLM(Answering[chat.Encoded]):
 
     def try_it(self, section: ConfigDict, export: Path) -> str:
         """The command that asks the export the first question of data.test; "" without one."""
-        d = section
-        if not (d.test and self.tokenizer.chat_template):
+        if not (section.test and self.tokenizer.chat_template):
             return ""
         keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
-        first = to_conversation(open_source(d.test)[0], **keys)
+        first = to_conversation(open_source(section.test)[0], **keys)
         prompt = quote(first["messages"][-2]["content"])
         python, model = os.path.relpath(sys.executable), os.path.relpath(export)
-        system = f" --system={quote(d.system)}" if d.system else ""
+        system = f" --system={quote(section.system)}" if section.system else ""
         return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"
 
 

@@ -102,25 +102,19 @@ class Seq2Seq(Answering[Any], Texts):
 
     def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
         """A long source or target loses words at its end or beginning, never its special tokens."""
-        sides, ends = (example.source, example.target), [self.special_ends] * 2
-        if example.target[-1] == self.tokenizer.eos_token_id:
-            ends[1] = (ends[1][0], max(ends[1][1], 1))
-        most, found, first = self.layout.target, [], 0
-        for ids, own, n in zip(sides, ends, (max_length, most if max_length else 0), strict=True):
-            places = self.places(len(ids), n, overlong, own)
-            if not places:
-                return []
-            found.append(first + places[0])
-            first += len(ids)
-        return [np.concatenate(found)]
+        before, after = self.special_ends
+        # Its target ends with the end of a text, whatever the tokenizer puts around one.
+        ended = max(after, int(example.target[-1] == self.tokenizer.eos_token_id))
+        source = self.places(len(example.source), max_length, overlong, (before, after))
+        most = self.layout.target if max_length else 0
+        target = self.places(len(example.target), most, overlong, (before, ended))
+        return [np.concatenate([source[0], len(example.source) + target[0]])] if source and target else []
 
     def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what is kept of a pair."""
-        n, pieces = len(example.source), []
-        for at in self.kept(example, max_length, overlong):
-            source, target = example.tokens[at[at < n]], example.tokens[at[at >= n]]
-            pieces.append(self.layout.example(source, target))
-        return pieces
+        n, tokens = len(example.source), example.tokens
+        kept = self.kept(example, max_length, overlong)
+        return [self.layout.example(tokens[at[at < n]], tokens[at[at >= n]]) for at in kept]
 
     def tokens_of(self, arrays: tuple[np.ndarray, ...]) -> int:
         """How many tokens a source and its target have: less than they take of a row."""
@@ -129,9 +123,8 @@ class Seq2Seq(Answering[Any], Texts):
     def summary(self, report: dict) -> str:
         """The numbers of pairs and of tokens."""
         sources = report["tokens"] - report["trained_tokens"]
-        return (
-            f"{report['examples']:,} pairs, {sources:,} tokens of sources and {report['trained_tokens']:,} of targets"
-        )
+        targets = report["trained_tokens"]
+        return f"{report['examples']:,} pairs, {sources:,} tokens of sources and {targets:,} of targets"
 
     # ---- model and loss ----
 

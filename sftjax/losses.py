@@ -6,23 +6,21 @@ rng is None in evaluation: nothing random then, no dropout.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sftjax.errors import ConfigError
+from sftjax.models import base, decoder
 from sftjax.ops import dropout, moe
 from sftjax.ops.cross_entropy import CHUNK_TOKENS, group_sums, linear_cross_entropy
 from sftjax.step import Loss
 
-if TYPE_CHECKING:
-    from sftjax.models import base, decoder
-
 
 def causal_lm(
-    model: "decoder.Model",
+    model: decoder.Model,
     *,
     normalise: str = "tokens",
     label_smoothing: float = 0.0,
@@ -56,8 +54,9 @@ def causal_lm(
             weights = _per_document(weights, segments)
         hidden, routing = model.outputs(params, batch, rng)
         groups, n_groups = (batch["sources"], len(sources)) if sources else (None, 0)
-        if documents:
-            groups, n_groups = _places(segments), weights.size
+        if documents:  # the place, in all rows, of the document that each position is of
+            first = jnp.arange(len(segments))[:, None] * segments.shape[1]
+            groups, n_groups = first + jnp.maximum(segments - 1, 0), weights.size
         total, hits, *by_source = linear_cross_entropy(
             hidden,
             model.head(params),
@@ -85,18 +84,11 @@ def causal_lm(
         loss = Loss(total, weight, metrics)
         if not documents:
             return loss
-        held: Any = (by_source[0], weights, segments > 0)
-        sums = (held[0], *(group_sums(jnp.float32(x), groups, n_groups) for x in held[1:]))
-        names = ("losses", "weights", "tokens")
-        return loss, {k: v.reshape(weights.shape) for k, v in zip(names, sums, strict=True)}
+        sums: Any = {"losses": by_source[0], "weights": group_sums(weights, groups, n_groups)}
+        sums["tokens"] = group_sums(jnp.float32(segments > 0), groups, n_groups)
+        return loss, {k: v.reshape(weights.shape) for k, v in sums.items()}
 
     return loss_fn
-
-
-def _places(segments):
-    """int32 [B, S]: for each position the place, in all rows, of the document that it is of."""
-    first = jnp.arange(segments.shape[0])[:, None] * segments.shape[1]
-    return first + jnp.maximum(segments - 1, 0)
 
 
 class Options(NamedTuple):
@@ -137,7 +129,7 @@ def _loss_of(table, kind, options):
     return functools.partial(table[kind], o=Options(**options))
 
 
-def read(model: "base.Model", params: Any, batch: dict, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def read(model: base.Model, params: Any, batch: dict, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """float32 logits [B, S, C] of a head of classes, and the weights float32 [B, S]."""
     return _read(model, params, batch, rng, None)[:2]
 
@@ -161,7 +153,7 @@ def summed(batch: dict, losses: jax.Array, weights: jax.Array, sources: Sequence
 
 
 def classification(
-    model: "base.Model",
+    model: base.Model,
     *,
     kind: str = "",
     class_weights: tuple[float, ...] = (),
@@ -194,18 +186,17 @@ def classification(
         given = jnp.where(jnp.all(jnp.isfinite(logits), -1), given, -1)
         hits = jnp.sum(trained & (given == targets), dtype=jnp.float32)
         accuracy = (hits, jnp.sum(trained, dtype=jnp.float32))
-        loss = summed(batch, losses, weights, sources, accuracy=accuracy)
-        loss = dataclasses.replace(loss, state=state)
+        loss = dataclasses.replace(summed(batch, losses, weights, sources, accuracy=accuracy), state=state)
         if not predictions:
             return loss
-        out = {"wanted": targets, "given": given, "weights": batch["weights"]}
-        return loss, out | {"scores": jax.nn.softmax(logits)}
+        out = {"wanted": targets, "given": given, "weights": batch["weights"], "scores": jax.nn.softmax(logits)}
+        return loss, out
 
     return loss_fn
 
 
 def multi_label(
-    model: "base.Model",
+    model: base.Model,
     *,
     kind: str = "",
     class_weights: tuple[float, ...] = (),
@@ -232,8 +223,7 @@ def multi_label(
         loss = summed(batch, jnp.mean(losses, -1), weights, sources)
         if not predictions:
             return loss
-        out = {"wanted": wanted, "scores": jax.nn.sigmoid(logits), "weights": batch["weights"]}
-        return loss, out
+        return loss, {"wanted": wanted, "scores": jax.nn.sigmoid(logits), "weights": batch["weights"]}
 
     return loss_fn
 
@@ -250,13 +240,13 @@ def _labels_of(targets, segments, classes):
 
 
 def regression(
-    model: "base.Model", *, kind: str = "", predictions: bool = False, sources: Sequence[str] = (), **options: float
+    model: base.Model, *, kind: str = "", predictions: bool = False, sources: Sequence[str] = (), **options: float
 ) -> Callable[..., Any]:
     """The loss of a number, by a row of NUMBER, over the documents of a Batch.
 
     model_state: {"mean", "std"} of the targets, float32 scalars: the model gives a number in these units, and so is the
     loss; None: in the targets' own. predictions: return (Loss, {"wanted", "given", "weights" [B, S]}) in place of the
-    Loss, numbers in the targets' own units. sources, options: as of classification.
+    Loss, numbers of the targets' own units. sources, options: as of classification.
     """
     loss_of = _loss_of(NUMBER, kind, options)
 
@@ -265,12 +255,10 @@ def regression(
         logits, weights = read(model, params, batch, rng)
         given, wanted = logits[..., 0], (batch["targets"] - mean) / std
         given, wanted = (jnp.where(weights != 0, x, 0.0) for x in (given, wanted))
-        loss = summed(batch, loss_of(given, wanted), weights, sources)
-        loss = dataclasses.replace(loss, state=model_state)
+        loss = dataclasses.replace(summed(batch, loss_of(given, wanted), weights, sources), state=model_state)
         if not predictions:
             return loss
-        out = {"wanted": batch["targets"], "given": given * std + mean}
-        return loss, out | {"weights": batch["weights"]}
+        return loss, {"wanted": batch["targets"], "given": given * std + mean, "weights": batch["weights"]}
 
     return loss_fn
 

@@ -71,8 +71,7 @@ def _matrix(p):
         return None
     dims = range(1, len(p.axes))
     inputs = tuple(i for i in dims if p.axes[i] in (*p.inputs, "expert"))
-    outputs = tuple(i for i in dims if i not in inputs)
-    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+    return optax.contrib.MuonDimensionNumbers(inputs, tuple(i for i in dims if i not in inputs))
 
 
 EMBEDDINGS = ("embed", "positions", "token_types", "embed_norm")

@@ -1,11 +1,12 @@
 """One abstract tree describes a model's parameters; everything else is derived from it.
 
 A tree is any pytree. Leaves are named by their path, joined with "/": "layers/0-11/attn/q/w". Trained and frozen
-parameters are two trees of the same structure, with None where a leaf belongs
-to the other tree: None is an empty subtree to JAX, so the optimizer and the gradient never see it.
+parameters are two trees of the same structure, with None where a leaf belongs to the other tree: None is an empty
+subtree to JAX, so the optimizer and the gradient never see it.
 """
 
 import dataclasses
+import functools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -47,9 +48,8 @@ def is_param(x: Any) -> bool:
     return isinstance(x, Param)
 
 
-def path_name(path: Sequence[Any]) -> str:
-    """The "/"-joined name of a jax.tree_util key path."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+# The "/"-joined name of a jax.tree_util key path.
+path_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -99,9 +99,8 @@ def init(abstract: Any, rng: jax.Array, dtype: DTypeLike = jnp.float32, sharding
 
 def shapes(abstract: Any, dtype: DTypeLike = jnp.float32, shardings: Any = None) -> Any:
     """jax.ShapeDtypeStruct of every parameter, for restore targets and ahead-of-time compiles."""
-    layouts = () if shardings is None else (shardings,)
-    struct = lambda _, p, s=None: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s)  # noqa: E731
-    return map_named(struct, abstract, *layouts)
+    struct = lambda p, s=None: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(struct, abstract, *([] if shardings is None else [shardings]), is_leaf=is_param)
 
 
 def count(tree: Any) -> int:
@@ -139,10 +138,9 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any, what: str) -> Any:
         except re.error as e:
             raise ConfigError(f"{what}: rule {pattern!r} is not a regular expression: {e}") from None
         if not hit:
-            more = f", ... ({len(names) - 12} more)" if len(names) > 12 else ""
+            known = ", ".join(names[:12]) + (f", ... ({len(names) - 12} more)" if len(names) > 12 else "")
             raise ConfigError(
-                f"{what}: rule {pattern!r} matches no parameter. Rules match whole names; the names"
-                f" here are: {', '.join(names[:12])}{more}"
+                f"{what}: rule {pattern!r} matches no parameter. Rules match whole names; the names here are: {known}"
             )
 
     def value(name, _):

@@ -67,9 +67,8 @@ class TrainState:
         (regex, bool) rules over whole leaf names such as "layers/0-11/attn/q/w", or a tree of bools. rng: a seed or a
         JAX key. model_state: a pytree of arrays, or None. Raises ValueError for a rule that matches nothing.
         """
-        if isinstance(trainable, (tuple, list)) and all(
-            isinstance(r, (tuple, list)) and isinstance(r[0], str) for r in trainable
-        ):
+        pairs = trainable if isinstance(trainable, (tuple, list)) else [None]
+        if all(isinstance(r, (tuple, list)) and isinstance(r[0], str) for r in pairs):
             trainable = params_lib.match_rules(trainable, params, "trainable")
         trained, frozen = params_lib.partition(params, trainable)
         if not jax.tree.leaves(trained):

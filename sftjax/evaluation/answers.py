@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,11 +12,8 @@ from sftjax.errors import ConfigError
 from sftjax.evaluation import generation, metrics
 from sftjax.evaluation.likelihood import log_likelihoods
 from sftjax.evaluation.text_scores import lead
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from sftjax.models import decoder
+from sftjax.hf.tokenizer_files import Tokenizer
+from sftjax.models import decoder
 
 LABELS = 20  # references of at most so many different texts are taken for labels
 # Metrics by which a part of what was asked is an answer too: what these score stands beside.
@@ -86,11 +83,11 @@ def _as_of(asked, text):
 
 
 def answered(
-    model: "decoder.Model",
+    model: decoder.Model,
     params: Any,
     questions: Sequence[Question],
     asking: Asking,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     *,
     cut_at: str = "",
     groups: Sequence | None = None,
@@ -111,17 +108,10 @@ def answered(
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
         texts = [t.lstrip().partition(cut_at)[0] for t in texts] if cut_at else texts
         every = [answer for answer in wanted for _ in range(n)]
-        which = range(len(questions)) if groups is None else groups
-        same = [one for one in which for _ in range(n)]
-        scored = metrics.texts(
-            names,
-            every,
-            texts,
-            answer=asking.answer,
-            baselines=_trivial(questions, names, n),
-            groups=same if n > 1 or groups is not None else None,
-            errors=True,
-        )
+        # The draws of a question are a group, like questions of one.
+        same = [one for one in groups or range(len(questions)) for _ in range(n)]
+        how: Any = dict(answer=asking.answer, baselines=_trivial(questions, names, n), errors=True)
+        scored = metrics.texts(names, every, texts, groups=same if n > 1 or groups else None, **how)
         out["errors"], out["baselines"] = dict(scored.errors), dict(scored.baselines)
         out["rows"] = {k: np.reshape(x, (-1, n)).mean(1) for k, x in scored.rows.items()}
         out |= scored.values | _as_labels(every, texts)
@@ -136,10 +126,10 @@ def answered(
 
 
 def choose(
-    model: "decoder.Model",
+    model: decoder.Model,
     params: Any,
     questions: Sequence[Question],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     *,
     batch_size: int = 64,
     mesh: Any = None,
@@ -149,9 +139,8 @@ def choose(
     """Of each question the choice whose text the model finds likeliest after the prompt."""
     pairs = [pair for q in questions for pair in continuations(tokenizer, q)]
     sums, _ = log_likelihoods(model, params, pairs, batch_size=batch_size, mesh=mesh, said=said)
-    ends = np.cumsum([len(q.choices) for q in questions])[:-1]
-    best = [int(np.argmax(some)) for some in np.split(sums, ends)]
-    return [q.choices[i].strip() for q, i in zip(questions, best, strict=True)]
+    each = np.split(sums, np.cumsum([len(q.choices) for q in questions])[:-1])
+    return [q.choices[int(np.argmax(some))].strip() for q, some in zip(questions, each, strict=True)]
 
 
 def _trivial(questions, names, n) -> Mapping[str, Sequence[str]]:
@@ -171,7 +160,7 @@ def _as_labels(wanted: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
     if not 2 <= len(names) <= LABELS or len(wanted) < 5 * len(names):
         return {}
     index = {name: i for i, name in enumerate(names)}
-    answers = np.array([index.get(text, -1) for text in given])
-    found = metrics.labels(np.array([index[text] for text in wanted]), answers, names)
-    values = {"f1": found.values["f1"], "no_label": float((answers < 0).mean())}
-    return values | {"tables": {"confusion": found.tables["confusion"]}}
+    w, answers = (np.array([index.get(text, -1) for text in some]) for some in (wanted, given))
+    found = metrics.labels(w, answers, names)
+    tables = {"confusion": found.tables["confusion"]}
+    return {"f1": found.values["f1"], "no_label": float((answers < 0).mean()), "tables": tables}

@@ -5,23 +5,14 @@ log-likelihood divided by the power `length_penalty` of its length; a prompt is 
 their length now, can be better than all that are kept.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from sftjax.models import decoder
+from sftjax.models import decoder
 
 NEVER = -1e9  # the score of what is no answer
-
-
-class _Kept(NamedTuple):
-    """The best answers that have ended, of each prompt."""
-
-    ids: jax.Array  # int32 [B, K, new]
-    scores: jax.Array  # float32 [B, K]
-    ended: jax.Array  # bool [B, K]: there is one
 
 
 def _take(x, index):
@@ -39,7 +30,7 @@ def _rows(cache, change):
 
 
 def search(
-    model: "decoder.Model",
+    model: decoder.Model,
     params: Any,
     cache: dict[str, Any],
     last: jax.Array,
@@ -71,12 +62,12 @@ def search(
         ids, going = _take(grown, go), _take(beam, go)
         found = found / (i + 1.0) ** penalty
         counts = ends & (jnp.arange(ends.shape[1]) < K) & open_[:, None]
-        every = _Kept(grown, found + NEVER * ~counts, counts)
-        every = _Kept(*(jnp.concatenate(pair, 1) for pair in zip(kept, every, strict=True)))
-        best = jax.lax.top_k(every.scores, K)[1]
-        kept = _Kept(*(_take(x, best) for x in every))
+        fresh = (grown, found + NEVER * ~counts, counts)
+        every = [jnp.concatenate(pair, 1) for pair in zip(kept, fresh, strict=True)]
+        best = jax.lax.top_k(every[1], K)[1]
+        kept = tuple(_take(x, best) for x in every)
 
-        worst = jnp.where(kept.ended, kept.scores.min(1, keepdims=True), NEVER)
+        worst = jnp.where(kept[2], kept[1].min(1, keepdims=True), NEVER)
         open_ &= jnp.any(scores[:, :1] / (i + 1.0) ** penalty > worst, -1)
         rows = (jnp.arange(B)[:, None] * K + going).reshape(-1)
         cache = _rows(cache, lambda x, a: jnp.take(x, rows, a))
@@ -87,9 +78,10 @@ def search(
 
     scores = jnp.where(jnp.arange(K) == 0, 0.0, jnp.full((B, K), NEVER))
     ids = jnp.zeros((B, K, new), jnp.int32)
-    kept = _Kept(ids, jnp.full((B, K), NEVER), jnp.zeros((B, K), bool))
+    # Of the best answers that have ended: ids [B, K, new], scores [B, K], and whether there is one [B, K].
+    kept = (ids, jnp.full((B, K), NEVER), jnp.zeros((B, K), bool))
     start = (jnp.int32(0), last, cache, ids, scores, kept, jnp.ones(B, bool), jnp.bool_(False))
     *_, kept, _, _ = jax.lax.while_loop(lambda c: jnp.any(c[-2]) & ~c[-1], body, start)
-    ids = kept.ids[:, 0]
+    ids = kept[0][:, 0]
     ended = jnp.any(ids[..., None] == stops, -1)
     return ids, jnp.where(jnp.any(ended, 1), jnp.argmax(ended, 1), new)

@@ -6,21 +6,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax.errors import ConfigError, DataError
-from sftjax.evaluation.sets import ANSWERS
+from sftjax.evaluation.sets import ANSWERS, Sets
+from sftjax.models.base import Model
 from sftjax.step import Loss
+from sftjax.tasks import Task
 from sftjax.terminal import show
-
-if TYPE_CHECKING:
-    from sftjax.evaluation.sets import Sets
-    from sftjax.models.base import Model
-    from sftjax.tasks import Task
 
 BESIDE = ("tables", "errors", "baselines", "rows")  # what a result has beside values
 # (params, batch, *state) -> Loss, or (Loss, predictions), jitted
@@ -65,7 +62,7 @@ def _joined(parts) -> np.ndarray:
 class Evaluator:
     """Evaluates parameters on the validation sets and the test set of a Feed, or of other Sets."""
 
-    def __init__(self, task: "Task", model: "Model", sets: "Sets", config: ConfigDict) -> None:
+    def __init__(self, task: Task, model: Model, sets: Sets, config: ConfigDict) -> None:
         self.task, self.model, self.sets = task, model, sets
         self.step = jax.jit(task.eval_fn(model, config.loss.to_dict()))
         self.generation = dict(mesh=sets.mesh, seed=config.seed, **config.generate.to_dict())
@@ -89,8 +86,7 @@ class Evaluator:
         {"<set>/<metric>": standard error}, "baselines": {"<set>": {name: {metric: value}}}}, with "answers" for the
         name of a set; and of the questions {"<metric>": value, "answers": texts}. rows: also "rows": {"<set>":
         {"record": their numbers in the file, "<metric>": values}}, one for each row of it, with "about": {"of": a hash
-        of the set's files, "lower": metrics of which less is better, "weight" and "group" of each row, where it has
-        them}.
+        of the set's files, "lower": those of which less is better, "weight" and "group" of each row, if it has them}.
         """
         sets = self.sets.sets | self.sets.tests
         out = self._measured(sets, params, model_state)

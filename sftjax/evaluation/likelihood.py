@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from jax.sharding import Mesh
 
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.evaluation.generation import BUCKET, in_batches, replicated
+from sftjax.models import decoder
 from sftjax.parallel import processes
-
-if TYPE_CHECKING:
-    from sftjax.models import decoder
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -34,7 +32,7 @@ def _scored(model, params, tokens, weights, lengths):
 
 
 def log_likelihoods(
-    model: "decoder.Model",
+    model: decoder.Model,
     params: Any,
     pairs: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
     **options: Any,
@@ -49,7 +47,7 @@ def log_likelihoods(
 
 
 def weighted(
-    model: "decoder.Model",
+    model: decoder.Model,
     params: Any,
     docs: Sequence[tuple[np.ndarray, np.ndarray]],
     *,

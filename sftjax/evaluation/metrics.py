@@ -113,8 +113,7 @@ def standard_error(rows: Sequence[float] | np.ndarray, groups: Sequence | None =
 def bootstrap(fn: Callable[[np.ndarray], dict[str, float]], n: int, groups: Sequence | None = None) -> dict[str, float]:
     """Standard errors of fn(indices of rows) by drawing rows, or whole groups, with replacement."""
     rng, found = np.random.default_rng(0), list[dict[str, float]]()
-    names = np.asarray(range(n) if groups is None else list(map(str, groups)))
-    _, which = np.unique(names, return_inverse=True)
+    _, which = np.unique(range(n) if groups is None else list(map(str, groups)), return_inverse=True)
     members = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
     for _ in range(RESAMPLES if len(members) > 1 else 0):
         drawn = rng.integers(len(members), size=len(members))
@@ -150,16 +149,14 @@ def labels(
         return Scores({})
 
     def measure(at: Any = slice(None)) -> dict[str, float]:
-        own = None if scores is None else scores[at]
-        return _label_values(wanted[at], given[at], len(names), own)
+        return _label_values(wanted[at], given[at], len(names), None if scores is None else scores[at])
 
     rows = {"accuracy": (wanted == given).astype(np.float64)}
     usual = int(np.bincount(wanted).argmax())
     baseline = _label_values(wanted, np.full(n, usual), len(names), None)
     baselines = {f"always {names[usual]}": {k: baseline[k] for k in ("accuracy", "f1")}}
-    values = measure()
-    if lost := int((given < 0).sum()):
-        values["not_finite"] = float(lost)
+    lost = float((given < 0).sum())
+    values = measure() | ({"not_finite": lost} if lost else {})
     spread = _spread(measure, rows, groups) if errors else {}
     return Scores(values, _label_tables(wanted, given, names, scores), spread, baselines, rows)
 
@@ -232,7 +229,7 @@ def multi_labels(
     if not len(wanted):
         return Scores({})
     lost = ~np.isfinite(scores).all(1)
-    given = (np.where(lost[:, None], 0.0, scores) >= 0.5) & ~lost[:, None]
+    given = np.where(lost[:, None], 0.0, scores) >= 0.5
     values = _multi_values(wanted, given, None if lost.any() else scores)
     values |= {"not_finite": float(lost.sum())} if lost.any() else {}
     rows = {"accuracy": (given == wanted).all(1).astype(np.float64)}
@@ -248,9 +245,8 @@ def _multi_values(wanted, given, scores) -> dict[str, float]:
     from sklearn import metrics as sk
 
     values = {"accuracy": float((wanted == given).all(1).mean())}
-    for name, average in {"f1": "macro", "f1_micro": "micro"}.items():
-        options: Any = dict(average=average, zero_division=0.0)
-        values[name] = float(sk.f1_score(wanted.astype(int), given.astype(int), **options))
+    rate: Any = functools.partial(sk.f1_score, wanted.astype(int), given.astype(int), zero_division=0.0)
+    values |= {"f1": float(rate(average="macro")), "f1_micro": float(rate(average="micro"))}
     both = wanted.any(0) & ~wanted.all(0)  # else a label's curve is not defined
     if scores is not None and both.any():
         values["auroc"] = float(sk.roc_auc_score(wanted[:, both], scores[:, both]))
@@ -282,8 +278,7 @@ def _number_values(wanted, given) -> dict[str, float]:
     from scipy import stats
     from sklearn import metrics as sk
 
-    values = dict(mae=sk.mean_absolute_error(wanted, given))
-    values["rmse"] = sk.root_mean_squared_error(wanted, given)
+    values = dict(mae=sk.mean_absolute_error(wanted, given), rmse=sk.root_mean_squared_error(wanted, given))
     if len(wanted) > 1:
         values["r2"] = sk.r2_score(wanted, given)
         if np.ptp(wanted) and np.ptp(given):  # a correlation with a constant is not defined
@@ -336,11 +331,11 @@ def texts(
 
 def _text_metric(name, wanted, given, answer) -> float | np.ndarray:
     """A number for the set, or one for each row."""
+    every = [[w] if isinstance(w, str) else w for w in wanted]
     if name in ROWS:
-        rows = zip(wanted, given, strict=True)
-        of = lambda w, g: max(ROWS[name](x, g) for x in ([w] if isinstance(w, str) else w))  # noqa: E731
-        return np.array([of(w, g) for w, g in rows], np.float64)
-    wanted = [w if isinstance(w, str) else w[0] for w in wanted]
+        best = [max(ROWS[name](x, g) for x in some) for some, g in zip(every, given, strict=True)]
+        return np.array(best, np.float64)
+    wanted = [some[0] for some in every]
     if name == "number":
         w, g = ([number(t, answer) for t in some] for some in (wanted, given))
         if lost := [t for t, x in zip(wanted, w, strict=True) if x is None]:
@@ -351,11 +346,9 @@ def _text_metric(name, wanted, given, answer) -> float | np.ndarray:
         return np.array([x == y for x, y in zip(w, g, strict=True)], np.float64)
     if name.startswith("rouge"):
         scorer = package("rouge_score.rouge_scorer").RougeScorer([name], use_stemmer=True)
-        both = zip(wanted, given, strict=True)
-        return np.array([scorer.score(w, g)[name].fmeasure for w, g in both], np.float64)
+        return np.array([scorer.score(w, g)[name].fmeasure for w, g in zip(wanted, given, strict=True)])
     if name in ("bleu", "chrf"):
-        of = getattr(package("sacrebleu"), f"corpus_{name}")
-        return float(of(given, [wanted]).score)
+        return float(getattr(package("sacrebleu"), f"corpus_{name}")(given, [wanted]).score)
     out = users(name)(wanted, given)
     if np.ndim(out) == 0:
         return float(out)
@@ -392,8 +385,7 @@ def tags(
     spread = bootstrap(f1, len(wanted), groups) if errors else {}
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
     rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
-    tables, baselines = {"per_entity": _rates(kinds, rates)}, {"always O": {"seqeval_f1": 0.0}}
-    return Scores(f1(), tables, spread, baselines, rows)
+    return Scores(f1(), {"per_entity": _rates(kinds, rates)}, spread, {"always O": {"seqeval_f1": 0.0}}, rows)
 
 
 def package(name: str) -> Any:

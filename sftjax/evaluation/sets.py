@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,9 +16,7 @@ from sftjax.config import ConfigError
 from sftjax.data.masking.conversation import read_field
 from sftjax.data.packing.pack import Field
 from sftjax.data.token_store import TokenStore, facts_of
-
-if TYPE_CHECKING:
-    from sftjax.tasks import Task
+from sftjax.tasks import Task
 
 
 def named(text: str) -> dict[str, str]:
@@ -30,11 +28,10 @@ def named(text: str) -> dict[str, str]:
     return names
 
 
-def tokenised(source: Any, task: "Task", config: ConfigDict, cache: Path | str) -> TokenStore:
+def tokenised(source: Any, task: Task, config: ConfigDict, cache: Path | str) -> TokenStore:
     """A source's rows, tokenised as the config's section `data` says."""
     d = config.data
-    how = dict(on_error=d.on_error, max_skipped=d.max_skipped)
-    store = data_lib.build_store(source, task, d.max_length, d.overlong, cache, **how)
+    store = data_lib.build_store(source, task, d.max_length, d.overlong, cache, d.on_error, d.max_skipped)
     task.opened(store.report)
     return store
 
@@ -51,13 +48,13 @@ class Sets:
 
     names: tuple[str, ...] = ()  # of several training sources: then a batch says which is whose
 
-    def __init__(self, config: ConfigDict, task: "Task", cache: Path, mesh: Mesh) -> None:
+    def __init__(self, config: ConfigDict, task: Task, cache: Path, mesh: Mesh) -> None:
         """cache: the folder of tokenised rows."""
         self.config, self.task, self.cache, self.mesh = config, task, cache, mesh
         self.sets, self.tests = dict[str, TokenStore](), dict[str, TokenStore]()
         self.questions, self.groups = list[Any](), list[Any]()  # groups: of the questions
         self.opened = dict[str, Any]()  # the source of each set
-        self.readers = dict[str, "Task"]()  # and the task that reads it
+        self.readers = dict[str, Task]()  # and the task that reads it
         self.records = list[Any]()  # the training rows, a source each, where there are any
         self.facts: dict[str, dict[str, Any]] = {"data": {}, "evaluation": {}}
 
@@ -108,7 +105,7 @@ class Sets:
 
         return draw
 
-    def measured(self, name: str, source: Any, task: "Task", config: ConfigDict | None = None) -> TokenStore:
+    def measured(self, name: str, source: Any, task: Task, config: ConfigDict | None = None) -> TokenStore:
         """The tokenised rows of a set. config: of the source that it was held out of."""
         store = tokenised(source, task, config or self.config, self.cache)
         self.opened[name], self.readers[name] = source, task
@@ -153,15 +150,13 @@ class Sets:
         """What each document has under eval.group; [] for "". Raises: ConfigError, DataError."""
         if not self.config.eval.group:
             return []
-        records = self.record_order(store)
-        if records is None:
+        if (records := self.record_order(store)) is None:
             raise ConfigError("eval.group needs whole documents: set data.eval_packing='bfd'")
         return self._groups(self.opened[name], records)
 
     def _groups(self, source, records):
         key, rows = self.config.eval.group, map(int, records)
-        found = (read_field(source[i], key, source.where(i), "eval.group") for i in rows)
-        return list(found) if key else []
+        return [read_field(source[i], key, source.where(i), "eval.group") for i in rows if key]
 
     def _eval_rows(self, store):
         """(rows, how many of them are a batch)."""

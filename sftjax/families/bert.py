@@ -1,7 +1,6 @@
 """BERT: learned positions and token types, LayerNorm after each sum, GELU, biases everywhere.
 
-Its hidden_dropout_prob and classifier_dropout are applied; attention_probs_dropout_prob is not,
-see encoder.py.
+Its hidden_dropout_prob and classifier_dropout are applied; attention_probs_dropout_prob is not, see encoder.py.
 """
 
 import dataclasses

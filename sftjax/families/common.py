@@ -1,8 +1,9 @@
 """What the families share in reading a Hugging Face config.json."""
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sftjax.errors import ModelError
@@ -20,10 +21,9 @@ def _entries(x) -> list:
     return x if isinstance(x, list) else [x]
 
 
-# (what is expected, its test, the fields); a field with a "?" may be null.
-EXPECTED = [
-    (
-        "a positive whole number",
+# {what is expected: (its test, the fields)}; a field with a "?" may be null.
+EXPECTED: dict[str, tuple[Callable, str]] = {
+    "a positive whole number": (
         lambda x: type(x) is int and 0 < x < 2**63,
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads? head_dim? intermediate_size"
         " max_position_embeddings original_max_position_embeddings? n_embd n_layer n_head n_inner? n_positions loop_num"
@@ -33,14 +33,12 @@ EXPECTED = [
         " decoder_attention_heads encoder_ffn_dim decoder_ffn_dim relative_attention_num_buckets"
         " relative_attention_max_distance embedding_size num_channels patch_size image_size in_chans",
     ),
-    (
-        "a whole number",
+    "a whole number": (
         lambda x: type(x) is int and 0 <= x < 2**63,
         "type_vocab_size sliding_window? max_window_layers num_experts num_local_experts"
         " num_experts_per_tok moe_intermediate_size decoder_start_token_id? num_classes",
     ),
-    (
-        "a positive number",
+    "a positive number": (
         lambda x: _number(x) and x > 0,
         "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta? rope_local_base_freq? global_rope_theta?"
         " local_rope_theta? rotary_emb_base? rotary_pct? partial_rotary_factor? factor? low_freq_factor?"
@@ -48,78 +46,61 @@ EXPECTED = [
         " final_logit_softcapping? embedding_multiplier attention_multiplier residual_multiplier logits_scaling"
         " swiglu_alpha swiglu_limit",
     ),
-    (
-        "a number from 0 to below 1",
+    "a number from 0 to below 1": (
         lambda x: _number(x) and 0 <= x < 1,
         "hidden_dropout_prob pooler_dropout cls_dropout? classifier_dropout? dropout seq_classif_dropout dropout_rate",
     ),
-    ("a number of 0 or more", lambda x: _number(x) and x >= 0, "initializer_range init_std mscale? mscale_all_dim?"),
-    (
-        "true or false",
+    "a number of 0 or more": (lambda x: _number(x) and x >= 0, "initializer_range init_std mscale? mscale_all_dim?"),
+    "true or false": (
         lambda x: type(x) is bool,
-        "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob"
-        " use_sliding_window? truncate? is_decoder? add_cross_attention? norm_bias classifier_bias"
-        " decoder_bias sinusoidal_pos_embds scale_embedding?",
+        "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob use_sliding_window? truncate?"
+        " is_decoder? add_cross_attention? norm_bias classifier_bias decoder_bias scale_embedding?"
+        " sinusoidal_pos_embds",
     ),
-    (
-        "a name",
+    "a name": (
         lambda x: isinstance(x, str),
         "model_type hidden_act? hidden_activation? activation_function type rope_type activation classifier_activation"
         " classifier_pooling feed_forward_proj architecture layer_type classifier",
     ),
-    (
-        "a list of names",
+    "a list of names": (
         lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
         "architectures? layer_types? label_names?",
     ),
-    (
-        "a list of positive whole numbers",
+    "a list of positive whole numbers": (
         lambda x: isinstance(x, list) and all(type(y) is int and 0 < y < 2**24 for y in x) and x,
         "depths hidden_sizes input_size",
     ),
-    (
-        "a token's id, or a list of them",
+    "a token's id, or a list of them": (
         lambda x: all(type(y) is int and abs(y) < 2**63 for y in _entries(x)),
         "bos_token_id? eos_token_id? pad_token_id?",
     ),
-    (
-        "a list of numbers",
+    "a list of numbers": (
         lambda x: isinstance(x, list) and all(isinstance(y, bool) or _number(y) for y in x),
         "short_factor long_factor no_rope_layers? mean std image_mean? image_std?",
     ),
-    (
-        "an object",
+    "an object": (
         lambda x: isinstance(x, dict),
         "rope_parameters? rope_scaling? full_attention? sliding_attention? quantization_config?"
         " id2label? label2id? pretrained_cfg? vision_config",
     ),
-]
+}
 # The most that a size may be. No model comes near; what a config.json asks for beyond it would be laid out, layer by
 # layer and name by name, before the weights' files could contradict it.
-MOST = {
-    "num_hidden_layers": 2**12,
-    "num_classes": 2**20,
-    "image_size": 2**14,
-    "n_layer": 2**12,
-    "loop_num": 2**10,
-    "num_labels": 2**20,
+_MOST = {
+    2**10: "loop_num",
+    2**12: "num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers num_experts"
+    " num_local_experts relative_attention_num_buckets",
+    2**14: "image_size",
+    2**16: "num_attention_heads n_head num_key_value_heads head_dim d_kv num_heads encoder_attention_heads"
+    " decoder_attention_heads",
+    2**20: "num_classes num_labels",
+    2**24: "hidden_size intermediate_size moe_intermediate_size n_embd n_inner n_heads dim hidden_dim d_model d_ff"
+    " encoder_ffn_dim decoder_ffn_dim",
+    2**31: "vocab_size max_position_embeddings n_positions",
 }
-MOST |= dict.fromkeys(
-    "num_experts num_local_experts n_layers num_layers num_decoder_layers encoder_layers"
-    " decoder_layers relative_attention_num_buckets".split(),
-    2**12,
-)
-_WIDTHS = "hidden_size intermediate_size moe_intermediate_size n_embd n_inner dim hidden_dim d_model"
-_WIDTHS += " d_ff encoder_ffn_dim decoder_ffn_dim"
-MOST |= dict.fromkeys(
-    "num_attention_heads n_head num_key_value_heads head_dim d_kv num_heads encoder_attention_heads"
-    " decoder_attention_heads".split(),
-    2**16,
-)
-MOST |= dict.fromkeys([*_WIDTHS.split(), "n_heads"], 2**24)
-MOST |= dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 2**31)
+MOST = {field: most for most, fields in _MOST.items() for field in fields.split()}
 PARAMETERS = 10**13  # of a whole model
-_FIELDS = {field: row[:2] for row in EXPECTED for field in row[2].split()}
+_FIELDS = {field: (expected, test) for expected, (test, fields) in EXPECTED.items() for field in fields.split()}
 
 
 def check(hf: dict, where: str = "") -> None:
@@ -170,14 +151,10 @@ def rope(hf: dict, head_dim: int, theta: float = 10_000.0, partial: float = 1.0,
     theta = s.pop("rope_theta", None) or hf.get("rope_theta") or theta
     share = s.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or partial
     longest, original = "max_position_embeddings", "original_max_position_embeddings"
-    if longest in hf:
-        s[longest] = hf[longest]
-    if original in hf:
-        s[original] = hf[original]
-    elif s.get("rope_type") in ("yarn", "longrope") and longest in hf:
+    s |= {k: hf[k] for k in (longest, original) if k in hf}
+    if s.get("rope_type") in ("yarn", "longrope") and longest in hf:
         s.setdefault(original, hf[longest])
-    for k, v in s.items():
-        s[k] = tuple(v) if isinstance(v, list) else v
+    s = {k: tuple(v) if isinstance(v, list) else v for k, v in s.items()}
     if s.get("rope_type", "default") == "default":
         s = {}
     dim = int(head_dim * share)
@@ -226,19 +203,16 @@ def linear(file: str, path: str, layout: str, bias: bool = True, *part: dict) ->
 
 def matrices(prefix: str, path: str, bias: bool = True, **files: str) -> list[tuple]:
     """Rows of matrices of a layer, and of their biases. files: of each key of LAYOUTS."""
-    out = list[tuple]()
-    for name, file in files.items():
-        out += linear(prefix + file, f"{path}/{name}", LAYOUTS[name], bias)
-    return out
+    rows = (linear(prefix + file, f"{path}/{name}", LAYOUTS[name], bias) for name, file in files.items())
+    return [*itertools.chain.from_iterable(rows)]
 
 
 def fused(file: str, path: str, bias: bool, **sizes: int) -> list[tuple]:
     """Rows of matrices that lie in one, one after the other. sizes: of each key of LAYOUTS."""
     out, start = list[tuple](), 0
     for name, size in sizes.items():
-        layout = LAYOUTS[name]
-        part = {layout.strip("(")[0]: (start, sum(sizes.values()))}
-        out += linear(file, f"{path}/{name}", layout, bias, part)
+        part = {LAYOUTS[name].strip("(")[0]: (start, sum(sizes.values()))}
+        out += linear(file, f"{path}/{name}", LAYOUTS[name], bias, part)
         start += size
     return out
 

@@ -1,7 +1,6 @@
 """RoBERTa and XLM-RoBERTa: a BERT whose positions begin after the padding's, and other heads.
 
-A head of classes reads the first token through a layer of its own, with dropout before it and
-after it.
+A head of classes reads the first token through a layer of its own, with dropout before it and after it.
 """
 
 from sftjax.errors import ModelError

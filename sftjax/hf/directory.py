@@ -459,7 +459,7 @@ def _tensor(parts, shape) -> np.ndarray:
 
 def _hf_config(model, rows, tokenizer) -> dict:
     hf = heads.exported(model)
-    if "text_config" in hf:
+    if hf.get("text_config"):
         hf["text_config"] = dict(text_config(hf), vocab_size=model.config.vocab)
     elif not reads_images(hf):
         hf["vocab_size"] = model.config.vocab

@@ -63,7 +63,7 @@ def stored_labels(hf: dict, kind: str = "document") -> tuple[str, ...]:
         return ()
     if kind == "span":
         return SPAN
-    if "architecture" in hf:
+    if "architecture" in hf:  # timm's form
         return tuple(hf.get("label_names") or numbered(hf["num_classes"]))
     by_id = hf.get("id2label")
     if by_id is None:  # what transformers assumes
@@ -87,8 +87,7 @@ def choose(
         classified = "image" if images else "document"
         head = classified if given is not None or classes else own_kind or plain
         head = plain if classes == 0 else head
-    known = {*ENDINGS, "vocabulary", plain} - ({"span", "image"} if causal else {"image"})
-    known = {"image", ""} if images else known
+    known = {"image", ""} if images else {*ENDINGS, "vocabulary", plain} - {"image", "span" if causal else "image"}
     if head not in known:
         raise ModelError(f"head={head!r}, expected one of {', '.join(filter(None, sorted(known)))}")
     if head not in ENDINGS:
@@ -106,7 +105,11 @@ def _labels(hf, head, given, classes) -> tuple[str, ...]:
         if not n:
             raise ModelError(f"head={head!r} needs labels, the names of its classes")
         return own or numbered(n)
-    given = _checked(given)
+    if isinstance(given, str) or not all(isinstance(x, str) and x for x in given):
+        raise ModelError(f"labels={given!r}, expected names in a row: ('negative', 'positive')")
+    given = tuple(given)
+    if not given or len(set(given)) < len(given):
+        raise ModelError(f"labels={given!r}, expected one or more names, all of them different")
     if classes is not None and classes != len(given):
         raise ModelError(f"classes={classes}, but there are {len(given)} labels")
     if own and len(own) != len(given) and head != "image":
@@ -122,18 +125,12 @@ def _labels(hf, head, given, classes) -> tuple[str, ...]:
     return given
 
 
-def _checked(given) -> tuple[str, ...]:
-    if isinstance(given, str) or not all(isinstance(x, str) and x for x in given):
-        raise ModelError(f"labels={given!r}, expected names in a row: ('negative', 'positive')")
-    given = tuple(given)
-    if not given or len(set(given)) < len(given):
-        raise ModelError(f"labels={given!r}, expected one or more names, all of them different")
-    return given
-
-
 def _list(labels) -> str:
-    some = ", ".join(labels[:5]) + ", ..." * (len(labels) > 5)
-    return f"{len(labels)} labels ({some})"
+    return f"{len(labels)} labels ({_some(labels, 5)})"
+
+
+def _some(names, most=4) -> str:
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -170,10 +167,6 @@ def report(path: str | Path, left_out: list[str], made: list[str], seed: int) ->
         parts.append(f"{len(made)} are made anew from seed {seed} ({_some(made)})")
     if parts and jax.process_index() == 0:
         warn(f"{path}: {'; '.join(parts)}")
-
-
-def _some(names, most=4) -> str:
-    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 # ---- export --------------------------------------------------------------------------------

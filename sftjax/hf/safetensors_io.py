@@ -52,17 +52,13 @@ class Reader:
             return [single]
         if index.exists():
             files = _indexed(index)
-            missing = [f for f in files if not (self.directory / f).exists()]
-            if missing:
-                some = missing if len(missing) <= 8 else [*missing[:8], "..."]
+            if missing := [f for f in files if not (self.directory / f).exists()]:
+                some = missing[:8] + ["..."] * (len(missing) > 8)
                 raise WeightsError(f"{index} names files that are absent: {some}. Download them too.")
             return [self.directory / f for f in files]
-        shards = sorted(self.directory.glob("*.safetensors"))
-        if shards:
+        if shards := sorted(self.directory.glob("*.safetensors")):
             return shards
-        endings = ("bin", "pt", "pth", "ckpt")
-        pickles = [f.name for ending in endings for f in self.directory.glob(f"*.{ending}")]
-        if pickles:
+        if pickles := [f.name for end in ("bin", "pt", "pth", "ckpt") for f in self.directory.glob(f"*.{end}")]:
             raise WeightsError(
                 f"{self.directory} holds only pickled weights ({', '.join(sorted(pickles)[:3])});"
                 " a pickle can run any code, so only safetensors are read. Convert it with"
@@ -97,10 +93,9 @@ def _indexed(index) -> list[str]:
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
         raise _damaged(index, "expected an object with weight_map, {tensor: file}", "index")
     files = sorted(set(names.values()))
-    for file in files:
-        if not _PLAIN.fullmatch(file):
-            expected = "a file of its own folder such as model-00001-of-00002.safetensors"
-            raise _damaged(index, f"it names {file!r:.200}, expected {expected}", "index")
+    if wrong := [file for file in files if not _PLAIN.fullmatch(file)]:
+        expected = "a file of its own folder such as model-00001-of-00002.safetensors"
+        raise _damaged(index, f"it names {wrong[0]!r:.200}, expected {expected}", "index")
     return files
 
 
@@ -211,25 +206,23 @@ def write(
             room = max_shard_bytes
         shards[-1].append((*row, size))
         room -= size
+    if len(shards) == 1:
+        return _write_file(directory / "model.safetensors", shards[0])
     weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        file = many if len(shards) > 1 else "model.safetensors"
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / file, shard)
         weight_map |= {row[0]: file for row in shard}
-    if len(shards) > 1:
-        total = sum(row[-1] for shard in shards for row in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    total = sum(row[-1] for shard in shards for row in shard)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    (directory / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _write_file(path, rows):
     header, offset = {"__metadata__": dict[str, Any](format="pt")}, 0
     for name, shape, dtype, _, size in rows:
-        span = [offset, offset + size]
         code = _CODES[np.dtype(dtype)]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": span}
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # tensors start aligned

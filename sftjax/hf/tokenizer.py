@@ -1,7 +1,6 @@
 """The tokenizer of a config, with its added tokens and its template."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -9,15 +8,12 @@ from sftjax.errors import ConfigError
 from sftjax.files import read_object, read_text
 from sftjax.hf.directory import load_model, resolve
 from sftjax.hf.names import reads_images
-from sftjax.hf.tokenizer_files import open_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sftjax.hf.tokenizer_files import Tokenizer, open_tokenizer
 
 TEMPLATE_BYTES = 1 << 24
 
 
-def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
+def load_tokenizer(config: ConfigDict) -> Tokenizer | None:
     """The tokenizer that the config names, with data.template if set; None where it names none."""
     d = config.data
     if not (d.tokenizer or config.model.path):
@@ -32,11 +28,9 @@ def load_tokenizer(config: ConfigDict) -> "PreTrainedTokenizerBase | None":
     if d.template:  # the export then carries it too
         named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
         if d.template not in named and not Path(d.template).is_file():
-            names = f", nor a template of the tokenizer's ({', '.join(sorted(named))})"
-            problem = f"data.template={d.template!r} does not exist: it is no file"
-            raise ConfigError(problem + names * bool(named))
-        own = named.get(d.template)
-        tokenizer.chat_template = own or read_text(d.template, ConfigError, TEMPLATE_BYTES)
+            names = f", nor a template of the tokenizer's ({', '.join(sorted(named))})" if named else ""
+            raise ConfigError(f"data.template={d.template!r} does not exist: it is no file{names}")
+        tokenizer.chat_template = named.get(d.template) or read_text(d.template, ConfigError, TEMPLATE_BYTES)
     return tokenizer
 
 

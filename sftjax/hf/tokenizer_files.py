@@ -11,7 +11,9 @@ from sftjax.errors import ConfigError
 from sftjax.files import check_regular, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers is slow to import
 
 TEMPLATES = "additional_chat_templates"  # a folder
 NAMES = (
@@ -51,7 +53,7 @@ def files_of(folder: Path, existing: bool = True) -> list[Path]:
     return [path for path in found if path.is_file()] if existing else found
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write the tokenizer so that whatever loads the directory that it came from loads this one."""
     source = Path(tokenizer.name_or_path or os.devnull)
     origin = _origin(source)
@@ -68,8 +70,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> Non
     if origin is not None and tokenizer.chat_template != origin.chat_template:
         new = _with_template(new, tokenizer.chat_template, directory)
     if new != config:
-        text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
-        said.write_text(text, encoding="utf-8")
+        said.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _origin(source):
@@ -102,26 +103,20 @@ def _same(one, other) -> bool:
         return False
     if not getattr(one, "is_fast", False):
         return one.get_vocab() == other.get_vocab()
-    return _machine(one) == _machine(other)
-
-
-def _machine(tokenizer) -> dict:
-    value = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What the last call asked for.
-    return {k: v for k, v in value.items() if k not in ("padding", "truncation")}
+    asked = {"padding": None, "truncation": None}  # for by the last call
+    ours, theirs = (json.loads(x.backend_tokenizer.to_str()) | asked for x in (one, other))
+    return ours == theirs
 
 
 def _for_all(config: dict, source: Path) -> dict:
     """A tokenizer_config.json of transformers 5 in the form that version 4 reads too."""
-    ours = config.get("tokenizer_class") == "TokenizersBackend"
     extra = config.get("extra_special_tokens")
     written = config.get("is_local") is not None  # by it, with what it was called with
-    if not (ours or written or isinstance(extra, list)):
+    if not (config.get("tokenizer_class") == "TokenizersBackend" or written or isinstance(extra, list)):
         return config
-    said, named = source / "tokenizer_config.json", None
-    if said.is_file():
-        named = read_json(said, ConfigError).get("tokenizer_class")
-    named = named or config.get("tokenizer_class")
+    said = source / "tokenizer_config.json"
+    known = read_json(said, ConfigError) if said.is_file() else {}
+    named = known.get("tokenizer_class") or config.get("tokenizer_class")
     if named in (None, "TokenizersBackend"):
         named = "PreTrainedTokenizerFast"
     dropped = ("backend", "is_local", "local_files_only", "extra_special_tokens")

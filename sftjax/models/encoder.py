@@ -79,34 +79,14 @@ def abstract(c: Config) -> dict:
     if c.token_types:
         tree["token_types"] = {"w": Param((c.token_types, c.width), (None, "embed"), normal)}
     if c.pooler:
-        w = Param((c.width, c.width), POOLER_AXES, normal, ("embed",))
-        bias = {"b": Param((c.width,), (None,), zeros)}
-        tree["pooler"] = {"w": w} | (bias if c.pooler.bias else {})
+        tree["pooler"] = {"w": Param((c.width, c.width), POOLER_AXES, normal, ("embed",))}
+        if c.pooler.bias:
+            tree["pooler"]["b"] = Param((c.width,), (None,), zeros)
         if c.pooler.norm:
             tree["pooler_norm"] = layer.norm_params(c)
     if c.head == "vocabulary" and c.vocab_bias:
         tree["vocab_bias"] = {"b": Param((c.rows,), ("vocab",), zeros)}
     return tree
-
-
-def forward(
-    config: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    types: jax.Array,
-    rng: jax.Array | None = None,
-) -> jax.Array:
-    """Hidden states [B, S, D]; tokens to types: int32 [B, S]; rng: of dropout, None = without."""
-    own = types if config.token_types else None
-    x, ctx = decoder.embed(config, params, tokens, positions, segments, rng, own)
-    layers = params["layers"]
-    if config.relative:
-        table = layer.norm(config, params["relative"]["w"], params["relative_norm"])
-        layers = decoder.with_shared(config, params, relative=table)
-    x, _, _ = decoder.run_layers(config, layers, ctx, x)
-    return unspread(layer.norm(config, x, params.get("norm")))
 
 
 def mean_of_documents(x: jax.Array, segments: jax.Array) -> jax.Array:
@@ -135,10 +115,15 @@ class Model(base.Body):
         token_types int32 [B, S] default to 0; positions and segments to one document a row. For a vocabulary head the
         hidden states are those that it reads, after the layer before it.
         """
-        tokens, types = batch["tokens"], batch.get("token_types")
-        types = jnp.zeros_like(tokens) if types is None else types
-        hidden = forward(self.config, params, tokens, *base.places(batch), types, rng)
-        return self.pooled(params, hidden) if self.config.head == "vocabulary" else hidden, None
+        c, tokens, layers = self.config, batch["tokens"], params["layers"]
+        types = batch.get("token_types", jnp.zeros_like(tokens)) if c.token_types else None
+        x, ctx = decoder.embed(c, params, tokens, *base.places(batch), rng, types)
+        if c.relative:
+            table = layer.norm(c, params["relative"]["w"], params["relative_norm"])
+            layers = decoder.with_shared(c, params, relative=table)
+        x, _, _ = decoder.run_layers(c, layers, ctx, x)
+        hidden = unspread(layer.norm(c, x, params.get("norm")))
+        return self.pooled(params, hidden) if c.head == "vocabulary" else hidden, None
 
     def pooled(self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[B, S, D] of hidden [B, S, D]: what the head reads; hidden itself without a pooler."""

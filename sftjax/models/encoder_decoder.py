@@ -65,8 +65,7 @@ def _as_t5(c, name, p):
     if p.inputs is None or "vocab" in p.axes:
         std = None if p.inputs is None and name != "embed/w" else 1.0
     else:
-        sizes = zip(p.shape, p.axes, strict=True)
-        std = math.prod(n for n, axis in sizes if axis in p.inputs) ** -0.5
+        std = math.prod(n for n, axis in zip(p.shape, p.axes, strict=True) if axis in p.inputs) ** -0.5
         std *= c.head_dim**-0.5 if "/q/" in name else 1.0
     return dataclasses.replace(p, init=jax.nn.initializers.normal(std)) if std else p
 
@@ -105,9 +104,8 @@ class Model(base.Body):
         T]. Positions and segments default to one pair a row.
         """
         c, targets = self.config, batch["targets"]
-        own = {"tokens": targets}
-        own |= {k: batch.get(f"target_{k}") for k in ("positions", "segments")}
-        positions, segments = base.places(own)
+        own = {k: batch.get(f"target_{k}") for k in ("positions", "segments")}
+        positions, segments = base.places({"tokens": targets} | own)
         rngs = (None, None) if rng is None else jax.random.split(rng)
         source = encode(c, params, batch["tokens"], *base.places(batch), rng=rngs[0])
         before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
@@ -119,11 +117,8 @@ class Model(base.Body):
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """See flops.train_flops; the `trained` tokens are the targets', `pairs` the sources'."""
         c, tree = self.config, self.abstract
-        source_of, target_of = (
-            flops.train_flops(config, side(trainable), side(tree))
-            for config, side in [(c.encoder, _with_embed), (c, dict)]
-        )
-
+        source_of = flops.train_flops(c.encoder, _with_embed(trainable), _with_embed(tree))
+        target_of = flops.train_flops(c, trainable, tree)
         on, keys = flatten(trainable), 0  # what makes keys and values reads the source's tokens
         for name, p in flops.matrices(tree["layers"], "layers/"):
             if "/cross/k/" in name or "/cross/v/" in name:

@@ -47,15 +47,11 @@ def train_flops(
     head = head_flops(c, trainable, abstract, c.vocab)
 
     def flops(tokens, trained, pairs):
-        attention = sum(cost * _seen(c, tokens, pairs(window)) for window, cost in per_pair.items())
-        return per_token * tokens + head * trained + attention
+        # In both directions, each pair but a token with itself is two.
+        seen = pairs if c.causal else lambda window: 2 * pairs(window) - tokens
+        return per_token * tokens + head * trained + sum(cost * seen(window) for window, cost in per_pair.items())
 
     return flops
-
-
-def _seen(c, tokens, pairs) -> float:
-    """All pairs that see each other: in both directions, each but a token with itself is two."""
-    return pairs if c.causal else 2 * pairs - tokens
 
 
 def head_flops(config: decoder.Config, trainable: dict, abstract: dict, rows: int) -> int:
@@ -65,11 +61,9 @@ def head_flops(config: decoder.Config, trainable: dict, abstract: dict, rows: in
     """
     on, total = params_lib.flatten(trainable), 0
     vocabulary = "embed" if config.tied and config.head == "vocabulary" else "head"
-    names = ("score" if config.classes else vocabulary, "pooler")
-    for name in names:
+    for name in ("score" if config.classes else vocabulary, "pooler"):
         for key, p in matrices(abstract.get(name, {}), f"{name}/"):
-            sizes = zip(p.shape, p.axes, strict=True)
-            size = math.prod(rows if axis == "vocab" else n for n, axis in sizes)
+            size = math.prod(rows if axis == "vocab" else n for n, axis in zip(p.shape, p.axes, strict=True))
             total += size * (4 + 2 * on[key])
     return total
 

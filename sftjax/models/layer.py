@@ -64,6 +64,8 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
     """
     normal, zeros = jax.nn.initializers.normal(c.init_std), jax.nn.initializers.zeros
     lead = ((n,), ("layers",))
+    q = {"heads": c.heads, "head_dim": c.head_dim}
+    kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
 
     def linear(bias, inputs, **sizes: int):
         """A product's weight, of axes `sizes`, and its bias, of axes `bias`, () for none."""
@@ -73,16 +75,10 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
             p["b"] = Param((n, *(sizes[a] for a in bias)), ("layers", *bias), zeros)
         return p
 
-    q = {"heads": c.heads, "head_dim": c.head_dim}
-    kv = {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-
     def attention() -> dict[str, Any]:
-        return {
-            "q": linear(tuple(q) * c.qkv_bias, ("embed",), embed=c.width, **q),
-            "k": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
-            "v": linear(tuple(kv) * c.qkv_bias, ("embed",), embed=c.width, **kv),
-            "o": linear(("embed",) * c.out_bias, tuple(q), **q, embed=c.width),
-        }
+        own = {"q": q, "k": kv, "v": kv}
+        parts = {x: linear(tuple(to) * c.qkv_bias, ("embed",), embed=c.width, **to) for x, to in own.items()}
+        return parts | {"o": linear(("embed",) * c.out_bias, tuple(q), **q, embed=c.width)}
 
     attn = attention()
     if c.buckets:
@@ -108,9 +104,8 @@ def abstract(c: "Config", n: int, kind: "Kind") -> dict:
     if c.experts:
         bias = ("choice",) * c.mlp_bias
         mlp["router"] = linear(bias, ("embed",), embed=c.width, choice=c.experts)
-    names, parts = NORMS[c.norms], {"attn": attn, "mlp": mlp}
-    parts |= {"cross": attention()} if c.cross else {}
-    out = {f"{part}{n}_norm": norm_params(c, lead) for part in parts for n in names}
+    parts = {"attn": attn, "mlp": mlp} | ({"cross": attention()} if c.cross else {})
+    out = {f"{part}{end}_norm": norm_params(c, lead) for part in parts for end in NORMS[c.norms]}
     if not kind.attn_norm:
         del out["attn_norm"]
     return out | parts
@@ -203,9 +198,9 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
     if kv is not None:
         kv, (k, v) = kv.add(k, v, ctx["slot"])
 
-    how = _how(config) | dict(softcap=config.attn_softcap, causal=config.causal)
-    how |= dict(sinks=p.get("sinks"), from_cache=kv is not None)
-    how |= dict(distances=p.get("distances"), furthest=config.furthest)
+    how: dict[str, Any] = dict(scale=config.attn_scale or None, softcap=config.attn_softcap, causal=config.causal)
+    how |= dict(sinks=p.get("sinks"), distances=p.get("distances"), furthest=config.furthest)
+    how |= dict(backend=config.attention, from_cache=kv is not None)
     if config.relative:  # with the layer's own matrices
         how["relative"] = tuple(project("rd,dkh->rkh", p["relative"], p[x]) for x in "kq")
     attend: Callable = functools.partial(attention, q, **ctx["where"], **how)
@@ -216,10 +211,6 @@ def _attention(config, kind, axes, p, x, ctx, kv, first):
         own = attend(k, v, window=config.loop_window)
         out = _mix(p["mix"], q, attend(*first, window=kind.window), own)
     return project("bsnh,nhd->bsd", out, p["o"]), (k, v) if kv is None else kv
-
-
-def _how(config):
-    return dict(scale=config.attn_scale or None, backend=config.attention)
 
 
 @jax.named_scope("cross")
@@ -233,8 +224,9 @@ def _cross(config, axes, p, x, ctx, known):
     k, v = known or source_keys(p, source["hidden"])
     mine = {name: ctx["where"][name] for name in ("segments", "positions")}
     theirs = {f"kv_{name}": source[name] for name in mine}
-    how = _how(config) | dict(causal=False, from_cache=known is not None)
-    return project("bsnh,nhd->bsd", attention(q, k, v, **mine, **theirs, **how), p["o"])
+    how: Any = dict(scale=config.attn_scale or None, backend=config.attention, causal=False)
+    out = attention(q, k, v, **mine, **theirs, **how, from_cache=known is not None)
+    return project("bsnh,nhd->bsd", out, p["o"])
 
 
 def source_keys(p: dict[str, Any], hidden: jax.Array) -> Pair:

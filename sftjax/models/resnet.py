@@ -126,10 +126,8 @@ class Model:
     def with_trained(self, trainable: dict) -> "Model":
         """The same model; a norm of which nothing is trained keeps its statistics."""
         on = params_lib.flatten(trainable)
-        norms = {name.removesuffix("/mean") for name in params_lib.flatten(self.state)}
-        norms = {name for name in norms if not name.endswith("/var")}
-        frozen = {n for n in norms if not (on[f"{n}/scale"] or on[f"{n}/b"])}
-        return dataclasses.replace(self, frozen=frozenset(frozen))
+        norms = (name.removesuffix("/mean") for name in params_lib.flatten(self.state) if name.endswith("/mean"))
+        return dataclasses.replace(self, frozen=frozenset(n for n in norms if not (on[f"{n}/scale"] or on[f"{n}/b"])))
 
     def outputs(
         self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None, model_state: dict | None = None
@@ -155,14 +153,17 @@ class Model:
 
         x = normalised(batch["image"], c.mean, c.std).astype(c.dtype)
         x = jax.nn.relu(convolved(x, "stem", 1 if c.small else 2))
-        x = x if c.small else max_pool(x)
+        if not c.small:  # the largest of each 3x3 pixels, at every second one
+            pads = [(0, 0), (1, 1), (1, 1), (0, 0)]
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
         for name, *block in blocks(c):
             before, parts = x, convolutions(c, *block)
-            for i, (part, *_, stride) in enumerate([q for q in parts if q[0] != "shortcut"]):
-                x = convolved(jax.nn.relu(x) if i else x, f"{name}/{part}", stride)
-            if parts[-1][0] == "shortcut":
-                before = convolved(before, f"{name}/shortcut", parts[-1][-1])
-            elif before.shape != x.shape:
+            for part, *_, stride in parts:
+                if part == "shortcut":  # the last of them
+                    before = convolved(before, f"{name}/{part}", stride)
+                else:
+                    x = convolved(x if part == "conv1" else jax.nn.relu(x), f"{name}/{part}", stride)
+            if before.shape != x.shape:
                 more = (x.shape[-1] - before.shape[-1]) // 2
                 before = jnp.pad(before[:, ::2, ::2], [(0, 0)] * 3 + [(more, more)])
             x = jax.nn.relu(x + before)
@@ -200,12 +201,6 @@ def convolve(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride, stride), (pad, pad), dimension_numbers=dims)
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """The largest of each 3x3 pixels of x [B, H, W, C], at every second one."""
-    pads = [(0, 0), (1, 1), (1, 1), (0, 0)]
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
-
-
 def batch_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, state: dict, there: jax.Array | None, eps: float
 ) -> tuple[jax.Array, dict]:
@@ -223,8 +218,7 @@ def batch_norm(
         var = jnp.sum((wide - mean) ** 2 * w, (0, 1, 2)) / n
         fresh = {"mean": mean, "var": var * n / jnp.maximum(n - 1, 1)}
         some = jnp.any(there)
-        kept = {k: v + MOMENTUM * (fresh[k] - v) for k, v in state.items()}
-        state = {k: jnp.where(some, kept[k], v) for k, v in state.items()}
+        state = {k: jnp.where(some, v + MOMENTUM * (fresh[k] - v), v) for k, v in state.items()}
         state = jax.lax.stop_gradient(state)
     factor = jax.lax.rsqrt(var + eps) * scale
     y = x.astype(jnp.float32) * factor + (bias - mean * factor)

@@ -45,11 +45,10 @@ def grow(
         params = params | {"vocab_bias": {"b": bias}}
     if size == first:
         return model, params
-    for name in ("embed", "head"):
-        if name in params and is_node(params[name]["w"]):
-            kind = type(params[name]["w"]).__name__
-            raise ModelError(f"vocab.grow: {name}/w is a {kind}; grow the plain table before")
     tables: dict[str, Any] = {n: model.abstract[n] for n in ("embed", "head") if n in params}
+    for name in tables:
+        if is_node(w := params[name]["w"]):
+            raise ModelError(f"vocab.grow: {name}/w is a {type(w).__name__}; grow the plain table before")
     now, shardings = getattr(params["embed"]["w"], "sharding", None), dict.fromkeys(tables)
     if isinstance(now, NamedSharding):
         shardings = parallel.param_shardings(now.mesh, tables)

@@ -19,12 +19,8 @@ def lookup(w: jax.Array, tokens: jax.Array, axes: tuple[str | None, ...] = ("voc
     if mesh.empty:
         return w[tokens]
     table, rows = spec(axes), spec(("batch", "seq"))
-    look = functools.partial(_shard, exchange=RULES["embed"] == table[1])
-    return shard_map(
-        functools.partial(look, parts=axis_size(mesh, RULES["vocab"])),
-        (table, rows),
-        spec(("batch", "seq", "act_embed")),
-    )(w, tokens)
+    look = functools.partial(_shard, parts=axis_size(mesh, RULES["vocab"]), exchange=RULES["embed"] == table[1])
+    return shard_map(look, (table, rows), spec(("batch", "seq", "act_embed")))(w, tokens)
 
 
 def _shard(w, tokens, parts, exchange):

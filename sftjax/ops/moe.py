@@ -65,16 +65,11 @@ def mixture(
     if jax.sharding.get_abstract_mesh().empty:
         return _experts(x, chosen, weights, p, first=0, glu=glu)
     tokens = spec(("batch", "seq", None))
-    axes = {
-        "gate": {"w": ("expert", "embed", "mlp"), "b": ("expert", "mlp")},
-        "up": {"w": ("expert", "embed", "mlp"), "b": ("expert", "mlp")},
-        "down": {"w": ("expert", "mlp", "embed"), "b": ("expert", "embed")},
-    }
+    up = {"w": ("expert", "embed", "mlp"), "b": ("expert", "mlp")}
+    axes = {"gate": up, "up": up, "down": {"w": ("expert", "mlp", "embed"), "b": ("expert", "embed")}}
     p = {n: p[n] for n in axes}
-    axes = {n: {k: axes[n][k] for k in p[n]} for n in p}
-    specs = weight.map_arrays(lambda _, a: spec(in_use(a)), p, axes)
-    shard = functools.partial(_shard, glu=glu)
-    return shard_map(shard, (tokens, tokens, tokens, specs), tokens)(x, chosen, weights, p)
+    specs = weight.map_arrays(lambda _, a: spec(in_use(a)), p, {n: {k: axes[n][k] for k in p[n]} for n in p})
+    return shard_map(functools.partial(_shard, glu=glu), (tokens,) * 3 + (specs,), tokens)(x, chosen, weights, p)
 
 
 def _shard(x, chosen, weights, p, glu):

@@ -32,7 +32,7 @@ def crop(key: jax.Array, x: jax.Array) -> jax.Array:
     """Moved by up to an eighth of its side each way; black comes in."""
     h, w, c = x.shape
     pads = [(round(n * PAD), round(n * PAD)) for n in (h, w)]
-    at = [jax.random.randint(k, (), 0, 2 * p + 1) for k, (p, _) in zip(_two(key), pads, strict=True)]
+    at = [jax.random.randint(k, (), 0, 2 * p + 1) for k, (p, _) in zip(jax.random.split(key), pads, strict=True)]
     return jax.lax.dynamic_slice(jnp.pad(x, [*pads, (0, 0)]), (*at, 0), (h, w, c))
 
 
@@ -75,7 +75,7 @@ def color(key: jax.Array, x: jax.Array) -> jax.Array:
 
 def noise(key: jax.Array, x: jax.Array) -> jax.Array:
     """Plus normal noise, of a deviation of up to a tenth of the range."""
-    strength, each = _two(key)
+    strength, each = jax.random.split(key)
     deviation = jax.random.uniform(strength, maxval=25.5)
     return jnp.clip(x + deviation * jax.random.normal(each, x.shape), 0, 255)
 
@@ -83,8 +83,8 @@ def noise(key: jax.Array, x: jax.Array) -> jax.Array:
 def randaugment(key: jax.Array, x: jax.Array) -> jax.Array:
     """Two of the others, drawn for each image (after Cubuk et al. 2019)."""
     several = (rotate, crop, zoom, color, noise)
-    for one in _two(key):
-        which, own = _two(one)
+    for one in jax.random.split(key):
+        which, own = jax.random.split(one)
         x = jax.lax.switch(jax.random.randint(which, (), 0, len(several)), several, own, x)
     return x
 
@@ -97,9 +97,9 @@ MIXES = ("mixup", "cutmix")
 
 def check_names(names: Sequence[str]) -> None:
     """Raise ConfigError for a name that is neither of VARIANTS nor of MIXES."""
-    if unknown := [n for n in names if n not in VARIANTS and n not in MIXES]:
-        known = ", ".join([*VARIANTS, *MIXES])
-        raise ConfigError(f"data.augment: {unknown[0]!r} is no variant of images; known: {known}")
+    known = [*VARIANTS, *MIXES]
+    if unknown := [n for n in names if n not in known]:
+        raise ConfigError(f"data.augment: {unknown[0]!r} is no variant of images; known: {', '.join(known)}")
 
 
 def vary(rng: jax.Array, batch: dict, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -123,8 +123,7 @@ def vary(rng: jax.Array, batch: dict, names: Sequence[str]) -> dict[str, jax.Arr
     share = jax.random.uniform(shares, (B,))
     blend = jnp.einsum("b,bhwc->bhwc", share, x) + jnp.einsum("b,bhwc->bhwc", 1 - share, x[other])
     box = jax.vmap(_box, (0, None, 0))(jax.random.split(boxes, B), x.shape[1:3], 1 - share)
-    boxed = jnp.array([name == "cutmix" for name in mixes])
-    boxed = boxed[jax.random.randint(which, (B,), 0, len(mixes))]
+    boxed = jnp.array([name == "cutmix" for name in mixes])[jax.random.randint(which, (B,), 0, len(mixes))]
     pasted = jnp.where(box[..., None], x[other], x)
     share = jnp.where(boxed, 1 - jnp.mean(box, (1, 2)), share)
     x = jnp.where(boxed[:, None, None, None], pasted, blend)
@@ -134,12 +133,8 @@ def vary(rng: jax.Array, batch: dict, names: Sequence[str]) -> dict[str, jax.Arr
 def _box(key, size, area):
     """A rectangle of the image's shape and of this share of its area in it, as bool [H, W]."""
     inside = []
-    for n, own in zip(size, _two(key), strict=True):
+    for n, own in zip(size, jax.random.split(key), strict=True):
         side = jnp.round(jnp.sqrt(area) * n)
         start = jnp.floor(jax.random.uniform(own) * (n - side + 1))
         inside.append((jnp.arange(n) >= start) & (jnp.arange(n) < start + side))
     return inside[0][:, None] & inside[1]
-
-
-def _two(key):
-    return jax.random.split(key)

@@ -111,8 +111,7 @@ BY_LENGTH = ("dynamic", "longrope")  # these look at the lengths
 def frequencies(rope: Rope, head_dim: int, lengths: jax.Array | None = None) -> tuple[np.ndarray | jax.Array, float]:
     """(float32 angular frequencies [..., dim/2], factor on sine and cosine)."""
     if rope.kind not in FREQUENCIES:
-        known = ", ".join(FREQUENCIES)
-        raise ModelError(f"rope type {rope.kind!r} is not supported; known: {known}")
+        raise ModelError(f"rope type {rope.kind!r} is not supported; known: {', '.join(FREQUENCIES)}")
     settings = {k: v for k, v in rope.scaling if v is not None}
     lengths = jnp.zeros((1, 1, 1, 1)) if lengths is None else lengths
     try:

@@ -5,7 +5,6 @@ A new task is one file here and one line in TASKS; a user's own is `path/to/file
 
 import difflib
 import importlib
-from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -13,10 +12,8 @@ from sftjax.config import ConfigError, get_default
 from sftjax.files import load_python
 from sftjax.hf.heads import MASKED, PAIRED, kind_of
 from sftjax.hf.names import reads_images
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.tasks.base import Example, Scores, Task  # noqa: F401 (offered here)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # name -> "module:class"; imported when a config names it.
 TASKS = {
@@ -45,7 +42,11 @@ def find(name: str) -> type[Task]:
     Raises: ConfigError for a name, a file or a class that does not exist.
     """
     if ":" in name:
-        return _users(name)
+        path, _, cls = name.rpartition(":")
+        found = getattr(load_python(path, f"task={name!r}"), cls, None)
+        if not (isinstance(found, type) and issubclass(found, Task)):
+            raise ConfigError(f"task={name!r}: {path} has no class {cls} derived from sftjax.tasks.Task")
+        return found
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -78,16 +79,7 @@ def of_head(hf: dict) -> str:
     return "token_labels" if kind == "token" else "causal_lm"
 
 
-def _users(name) -> type[Task]:
-    path, _, cls = name.rpartition(":")
-    module = load_python(path, f"task={name!r}")
-    found = getattr(module, cls, None)
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"task={name!r}: {path} has no class {cls} derived from sftjax.tasks.Task")
-    return found
-
-
-def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Task:
+def make(config: ConfigDict, tokenizer: Tokenizer | None) -> Task:
     """The task that a config names, with its settings. tokenizer: None where it needs none."""
     task = find(config.task).of(config, tokenizer)
     for key, plain in {} if task.generates else ASKING.items():
@@ -98,15 +90,14 @@ def make(config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Tas
             )
     if config.data.max_target_length and not hasattr(task.layout, "source"):
         raise ConfigError(f"data.max_target_length is nothing that task={config.task!r} reads")
-    for key, kind in {"focal_gamma": "focal", "huber_delta": "huber"}.items():
-        if config.loss[key] != get_default().loss[key] and config.loss.kind != kind:
-            raise ConfigError(f"loss.{key} is of loss.kind={kind!r}, and that is not set")
-    if task.options is not None:
-        for key, plain in get_default().loss.items():
-            if (value := getattr(config.loss, key)) != plain and key not in task.options:
-                raise ConfigError(
-                    f"loss.{key}={value!r} is not of task={config.task!r}, of which"
-                    f" {', '.join(f'loss.{k}' for k in task.options)} may be set"
-                )
+    kinds = {"focal_gamma": "focal", "huber_delta": "huber"}
+    for key, plain in get_default().loss.items():
+        if (value := config.loss[key]) == plain:
+            continue
+        if key in kinds and config.loss.kind != kinds[key]:
+            raise ConfigError(f"loss.{key} is of loss.kind={kinds[key]!r}, and that is not set")
+        if task.options is not None and key not in task.options:
+            may = ", ".join(f"loss.{k}" for k in task.options)
+            raise ConfigError(f"loss.{key}={value!r} is not of task={config.task!r}, of which {may} may be set")
     task.beside = tuple(filter(None, (config.eval.choices, config.eval.group)))
     return task

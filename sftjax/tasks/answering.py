@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 import numpy as np
 
@@ -11,10 +11,8 @@ from sftjax import losses
 from sftjax.errors import writing
 from sftjax.evaluation import metrics
 from sftjax.evaluation.answers import Asking, answered
+from sftjax.models import decoder
 from sftjax.tasks.base import E, EvalFn, Scores, Task, perplexity
-
-if TYPE_CHECKING:
-    from sftjax.models import decoder
 
 
 class Answering(Task[E], Generic[E]):
@@ -27,7 +25,7 @@ class Answering(Task[E], Generic[E]):
     cut_at = ""  # where an answer ends, in the text
     generates = True
 
-    def eval_fn(self, model: "decoder.Model", options: dict) -> EvalFn:
+    def eval_fn(self, model: decoder.Model, options: dict) -> EvalFn:
         """The token-weighted loss, whatever the weighting of training, and the accuracy.
 
         The predictions are the sums of each document's losses and weights.
@@ -56,7 +54,7 @@ class Answering(Task[E], Generic[E]):
         return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
 
     def answers(
-        self, model: "decoder.Model", params: Any, questions: list, groups: Sequence | None = None, **options: Any
+        self, model: decoder.Model, params: Any, questions: list, groups: Sequence | None = None, **options: Any
     ) -> dict:
         """What the texts score by eval.metrics, see evaluation.answers.answered."""
         options |= dict(stop_ids=self.stop_ids, cut_at=self.cut_at, groups=groups)
@@ -86,12 +84,8 @@ class Answering(Task[E], Generic[E]):
         with writing("the file", path), open(path, "w", encoding="utf-8") as f:
             rows = zip(questions, before["answers"], after["answers"], strict=True)
             for asked, old, new in rows:
-                row = {
-                    "prompt": self.tokenizer.decode(asked.prompt),
-                    "reference": asked.answer,
-                    "before": old,
-                    "after": new,
-                }
+                row = {"prompt": self.tokenizer.decode(asked.prompt), "reference": asked.answer}
+                row |= {"before": old, "after": new}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,13 +25,11 @@ from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
 from sftjax.errors import ConfigError
 from sftjax.evaluation.answers import Asking, with_choices
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
 from sftjax.tasks.base import counted, read_model
 from sftjax.terminal import printable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 READING = ("fields", "roles")  # of a policy: what says how to read a record
@@ -47,14 +45,14 @@ class CausalLM(Answering[chat.Encoded]):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: Tokenizer | None,
         policy: dict | None = None,
         asking: Asking = Asking(),  # noqa: B008, it is a constant
     ) -> None:
         self.tokenizer, self.policy, self.asking = tokenizer, dict(policy or {}), asking
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "CausalLM":
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> "CausalLM":
         """The task of a config. Raises: ConfigError for a setting of another task."""
         d = config.data
         foreign = {f"data.fields.{k}": d.fields[k] for k in cls.foreign}
@@ -90,14 +88,12 @@ class CausalLM(Answering[chat.Encoded]):
             raise ConfigError("model.path is empty, or of images; give a language model's directory")
         special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
         settings = {k: dict(v) if k == "fields" and v else v for k, v in self.policy.items()}
-        texts = template_texts(self.tokenizer, self.policy.get("template"))
-        settings["template"] = list(texts.values())
+        settings["template"] = list(template_texts(self.tokenizer, self.policy.get("template")).values())
         return [settings, special]
 
     def cut(self, example: chat.Encoded, max_length: int, overlong: str) -> list[tuple]:
         """(tokens int32 [n], weights float32 [n]) of each piece with a trained token."""
-        bos = self.tokenizer.bos_token_id
-        return fit(example.tokens, example.weights, max_length, overlong, bos)
+        return fit(example.tokens, example.weights, max_length, overlong, self.tokenizer.bos_token_id)
 
     def kept(self, example: chat.Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
         """The places of the tokens of each piece."""
@@ -116,8 +112,7 @@ class CausalLM(Answering[chat.Encoded]):
 
     def canonical(self) -> "CausalLM":
         """The task without what the policy says of fields, roles, system prompt and template."""
-        rest = {k: v for k, v in self.policy.items() if k not in FORM}
-        return CausalLM(self.tokenizer, rest)
+        return CausalLM(self.tokenizer, {k: v for k, v in self.policy.items() if k not in FORM})
 
     def answers_only(self) -> "CausalLM":
         """The task that trains the last answer of each record and nothing else."""
@@ -152,11 +147,11 @@ class CausalLM(Answering[chat.Encoded]):
             f"nothing is trained in any of {sum(lost.values())} rows ({counted(lost)}): check"
             f" data.train_on={self.policy.get('train_on', 'assistant')!r} and data.max_length={max_length}."
         )
-        if not first:
-            return text
-        where, example = first
-        shown = mark_spans(example.text, example.spans)
-        return f"{text} {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n{shown}"
+        if first:
+            where, example = first
+            shown = mark_spans(example.text, example.spans)
+            text += f" {where}, {len(example.tokens)} tokens, trained spans in ⟦ ⟧:\n{shown}"
+        return text
 
     # ---- model and loss ----
 
@@ -200,14 +195,13 @@ class CausalLM(Answering[chat.Encoded]):
 
     def try_it(self, section: ConfigDict, export: Path) -> str:
         """The command that asks the export the first question of data.test; "" without one."""
-        d = section
-        if not (d.test and self.tokenizer.chat_template):
+        if not (section.test and self.tokenizer.chat_template):
             return ""
         keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
-        first = to_conversation(self.as_text(open_source(d.test), 0), **keys)
+        first = to_conversation(self.as_text(open_source(section.test), 0), **keys)
         prompt = quote(first["messages"][-2]["content"]) + self.beside_prompt
         python, model = os.path.relpath(sys.executable), os.path.relpath(export)
-        system = f" --system={quote(d.system)}" if d.system else ""
+        system = f" --system={quote(section.system)}" if section.system else ""
         return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"
 
 

@@ -6,7 +6,7 @@ It is read from a body's first or last token. A document may be a pair of texts.
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,13 +17,11 @@ from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.hf.heads import stored_labels
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.base import EvalFn, Scores, Task, read_model
 from sftjax.tasks.texts import Labelled, Texts
 from sftjax.terminal import columns
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAJORITY = 0.9  # a share of one label from which on a warning proposes class weights
 NEEDED = (
@@ -41,15 +39,15 @@ class Labels:
 
     def __init__(self, given: Mapping[Any, str] | Sequence[str]) -> None:
         self.given = given
-        if isinstance(given, Mapping) or hasattr(given, "items"):
+        if hasattr(given, "items"):
             self.by_value = {str(value): name for value, name in given.items()}
             self.names = tuple(dict.fromkeys(self.by_value.values()))
         else:
             self.names = tuple(given)
             self.by_value = {str(i): name for i, name in enumerate(self.names)}
             self.by_value |= {name: name for name in self.names}
-        wrong = [n for n in self.names if not isinstance(n, str) or not n]
-        if wrong or len(set(self.names)) < len(self.names) or len(self.names) < 2:
+        texts = {n for n in self.names if isinstance(n, str) and n}
+        if not 2 <= len(self.names) == len(texts):
             raise ConfigError(
                 f"data.labels={given!r}: expected two or more different names, such as"
                 " ('negative', 'positive'), or {0: 'negative', 1: 'positive'}"
@@ -62,16 +60,15 @@ class Labels:
             texts += [str(value).lower(), str(int(value))]
         elif isinstance(value, float) and value.is_integer():
             texts.append(str(int(value)))
-        name = next((self.by_value[t] for t in texts if t in self.by_value), None)
-        if name is None:
-            expected = ", ".join(map(repr, self.by_value))
-            raise DataError(
-                f"label {value!r} is unknown; expected one of {expected}",
-                "correct the row, or name the label in data.labels",
-                where=where,
-                kind="unknown_label",
-            )
-        return self.names.index(name)
+        for text in texts:
+            if text in self.by_value:
+                return self.names.index(self.by_value[text])
+        raise DataError(
+            f"label {value!r} is unknown; expected one of {', '.join(map(repr, self.by_value))}",
+            "correct the row, or name the label in data.labels",
+            where=where,
+            kind="unknown_label",
+        )
 
 
 class Classification(Texts):
@@ -85,7 +82,7 @@ class Classification(Texts):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: Tokenizer | None,
         labels: Mapping[Any, str] | Sequence[str],
         names: Mapping[str, str] | None = None,
         reads: str = "first",
@@ -136,8 +133,7 @@ class Classification(Texts):
 
     def summary(self, report: dict) -> str:
         """The numbers of examples and tokens, and each label's share."""
-        shares = self.facts(report)["labels"]
-        return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {shares}"
+        return f"{report['examples']:,} examples, {report['tokens']:,} tokens; {self.facts(report)['labels']}"
 
     def labelled(self, report: dict) -> int:
         """How many labels a store has, at least 1; of several labels a text: how many texts."""
@@ -146,8 +142,7 @@ class Classification(Texts):
     def facts(self, report: dict) -> dict[str, str]:
         """Each label's share of what is labelled."""
         total = self.labelled(report)
-        shares = (f"{name} {n / total:.1%}" for name, n in report["labels"].items())
-        return {"labels": ", ".join(shares)}
+        return {"labels": ", ".join(f"{name} {n / total:.1%}" for name, n in report["labels"].items())}
 
     def warnings(self, report: dict) -> Iterable[str]:
         """Of labels without an example, and of one that most examples have."""
@@ -170,8 +165,7 @@ class Classification(Texts):
 
     def own(self, options: dict) -> dict[str, Any]:
         """As of Task, with a weight for each label."""
-        weights = self.class_weights(options["class_weights"])
-        return {**super().own(options), "class_weights": weights}
+        return super().own(options) | {"class_weights": self.class_weights(options["class_weights"])}
 
     def class_weights(self, text: str) -> tuple[float, ...]:
         """() for none, or a weight for each label. Raises: ConfigError."""

@@ -40,20 +40,16 @@ class MaskedLM(Texts):
 
     def own(self, options: dict) -> dict[str, Any]:
         """As of Task, and the token that hides others."""
-        return {**super().own(options), "mask_id": self._mask_id}
+        # Without a tokenizer it is a plan's, whose program is that of any id.
+        mask_id = 0 if self.tokenizer is None else self.tokenizer.mask_token_id
+        if mask_id is None:
+            raise ConfigError("task='masked_lm': the tokenizer has no mask token")
+        return {**super().own(options), "mask_id": mask_id}
 
     def eval_fn(self, model: Model, options: dict) -> EvalFn:
         """The loss of tokens that a hash chooses, and how many of them are found."""
         loss_fn = self.loss(model, accuracy=True, **self.own(options))
         return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
-
-    @property
-    def _mask_id(self) -> int:
-        if self.tokenizer is None:
-            return 0  # of a plan, whose program is that of any id
-        if (found := self.tokenizer.mask_token_id) is None:
-            raise ConfigError("task='masked_lm': the tokenizer has no mask token")
-        return found
 
     def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """The perplexity; the accuracy is a metric of the loss."""

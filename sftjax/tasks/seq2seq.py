@@ -5,7 +5,7 @@ packing.pairs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,14 +15,12 @@ from sftjax.data.packing.pairs import NONE, PairRows
 from sftjax.data.records.sources import Source
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation.answers import Asking
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
 from sftjax.tasks.base import read_model
 from sftjax.tasks.texts import TEXTS, Texts
 from sftjax.terminal import warn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 KINDS = ("text", "label")
 TARGETS = ("target", "summary", "answer", "completion", "output", "response")
@@ -57,7 +55,7 @@ class Seq2Seq(Answering[Any], Texts):
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: Tokenizer | None,
         names: Mapping[str, str] | None = None,
         sizes: tuple[int, int] = (1024, 1024),
         asking: Asking = Asking(),  # noqa: B008, it is a constant
@@ -70,7 +68,7 @@ class Seq2Seq(Answering[Any], Texts):
             raise ConfigError("task='seq2seq': the tokenizer has no eos_token, which ends a target")
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Self:
         """The task of a config."""
         d, asking, names = config.data, Asking.of(config), cls.arguments(config)["names"]
         if names.pop("pair"):
@@ -104,25 +102,19 @@ class Seq2Seq(Answering[Any], Texts):
 
     def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
         """A long source or target loses words at its end or beginning, never its special tokens."""
-        sides, ends = (example.source, example.target), [self.special_ends] * 2
-        if example.target[-1] == self.tokenizer.eos_token_id:
-            ends[1] = (ends[1][0], max(ends[1][1], 1))
-        most, found, first = self.layout.target, [], 0
-        for ids, own, n in zip(sides, ends, (max_length, most if max_length else 0), strict=True):
-            places = self.places(len(ids), n, overlong, own)
-            if not places:
-                return []
-            found.append(first + places[0])
-            first += len(ids)
-        return [np.concatenate(found)]
+        before, after = self.special_ends
+        # Its target ends with the end of a text, whatever the tokenizer puts around one.
+        ended = max(after, int(example.target[-1] == self.tokenizer.eos_token_id))
+        source = self.places(len(example.source), max_length, overlong, (before, after))
+        most = self.layout.target if max_length else 0
+        target = self.places(len(example.target), most, overlong, (before, ended))
+        return [np.concatenate([source[0], len(example.source) + target[0]])] if source and target else []
 
     def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what is kept of a pair."""
-        n, pieces = len(example.source), []
-        for at in self.kept(example, max_length, overlong):
-            source, target = example.tokens[at[at < n]], example.tokens[at[at >= n]]
-            pieces.append(self.layout.example(source, target))
-        return pieces
+        n, tokens = len(example.source), example.tokens
+        kept = self.kept(example, max_length, overlong)
+        return [self.layout.example(tokens[at[at < n]], tokens[at[at >= n]]) for at in kept]
 
     def tokens_of(self, arrays: tuple[np.ndarray, ...]) -> int:
         """How many tokens a source and its target have: less than they take of a row."""
@@ -131,9 +123,8 @@ class Seq2Seq(Answering[Any], Texts):
     def summary(self, report: dict) -> str:
         """The numbers of pairs and of tokens."""
         sources = report["tokens"] - report["trained_tokens"]
-        return (
-            f"{report['examples']:,} pairs, {sources:,} tokens of sources and {report['trained_tokens']:,} of targets"
-        )
+        targets = report["trained_tokens"]
+        return f"{report['examples']:,} pairs, {sources:,} tokens of sources and {targets:,} of targets"
 
     # ---- model and loss ----
 

@@ -7,7 +7,7 @@ that of a language model whose targets are not shifted.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,10 +15,8 @@ from ml_collections import ConfigDict
 from sftjax.data.masking.conversation import Asked, read_field
 from sftjax.data.packing.pack import TokenRows
 from sftjax.errors import ConfigError, DataError
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.tasks.base import Scores, Task, read_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Usual names, in this order.
 TEXTS = ("text", "sentence", "sentence1", "premise", "content", "review", "prompt", "input")
@@ -59,7 +57,7 @@ class Texts(Task[Labelled]):
     counts = ("cells", "tokens", "trained_tokens")
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase | None", names: Mapping[str, str] | None = None, reads: str = "first"
+        self, tokenizer: Tokenizer | None, names: Mapping[str, str] | None = None, reads: str = "first"
     ) -> None:
         self.tokenizer, self.reads = tokenizer, reads
         self.names = dict.fromkeys((*self.usual, "pair"), "") | dict(names or {})
@@ -78,20 +76,19 @@ class Texts(Task[Labelled]):
                 "data.overlong='split' would give the pieces of a text its label; set"
                 " truncate_end, truncate_prompt, drop or error"
             )
-        d, fields = config.data, config.data.fields
+        d, fields, known = config.data, config.data.fields, (*cls.usual, *["pair"] * cls.whole)
         if not cls.cuttable and "wrapped" in (d.packing, d.eval_packing):
             raise ConfigError(
                 "data.packing='wrapped' and data.eval_packing='wrapped' cut a text in two, and what"
                 " is wanted of it stands in one part; set bfd or none"
             )
-        known = {*cls.usual} | ({"pair"} if cls.whole else set())
         if wrong := [k for k in ("label", "pair") if fields[k] and k not in known]:
             raise ConfigError(f"data.fields.{wrong[0]} is nothing that task={config.task!r} reads")
         names = {k: fields[k] for k in (*cls.usual, "pair") if k in fields}
         return {"names": names, "reads": read_model(config.model).reads}
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> Self:
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Self:
         """The task of a config."""
         return cls(tokenizer, **cls.arguments(config))
 
@@ -123,8 +120,9 @@ class Texts(Task[Labelled]):
         out = []
         for i, where in enumerate(wheres):
             if not (ids := encoded["input_ids"][i]):
-                problem = f"the text {texts[i]!r} has no token"
-                raise DataError(problem, "take the row out", where=where, kind="empty_text")
+                raise DataError(
+                    f"the text {texts[i]!r} has no token", "take the row out", where=where, kind="empty_text"
+                )
             types = np.array(encoded["token_type_ids"][i], np.uint8) if self.typed else None
             shown = texts[i] if pairs is None else f"{texts[i]} | {pairs[i]}"
             own, note = self.placed(len(ids), wanted[i]), self.note(wanted[i])
@@ -197,10 +195,8 @@ class Texts(Task[Labelled]):
             first, inner, last = np.split(places, [before, n - after])
             parts = (inner[i : i + room] for i in range(0, len(inner), room))
             return [np.concatenate([first, part, last]) for part in parts]
-        cut = slice(before + room, n - after)
-        if overlong == "truncate_prompt":
-            cut = slice(before, n - after - room)
-        return [np.delete(places, cut)]
+        start = before + (room if overlong == "truncate_end" else 0)
+        return [np.delete(places, slice(start, start + n - most))]
 
     @functools.cached_property
     def special_ends(self) -> tuple[int, int]:

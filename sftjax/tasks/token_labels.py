@@ -71,16 +71,13 @@ class TokenLabels(Classification):
             for at, word in enumerate(encoded.word_ids(i)):
                 if word is not None:
                     first.setdefault(word, at)
-            places = list(first.values())
+            if not (places := list(first.values())):
+                raise DataError("none of the words has a token", "take the row out", where=where, kind="empty_text")
             weights[places], targets[places] = 1.0, [wanted[i][word] for word in first]
             names = [self.labels.names[k] for k in wanted[i]]
             note = " ".join(f"{w}/{n}" for w, n in zip(words[i], names, strict=True) if n != "O")
             lost = len(words[i]) - len(first)
-            if not places:
-                problem = "none of the words has a token"
-                raise DataError(problem, "take the row out", where=where, kind="empty_text")
-            text = " ".join(words[i])
-            out.append(Labelled(ids, weights, targets, None, text, note, lost))
+            out.append(Labelled(ids, weights, targets, None, " ".join(words[i]), note, lost))
         return out
 
     def left_out(self, record: dict, example: Labelled) -> Iterable[str]:

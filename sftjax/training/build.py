@@ -43,7 +43,9 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
     trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
-    unused = getattr(model.config, "unused", "(?!)")  # no output depends on them: decay alone would change them
+    unused = getattr(
+        getattr(model, "config", None), "unused", "(?!)"
+    )  # no output depends on them: decay alone would change them
     trainable = params_lib.map_named(lambda name, on: on and not re.fullmatch(unused, name), trainable)
     if hasattr(model, "with_trained"):
         model = model.with_trained(trainable)

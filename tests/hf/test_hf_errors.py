@@ -416,7 +416,7 @@ def test_no_value_of_any_field_breaks_the_reading(tmp_path, kind):
     known = [*families.ALL.values(), *vision.CASES.values(), vision.TIMM]
     case = next(c for c in known if c.get("model_type", "timm") == kind)
     file, refusals = tmp_path / "config.json", 0
-    checked = {f.rstrip("?") for *_, names in common.EXPECTED for f in names.split()}
+    checked = {f.rstrip("?") for _, names in common.EXPECTED.values() for f in names.split()}
     for field in sorted(checked & {*case, *ALWAYS}):
         for value in BAD:
             file.write_text(json.dumps(case | {field: value}))

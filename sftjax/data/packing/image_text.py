@@ -107,6 +107,9 @@ class ImageTextRows(TokenRows):
         whole: dict[int, Any] = {doc: examples[doc] for doc, _, _ in pieces}
         for doc, start, stop in pieces:
             if (start, stop) != (0, len(whole[doc][0])):
-                raise DataError(f"tokens {start} to {stop} of {len(whole[doc][0])}: texts with images are not cut")
+                raise DataError(
+                    f"tokens {start} to {stop} of {len(whole[doc][0])}: texts with images are not cut",
+                    kind="image_slots",
+                )
         super().fill(row, {doc: arrays[:2] for doc, arrays in whole.items()}, pieces)
         self.patches.fill(row, [data for doc, _, _ in pieces for data in files(*whole[doc][2:])])

@@ -1,8 +1,8 @@
 """Attention: one function, a table of backends, each saying what it supports.
 
 Segments are the single truth about which tokens may see each other: a query sees a key of its own segment at a position
-not after its own. Positions restart in each document, so this one rule
-serves padded rows, packed rows and a KV cache (where an unwritten slot has segment 0).
+not after its own. Positions restart in each document, so this one rule serves padded rows, packed rows and a KV cache
+(where an unwritten slot has segment 0).
 """
 
 import dataclasses
@@ -144,12 +144,10 @@ def check(backend: str, features: Iterable[str] = (), platform: str = "", length
     mesh.context holds, 0 = any.
     """
     own = named(backend)
-    missing = set(features) - own.features
-    if missing:
-        able = [name for name, b in BACKENDS.items() if set(features) <= b.features]
+    if missing := set(features) - own.features:
+        able = " or ".join(name for name, b in BACKENDS.items() if set(features) <= b.features)
         raise ConfigError(
-            f"attention backend {backend!r} does not support {sorted(missing)}; set"
-            f" model.attention to {' or '.join(able)}"
+            f"attention backend {backend!r} does not support {sorted(missing)}; set model.attention to {able}"
         )
     platform = platform or jax.default_backend()
     if platform not in own.platforms:

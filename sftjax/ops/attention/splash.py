@@ -59,13 +59,12 @@ def block(length: int, most: int) -> int:
 
 def _kernel(places, shards, length, heads, head_dim, causal, window, softcap):
     """The kernel for the queries of every shard; places: theirs, one shard after the other."""
-    width = next((w for w in BLOCKS if w >= head_dim), max(BLOCKS))
-    q = block(len(places) // shards, BLOCKS[width][0])
-    kv = block(length, BLOCKS[width][1])
+    most = BLOCKS[next((w for w in BLOCKS if w >= head_dim), max(BLOCKS))]
+    q, kv = block(len(places) // shards, most[0]), block(length, most[1])
+    at_once = 512 if kv % 512 == 0 else kv
     sizes = kernel.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=min(kv, 512 if kv % 512 == 0 else kv),
-        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=min(kv, 512 if kv % 512 == 0 else kv),
-        block_q_dq=q, block_kv_dq=kv,
+        block_q=q, block_kv=kv, block_kv_compute=at_once, block_q_dkv=q, block_kv_dkv=kv,
+        block_kv_dkv_compute=at_once, block_q_dq=q, block_kv_dq=kv,
     )  # fmt: skip
     mask = masks.MultiHeadMask([_Places(places, length, causal, window)] * heads)
     return kernel.make_splash_mha(
@@ -104,11 +103,8 @@ def _own(run, shard, shards):
         return jax.lax.dynamic_slice_in_dim(x, shard * n, n, axis)
 
     def own(info):
-        blocks = {
-            k: part(getattr(info, k), 1)
-            for k in ("data_next", "mask_next", "block_mask")
-            if getattr(info, k) is not None
-        }
+        blocks = {k: getattr(info, k) for k in ("data_next", "mask_next", "block_mask")}
+        blocks = {k: part(x, 1) for k, x in blocks.items() if x is not None}
         return info._replace(**blocks, q_sequence=part(info.q_sequence, 0))
 
     infos = (own(run.fwd_mask_info), own(run.dq_mask_info), own(run.dkv_mask_info))

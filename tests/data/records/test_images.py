@@ -177,7 +177,7 @@ def test_a_bad_image_among_good_ones_is_skipped_and_counted(folder, tmp_path):
         layout.fill(row, store, [(i, 0, 1)])
         np.testing.assert_array_equal(row["image"], SQUARE)
         assert (row["weights"], row["targets"]) == (1, i)
-    assert (store.lengths == 1).all() and np.diff(store.offsets)[0] == len(png())
+    assert (store.lengths == 1).all() and np.diff(store.own["image"])[0] == len(png())
 
 
 def test_classes_that_differ_between_splits_are_named(folder, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.families import common, phi3, vit
+from sftjax.models.decoder import Config as Decoder
 from sftjax.models.vision_language import Config, with_vision
 
 IMAGES = TEXTS = True
@@ -19,13 +20,10 @@ LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, int
 
 
 def decoder_of(hf: dict) -> Any:
-    """The family of a text_config. Raises: ModelError where it is none of a decoder."""
+    """The family of a text_config."""
     from sftjax.hf.names import family_of  # which lists this family too
 
-    family = family_of(hf)
-    if hasattr(family, "IMAGES"):
-        raise ModelError(f"text_config.model_type {hf['model_type']!r} is no decoder of texts")
-    return family
+    return family_of(hf)
 
 
 def config(hf: dict, preprocessor: dict | None = None) -> Config:
@@ -46,11 +44,14 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
     text = dict(hf.get("text_config") or {})
     text = (LLAMA if text.setdefault("model_type", "llama") == "llama" else {}) | text
     common.check(text)
+    decoder = None if hasattr(decoder_of(text), "IMAGES") else decoder_of(text).config(text)
+    if type(decoder) is not Decoder:
+        raise ModelError(f"text_config.model_type {text['model_type']!r} is no decoder of texts")
     tower, layer = vit.config(own, preprocessor), hf.get("vision_feature_layer", -2)
     if type(layer) is not int or not -tower.layers <= layer < -1:
         raise ModelError(f"vision_feature_layer={layer!r:.99} is not supported, only one from -2 to {-tower.layers}")
     return with_vision(
-        decoder_of(text).config(text),
+        decoder,
         tower,
         family=text["model_type"],
         image_token=hf.get("image_token_index", hf.get("image_token_id", 32000)),

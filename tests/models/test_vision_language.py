@@ -147,7 +147,7 @@ def test_an_image_whose_tokens_see_all_of_it(name, tmp_path):
     assert moved == [bool(d.files) for d in texts]
 
 
-@pytest.mark.parametrize("name, whole", [("llava-clip", False), slow("phi4-siglip", False), ("phi4-siglip", True)])
+@pytest.mark.parametrize("name, whole", [("llava-clip", False), slow("phi4-siglip", False), slow("phi4-siglip", True)])
 def test_generation_reads_images_as_training_does(name, whole, tmp_path):
     """The prompts are read in parts of sixteen tokens, and images lie across the borders of these."""
     model, params = loaded(name, tmp_path)
@@ -254,6 +254,7 @@ def test_phi_s_image_token_is_its_first_dummy(tmp_path):
     assert (config.image_token, config.vision.patches, config.left) == (100256, (6, 20), 1)
 
 
+@pytest.mark.slow
 def test_a_batch_of_texts_alone_needs_no_patches(tmp_path):
     model, params = loaded("llava-clip", tmp_path)
     d = doc(model, 9)

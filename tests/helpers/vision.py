@@ -27,7 +27,7 @@ CASES = {
     ),
     "siglip": dict(
         model_type="siglip", architectures=["SiglipForImageClassification"], id2label=LABELS,
-        vision_config=TOWER, text_config={},
+        vision_config=TOWER, text_config={"vocab_size": 77},
     ),
     "resnet-basic": RESNET | dict(layer_type="basic"),
     "resnet-bottleneck": RESNET | dict(layer_type="bottleneck"),

@@ -31,12 +31,14 @@ EXPECTED: dict[str, tuple[Callable, str]] = {
         " sliding_window_pattern? _sliding_window_pattern? no_rope_layer_interval? num_labels? d_model d_kv d_ff"
         " num_layers num_decoder_layers? num_heads encoder_layers decoder_layers encoder_attention_heads"
         " decoder_attention_heads encoder_ffn_dim decoder_ffn_dim relative_attention_num_buckets"
-        " relative_attention_max_distance embedding_size num_channels patch_size image_size in_chans",
+        " relative_attention_max_distance embedding_size num_channels patch_size image_size in_chans"
+        " num_patches min_num_patches max_num_patches",
     ),
     "a whole number": (
         lambda x: type(x) is int and 0 <= x < 2**63,
         "type_vocab_size sliding_window? max_window_layers num_experts num_local_experts"
-        " num_experts_per_tok moe_intermediate_size decoder_start_token_id? num_classes",
+        " num_experts_per_tok moe_intermediate_size decoder_start_token_id? num_classes image_token_index"
+        " image_token_id",
     ),
     "a positive number": (
         lambda x: _number(x) and x > 0,
@@ -55,12 +57,12 @@ EXPECTED: dict[str, tuple[Callable, str]] = {
         lambda x: type(x) is bool,
         "tie_word_embeddings attention_bias mlp_bias use_parallel_residual norm_topk_prob use_sliding_window? truncate?"
         " is_decoder? add_cross_attention? norm_bias classifier_bias decoder_bias scale_embedding?"
-        " sinusoidal_pos_embds",
+        " sinusoidal_pos_embds multimodal_projector_bias",
     ),
     "a name": (
         lambda x: isinstance(x, str),
         "model_type hidden_act? hidden_activation? activation_function type rope_type activation classifier_activation"
-        " classifier_pooling feed_forward_proj architecture layer_type classifier",
+        " classifier_pooling feed_forward_proj architecture layer_type classifier projector_hidden_act",
     ),
     "a list of names": (
         lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
@@ -81,7 +83,7 @@ EXPECTED: dict[str, tuple[Callable, str]] = {
     "an object": (
         lambda x: isinstance(x, dict),
         "rope_parameters? rope_scaling? full_attention? sliding_attention? quantization_config?"
-        " id2label? label2id? pretrained_cfg? vision_config",
+        " id2label? label2id? pretrained_cfg? vision_config? text_config?",
     ),
 }
 # The most that a size may be. No model comes near; what a config.json asks for beyond it would be laid out, layer by

@@ -8,10 +8,11 @@ from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.families import common, phi3, vit
+from sftjax.models.decoder import Config as Decoder
 from sftjax.models.vision_language import Config, with_vision
 
 IMAGES = TEXTS = True
-OTHERS = r".*vision_model\.head\..*"
+OTHERS = r"(.*\.)?vision_(model|tower)\.head\..*"
 TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 PHI_IMAGE = 100256  # <|dummy_0|>
 # What config.json leaves out of a Llama's fields where they are those of 7B.
@@ -19,13 +20,10 @@ LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, int
 
 
 def decoder_of(hf: dict) -> Any:
-    """The family of a text_config. Raises: ModelError where it is none of a decoder."""
+    """The family of a text_config."""
     from sftjax.hf.names import family_of  # which lists this family too
 
-    family = family_of(hf)
-    if hasattr(family, "IMAGES"):
-        raise ModelError(f"text_config.model_type {hf['model_type']!r} is no decoder of texts")
-    return family
+    return family_of(hf)
 
 
 def config(hf: dict, preprocessor: dict | None = None) -> Config:
@@ -33,22 +31,27 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
     own = dict(hf.get("vision_config") or {})
     phi = hf["model_type"] == "phi4-siglip"
     own.setdefault("model_type", "siglip2_vision_model" if phi else "clip_vision_model")
-    if own["model_type"] not in TOWERS:
-        raise ModelError(f"vision_config.model_type {own['model_type']!r} is not supported; known: {', '.join(TOWERS)}")
+    towers = TOWERS[2:] if phi else TOWERS[:2]
+    if own["model_type"] not in towers:
+        raise ModelError(f"vision_config.model_type {own['model_type']!r} is not supported; known: {', '.join(towers)}")
     if phi:
         common.refuse(hf, mm_projector_type="mlp2x_gelu", use_s2=False)
         limits = dict(min_num_patches=hf.get("min_num_patches", 256), max_num_patches=hf.get("max_num_patches", 3600))
         tower = vit.config(own, limits | (preprocessor or {}))
         return with_vision(phi3.config(hf), tower, image_token=hf.get("image_token_index", PHI_IMAGE))
-    common.refuse(hf, vision_feature_select_strategy="full" if own["model_type"] != TOWERS[0] else "default")
+    strategy = "vision_feature_select_strategy"
+    common.refuse({strategy: "default"} | hf, **{strategy: "default" if own["model_type"] == TOWERS[0] else "full"})
     text = dict(hf.get("text_config") or {})
     text = (LLAMA if text.setdefault("model_type", "llama") == "llama" else {}) | text
     common.check(text)
+    decoder = None if hasattr(decoder_of(text), "IMAGES") else decoder_of(text).config(text)
+    if type(decoder) is not Decoder:
+        raise ModelError(f"text_config.model_type {text['model_type']!r} is no decoder of texts")
     tower, layer = vit.config(own, preprocessor), hf.get("vision_feature_layer", -2)
     if type(layer) is not int or not -tower.layers <= layer < -1:
         raise ModelError(f"vision_feature_layer={layer!r:.99} is not supported, only one from -2 to {-tower.layers}")
     return with_vision(
-        decoder_of(text).config(text),
+        decoder,
         tower,
         family=text["model_type"],
         image_token=hf.get("image_token_index", hf.get("image_token_id", 32000)),

@@ -12,12 +12,15 @@ FILE = "preprocessor_config.json"
 
 
 def read(directory: Path) -> dict:
-    """What a directory says; {} without such a file. Raises: ModelError for no JSON object."""
-    path = directory / FILE
-    found = read_json(path, ModelError) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return found
+    """What a directory says; {} where it says nothing. Raises: ModelError for no JSON object."""
+    for name in (COPIED[1], FILE):  # in this order, as transformers 5, which writes the first alone
+        path = directory / name
+        found = read_json(path, ModelError) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ModelError(f"{path} holds no JSON object")
+        if found := found if name == FILE else found.get("image_processor"):
+            return found
+    return {}
 
 
 def config(family: Any, hf: dict, directory: Path) -> Any:

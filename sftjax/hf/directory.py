@@ -29,7 +29,7 @@ from sftjax.families import common, pixels
 from sftjax.files import read_json, refuse_url
 from sftjax.hf import heads
 from sftjax.hf.names import FAMILIES as FAMILIES
-from sftjax.hf.names import ends, family_of, in_files, reads_images, tensors, text_config, visible
+from sftjax.hf.names import ends, family_of, in_files, reads_images, tensors, visible
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
 from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet, vision, vision_language
@@ -459,10 +459,9 @@ def _tensor(parts, shape) -> np.ndarray:
 
 def _hf_config(model, rows, tokenizer) -> dict:
     hf = heads.exported(model)
-    if hf.get("text_config"):
-        hf["text_config"] = dict(text_config(hf), vocab_size=model.config.vocab)
-    elif not reads_images(hf):
-        hf["vocab_size"] = model.config.vocab
+    if not reads_images(hf):
+        size, own = {"vocab_size": model.config.vocab}, hf.get("text_config")
+        hf |= size if own is None else {"text_config": own | size}
     pad = getattr(tokenizer, "pad_token_id", None)
     if model.config.classes and hf.get("pad_token_id") is None and pad is not None:
         hf["pad_token_id"] = pad  # transformers finds a row's last token by it

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sftjax.models import base, decoder, encoder, flops, layer
 from sftjax.ops import dropout, weight
 from sftjax.ops.pixels import normalised
+from sftjax.parallel import RULES
 from sftjax.params import Param
 
 
@@ -99,8 +100,11 @@ class Model(base.Body):
         table = weight.dense(params["positions"]["w"], jnp.float32)
         x = x + (table if places is None else stretched(table, places)).astype(x.dtype)
         x = layer.norm(c, x, params.get("embed_norm"))
-        at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        where = {"positions": at, "segments": jnp.ones_like(at) if segments is None else segments}
+        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
+        mesh, N = jax.sharding.get_abstract_mesh(), x.shape[1]
+        if more := 0 if mesh.empty else -N % mesh.shape[RULES["seq"]]:  # so that tokens divide over the context axis
+            x, segments = jnp.pad(x, ((0, 0), (0, more), (0, 0))), jnp.pad(segments, ((0, 0), (0, more)))
+        where = {"positions": jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), "segments": segments}
         ctx: dict[str, Any] = {"where": where, "angles": {}}
         if rng is not None and c.dropout:
             ctx["ids"] = dropout.ids(x.shape[:2])
@@ -108,7 +112,7 @@ class Model(base.Body):
             x = dropout.dropout(x, c.dropout, ctx["seeds"][0], ctx["ids"])
         # The stack of those that are run has a name of its own where some are left out.
         run = dataclasses.replace(c, layers=c.layers - left, split=()) if left else c
-        return decoder.run_layers(run, params["layers"], ctx, x)[0]
+        return decoder.run_layers(run, params["layers"], ctx, x)[0][:, :N]
 
     def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple[jax.Array, None]:
         """(what a head reads of each image [B, 1, D], None) of a batch's images."""

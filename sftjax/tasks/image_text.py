@@ -59,6 +59,7 @@ class ImageText(CausalLM):
         d, c = config.data, read_model(config.model, "image_text").config
         refused = {
             "data.packing": d.packing not in ("bfd", "none") and d.packing,
+            "data.eval_packing": d.eval_packing not in ("bfd", "none") and d.eval_packing,
             "data.overlong": d.overlong == "split" and d.overlong,
             "data.streaming": d.streaming,
             "eval.shots": config.eval.shots,

@@ -24,11 +24,12 @@ OWN = {
         relative_attention=True, position_buckets=64, pos_att_type=["c2p", "p2c"],
         share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
     ),
+    "llava": dict(text_config=SIZES | {"model_type": "llama"}, vision_config={"model_type": "clip_vision_model"}),
 }  # fmt: skip
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=1024)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LONG = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
-OTHERS = ("iquest", "timm")  # these transformers has not
+OTHERS = ("iquest", "timm", "phi4-siglip")  # these transformers has not
 KINDS = [k for k in hf_lib.FAMILIES if not k.startswith(OTHERS)]
 OLD = [
     ("llama", dict(rope_theta=5e5)),
@@ -66,6 +67,10 @@ OLD = [
     ("t5", dict(feed_forward_proj="gated-gelu", num_decoder_layers=2, dropout_rate=0.2)),
     ("bart", dict(scale_embedding=True, activation_function="relu", dropout=0.3)),
     ("deberta-v2", dict(pos_att_type="c2p|p2c", max_relative_positions=200, type_vocab_size=2)),
+    ("llava", dict(image_token_index=7, vision_feature_layer=-3, projector_hidden_act="relu")),
+    ("llava", dict(text_config=SIZES | {"model_type": "qwen2"}, multimodal_projector_bias=False)),
+    ("llava", dict(vision_config={"model_type": "siglip_vision_model"}, vision_feature_select_strategy="full")),
+    ("llava", dict(vision_config={"model_type": "clip_vision_model", "hidden_size": 128, "num_attention_heads": 8})),
     ("gpt2", dict(n_ctx=1024, n_inner=None, activation_function="gelu_new")),
 ]
 

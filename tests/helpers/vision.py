@@ -27,7 +27,7 @@ CASES = {
     ),
     "siglip": dict(
         model_type="siglip", architectures=["SiglipForImageClassification"], id2label=LABELS,
-        vision_config=TOWER, text_config={},
+        vision_config=TOWER, text_config={"vocab_size": 77},
     ),
     "resnet-basic": RESNET | dict(layer_type="basic"),
     "resnet-bottleneck": RESNET | dict(layer_type="bottleneck"),
@@ -47,6 +47,12 @@ def write(name, directory) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CASES[name]))
     (directory / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    fill(name, directory)
+    return directory
+
+
+def fill(name, directory):
+    """Write the weights of the model that a directory's files say, by its name and theirs."""
     model, tensors = hf_lib.load_model(directory), {}
     tree = params_lib.flatten(model.abstract | {"stats": model.state or {}})
     for path, files, layout in names_lib.tensors(model):
@@ -58,7 +64,6 @@ def write(name, directory) -> Path:
             x = np.exp(x) if path.endswith("/var") else path.endswith("norm/scale") + std * x
             tensors[file] = x.astype(np.float32)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 def images(side=24, n=4) -> np.ndarray:

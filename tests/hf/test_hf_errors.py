@@ -9,6 +9,7 @@ import families
 import numpy as np
 import pytest
 import vision
+import vision_language
 from safetensors.numpy import load_file, save_file
 from test_hf import HF, KINDS, Q, checkpoint, refused, shapes
 
@@ -413,7 +414,7 @@ BAD = ["x", "", -1, 0, 0.01, 1.5, 7, True, None, [], ["x"], [[1]], {}, {"a": 1},
 @pytest.mark.parametrize("kind", hf_lib.FAMILIES)
 def test_no_value_of_any_field_breaks_the_reading(tmp_path, kind):
     """It is taken, or refused by one ValueError that begins with the file."""
-    known = [*families.ALL.values(), *vision.CASES.values(), vision.TIMM]
+    known = [*families.ALL.values(), *vision.CASES.values(), *vision_language.CASES.values(), vision.TIMM]
     case = next(c for c in known if c.get("model_type", "timm") == kind)
     file, refusals = tmp_path / "config.json", 0
     checked = {f.rstrip("?") for _, names in common.EXPECTED.values() for f in names.split()}

@@ -47,7 +47,8 @@ class Buckets(Rows):
         rows = range(first, min(first + self.batch_size, self.total))
         longest = max((stop for r in rows for _, _, stop in self.pieces(r)), default=1)
         width = self.widths[np.searchsorted(self.widths, longest)]
-        return {key: values[:, :width] for key, values in super().batch(indices).items()}
+        fields = self.layout.spec(len(indices), int(width))  # of images not as many as tokens
+        return {key: values[:, : fields[key].shape[1]] for key, values in super().batch(indices).items()}
 
     def _make_plan(self, epoch) -> RowPlan:
         plan = super()._make_plan(epoch)  # row r is one document, and ends at plan.stop[r]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import vision
+import vision_language
 from families import ALL
 
 from sftjax import config as config_lib
@@ -68,7 +69,12 @@ def is_package(module):
 def test_every_family_and_rope_variant_is_in_the_page_of_models():
     page = (REPO / "docs" / "models.md").read_text()
     assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(FAMILIES)
-    cases = [*ALL.values(), *vision.CASES.values(), vision.TIMM | {"model_type": "timm"}]
+    cases = [
+        *ALL.values(),
+        *vision.CASES.values(),
+        *vision_language.CASES.values(),
+        vision.TIMM | {"model_type": "timm"},
+    ]
     assert {c["model_type"] for c in cases} == set(FAMILIES)  # and each is tested
     for name in rope.FREQUENCIES:
         assert f"`{name}`" in page

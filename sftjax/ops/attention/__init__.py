@@ -25,7 +25,8 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o:
     """Reference: the whole score matrix, softmax in float32, grouped query heads."""
     more = None
     if extra.relative is not None:
-        more = of_distances(q, k, *extra.relative, where, o)[:, :, None]
+        keys, queries = extra.relative
+        more = of_distances(q, k, keys, queries, where, o)[:, :, None]
     # Turned first: XLA:CPU would turn them within each product, which takes 1.6 times as long.
     out = cached(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), extra, where, o, more)
     return checkpoint_name(out, "attention")

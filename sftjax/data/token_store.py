@@ -60,9 +60,7 @@ class TokenStore:
         self.report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
         self.columns = self.report.get("columns", COLUMNS)
         self.arrays = {
-            name: np.memmap(self.folder / column_file(name, dtype), dtype, "r").reshape(
-                (-1, *(() if _is_own(shape) else shape or ()))
-            )
+            name: self._mapped(column_file(name, dtype), dtype).reshape((-1, *(() if _is_own(shape) else shape or ())))
             for name, (dtype, shape) in self.columns.items()
         }
         self.offsets = np.load(self.folder / "offsets.npy")
@@ -70,6 +68,10 @@ class TokenStore:
         self.records = np.load(self.folder / "records.npy", mmap_mode="r")
         self.lengths = np.diff(self.offsets).astype(np.int32)
         self.tokens, self.weights = self.arrays.get("tokens"), self.arrays.get("weights")
+
+    def _mapped(self, name, dtype):
+        path = self.folder / name  # a file of no bytes, as of no images, cannot be mapped
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -393,6 +393,19 @@ def test_training_rows_and_a_validation_set_share_one_shape(base, config, tmp_pa
     assert (np.asarray(other["tokens"]) == TOKEN).sum() == 3 * 3 * MOST
 
 
+def test_sets_without_any_image_have_room_for_one(base, config, tmp_path):
+    rows = [dict(messages=[turn("user", "a?"), turn("assistant", "b")])] * 6
+    config.data.train = config.data.validation = write(tmp_path / "a.jsonl", rows)
+    mesh = parallel.make_mesh(dict(data=1), jax.devices()[:1])
+    feed = feed_lib.Feed(config, make(config), tmp_path, mesh)
+    model, _ = build.make_model(config, feed.task)
+    batch = next(feed.batches(0))
+    assert batch["patches"].shape[1] == MOST and not batch["patches"].any() and feed.store.report["images"] == 0
+    params = params_lib.init(model.abstract, jax.random.key(0))
+    loss = feed.task.loss_fn(model, config.loss.to_dict())(params, batch, None)
+    assert np.isfinite(float(loss.sum)) and float(loss.weight) > 0
+
+
 def test_rows_of_several_sources_have_room_for_the_images_of_all(base, config, tmp_path):
     few, more = [chat("a long question <image>", "0.png")] * 4, [chat("<image><image>", "0.png", "1.png")] * 4
     paths = [write(base / f"{name}.jsonl", rows) for name, rows in (("few", few), ("two", more))]

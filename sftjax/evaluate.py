@@ -32,7 +32,7 @@ from sftjax.terminal import columns, json_text, show
 from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import disk
-from sftjax.training.checkpoint.table import read_weights
+from sftjax.training.checkpoint.table import check_base, read_weights
 
 OPTIONS = ("--model", "--data", "--config", "--step", "--shots", "--json", "--out")
 
@@ -184,9 +184,14 @@ def _weights(config, task, model, trainable, mesh: Mesh, run, step):
     at = disk.find(directory, step, best, task.lower_is_better(best))
     nothing = optax.identity()  # in place of the optimizer, whose state is not read
     whole = build.abstract_state(config.model, model, trainable, nothing, mesh)
-    target = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state)
+    target, base = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state), None
+    if config.adapter.kind:  # a checkpoint holds none of the base
+        new = task.tokenizer.convert_tokens_to_ids(list(config.data.add_tokens)) if task.tokenizer else []
+        params, _ = build.make_params(config.model, model, trainable, mesh, seed=config.seed, new=new)
+        target["frozen"], base = None, params_lib.partition(params, trainable)[1]
+        check_base(directory / str(at), base)
     found = read_weights(directory / str(at), target)
-    return params_lib.combine(found["params"], found["frozen"]), found["model_state"], at
+    return params_lib.combine(found["params"], base or found["frozen"]), found["model_state"], at
 
 
 def cache_folder() -> Path:

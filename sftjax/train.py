@@ -7,6 +7,7 @@ with the batches it would have seen.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax import exits, optim, parallel, tasks
 from sftjax import params as params_lib
+from sftjax.adapters import targets as adapters
 from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
@@ -49,6 +51,7 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
     """
     # ==== Machine and workdir ====
     config_lib.check(config)
+    rate = config_lib.settle(config)
     m = config.mesh
     xla_flags.settle()
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
@@ -96,20 +99,26 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
             keep=config.train.keep,
             best_metric=config.eval.best,
             lower=lower,
+            frozen=not config.adapter.kind,
         )
         checkpoints.check_space(target, config.train.export)
+        how: Any = dict(seed=config.seed, new=feed.new_tokens)
         if checkpoints.latest_step() is None:
-            how = dict(seed=config.seed, new=feed.new_tokens)
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra: dict[str, Any] = dict.fromkeys(("before", "early_stop", "data", "health"))
         else:
-            state, extra = checkpoints.restore(target)
+            read = functools.partial(build.make_params, config.model, model, trainable, mesh, **how)
+            base = None if checkpoints.frozen else params_lib.partition(read()[0], trainable)[1]
+            state, extra = checkpoints.restore(target, base)
             extra = resume.comparable(extra, manifest, feed)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
         health = Health(config.train, workdir, feed, extra["health"])
         health.check(state, "the weights as they were read")
         flops = build.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
+        if config.adapter.kind:
+            say("adapters", adapters.table(model))
+            say("rate", rate or f"{config.optim.lr:g}, as optim.lr says")
         say("state", build.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====

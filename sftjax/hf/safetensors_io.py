@@ -197,10 +197,11 @@ def write(
     directory: str | Path,
     tensors: Iterable[tuple[str, Sequence[int], DTypeLike, Callable[[], np.ndarray]]],
     max_shard_bytes: int = 5 * 2**30,
+    stem: str = "model",
 ) -> None:
     """Write (name, shape, dtype, get) rows; get() makes one array, which is dropped once written.
 
-    One file model.safetensors, or shards of at most max_shard_bytes with their index.
+    One file, named by `stem`, or shards of at most max_shard_bytes with their index.
     """
     directory = Path(directory)
     shards, room = [list[tuple]()], max_shard_bytes
@@ -213,15 +214,15 @@ def write(
         room -= size
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        file = many if len(shards) > 1 else "model.safetensors"
+        many = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = many if len(shards) > 1 else f"{stem}.safetensors"
         _write_file(directory / file, shard)
         weight_map |= {row[0]: file for row in shard}
     if len(shards) > 1:
         total = sum(row[-1] for shard in shards for row in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write_file(path, rows):

@@ -460,14 +460,11 @@ def _wrong_rule(rule, name):
 
 
 def settle(config: ConfigDict) -> str:
-    """Set what a default leaves to other keys; what is to be said of it.
-
-    LoRA takes ten times the learning rate of full fine-tuning (Schulman et al., LoRA Without Regret, 2025).
-    """
-    if not config.adapter.kind or config.optim.lr is not LR:  # by identity: a config may set the same number
+    """Raise optim.lr for adapters (Schulman et al., LoRA Without Regret, 2025), unless it was set; a line on that."""
+    if not config.adapter.kind or config.optim.lr is not LR:  # a 2e-5 that a config sets is another object
         return ""
     config.optim.lr = 10 * LR
-    return f"{10 * LR:g}, ten times the default, for adapter.kind={config.adapter.kind!r}; set optim.lr to choose it"
+    return f"optim.lr is {10 * LR:g}, ten times its default, as an adapter is trained; set it to choose another"
 
 
 def unusual(config: ConfigDict) -> list[str]:

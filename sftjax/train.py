@@ -7,7 +7,6 @@ with the batches it would have seen.
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax import exits, optim, parallel, tasks
 from sftjax import params as params_lib
-from sftjax.adapters import targets as adapters
+from sftjax.adapters import lora as adapters
 from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
@@ -107,9 +106,8 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra: dict[str, Any] = dict.fromkeys(("before", "early_stop", "data", "health"))
         else:
-            read = functools.partial(build.make_params, config.model, model, trainable, mesh, **how)
-            base = None if checkpoints.frozen else params_lib.partition(read()[0], trainable)[1]
-            state, extra = checkpoints.restore(target, base)
+            base = None if checkpoints.frozen else build.make_params(config.model, model, trainable, mesh, **how)[0]
+            state, extra = checkpoints.restore(target, params_lib.partition(base, trainable)[1] if base else None)
             extra = resume.comparable(extra, manifest, feed)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
         health = Health(config.train, workdir, feed, extra["health"])
@@ -117,8 +115,7 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
         flops = build.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
         if config.adapter.kind:
-            say("adapters", adapters.table(model))
-            say("rate", rate or f"{config.optim.lr:g}, as optim.lr says")
+            say("adapters", f"{adapters.table(model)}\n{rate}".rstrip())
         say("state", build.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====

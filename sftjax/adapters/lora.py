@@ -1,11 +1,15 @@
-"""The node of a frozen weight with a trained change of low rank beside it.
+"""Adapters: the node of a frozen weight with a trained change of low rank beside it, and models made of such nodes.
 
 LoRA (arXiv 2106.09685), scaled by the root of the rank (rsLoRA, 2312.03732), with a trained length for each output
 (DoRA, 2402.09353), begun at the weight's largest singular values (PiSSA, 2404.02948); figures are those of PEFT.
 """
 
 import dataclasses
+import difflib
+import functools
+import itertools
 import math
+import re
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +17,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
+from sftjax import hf, parallel
+from sftjax import params as params_lib
 from sftjax.errors import ConfigError
-from sftjax.ops import dropout, embed, linear, weight
-from sftjax.parallel import RULES, gather, manual_axes
+from sftjax.ops import dropout, linear, weight
+from sftjax.ops.weight import is_node
 from sftjax.params import Param
+from sftjax.terminal import columns
 
 BATCH = ("layers", "expert")  # the axes along which a weight holds many matrices
+PRESETS = {"attention": "(attn|cross)/[qkvo]", "mlp": "mlp/(up|gate|down)"}
+PRESETS = {"all_linear": "({attention}|{mlp})".format(**PRESETS)} | PRESETS
+PRESETS = {name: f"(.*/)?layers/[^/]+/{weights}/w" for name, weights in PRESETS.items()}
 
 
 @struct.dataclass
@@ -41,16 +53,14 @@ class LoRA(weight.Node):
 
     @classmethod
     def of(cls, p: Param, *, kind: str, rank: int, scale: float, rate: float = 0.0) -> "LoRA":
-        """The node of Params for p. kind: lora, dora or pissa. Of a table without inputs a is 0 at first, else b is."""
-        inputs, zeros = p.inputs or p.axes[:1], jax.nn.initializers.zeros
-        dims = "".join("b" if axis in BATCH else "i" if axis in inputs else "o" for axis in p.axes)
+        """The node of Params for the matrix p, with a drawn and b of 0. kind: lora, dora or pissa."""
+        dims = "".join("b" if axis in BATCH else "i" if axis in (p.inputs or ()) else "o" for axis in p.axes)
         node = cls(p, None, None, None, (), dims=dims, scale=scale, rate=rate)
-        (batch, inner, outer), axes = node.split(p.shape), node.leaf_axes(p.axes)
+        (batch, inner, outer), axes, zeros = node.split(p.shape), node.leaf_axes(p.axes), jax.nn.initializers.zeros
         bound = math.prod(inner) ** -0.5
-        starts: tuple = (lambda key, shape, of: jax.random.uniform(key, shape, of, -bound, bound)), zeros
-        starts = starts if p.inputs else (zeros, jax.nn.initializers.normal(1.0))
-        a = Param((*batch, *inner, rank), axes.a, starts[0], p.inputs)
-        b = Param((*batch, rank, *outer), axes.b, starts[1], ("rank",))
+        uniform = lambda key, shape, of: jax.random.uniform(key, shape, of, -bound, bound)  # noqa: E731
+        a = Param((*batch, *inner, rank), axes.a, uniform, p.inputs)
+        b = Param((*batch, rank, *outer), axes.b, zeros, ("rank",))
         lengths = Param((*batch, *outer), tuple(x for x in axes.b if x != "rank"), zeros) if kind == "dora" else None
         first = (a, b) if kind == "pissa" else None
         return dataclasses.replace(node, a=a, b=b, magnitude=lengths, first=first, fan_in=math.prod(inner))
@@ -78,11 +88,10 @@ class LoRA(weight.Node):
         w, rank = w.reshape(*w.shape[: len(batch)], self.fan_in, -1), self.a.shape[-1]
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         root = jnp.sqrt(s[..., :rank] / self.scale)
-        a = (u[..., :rank] * root[..., None, :]).reshape(self.a.shape).astype(self.a.dtype)
-        b = (root[..., None] * v[..., :rank, :]).reshape(self.b.shape).astype(self.b.dtype)
-        return dataclasses.replace(
-            self, a=a, b=b, first=jax.tree.map(lambda x, old: x.astype(old.dtype), (a, b), self.first)
-        )
+        a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+        a, b = (x.reshape(old.shape).astype(old.dtype) for x, old in ((a, self.a), (b, self.b)))
+        first = tuple(x.astype(old.dtype) for x, old in zip((a, b), self.first, strict=True))
+        return dataclasses.replace(self, a=a, b=b, first=first)
 
     def dense(self, dtype: DTypeLike) -> jax.Array:
         """The merged weight, made in float32."""
@@ -105,15 +114,11 @@ class LoRA(weight.Node):
 
     def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """See Node."""
+        if self.magnitude is not None:
+            raise ConfigError("adapter.kind='dora' is not for experts: leave them out of adapter.targets, or take lora")
         product = lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)  # noqa: E731
         change = lambda x, a, b: product(product(x, a) * self.scale, b)  # noqa: E731
         return self._joined(x, lambda x: product(x, self.base), change)
-
-    def lookup(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """See Node."""
-        x = embed.lookup(self.a, tokens, ("vocab", "rank")).astype(dtype) * self.scale
-        x = linear.einsum("bsr,rd->bsd", x, gather.for_use(self.b, ("rank", "embed"), dtype))
-        return embed.lookup(self.base, tokens).astype(dtype) + x
 
     def _joined(self, x, base: Callable, change: Callable):
         """base(x) and the change, before which x has dropout; DoRA's lengths as PEFT has them."""
@@ -141,10 +146,7 @@ class LoRA(weight.Node):
         """The length of each output's vector of inputs."""
         _, inner, _ = self.split(range(self.base.ndim))
         if math.prod(self.base.shape[i] for i in inner) != self.fan_in:
-            raise ConfigError(
-                "adapter.kind='dora' needs all inputs of a weight at once, and model.remat cuts them in parts: take"
-                " another than full and offload, or leave mlp/down out of adapter.targets"
-            )
+            raise ConfigError("adapter.kind='dora' with model.remat full or offload: leave mlp/down out of targets")
         return jnp.sqrt(jnp.sum(jnp.square(self._sum()), inner))
 
     def _gain(self):
@@ -155,7 +157,130 @@ class LoRA(weight.Node):
         if self.seed is None:
             return x
         flat = x.reshape(*(x.shape[:2] if x.ndim > 2 else (1, len(x))), -1)
-        ids, shards = dropout.ids(flat.shape[:2]), (*RULES["batch"], RULES["seq"])
-        here = tuple(axis for axis in shards if axis in manual_axes())
+        ids, shards = dropout.ids(flat.shape[:2]), (*parallel.RULES["batch"], "context")
+        here = tuple(axis for axis in shards if axis in parallel.manual_axes())
         ids = ids + jax.lax.axis_index(here) * ids.size if here else ids  # each device has a part of the batch
         return dropout.dropout(flat, self.rate, self.seed, ids).reshape(x.shape)
+
+
+# ---- models with adapters ------------------------------------------------------------------
+
+
+def adapt(section: ConfigDict, model: Any) -> Any:
+    """The model with nodes in place of the weights that the config's section `adapter` names; itself without a kind.
+
+    Raises: ConfigError for a target that matches no weight, with the nearest names, and for a rank beyond the matrix.
+    """
+    if not section.kind:
+        return model
+    kind, rank, named = section.kind, section.rank, params_lib.flatten(model.abstract)
+    scale = section.alpha / (rank**0.5 if kind == "rslora" else rank)
+    make = functools.partial(LoRA.of, kind=kind, rank=rank, scale=scale, rate=section.dropout)
+    names = _matched(section.targets, named if hasattr(model, "nodes") else {})
+    model = dataclasses.replace(model, nodes=(("|".join(map(re.escape, names)), make),))
+    for name, node in nodes_of(model.abstract).items():
+        _, ins, outs = map(math.prod, node.split(node.base.shape))
+        if rank > min(ins, outs):
+            raise ConfigError(
+                f"adapter.rank={rank}: {name} is a matrix of {ins} x {outs}, expected 1 to {min(ins, outs)}; lower it, or"
+                " leave this weight out of adapter.targets"
+            )
+    return model
+
+
+def _matched(targets: Sequence[str], named: dict[str, Param]) -> list[str]:
+    # No embedding, where a row is no product; no convolution, which sums over its places too.
+    known = [name for name, p in named.items() if p.inputs and name != "embed/w" and "channels" not in p.axes]
+    found = list[str]()
+    for target in targets or [""]:
+        try:
+            own = [name for name in known if re.fullmatch(PRESETS.get(target, target), name)]
+        except re.error as e:
+            raise ConfigError(f"adapter.targets: {target!r} is not a regular expression: {e}") from None
+        if not own:
+            near = ", ".join(difflib.get_close_matches(target, [*PRESETS, *known], 3, 0))
+            raise ConfigError(
+                f"adapter.targets: {target!r} matches no weight that takes an adapter, expected {', '.join(PRESETS)}"
+                f" or a regular expression over whole names; the nearest are {near}"
+            )
+        found += own
+    return list(dict.fromkeys(found))
+
+
+def nodes_of(tree: Any) -> dict[str, LoRA]:
+    """{name of the weight: its node} of a tree of parameters or Params."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    return {params_lib.path_name(path): w for path, w in leaves if is_node(w)}
+
+
+def table(model: Any) -> str:
+    """A line for each weight with an adapter: how many matrices of which size it is, and what is trained."""
+    rows: list[tuple] = [("weight", "matrices", "inputs", "outputs", "rank", "trained")]
+    for name, node in nodes_of(model.abstract).items():
+        sizes = (*map(math.prod, node.split(node.base.shape)), node.a.shape[-1])
+        rows.append((name, *sizes, f"{params_lib.count([node.a, node.b, node.magnitude]):,}"))
+    return columns(rows, range(1, 6))
+
+
+def rules(given: Sequence, default: Sequence, model: Any) -> Sequence:
+    """What is trained, as ordered rules: `given`, or with adapters these, and beside them what `given` names.
+
+    given: optim.trainable. At its default it stands for nothing but the parts of a head that the files lack.
+    """
+    if not nodes_of(model.abstract):
+        return given
+    if tuple(map(tuple, given)) == default:
+        given = (*((re.escape(name), True) for name in hf.drawn(without(model))), (".*", False))
+    return ((r".*/w/(base|first/\d)", False), (r".*/w/(a|b|magnitude)", True), *given)
+
+
+def plain(tree: Any) -> Any:
+    """The tree with the base in place of each node."""
+    return jax.tree.map(lambda w: w.base if is_node(w) else w, tree, is_leaf=is_node)
+
+
+def without(model: Any) -> Any:
+    """The model without adapters."""
+    return dataclasses.replace(model, nodes=()) if getattr(model, "nodes", ()) else model
+
+
+def begun(model: Any, params: Any, kinds: Any, mesh: Mesh, seed: int) -> Any:
+    """The parameters at step 0, of those without adapters, which are given up. kinds: tree of dtypes."""
+    if not nodes_of(model.abstract):
+        return params
+    own = lambda w: dataclasses.replace(w, base=None) if is_node(w) else None  # noqa: E731
+    new = jax.tree.map(own, model.abstract, is_leaf=is_node)
+    layouts, new_layouts = (parallel.param_shardings(mesh, tree) for tree in (model.abstract, new))
+    new = params_lib.init(new, jax.random.key(seed), shardings=new_layouts)
+
+    def one(w, node, kind, layout):
+        if not is_node(node):
+            return w
+        node = dataclasses.replace(jax.tree.map(lambda x, k: x.astype(k), node, own(kind)), base=w)
+        start = jax.jit(LoRA.started, donate_argnums=0, out_shardings=layout)
+        return node if node.magnitude is None and node.first is None else start(node)
+
+    return jax.tree.map(one, params, new, kinds, layouts)
+
+
+def merged(model: Any, params: Any) -> tuple[Any, Any]:
+    """(model, parameters) without adapters: added up in float32, then in the dtype of the base."""
+    dense = jax.jit(LoRA.dense, static_argnums=1)
+    return without(model), jax.tree.map(lambda w: dense(w, w.base.dtype) if is_node(w) else w, params, is_leaf=is_node)
+
+
+def seeded(loss_fn: Callable) -> Callable:
+    """The loss function with dropout of adapters by its rng; with rng None, as it is."""
+
+    def with_seeds(params, batch, rng, *state: Any):
+        number = itertools.count(2**16)  # small ones are folded into the key elsewhere
+
+        def one(w):
+            if rng is None or not is_node(w) or not w.rate:
+                return w
+            key, lead = jax.random.fold_in(rng, next(number)), w.base.shape[: w.dims[0] == "b"]
+            return dataclasses.replace(w, seed=jax.random.bits(key, (*lead, 2), jnp.uint32))
+
+        return loss_fn(jax.tree.map(one, params, is_leaf=is_node), batch, rng, *state)
+
+    return with_seeds

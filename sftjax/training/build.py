@@ -21,7 +21,7 @@ from sftjax import config as config_lib
 from sftjax import hf, optim, parallel
 from sftjax import params as params_lib
 from sftjax.adapters import files as adapter_files
-from sftjax.adapters import targets as adapters
+from sftjax.adapters import lora as adapters
 from sftjax.errors import ConfigError, ModelError, OutOfMemory
 from sftjax.models import vocab
 from sftjax.models.base import Model

@@ -13,10 +13,12 @@ from families import CASES, write
 from reference import close, fresh, padded, random_tokens, torch
 
 import sftjax
+from experiments.adapters.read_peft import load
 from sftjax import config as config_lib
 from sftjax import parallel
 from sftjax import params as params_lib
-from sftjax.adapters import files, targets
+from sftjax.adapters import files
+from sftjax.adapters import lora as targets
 from sftjax.errors import WeightsError
 
 pytestmark = pytest.mark.parity
@@ -98,7 +100,7 @@ def test_logits_and_twenty_steps(llama, kind, tmp_path):
                 if "lora_B" in name or "magnitude" in name:
                     x += 0.1 * torch.randn_like(x)
         other.save_pretrained(tmp_path)
-        model, params = files.load(tmp_path, *sftjax.load_pretrained(llama))
+        model, params = load(tmp_path, *sftjax.load_pretrained(llama))
         rules = targets.rules(((".*", True),), ((".*", True),), model)
         trainable = params_lib.match_rules(rules, model.abstract, "trainable")
     tokens = random_tokens(64)
@@ -150,7 +152,7 @@ def test_peft_loads_what_we_write(name, kind, tmp_path):
     close(ours, logits(other, tokens), 1e-5)
     plain, added = targets.merged(model, params)
     close(plain.apply(added, {"tokens": tokens}), ours, 1e-5)
-    back = files.load(tmp_path / "adapter", *sftjax.load_pretrained(path))
+    back = load(tmp_path / "adapter", *sftjax.load_pretrained(path))
     close(back[0].apply(back[1], {"tokens": tokens}), ours, 1e-5)
 
 
@@ -164,7 +166,7 @@ def test_we_load_what_peft_writes(name, kind, tmp_path):
             if "lora_B" in key:
                 x += 0.1 * torch.randn_like(x)
     other.save_pretrained(tmp_path / "adapter")
-    model, params = files.load(tmp_path / "adapter", *sftjax.load_pretrained(path))
+    model, params = load(tmp_path / "adapter", *sftjax.load_pretrained(path))
     tokens = random_tokens(64)
     close(model.apply(params, {"tokens": tokens}), logits(other, tokens), 1e-5)
 
@@ -178,20 +180,20 @@ def test_ranks_and_alphas_by_module_are_read(llama, tmp_path):
             if "lora_B" in key:
                 x += 0.1 * torch.randn_like(x)
     other.save_pretrained(tmp_path)
-    model, params = files.load(tmp_path, *sftjax.load_pretrained(llama))
+    model, params = load(tmp_path, *sftjax.load_pretrained(llama))
     tokens = random_tokens(64)
     close(model.apply(params, {"tokens": tokens}), logits(other, tokens), 1e-5)
 
 
-def test_an_embeddings_adapter_is_pefts(llama, tmp_path):
-    model, params, trainable = adapted(llama, "lora", wanted=("embed/w", "attention"))
-    params = moved(params)
-    files.save(tmp_path, model, params, trainable)
-    other = peft.PeftModel.from_pretrained(reference.load(llama), tmp_path)
-    tokens = random_tokens(64)
-    close(model.apply(params, {"tokens": tokens}), logits(other, tokens), 1e-5)
-    back = files.load(tmp_path, *sftjax.load_pretrained(llama))
-    close(back[0].apply(back[1], {"tokens": tokens}), logits(other, tokens), 1e-5)
+def test_an_adapter_of_another_base_is_refused(llama, tmp_path):
+    config = peft.LoraConfig(r=RANK, target_modules=["q_proj"])
+    peft.get_peft_model(reference.load(write("gpt2", tmp_path / "b")), peft.LoraConfig(r=2)).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="are not of this model"):
+        load(tmp_path, *sftjax.load_pretrained(llama))
+    other = write("llama-odd", tmp_path / "c")
+    peft.get_peft_model(reference.load(other), config).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"expected shape \(4, 32\), found \(4, 27\); is it of another base"):
+        load(tmp_path, *sftjax.load_pretrained(llama))
 
 
 def test_a_classifier_and_its_head(tmp_path):
@@ -210,12 +212,13 @@ def test_a_classifier_and_its_head(tmp_path):
     with torch.no_grad():
         expected = other(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     close(ours, expected, 1e-5)
-    model, params = files.load(tmp_path / "adapter", *sftjax.load_pretrained(path))
+    model, params = load(tmp_path / "adapter", *sftjax.load_pretrained(path))
     close(model.class_logits(params, model.hidden(params, {"tokens": tokens}))[:, 0], expected, 1e-5)
 
 
 def test_an_encoder_decoder(tmp_path):
-    from test_parity_seq2seq import batch, inputs, theirs as whole
+    from test_parity_seq2seq import batch, inputs
+    from test_parity_seq2seq import theirs as whole
 
     path = write("t5", tmp_path / "base")
     model, params, trainable = adapted(path, "lora")
@@ -232,4 +235,4 @@ def test_an_encoder_decoder(tmp_path):
 def test_pissa_that_was_not_converted_is_refused(llama, tmp_path):
     theirs(llama, "pissa").save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="init_lora_weights='pissa' is not read"):
-        files.load(tmp_path, *sftjax.load_pretrained(llama))
+        load(tmp_path, *sftjax.load_pretrained(llama))

@@ -21,10 +21,11 @@ from sftjax.files import finite, read_object
 from sftjax.parallel import processes
 from sftjax.training.checkpoint import disk, seal
 from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
-from sftjax.training.checkpoint.table import EXTRA, check_base, identity, restore, to_table
+from sftjax.training.checkpoint.table import restore, to_table
 from sftjax.training.identity import check_manifest
 from sftjax.training.log import warn
 
+EXTRA = "extra/metadata"  # of a checkpoint: what is beside its state
 FAILURES = 3  # saves in a row that may fail before the run ends
 
 
@@ -34,9 +35,7 @@ class Checkpointer:
     directory: created when absent. manifest: see identity.make_manifest. keep: newest checkpoints kept; besides the
     best by best_metric ("" = none), of which lower says: is less of it better. Raises CheckpointError where the
     directory can't be written, or is another identity's. Process 0 seals what all have written. Call close() at the
-    end.
-
-    frozen: do they hold the frozen parameters too, and not only the identity of these.
+    end. frozen: do they hold the frozen parameters too; else `restore` is given them.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Checkpointer:
                 f" {latest}: move the later steps away, or use another workdir"
             )
         if not self.frozen:
-            extra, state = dict(extra or {}, base=identity(state.frozen)), state.replace(frozen=None)
+            state = state.replace(frozen=None)
         table = to_table(state)
         beside = {EXTRA: self._extra(extra), "metrics/metrics": self._metrics(metrics)}
         self._agreement, problem = Agreement(), self._begin(step)
@@ -274,7 +273,7 @@ class Checkpointer:
 
         abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings. frozen: its parameters that the
         checkpoints do not hold. Raises NotFoundError when there is no checkpoint, and CheckpointError where none is
-        intact, where `frozen` are others, or naming every leaf whose name, shape or dtype is another.
+        intact, or naming every leaf whose name, shape or dtype is another.
         """
         self.wait()
         wrong, steps = dict[int, str](), self.all_steps()
@@ -287,9 +286,7 @@ class Checkpointer:
             folder = self.directory / str(at)
             target = abstract_state if self.frozen else abstract_state.replace(frozen=None)
             state = restore(folder, target)
-            if not self.frozen:
-                check_base(folder, frozen)
-                state = state.replace(frozen=frozen)
+            state = state if self.frozen else state.replace(frozen=frozen)
             self._set_aside(wrong, at)
             return state, read_object(folder / EXTRA)
         raise disk.none_is_whole(self.directory, wrong)

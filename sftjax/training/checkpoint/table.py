@@ -4,24 +4,18 @@ PRNG keys are stored as their key data, arrays of size 0 and None not at all: th
 and the shardings, on a mesh that may be another.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError
-from sftjax.files import read_object
 from sftjax.training.checkpoint import disk, seal
-from sftjax.training.identity import sha256
-
-EXTRA = "extra/metadata"  # of a checkpoint: what is beside its state
 
 
 def to_table(tree: Any) -> dict[str, Any]:
@@ -102,36 +96,6 @@ def read_weights(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
     if problem := seal.damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
     return restore(folder, dict(target), ("params/", "frozen/", "model_state/"))
-
-
-def identity(frozen: Any) -> str:
-    """A hash of the bits of frozen parameters, the same on any mesh; not of what follows from them, PiSSA's start."""
-    named = {name: x for name, x in params_lib.named_leaves(frozen) if "/first/" not in name}
-    return sha256(json.dumps({name: int(n) for name, n in jax.device_get(_sums(named)).items()}))
-
-
-@jax.jit
-def _sums(named):
-    def one(x):
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
-        place = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(
-            (bits + 1) * (place * jnp.uint32(0x9E3779B1) | 1), dtype=jnp.uint32
-        )  # wraps: order does not matter
-
-    return jax.tree.map(one, named)
-
-
-def check_base(folder: Path, frozen: Any) -> None:
-    """Raise CheckpointError unless the frozen parameters are those beside which a checkpoint was trained."""
-    found = read_object(folder / EXTRA).get("base")
-    if found != (here := identity(frozen)):
-        raise CheckpointError(
-            f"checkpoint {folder} holds adapters of another base: its parameters have the identity {found!s:.12},"
-            f" those of model.path {here:.12}. Put back the base's files, or use another workdir."
-        )
 
 
 def _placed(x) -> jax.ShapeDtypeStruct:

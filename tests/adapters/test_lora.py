@@ -100,7 +100,7 @@ def compiled(model, params, trainable, batch):
     return jax.jit(jax.grad(loss)).lower(trained, frozen, batch).compile()
 
 
-BIG = dict(width=128, heads=4, kv_heads=4, head_dim=32, mlp=512, remat="dots", layers=4, scan=False)
+BIG = dict(width=512, heads=8, kv_heads=8, head_dim=64, mlp=2048, layers=2, scan=False)
 
 
 def test_the_gradient_of_the_base_is_not_computed():
@@ -113,7 +113,7 @@ def test_the_gradient_of_the_base_is_not_computed():
     full = compiled(whole, every, jax.tree.map(lambda _: True, every), batch).cost_analysis()["flops"]
     assert with_adapters <= 0.70 * full, with_adapters / full
     of = model.train_flops(trainable)(256, 100, lambda window: 0)
-    assert of <= 0.75 * whole.train_flops(jax.tree.map(lambda _: True, every))(256, 100, lambda window: 0)
+    assert of <= 0.70 * whole.train_flops(jax.tree.map(lambda _: True, every))(256, 100, lambda window: 0)
 
 
 @SLOW
@@ -137,7 +137,7 @@ def test_dropout_is_of_the_training_loss_alone_and_keeps_the_mean():
 
 def step(how, mesh=None, **changes):
     model, params, trainable = adapted(how, **changes)
-    tx = optax.adam(1e-2)
+    tx = optax.sgd(0.5, momentum=0.9)  # Adam would make a step of the noise of a gradient that is 0
     state = sftjax.TrainState.create(params=params, tx=tx, trainable=trainable)
     run = functools.partial(sftjax.train_step, loss_fn=lora.seeded(losses.causal_lm(model)), tx=tx)
     if mesh is None:
@@ -160,7 +160,7 @@ def test_the_base_stays_and_has_no_moments(kind):
     for name, x in names.items():
         assert not np.array_equal(x, params_lib.flatten(before.params)[name]), name
     moments = [x for x in jax.tree.leaves(after.opt_state) if x.ndim]
-    assert sum(x.size for x in moments) == 2 * params_lib.count(after.params)
+    assert sum(x.size for x in moments) == params_lib.count(after.params)
 
 
 @SLOW

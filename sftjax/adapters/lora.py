@@ -182,8 +182,8 @@ def adapt(section: ConfigDict, model: Any) -> Any:
         _, ins, outs = map(math.prod, node.split(node.base.shape))
         if rank > min(ins, outs):
             raise ConfigError(
-                f"adapter.rank={rank}: {name} is a matrix of {ins} x {outs}, expected 1 to {min(ins, outs)}; lower it, or"
-                " leave this weight out of adapter.targets"
+                f"adapter.rank={rank}: {name} is a matrix of {ins} x {outs}, expected 1 to {min(ins, outs)}; lower it,"
+                " or leave this weight out of adapter.targets"
             )
     return model
 

@@ -206,8 +206,8 @@ def test_rules_beside_adapters():
 BAD = {
     "rank": (dict(rank=33), "adapter.rank=33: layers/0-3/attn/k/w is a matrix of 32 x 16, expected 1 to 16; lower it"),
     "unknown": (
-        dict(targets=("q_proj",)),
-        "adapter.targets: 'q_proj' matches no weight .*; the nearest are .*attn/q/w",
+        dict(targets=("layers/0-3/attn/qq/w",)),
+        "adapter.targets: 'layers/0-3/attn/qq/w' matches no weight .*; the nearest are layers/0-3/attn/q/w, ",
     ),
     "none": (dict(targets=()), "adapter.targets: '' matches no weight that takes an adapter, expected all_linear, "),
     "regex": (dict(targets=("(",)), r"adapter.targets: '\(' is not a regular expression"),
@@ -349,7 +349,7 @@ def test_every_body_trains(name, tmp_path):
     c.model.dtype, c.data.max_length = "float32", 64
     c.train.batch_size = c.eval.batch_size = 8
     c.train.duration, c.train.log_every, c.train.checkpoint_every = "6 steps", "1", "0"
-    c.optim.lr, c.optim.warmup, c.eval.every = 1e-2, "0 steps", "0"
+    c.optim.lr, c.optim.warmup, c.eval.every = 1e-3, "0 steps", "0"
     c.generate.max_new_tokens = 2
     c.adapter.kind, c.adapter.rank = "lora", 4
     CASES[name][0](c, tmp_path)

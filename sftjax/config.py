@@ -21,6 +21,8 @@ from sftjax.files import refuse_url, url_problem
 from sftjax.training.config_file import line_of, load
 from sftjax.training.durations import amount, duration  # noqa: F401 (offered here)
 
+LR = 2e-5
+
 
 def get_default() -> ConfigDict:
     """The whole tree, locked: setting a key that is not here is an error."""
@@ -138,9 +140,16 @@ def get_default() -> ConfigDict:
     c.loss.class_weights = ""  # of labels: "balanced", or a number for each: "1,2.5"
     c.loss.chunk_tokens = 4096  # positions whose logits exist at a time, at most
 
+    c.adapter = ConfigDict()  # small trained changes of weights that stay as they are: docs/adapters.md
+    c.adapter.kind = ""  # "" = none | lora | rslora | dora | pissa
+    c.adapter.rank = 16
+    c.adapter.alpha = 32.0  # a change counts alpha / rank; of rslora, alpha / sqrt(rank)
+    c.adapter.targets = ("all_linear",)  # attention | mlp | all_linear, or regexes over parameters' names
+    c.adapter.dropout = 0.0  # of what an adapter reads
+
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adam | sgd | adafactor | lion | muon
-    c.optim.lr = 2e-5
+    c.optim.lr = LR  # with an adapter, 10 times that, unless a config sets it
     c.optim.schedule = "cosine"  # constant | linear | cosine | inverse_sqrt | wsd
     c.optim.warmup = "3%"
     c.optim.decay_phase = "20%"  # length of wsd's last phase
@@ -214,9 +223,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "eval.draws": (1, 10_000),
     "data.workers": (0, 1024),
     "data.prefetch": (0, 10_000),
-    "train.keep train.bad_steps loss.chunk_tokens eval.batch_size generate.batch_size": (1, 2**31),
+    "adapter.rank train.keep train.bad_steps loss.chunk_tokens eval.batch_size generate.batch_size": (1, 2**31),
     "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
     "data.shuffle_window data.clean.ngram model.vocab_multiple": (1, 2**31),
+    "adapter.alpha": (1e-6, math.inf),
+    "adapter.dropout": (0, _BELOW_1),
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
     "loss.label_smoothing optim.floor generate.top_p": (0, 1),
@@ -248,6 +259,7 @@ _CHOICES = {
     "data.overlong": ("truncate_end", "truncate_prompt", "drop", "split", "error"),
     "data.packing data.eval_packing": ("bfd", "bfd_split", "wrapped", "none"),
     "data.on_error": ("raise", "skip"),
+    "adapter.kind": ("", "lora", "rslora", "dora", "pissa"),
     "loss.normalise": ("tokens", "documents"),
     "loss.kind": ("", "cross_entropy", "focal", "bce", "mse", "mae", "huber"),
     "optim.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
@@ -263,7 +275,7 @@ optim.warmup optim.decay_phase""".split()
 PATHS = """task model.path model.attention data.train data.validation data.test data.tokenizer
 data.template data.cache_dir""".split()
 # Tuples of names, which may also be written with commas.
-NAMES = "data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split()
+NAMES = "adapter.targets data.add_tokens data.augment data.clean.rules eval.metrics train.trackers".split()
 WHOLE = ("model.split", "data.buckets")  # positive whole numbers in a row
 RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.trainable": (bool, "True or False"),
@@ -432,6 +444,14 @@ def _wrong_rule(rule, name):
     number = isinstance(rule[1], (int, float)) and not isinstance(rule[1], bool)
     if not (isinstance(rule[1], bool) if kind is bool else number and 0 <= rule[1] < math.inf):
         yield f"{rule!r:.200}: expected (regex, {what})"
+
+
+def settle(config: ConfigDict) -> str:
+    """Raise optim.lr for adapters (Schulman et al., LoRA Without Regret, 2025), unless it was set; a line on that."""
+    if not config.adapter.kind or config.optim.lr is not LR:  # a 2e-5 that a config sets is another object
+        return ""
+    config.optim.lr = 10 * LR
+    return f"optim.lr is {10 * LR:g}, ten times its default, as an adapter is trained; set it to choose another"
 
 
 def unusual(config: ConfigDict) -> list[str]:

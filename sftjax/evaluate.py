@@ -23,7 +23,7 @@ from sftjax import exits, hf, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.clean import prepare
 from sftjax.data.mixing.spec import sources
-from sftjax.errors import ConfigError, DataError, NotFoundError
+from sftjax.errors import CheckpointError, ConfigError, DataError, NotFoundError
 from sftjax.evaluation.evaluator import Evaluator
 from sftjax.evaluation.sets import Sets
 from sftjax.files import finite, read_json, write_atomic
@@ -33,6 +33,7 @@ from sftjax.training import build, xla_flags
 from sftjax.training import workdir as workdir_lib
 from sftjax.training.checkpoint import disk
 from sftjax.training.checkpoint.table import read_weights
+from sftjax.training.identity import read_manifest
 
 OPTIONS = ("--model", "--data", "--config", "--step", "--shots", "--json", "--out")
 
@@ -179,9 +180,15 @@ def _weights(config, task, model, trainable, mesh: Mesh, run, step):
     at = disk.find(directory, step, best, task.lower_is_better(best))
     nothing = optax.identity()  # in place of the optimizer, whose state is not read
     whole = build.abstract_state(config.model, model, trainable, nothing, mesh)
-    target = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state)
+    target, base = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state), None
+    if config.adapter.kind:  # a checkpoint holds none of the base
+        new = task.tokenizer.convert_tokens_to_ids(list(config.data.add_tokens)) if task.tokenizer else []
+        base, _ = build.make_params(config.model, model, trainable, mesh, seed=config.seed, new=new)
+        target["frozen"] = None
+        if read_manifest(directory / "manifest.json")["identity"].get("base", "") != workdir_lib.base_of(config):
+            raise CheckpointError(f"{directory} holds adapters of another base than model.path has now; put it back")
     found = read_weights(directory / str(at), target)
-    return params_lib.combine(found["params"], found["frozen"]), found["model_state"], at
+    return params_lib.combine(found["params"], found["frozen"] if base is None else base), found["model_state"], at
 
 
 def cache_folder() -> Path:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from sftjax import config as config_lib
 from sftjax import exits, optim, parallel, tasks
 from sftjax import params as params_lib
+from sftjax.adapters import lora as adapters
 from sftjax.evaluation.evaluator import EarlyStop, Evaluator
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.parallel import processes
@@ -49,6 +50,7 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
     """
     # ==== Machine and workdir ====
     config_lib.check(config)
+    rate = config_lib.settle(config)
     m = config.mesh
     xla_flags.settle()
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)
@@ -92,21 +94,29 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
         lower = task.lower_is_better(best)
         manifest = workdir_lib.manifest(config, feed, model)
         checkpoints = Checkpointer(
-            workdir / "checkpoints", manifest=manifest, keep=config.train.keep, best_metric=best, lower=lower
+            workdir / "checkpoints",
+            manifest=manifest,
+            keep=config.train.keep,
+            best_metric=best,
+            lower=lower,
+            frozen=not config.adapter.kind,
         )
         checkpoints.check_space(target, config.train.export)
+        how: Any = dict(seed=config.seed, new=feed.new_tokens)
         if checkpoints.latest_step() is None:
-            how = dict(seed=config.seed, new=feed.new_tokens)
             state = build.first_state(config.model, model, trainable, tx, target, mesh, **how)
             extra: dict[str, Any] = dict.fromkeys(("before", "early_stop", "data", "health"))
         else:
-            state, extra = checkpoints.restore(target)
+            base = None if checkpoints.frozen else build.make_params(config.model, model, trainable, mesh, **how)[0]
+            state, extra = checkpoints.restore(target, params_lib.partition(base, trainable)[1] if base else None)
             extra = resume.comparable(extra, manifest, feed)
             say("resumed", f"step {checkpoints.latest_step()} of {workdir / 'checkpoints'}")
         health = Health(config.train, workdir, feed, extra["health"])
         health.check(state, "the weights as they were read")
         flops = build.flops_per_step(model, trainable, feed)
         say("model", params_lib.table(state.all_params, trainable))
+        if config.adapter.kind:
+            say("adapters", f"{adapters.table(model)}\n{rate}".rstrip())
         say("state", build.state_text(state, flops))
 
         # ==== Compile: once for each batch shape there is, the widest last ====

@@ -26,6 +26,7 @@ PAGES = [
     REPO / "docs" / "data.md",
     REPO / "docs" / "plan.md",
     REPO / "docs" / "runs.md",
+    REPO / "docs" / "adapters.md",
     REPO / "experiments" / "README.md",
 ]
 TEXT = PAGES[0].read_text()

@@ -238,6 +238,8 @@ def test_the_step_is_traced_once_and_every_config_key_is_read(files, tmp_path, m
         },
         {
             "optim__name": "muon",
+            "adapter__kind": "lora",
+            "adapter__rank": 4,
             "eval__best": "validation/loss",
             "eval__patience": 1,
         },

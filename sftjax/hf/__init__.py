@@ -4,6 +4,7 @@
 from sftjax.hf.directory import (
     FAMILIES,
     Origin,
+    drawn,
     load_model,
     load_params,
     load_pretrained,

@@ -210,8 +210,7 @@ def load_params(
     model = _stored(model, reader)
     left_out = _compare(model, reader, path)
     _check_tied(model, reader, path)
-    rows = list(tensors(model))
-    fresh = [p for p, files, _ in rows if () in files and heads.fresh(model, p, files[()])]
+    rows, fresh = list(tensors(model)), drawn(model)
     heads.report(path, left_out, fresh, seed)
     tree = _stored_tree(model)
     abstract = params_lib.flatten(tree)
@@ -233,6 +232,11 @@ def load_params(
         new, key, kind = {name: abstract[name]}, jax.random.key(seed), dtypes[name]
         leaves |= params_lib.init(new, key, kind, {name: shardings[name]})
     return model, params_lib.map_named(lambda name, _: leaves[name], tree)
+
+
+def drawn(model: base.Model) -> list[str]:
+    """The parameters of its head that the files lack: they are initialised from a seed."""
+    return [p for p, files, _ in tensors(model) if () in files and heads.fresh(model, p, files[()])]
 
 
 def _stored_tree(model) -> dict:

@@ -192,10 +192,11 @@ def write(
     directory: str | Path,
     tensors: Iterable[tuple[str, Sequence[int], DTypeLike, Callable[[], np.ndarray]]],
     max_shard_bytes: int = 5 * 2**30,
+    stem: str = "model",
 ) -> None:
     """Write (name, shape, dtype, get) rows; get() makes one array, which is dropped once written.
 
-    One file model.safetensors, or shards of at most max_shard_bytes with their index.
+    One file, named by `stem`, or shards of at most max_shard_bytes with their index.
     """
     directory = Path(directory)
     shards, room = [list[tuple]()], max_shard_bytes
@@ -207,15 +208,15 @@ def write(
         shards[-1].append((*row, size))
         room -= size
     if len(shards) == 1:
-        return _write_file(directory / "model.safetensors", shards[0])
+        return _write_file(directory / f"{stem}.safetensors", shards[0])
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / file, shard)
         weight_map |= {row[0]: file for row in shard}
     total = sum(row[-1] for shard in shards for row in shard)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-    (directory / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    (directory / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _write_file(path, rows):

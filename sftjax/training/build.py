@@ -20,7 +20,9 @@ from optax import GradientTransformation
 from sftjax import config as config_lib
 from sftjax import hf, optim, parallel, tasks
 from sftjax import params as params_lib
-from sftjax.errors import ConfigError, OutOfMemory
+from sftjax.adapters import files as adapter_files
+from sftjax.adapters import lora as adapters
+from sftjax.errors import ConfigError, ModelError, OutOfMemory
 from sftjax.models import vocab
 from sftjax.models.base import Model
 from sftjax.ops import attention
@@ -42,10 +44,11 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     model = task.load_model(m, split=tuple(m.split), **{key: getattr(m, key) for key in names})
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
-    trainable = params_lib.match_rules(config.optim.trainable, model.abstract, "optim.trainable")
-    unused = getattr(
-        getattr(model, "config", None), "unused", "(?!)"
-    )  # no output depends on them: decay alone would change them
+    model = adapters.adapt(config.adapter, model)
+    rules = adapters.rules(config.optim.trainable, config_lib.get_default().optim.trainable, model)
+    trainable = params_lib.match_rules(rules, model.abstract, "optim.trainable")
+    # No output depends on them: decay alone would change them.
+    unused = getattr(getattr(model, "config", None), "unused", "(?!)")
     trainable = params_lib.map_named(lambda name, on: on and not re.fullmatch(unused, name), trainable)
     if hasattr(model, "with_trained"):
         model = model.with_trained(trainable)
@@ -88,7 +91,7 @@ def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
 
     def one(name, on):
         own = section.param_dtype
-        return jnp.dtype(own if on else section.frozen_dtype or stored.get(name, own))
+        return jnp.dtype(own if on else section.frozen_dtype or stored.get(name.removesuffix("/base"), own))
 
     return params_lib.map_named(one, trainable)
 
@@ -146,7 +149,7 @@ def make_step(
     device: jax.Device | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted train_step of an abstract state, for a device (None: one that is here)."""
-    step = functools.partial(train_step, loss_fn=loss_fn, tx=tx, micro_batches=micro_batches)
+    step = functools.partial(train_step, loss_fn=adapters.seeded(loss_fn), tx=tx, micro_batches=micro_batches)
     platform = device.platform if device else jax.default_backend()
     options, out = xla_flags.options(platform, device), (shardings_of(target), None)
     return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
@@ -216,19 +219,19 @@ def make_params(
     section: ConfigDict, model: Model, trainable: Any, mesh: Mesh, *, seed: int = 0, new: Sequence[int] = ()
 ) -> tuple[dict[str, Any], Any]:
     """(parameters, model_state) at step 0, as of first_state; model_state None for none."""
-    kinds = dtypes(section, model, trainable)
+    whole, kinds, model = model, dtypes(section, model, trainable), adapters.without(model)
     drawn = lambda: None if model.state is None else _drawn(model.state, mesh, seed)  # noqa: E731
     if from_files(model) and section.init == "pretrained":
         # With rows drawn for new tokens, and a head where the files have none.
         rows = hf.text_config(model.source.config).get("vocab_size")  # None of images
         stored: Any = model.replace(vocab=rows) if rows else model
-        _, params = hf.load_params(stored, hf.resolve(section.path), kinds, mesh, seed=seed)
+        _, params = hf.load_params(stored, hf.resolve(section.path), adapters.plain(kinds), mesh, seed=seed)
         if new:
             _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
         stats = params.pop("stats", None)
-        return params, drawn() if stats is None else stats
-    params = _drawn(model.abstract, mesh, seed)
-    return jax.tree.map(lambda x, d: x.astype(d), params, kinds), drawn()
+        return adapters.begun(whole, params, kinds, mesh, seed), drawn() if stats is None else stats
+    params = jax.tree.map(lambda x, d: x.astype(d), _drawn(model.abstract, mesh, seed), adapters.plain(kinds))
+    return adapters.begun(whole, params, kinds, mesh, seed), drawn()
 
 
 def check_memory(target: Any) -> None:
@@ -259,11 +262,19 @@ def _drawn(abstract, mesh, seed):
 
 
 def export(directory: Path | str, task: tasks.Task, model: Model, state: TrainState) -> None:
-    """Write the trained model as a Hugging Face directory, or as its own `save` does."""
+    """Write the trained model as a Hugging Face directory, or as its own `save` does; adapters beside it as well."""
+    params = state.all_params
+    if getattr(model, "nodes", ()):
+        trainable = jax.tree.map(lambda x: x is not None, state.params, is_leaf=lambda x: x is None)
+        try:
+            adapter_files.save(Path(directory).with_name("adapter"), model, params, trainable)
+        except ModelError as e:
+            say("adapter", f"is in the export only: {e}")
+        model, params = adapters.merged(model, params)
     if hasattr(model, "save"):
-        model.save(directory, state.all_params, state.model_state)
+        model.save(directory, params, state.model_state)
     elif from_files(model):
-        params = task.exported(state.all_params, state.model_state)
+        params = task.exported(params, state.model_state)
         hf.save_pretrained(directory, model, params, task.tokenizer, stop_ids=task.stop_ids)
     else:
         say("export", f"none: {type(model).__name__} has no save(directory, params, model_state)")

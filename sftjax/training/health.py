@@ -111,8 +111,8 @@ class Health:
             why = "there is no checkpoint" if newest is None else f"it was, {ROLLBACKS} times"
             end(f"{message}\nIt can't be rolled back: {why}.", checkpoints)
         at = state.step.copy()
-        jax.tree.map(lambda x: x.delete(), state)
-        restored, extra = checkpoints.restore(target)
+        jax.tree.map(lambda x: x.delete(), state if checkpoints.frozen else dataclasses.replace(state, frozen=None))
+        restored, extra = checkpoints.restore(target, state.frozen)
         self.state["rollbacks"] += 1
         self.state["lag"] = step - newest + extra["health"]["lag"]
         self.streak, self.ill, self.losses, self.sound = 0, None, deque(maxlen=WINDOW), True

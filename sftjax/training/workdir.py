@@ -16,9 +16,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
+from sftjax import hf
 from sftjax.errors import ConfigError, WriteError
 from sftjax.files import read_json, read_object, refuse_url, write_atomic
 from sftjax.training import log, resume
+from sftjax.training.checkpoint import seal
 from sftjax.training.data import Feed
 from sftjax.training.identity import sha256, version
 
@@ -109,9 +111,18 @@ def manifest(config: ConfigDict, feed: Feed, model: Any) -> dict:
     if getattr(model, "source", None) is not None:
         hashes["the model's config.json"] = json.dumps(model.source.config, sort_keys=True)
         identity["model"] = sha256(hashes["the model's config.json"])
+    if base := base_of(config):
+        hashes["the base of the adapters (model.path)"] = identity["base"] = base
     known = {name: sha256(text) for name, text in hashes.items()}
     found = dict(identity=identity, hashes=known, steps=feed.steps, best=config.eval.best, **feed.facts)
     return json.loads(json.dumps(found))
+
+
+def base_of(config: ConfigDict) -> str:
+    """Checksums of the files beside whose weights a run trains adapters: its checkpoints hold none of these."""
+    if not config.adapter.kind or config.model.init != "pretrained":
+        return ""
+    return json.dumps({f.name: seal.measure(f) for f in sorted(hf.resolve(config.model.path).glob("*.safetensors"))})
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class Checkpointer:
     directory: created when absent. manifest: see identity.check_manifest. keep: newest checkpoints kept; besides the
     best by best_metric ("" = none), of which lower says: is less of it better. Raises CheckpointError where the
     directory can't be written, or is another identity's. Process 0 seals what all have written. Call close() at the
-    end.
+    end. frozen: do they hold the frozen parameters too; else `restore` is given them.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class Checkpointer:
         keep: int = 2,
         best_metric: str = "",
         lower: bool = True,
+        frozen: bool = True,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory, self.frozen = Path(directory).absolute(), frozen
         self.manifest, self.keep = manifest, keep
         self.best_metric, self._lower = best_metric, lower
         disk.check_writable(self.directory)
@@ -90,6 +91,8 @@ class Checkpointer:
                 f"step {step} would be saved into {self.directory}, which has the later step"
                 f" {latest}: move the later steps away, or use another workdir"
             )
+        if not self.frozen:
+            state = state.replace(frozen=None)
         table = to_table(state)
         beside = {EXTRA: self._extra(extra), "metrics/metrics": self._metrics(metrics)}
         self._agreement, problem = Agreement(), self._begin(step)
@@ -244,6 +247,7 @@ class Checkpointer:
         """
         sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in to_table(state).items()}
         model = sum(n for name, n in sizes.items() if name.startswith(("params/", "frozen/")))
+        sizes = {n: size for n, size in sizes.items() if self.frozen or not n.startswith("frozen/")}
         saves = self.keep + 1 + bool(self.best_metric)  # an old one goes after the new one is there
         save, more = sum(sizes.values()), max(saves - len(disk.steps(self.directory)), 1)
         free = min(processes.gather(shutil.disk_usage(self.directory).free))
@@ -262,12 +266,12 @@ class Checkpointer:
 
     # ---- restoring ----
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+    def restore(self, abstract_state: Any, frozen: Any = None) -> tuple[Any, dict]:
         """(state, extra) of the newest checkpoint whose files are intact; newer ones are set aside.
 
-        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings. Raises NotFoundError when there is no
-        checkpoint, and CheckpointError where none is intact, or naming every leaf whose name, shape or dtype is
-        another.
+        abstract_state: the state to fill, of jax.ShapeDtypeStruct with shardings. frozen: its parameters that the
+        checkpoints do not hold. Raises NotFoundError when there is no checkpoint, and CheckpointError where none is
+        intact, or naming every leaf whose name, shape or dtype is another.
         """
         self.wait()
         wrong, steps = dict[int, str](), self.all_steps()
@@ -278,7 +282,9 @@ class Checkpointer:
                 wrong[at] = problem
                 continue
             folder = self.directory / str(at)
-            state = restore(folder, abstract_state)
+            target = abstract_state if self.frozen else abstract_state.replace(frozen=None)
+            state = restore(folder, target)
+            state = state if self.frozen else state.replace(frozen=frozen)
             self._set_aside(wrong, at)
             return state, read_object(folder / EXTRA)
         raise disk.none_is_whole(self.directory, wrong)

@@ -22,7 +22,7 @@ def seal(folder: Path) -> None:
     """Write files.json, once every file is read back and on the disk itself. Raises: OSError."""
     paths = _files(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda path: _measure(path, sync=True), paths))
+        found = list(pool.map(lambda path: measure(path, sync=True), paths))
     known = {str(path.relative_to(folder)): entry for path, entry in zip(paths, found, strict=True)}
     with open(folder / NAME, "w", encoding="utf-8") as f:
         json.dump({"checksum": "crc32", "files": known}, f, indent=0, sort_keys=True)
@@ -51,7 +51,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
 
     def compare(name):
         try:
-            size, checksum = _measure(folder / name)
+            size, checksum = measure(folder / name)
         except OSError as e:
             return f"cannot be read: {e.strerror or e}"
         if size != known[name][0]:
@@ -78,7 +78,7 @@ def _files(folder) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path != folder / NAME and not path.is_dir()]
 
 
-def _measure(path, sync=False) -> tuple[int, int]:
+def measure(path: Path, sync: bool = False) -> tuple[int, int]:
     """(bytes, CRC-32) of a file."""
     size = checksum = 0
     with open(path, "rb") as f:

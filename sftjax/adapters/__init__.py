@@ -1,0 +1,1 @@
+"""Adapters: small trained changes of frozen weights; see docs/adapters.md."""

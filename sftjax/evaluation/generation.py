@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,9 @@ from sftjax import parallel
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.errors import ConfigError, DataError, ModelError
 from sftjax.evaluation.beams import search
+from sftjax.models.base import Model
 from sftjax.ops import rope
 from sftjax.parallel import processes
-
-if TYPE_CHECKING:
-    from sftjax.models.base import Model
 
 BUCKET = 32  # prompts are padded to a multiple of this, so that few shapes are compiled
 WORKERS = 2  # batches under way at once on a CPU
@@ -125,7 +123,7 @@ def in_batches(lengths: Sequence[int], batch_size: int, mesh: Mesh | None) -> tu
 
 
 def generate(
-    model: "Model",
+    model: Model,
     params: Any,
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,

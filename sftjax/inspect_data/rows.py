@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,9 +19,7 @@ from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.rejects import record
 from sftjax.data.token_store import encode_rows
 from sftjax.evaluation import sets as sets_lib
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sftjax.hf.tokenizer_files import Tokenizer
 
 CHUNK = 250  # rows encoded together
 LOST = ("too_long", "no_trained_token_left", "no_trained_token", "skipped")
@@ -65,9 +63,7 @@ class Part(NamedTuple):
     removed: Mapping[int, Finding] = {}  # by row of data.train: what data.clean took out
 
 
-def parts_of(
-    config: ConfigDict, set: str, chosen: str, tokenizer: "PreTrainedTokenizerBase | None", cache: Path | str
-) -> list[Part]:
+def parts_of(config: ConfigDict, set: str, chosen: str, tokenizer: Tokenizer | None, cache: Path | str) -> list[Part]:
     """The sources of a set, or the one called `chosen`. Raises: DataError if there is none."""
     data, parts = config.data, []
     if set == "train" or (set == "validation" and not data.validation):

@@ -455,10 +455,10 @@ class Model(base.Body):
 
     def head(self, params: dict[str, Any]) -> weight.Weight:
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
-        if self.config.classes:
+        if self.config.head != "vocabulary":
             raise ModelError(
-                f"this model has a head of {self.config.classes} classes and none for the"
-                " vocabulary; load the directory of a causal language model"
+                f"this model has {self.config.classes or 'no'} classes and no vocabulary head; load it with"
+                " head='vocabulary', or take the directory of a causal language model"
             )
         w = params["embed" if self.config.tied else "head"]["w"]
         return weight.as_stored(w, ("vocab", "embed"))

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sftjax.errors import ModelError
 from sftjax.models import base, decoder, layer
 from sftjax.ops import dropout, weight
 from sftjax.parallel import unspread
@@ -155,15 +154,7 @@ class Model(base.Body):
             hidden = mean_of_documents(hidden, segments)
         return base.project_classes(params["score"], self.pooled(params, hidden, rng))
 
-    def head(self, params: dict[str, Any]) -> weight.Weight:
-        """The vocabulary projection, [config.rows, D]; see ops.weight."""
-        if self.config.head != "vocabulary":
-            raise ModelError(
-                "an encoder has no vocabulary head to train on tokens or to generate from; load it with labels or"
-                " head='vocabulary', or take the directory of a causal language model"
-            )
-        w = params["embed" if self.config.tied else "head"]["w"]
-        return weight.as_stored(w, ("vocab", "embed"))
+    head = decoder.Model.head
 
     def vocab_bias(self, params: dict[str, Any]) -> jax.Array | None:
         """What is added to the logits, [config.rows]; None for nothing."""

@@ -28,7 +28,6 @@ class Collective:
     bytes: float = 0.0
     wire: float = 0.0
     async_bytes: float = 0.0  # of those that run beside other work
-    hidden: float = 0.0  # cycles of the work scheduled while they are in flight
 
 
 @dataclasses.dataclass
@@ -130,12 +129,8 @@ class _Reader:
 
     def walk(self, name, env) -> Cost:
         """env: {(parameter, index): int}: the scalars known of the computation's tuple."""
-        body, total, flights = self.computations[name], Cost(), dict[str, tuple]()
+        body, total = self.computations[name], Cost()
         for one in body:
-            for key in self._ends(one):
-                if key in flights:
-                    record, start = flights.pop(key)
-                    record.hidden += total.total_cycles - start
             self._one(one, name, env, total)
             for c in self._collectives(one, body):
                 if c.group == 1:  # nothing is sent
@@ -144,11 +139,7 @@ class _Reader:
                 record = total.collectives[c.kind, c.group]
                 record.count, record.bytes = record.count + 1, record.bytes + whole
                 record.wire += wire
-                if c.asynchronous:
-                    record.async_bytes += whole
-                    flights[c.key] = record, total.total_cycles
-        for record, start in flights.values():  # they end in the loop's next round
-            record.hidden += total.total_cycles - start
+                record.async_bytes += whole * c.asynchronous
         return total
 
     def _one(self, one, name, env, total):
@@ -199,16 +190,6 @@ class _Reader:
                     yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
         elif found := _collective(one, body):
             yield dataclasses.replace(found, key=one.name, asynchronous=one.op.endswith("-start"))
-
-    def _ends(self, one) -> list:
-        """The keys of the collectives that end with this instruction."""
-        if one.op.endswith("-done"):
-            return one.args[:1]
-        if one.op == "fusion":
-            callee = self.computations[one.attribute("calls")]
-            if callee.find("AsyncCollectiveDone"):
-                return [c.key for c in _collectives_in(callee)]
-        return []
 
     def _trips(self, one, name, env, total):
         """(how often the body runs, the scalars that stay the same in it)."""

@@ -7,7 +7,7 @@ A task of your own is a class derived from Task in a file of yours, named in the
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -21,12 +21,10 @@ from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation import metrics
 from sftjax.evaluation.metrics import Scores
+from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.parallel.processes import to_host
 from sftjax.step import Loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LossFn = Callable[..., Loss]  # (params, batch, rng[, model_state]) -> Loss
 # (params, batch[, model_state]) -> (Loss, {name: array with the rows of the batch in front})
@@ -99,7 +97,7 @@ class Task(Generic[E]):
     beside: tuple[str, ...] = ()  # fields that evaluation reads: eval.choices, eval.group
 
     @classmethod
-    def of(cls, config: ConfigDict, tokenizer: "PreTrainedTokenizerBase | None") -> "Task":
+    def of(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> "Task":
         """The task of a config. tokenizer: None where the config names none."""
         task = cls()
         task.tokenizer = tokenizer

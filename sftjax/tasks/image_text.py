@@ -211,8 +211,7 @@ class ImageText(CausalLM):
         """What is asked of each record, with the record's images."""
         texts = _Texts(source, self)
         asked = super().questions(texts)  # type: ignore[arg-type] # what it reads of a source is there
-        for i, q in enumerate(asked):
-            images = texts.images[i]
+        for i, (q, images) in enumerate(zip(asked, texts.images, strict=True)):
             times, _ = self.expanded(q.prompt, images, source.where(i))
             asked[i] = q._replace(prompt=np.repeat(q.prompt, times), images=images)
         return asked
@@ -261,15 +260,14 @@ class ImageTally(CausalTally):
 
 
 class _Texts:
-    """A source of records without their images, which are kept by number."""
+    """A source's records without their images, and these."""
 
     def __init__(self, source: Source, task: ImageText) -> None:
-        self.source, self.task, self.where = source, task, source.where
-        self.images = dict[int, list[bytes]]()
+        self.where, rows = source.where, range(len(source))
+        self.records, self.images = zip(*(task.separated(source[i], source.where(i)) for i in rows), strict=True)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.records)
 
     def __getitem__(self, i: int) -> dict:
-        record, self.images[i] = self.task.separated(self.source[i], self.where(i))
-        return record
+        return self.records[i]

@@ -52,8 +52,7 @@ def family_of(hf: dict) -> ModuleType:
 
 def reads_images(hf: dict) -> bool:
     """Is it the config.json of a model of images, and not of texts too."""
-    kind = "timm" if "architecture" in hf else hf.get("model_type")
-    family = FAMILIES.get(str(kind))
+    family = FAMILIES.get("timm" if "architecture" in hf else str(hf.get("model_type")))
     return hasattr(family, "IMAGES") and not hasattr(family, "TEXTS")
 
 

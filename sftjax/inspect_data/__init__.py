@@ -131,6 +131,7 @@ def _examples(part, wanted, tokenizer) -> list[dict]:
 def _example(name, row, places, tokenizer):
     ids, weights = row.example.tokens.tolist(), row.example.weights.tolist()
     image = getattr(row.example, "image", np.zeros(len(ids), np.int32))
+    counts = (f"image {i}: {n} tokens" for i, n in enumerate(np.bincount(image)) if i)
     shown = [i for i, n in enumerate(image) if not n or i in (0, len(ids) - 1) or len({*image[i - 1 : i + 2]}) > 1]
     tokens = [  # of an image the first and the last
         dict(zip(COLUMNS, (tokenizer.decode([ids[i]]), ids[i], weights[i], *places[i]), strict=True)) for i in shown
@@ -139,7 +140,7 @@ def _example(name, row, places, tokenizer):
         source=name,
         where=row.where,
         dropped=row.dropped,
-        note="; ".join(filter(None, [row.note, _of_images(image)])),
+        note="; ".join(filter(None, [row.note, *counts])),
         trained=round(row.trained, 4),
         length=len(ids),
         kept=sum(map(len, row.kept)),
@@ -148,11 +149,6 @@ def _example(name, row, places, tokenizer):
         spans=[list(span) for span in row.example.spans],
         tokens=tokens,
     )
-
-
-def _of_images(image):
-    """How many tokens each image has; image: int [n], which one a token is of, 0 for none."""
-    return ", ".join(f"image {i}: {n} tokens" for i, n in enumerate(np.bincount(image)) if i)
 
 
 def _totals(part, cache):

@@ -18,6 +18,8 @@ from sftjax.models import base, decoder, flops, layer, vision
 from sftjax.ops import weight
 from sftjax.params import Param
 
+PROJECTION = (("up", "bnc,cd->bnd", (None, "embed")), ("down", "bnd,de->bne", ("embed", None)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder.Config):
@@ -28,7 +30,7 @@ class Config(decoder.Config):
     family: str = ""  # the decoder's model_type
     left: int = 1  # so many of the tower's last layers are left out
     tower_norm: bool = False  # is the tower's last norm run
-    projector: str = "gelu"  # the activation between its two matrices; "" = it is one matrix
+    projector: str = "gelu"  # the activation between its two matrices
     projector_bias: bool = True
     whole: bool = False  # an image's tokens see all of it, in both directions
 
@@ -54,9 +56,7 @@ def abstract(c: Config) -> dict:
         bias = {"b": Param((c.width,), ("norm",), zeros)} if c.projector_bias else {}
         return {"w": Param((inputs, c.width), axes, normal, axes[:1])} | bias
 
-    projector = {"up": matrix(c.vision.width, ("channels", "embed"))}
-    if c.projector:
-        projector["down"] = matrix(c.width, ("embed", None))
+    projector = {"up": matrix(c.vision.width, ("channels", "embed")), "down": matrix(c.width, ("embed", None))}
     return decoder.abstract(c) | {"tower": vision.abstract(c.vision), "projector": projector}
 
 
@@ -81,7 +81,7 @@ class Model(decoder.Model):
             x = x[:, 1:] if c.vision.class_token else x
         x = layer.norm(c.vision, x, of["norm"]) if c.tower_norm else x
         x = x.reshape(B, N, c.vision.width)
-        for name, equation, axes in PROJECTION[: 1 + bool(c.projector)]:
+        for name, equation, axes in PROJECTION:
             p = params["projector"][name]
             x = layer.ACTIVATIONS[c.projector](x) if name == "down" else x
             x = weight.project(equation, x, p | {"w": weight.gather_for_use(p["w"], axes, x.dtype)})
@@ -126,9 +126,3 @@ class Model(decoder.Model):
         """See flops.train_flops; the tower's are not counted, whose patches the numbers do not say."""
         rest = {k: v for k, v in trainable.items() if k not in ("tower", "projector")}
         return flops.train_flops(self.config, rest, decoder.abstract(self.config))
-
-
-PROJECTION = (
-    ("up", "bnc,cd->bnd", (None, "embed")),
-    ("down", "bnd,de->bne", ("embed", None)),
-)

@@ -187,19 +187,13 @@ class CausalLM(Answering[chat.Encoded]):
 
     # ---- for people ----
 
-    beside_prompt = ""  # further flags of the command below
-
-    def as_text(self, source: Source, i: int) -> dict:
-        """Record i of a source, as `to_conversation` reads it."""
-        return source[i]
-
     def try_it(self, section: ConfigDict, export: Path) -> str:
         """The command that asks the export the first question of data.test; "" without one."""
         if not (section.test and self.tokenizer.chat_template):
             return ""
         keys = {k: self.policy[k] for k in ("fields", "roles", "system")}
-        first = to_conversation(self.as_text(open_source(section.test), 0), **keys)
-        prompt = quote(first["messages"][-2]["content"]) + self.beside_prompt
+        first = to_conversation(open_source(section.test)[0], **keys)
+        prompt = quote(first["messages"][-2]["content"])
         python, model = os.path.relpath(sys.executable), os.path.relpath(export)
         system = f" --system={quote(section.system)}" if section.system else ""
         return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"

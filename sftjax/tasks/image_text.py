@@ -4,8 +4,11 @@ A record has its images in order, as paths, data URLs or bytes, under `images` o
 message's content. In tokens an image is as many placeholders as it has patches, none of them trained.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,15 +219,10 @@ class ImageText(CausalLM):
             asked[i] = q._replace(prompt=np.repeat(q.prompt, times), images=images)
         return asked
 
-    beside_prompt = " --image=FILE"
-
-    def as_text(self, source: Source, i: int) -> dict:
-        """Record i of a source, with MARK for each image."""
-        mark, self.mark = self.mark, MARK
-        try:
-            return self.separated(source[i], source.where(i))[0]
-        finally:
-            self.mark = mark
+    def try_it(self, section: ConfigDict, export: Path) -> str:
+        """A command that asks the export about an image."""
+        python, model = os.path.relpath(sys.executable), os.path.relpath(export)
+        return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model} --image=FILE --prompt=TEXT"
 
     def answers(self, model: Any, params: Any, questions: list, groups: Sequence | None = None, **options: Any) -> dict:
         """See evaluation.answers.answered."""

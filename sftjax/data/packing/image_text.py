@@ -45,13 +45,15 @@ class Patches(NamedTuple):
             low, high = (middle, high) if np.prod(grid(middle)) <= most else (low, middle)
         return tuple(n * p for n in grid(low))
 
+    def fields(self, rows: int, cells: int) -> dict[str, Field]:
+        """The arrays of the images of `rows` rows of `cells` patches: of images of any size also which is whose."""
+        p: dict[str, Any] = {"patches": (np.uint8, (self.patch, self.patch, self.channels))}
+        p |= {"patch_segments": (np.int32, ()), "patch_places": (np.int32, (4,))} if self.limits else {}
+        return {k: Field((rows, cells, *x), kind, ("batch", None, *[None] * len(x))) for k, (kind, x) in p.items()}
+
     def batch(self, rows: Sequence[Sequence[bytes]], cells: int) -> Batch:
-        """The arrays of the images of each row, in `cells` patches: of images of any size also which patch is whose."""
-        p = self.patch
-        out = {"patches": np.zeros((len(rows), cells, p, p, self.channels), np.uint8)}
-        if self.limits:
-            out["patch_segments"] = np.zeros((len(rows), cells), np.int32)
-            out["patch_places"] = np.zeros((len(rows), cells, 4), np.int32)
+        """The arrays of the images of each row."""
+        out: Batch = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields(len(rows), cells).items()}
         for r, images in enumerate(rows):
             self.fill({k: v[r] for k, v in out.items()}, images)
         return out
@@ -94,13 +96,8 @@ class ImageTextRows(TokenRows):
 
     def spec(self, rows: int, width: int) -> dict[str, Field]:
         """Those of TokenRows, with the patches of images; see models.vision_language."""
-        p, cells = self.patches, self.patches.cells(width * self.share + 1e-6)
-        none = (None,) * 4
-        out = {"patches": Field((rows, cells, p.patch, p.patch, p.channels), np.uint8, ("batch", *none))}
-        if p.limits:
-            out["patch_segments"] = Field((rows, cells), np.int32, ("batch", None))
-            out["patch_places"] = Field((rows, cells, 4), np.int32, ("batch", None, None))
-        return super().spec(rows, width) | out
+        cells = self.patches.cells(width * self.share + 1e-6)
+        return super().spec(rows, width) | self.patches.fields(rows, cells)
 
     def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
         """Write the pieces, which are whole examples, into a row, and their images."""

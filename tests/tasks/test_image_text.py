@@ -12,7 +12,7 @@ import tiny
 from vision_language import png
 
 from sftjax import config as config_lib
-from sftjax import hf, parallel, tasks
+from sftjax import generate, hf, parallel, tasks
 from sftjax import params as params_lib
 from sftjax.config import ConfigError
 from sftjax.data import DataError, Rows, build_store, loader, open_source
@@ -512,6 +512,20 @@ def test_answers_are_those_of_each_question(base, config):
     task.asking = task.asking._replace(draws=2)
     drawn = task.answers(model, params, [questions[i] for i in (1, 2)], **how)["answers"]
     assert drawn == [[found[1]] * 2, [found[2]] * 2]
+
+
+def test_the_command_line_answers_as_a_run_does(base, config, tmp_path, capsys):
+    task, questions = asked(base, config)
+    model = task.load_model(config.model)
+    params = jax.tree.map(lambda x: 3 * x, params_lib.init(model.abstract, jax.random.key(0)))
+    hf.save_pretrained(tmp_path / "out", model, params, task.tokenizer)
+    wanted = task.answers(model, params, questions[1:3], max_new_tokens=4)["answers"]
+    images = [f"--image={base / f'{i}.png'}" for i in range(3)]
+    for prompt, own, answer in (("which?", images[:1], wanted[0]), ("<image>a<image>", images[1:], wanted[1])):
+        generate.main([f"--model={tmp_path / 'out'}", f"--prompt={prompt}", "--max_new_tokens=4", *own])
+        assert capsys.readouterr().out.strip() == answer.strip()
+    with pytest.raises(DataError, match="the image .*no.png is not there"):
+        generate.main([f"--model={tmp_path / 'out'}", "--prompt=a", "--image=no.png"])
 
 
 def test_the_command_to_try_names_an_image(base, config):

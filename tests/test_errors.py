@@ -308,7 +308,7 @@ def test_values_out_of_range(override, message):
         ("  c.seed = True", "seed=True: expected int, like 0"),
         ("  c.optim.lr = float('nan')", "optim.lr=nan: expected a finite number, 0 or more"),
         ("  c.mesh = None", "mesh=None: expected a group with context, coordinator"),
-        ("  c = type(c)()", "the config has no data: start from sftjax.config.get_default()"),
+        ("  c = type(c)()", "the config has no adapter: start from sftjax.config.get_default()"),
     ],
 )
 def test_values_that_a_file_may_set_but_nothing_can_use(tmp_path, lines, message):
@@ -316,7 +316,7 @@ def test_values_that_a_file_may_set_but_nothing_can_use(tmp_path, lines, message
     path.write_text(f"{START}{lines}\n  return c\n")
     with pytest.raises(config.ConfigError) as caught:
         config.parse([f"--config={path}"])
-    line = 2 if "no data" in message else 4
+    line = 2 if "no adapter" in message else 4
     assert str(caught.value).startswith(f"{path}:{line}: {message}")
 
 

@@ -92,7 +92,7 @@ def make(config: ConfigDict, tokenizer: Tokenizer | None) -> Task:
         raise ConfigError(f"data.max_target_length is nothing that task={config.task!r} reads")
     kinds = {"focal_gamma": "focal", "huber_delta": "huber"}
     for key, plain in get_default().loss.items():
-        if (value := config.loss[key]) == plain:
+        if (value := getattr(config.loss, key)) == plain:
             continue
         if key in kinds and config.loss.kind != kinds[key]:
             raise ConfigError(f"loss.{key} is of loss.kind={kinds[key]!r}, and that is not set")

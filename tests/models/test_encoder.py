@@ -385,7 +385,7 @@ def test_lengths_and_vocabularies_are_refused_with_the_fix(bert):
     model, params = bert
     with pytest.raises(ValueError, match="data.max_length=129: the model has 128 positions, all"):
         model.check_length(129, "data.max_length=129")
-    with pytest.raises(ValueError, match="no classes and no vocabulary head; load it with"):
+    with pytest.raises(ValueError, match="3 classes and no vocabulary head; load it with"):
         sftjax.losses.causal_lm(model)(params, tiny.batch(), None)
     with pytest.raises(ValueError, match="generate: this model has no vocabulary head"):
         generate(model, params, [[1, 2]])

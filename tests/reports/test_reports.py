@@ -60,7 +60,7 @@ def check_self_contained(text: str, pictures: bool = False) -> Page:
 
 
 def inspect_page(text):
-    example = dict(source=text, trained=0.5, dropped=text, note=text, title=text,
+    example = dict(source=text, trained=0.5, dropped=text, note=text, title=text, images=[],
                    pieces=[(text, False), (text, True)], rows=[("cut", (text, 1))])  # fmt: skip
     return html.render(
         "inspect.html.jinja", styles=["inspect.css"], script="inspect.js", title=text, problem=text,

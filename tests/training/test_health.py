@@ -176,7 +176,8 @@ def test_a_rollback_takes_the_newest_checkpoint_for_the_present_step(tmp_path):
     saved = {"health": dict(lag=1)}
     checkpoints = SimpleNamespace(
         latest_step=lambda: 4,
-        restore=lambda target: (make(4.0).replace(step=4), saved),
+        frozen=True,
+        restore=lambda target, frozen=None: (make(4.0).replace(step=4), saved),
         wait=lambda: None,
     )
     for n in range(health.ROLLBACKS):

@@ -1,6 +1,6 @@
 """A training step of a decoder that reads images beside transformers' LLaVA, in torch.
 
-    python benchmarks/vision_language.py [--rounds=9] [--threads=2] [--out=FILE]
+    python benchmarks/image_text.py [--rounds=9] [--threads=2] [--out=FILE]
 
 Both sides take forward, loss, backward and AdamW (torch's fused one) of the same weights in float32, on the same
 images and texts, in one process, in turns: A B A B. The losses must be the same to 1e-3 before and after a step.

@@ -343,7 +343,7 @@ def test_a_changed_base_is_refused(files, tmp_path):
 )
 def test_every_body_trains(name, tmp_path):
     """A decoder, encoders, an encoder-decoder, an image encoder: the loss falls, and the export is what was trained."""
-    from tasks.test_all_tasks import CASES
+    from test_all_tasks import CASES
 
     c = config_lib.get_default()
     c.model.dtype, c.data.max_length = "float32", 64

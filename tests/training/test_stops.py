@@ -170,7 +170,8 @@ import sys, time
 from sftjax import exits
 from sftjax.training.stops import Stop
 def main(argv):
-    with Stop(grace=float(argv[1])) as stop:
+    with Stop() as stop:
+        stop.grace = float(argv[1])
         if argv[0] == "loop":
             stop.hold(0)
         print("ready", flush=True)

@@ -3,9 +3,7 @@
 A new row of TASKS needs a case here; `test_every_task_has_a_case` says so.
 """
 
-import base64
 import functools
-import io
 import json
 import re
 import shutil
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from inspecting import inspect
-from PIL import Image
+from picturing import LLAVA, RESNET, SIGLIP, VIT, squares
 from test_reports import check_self_contained
 from transformers import AutoTokenizer
 
@@ -161,17 +159,6 @@ def pairs(c, where):
         c.data[name] = write(where / f"{name}.jsonl", [r | {"extra": 1} for r in rows])
 
 
-RESNET = dict(
-    architecture="resnet8_cifar", num_classes=2,
-    pretrained_cfg={"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3},
-)  # fmt: skip
-VIT = dict(
-    model_type="vit", architectures=["ViTForImageClassification"], hidden_size=32,
-    num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4,
-    hidden_dropout_prob=0.1,
-)  # fmt: skip
-
-
 def images(c, where, config=RESNET):
     """Squares that are brighter on one side, as data URLs."""
     c.task, c.data.labels, c.data.augment = "image_classification", LABELS, ("crop", "mixup")
@@ -181,19 +168,6 @@ def images(c, where, config=RESNET):
     for name, n in {"train": 120, "validation": 21}.items():
         rows = [{"image": url, "label": LABELS[i % 2], "extra": i} for i, url in enumerate(squares(n))]
         c.data[name] = write(where / f"{name}.jsonl", rows)
-
-
-def squares(n):
-    rng = np.random.default_rng(n)
-    for i in range(n):
-        pixels, out = rng.integers(0, 128, (9, 8, 3), np.uint8), io.BytesIO()
-        pixels[:, 4 * (i % 2) :][:, :4] += 96
-        Image.fromarray(pixels).save(out, "png")
-        yield "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-LLAVA = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_feature_select_strategy="full")
-SIGLIP = {k: VIT[k] for k in VIT if k[0] in "nip" or k == "hidden_size"} | {"model_type": "siglip_vision_model"}
 
 
 def pictures(c, where):
@@ -256,7 +230,7 @@ CASES = {
 
 # As the others go, so do these.
 SLOW = tuple("multi_label masked_lm regression token_labels classification".split())
-SLOW += ("custom, of spans", "image_classification vit")
+SLOW += ("custom, of spans", "image_classification vit", "image_text")
 # And what these show besides, their own tests do.
 LONG = ("masked_lm", "multi_label", "token_labels", "custom, of spans")
 LONG += ("image_classification vit",)

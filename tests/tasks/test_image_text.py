@@ -297,14 +297,6 @@ def test_a_cut_never_leaves_a_part_of_an_image(overlong, any_size, base, config)
     assert (1, 2, 3) in seen and len(seen) > 2, seen
 
 
-def test_pieces_of_texts_are_refused(base, config):
-    task = make(config)
-    [e] = task.examples([chat("<image>which?", "0.png")], [f"{base}/x.jsonl:1"])
-    row = {k: np.zeros(f.shape[1:], f.dtype) for k, f in task.layout.spec(1, 48).items()}
-    with pytest.raises(DataError, match="texts with images are not cut"):
-        task.layout.fill(row, [e.arrays], [(0, 0, 5)])
-
-
 # ---- batches -------------------------------------------------------------------------------
 
 
@@ -430,34 +422,6 @@ def test_a_store_is_that_of_its_sizes_of_images(base, config):
         lengths.append(int((store[0][0] == TOKEN).sum()))
     assert len(set(keys)) == 5 and lengths[:3] == [4, 9, 16] and lengths[3] > lengths[4]
     assert keys[0] == store_key(source, make(config), 48, "truncate_end")
-
-
-# ---- sizes ---------------------------------------------------------------------------------
-
-
-def test_images_of_any_size_stay_within_the_limits():
-    sizes = [(1, 5000), (5000, 1), (1, 1), (1, 10**7), (3000, 4000), (16, 16), (17, 15), (256, 256), (260, 250)]
-    for p, low, high in ((16, 256, 3600), (4, 6, 20), (14, 1, 1), (16, 5, 5)):
-        own = Patches(256, p, 3, (low, high))
-        for height, width in sizes:
-            rows, columns = (n // p for n in own._size(height, width))
-            assert own._size(height, width) == (rows * p, columns * p)
-            assert 1 <= rows * columns <= high and min(rows, columns) >= 1, (height, width)
-    own = Patches(256, 16, 3, (4, 3600))
-    assert own._size(160, 320) == (160, 320)  # of whole patches, within the limits: as it is
-    assert own._size(100, 100) == (96, 96)  # of 6 x 6 patches as it fills
-
-
-def test_an_image_is_its_patches_by_row_and_column():
-    own = Patches(8, 4, 3, (1, 100))
-    cut = own.of(png(8, 12))
-    assert cut.shape == (2, 3, 4, 4, 3)
-    from sftjax.data.records.images import pixels
-
-    whole = pixels(png(8, 12), lambda h, w: (h, w), 3)
-    np.testing.assert_array_equal(np.swapaxes(cut, 1, 2).reshape(8, 12, 3), whole)
-    np.testing.assert_array_equal(cut[1, 2], whole[4:8, 8:12])
-    assert own.of(png(1, 5000)).shape[:2] == (1, 1) or own.of(png(1, 5000)).shape[0] == 1
 
 
 # ---- model, questions ----------------------------------------------------------------------

@@ -51,9 +51,9 @@ def main(argv: Sequence[str]) -> None:
     model, params = hf.load_pretrained(path)
     ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32)
     options: dict[str, Any] = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    if files:
+    if hasattr(model.config, "vision"):
         ids = np.repeat(ids, task.expanded(ids, files, "--image:0")[0])
-        options["beside"] = lambda rows: task.beside_prompts([files])
+        options |= {"beside": lambda rows: task.beside_prompts([files])} if files else {}
     out = generation.generate(model, params, [ids], stop_ids=stop_ids(tokenizer), **options)
     show(tokenizer.decode(out[0], skip_special_tokens=True))
 

@@ -35,15 +35,16 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
     if own["model_type"] not in towers:
         raise ModelError(f"vision_config.model_type {own['model_type']!r} is not supported; known: {', '.join(towers)}")
     if phi:
-        common.refuse(hf, mm_projector_type="mlp2x_gelu", use_s2=False)
+        common.refuse(hf, mm_projector_type="mlp2x_gelu", use_s2=False, image_aspect_ratio="square")
         limits = dict(min_num_patches=hf.get("min_num_patches", 256), max_num_patches=hf.get("max_num_patches", 3600))
-        tower = vit.config(own, limits | (preprocessor or {}))
+        tower = vit.config(own, limits | {k: v for k, v in (preprocessor or {}).items() if v is not None})
         return with_vision(phi3.config(hf), tower, image_token=hf.get("image_token_index", PHI_IMAGE))
     strategy = "vision_feature_select_strategy"
     common.refuse({strategy: "default"} | hf, **{strategy: "default" if own["model_type"] == TOWERS[0] else "full"})
     text = dict(hf.get("text_config") or {})
     text = (LLAMA if text.setdefault("model_type", "llama") == "llama" else {}) | text
     common.check(text)
+    common.refuse(text, embedding_multiplier=1.0)  # transformers' would scale the images too
     decoder = None if hasattr(decoder_of(text), "IMAGES") else decoder_of(text).config(text)
     if type(decoder) is not Decoder:
         raise ModelError(f"text_config.model_type {text['model_type']!r} is no decoder of texts")

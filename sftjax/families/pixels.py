@@ -1,19 +1,18 @@
 """preprocessor_config.json: how a model's images become numbers."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from sftjax.errors import ModelError
 from sftjax.files import read_json
 
-FILE = "preprocessor_config.json"
+FILE, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 def read(directory: Path) -> dict:
     """What a directory says; {} where it says nothing. Raises: ModelError for no JSON object."""
-    for name in (COPIED[1], FILE):  # in this order, as transformers 5, which writes the first alone
+    for name in (PROCESSOR, FILE):  # in this order, as transformers 5, which writes the first alone
         path = directory / name
         found = read_json(path, ModelError) if path.exists() else {}
         if not isinstance(found, dict):
@@ -56,7 +55,9 @@ def fields(preprocessor: dict) -> dict[str, Any]:
             raise ModelError(f"{FILE}: image_{name}={found!r:.99}, expected a list of numbers")
         out |= {name: tuple(found)} if found else {}
     most, least = (preprocessor.get(f"{name}_num_patches") for name in ("max", "min"))
-    if most:
+    if most is not None:
+        if not all(type(n) is int and n > 0 for n in (most, least or 1)) or (least or 1) > most:
+            raise ModelError(f"{FILE}: {least!r:.99} to {most!r:.99} patches, expected whole numbers, the least first")
         out["patches"] = (least or 1, most)
     size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
@@ -66,26 +67,29 @@ def fields(preprocessor: dict) -> dict[str, Any]:
     return out | ({"image_size": sides.pop()} if sides else {})
 
 
-COPIED = (FILE, "processor_config.json", "video_preprocessor_config.json")
-
-
 def write(directory: Path, config: Any, source: Path) -> None:
     """Write what an export says of images, where its model reads any: what is done with one here.
 
-    Of a model of texts too, the files of the directory it came from, which say how its processor puts both together.
+    Of a model of texts too, in the files of the directory it came from, which say how its processor puts both together.
     """
-    side, vision = getattr(config, "image_size", None), getattr(config, "vision", None)
-    for name in COPIED if vision else ():
+    vision = getattr(config, "vision", None)
+    if not vision and not hasattr(config, "image_size"):
+        return
+    own, found = _exported(vision or config), {}
+    for name in (FILE, PROCESSOR) if vision else ():
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    if side or (vision and not (directory / FILE).exists()):
-        text = json.dumps(_exported(vision or config), indent=2, sort_keys=True)
-        (directory / FILE).write_text(text + "\n", encoding="utf-8")
+            found[name] = read_json(source / name, ModelError)
+    kind = found.get(FILE, {}).get("image_processor_type") if getattr(vision, "patches", ()) else None
+    found[FILE] = found.get(FILE, {}) | own | ({"image_processor_type": kind} if kind else {})
+    if found.get(PROCESSOR, {}).get("image_processor"):
+        found[PROCESSOR]["image_processor"] |= own
+    for name, said in found.items():
+        (directory / name).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _exported(c) -> dict[str, Any]:
     side, limits = c.image_size, getattr(c, "patches", ())
-    out: dict[str, Any] = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    out: dict[str, Any] = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True) | {"do_pad": False}
     out |= dict(resample=2, rescale_factor=1 / 255, image_mean=list(c.mean), image_std=list(c.std))
     if limits:
         own = dict(patch_size=c.patch, min_num_patches=limits[0], max_num_patches=limits[1])

@@ -15,6 +15,7 @@ OTHERS = r"(vit\.)?pooler\..*|(vision_model\.)?head\..*|text_model\..*|logit_(sc
 OTHERS += r"|classifier\..*|decoder\..*|(vit\.)?embeddings\.mask_token"
 SIGLIP = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
 CLIP = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, patch_size=32)
+CLIP_PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 DEFAULTS = {"siglip": SIGLIP, "siglip2": SIGLIP, "clip": CLIP, "vit": dict(hidden_act="gelu", layer_norm_eps=1e-12)}
 
 
@@ -57,7 +58,7 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
         embed_norm=kind == "clip",
         patch_bias=kind != "clip",
         patches=(limits or (1, 256)) if kind == "siglip2" else (),
-        **said,
+        **(CLIP_PIXELS if kind == "clip" else {}) | said,
     )
 
 

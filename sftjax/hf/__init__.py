@@ -13,4 +13,3 @@ from sftjax.hf.directory import (
     stored_dtypes,
     with_dtypes,
 )
-from sftjax.hf.names import text_config

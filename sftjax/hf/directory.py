@@ -134,11 +134,12 @@ def load_model(
 
 
 def _check(c, hf):
-    if c.activation not in layer.ACTIVATIONS:
-        fields = ("hidden_activation", "activation_function", "hidden_act")
-        field = next((f for f in fields if hf.get(f) == c.activation), fields[-1])
+    own = [c.activation, *([c.projector, c.vision.activation] if hasattr(c, "vision") else [])]
+    if wrong := [name for name in own if name not in layer.ACTIVATIONS]:
+        fields = ("hidden_activation", "activation_function", "projector_hidden_act", "hidden_act")
+        field = next((f for f in fields if hf.get(f) == wrong[0]), fields[-1])
         known = ", ".join(layer.ACTIVATIONS)
-        raise ModelError(f"{field} {c.activation!r} is not supported; known: {known}")
+        raise ModelError(f"{field} {wrong[0]!r} is not supported; known: {known}")
     if c.heads % c.kv_heads:
         raise ModelError(f"num_attention_heads={c.heads} do not divide over num_key_value_heads={c.kv_heads}")
     if c.head_dim < 1:

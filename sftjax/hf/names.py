@@ -56,11 +56,6 @@ def reads_images(hf: dict) -> bool:
     return hasattr(family, "IMAGES") and not hasattr(family, "TEXTS")
 
 
-def text_config(hf: dict) -> dict:
-    """The part of a config.json with the fields of the text's decoder, where it has one."""
-    return hf.get("text_config") or hf
-
-
 def names(model: base.Model) -> list[tuple]:
     """The rows of the family's table for this model, as llama.names gives them."""
     rows = family_of(model.source.config).names(model.config)

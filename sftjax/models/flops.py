@@ -11,7 +11,7 @@ EMBEDDING = ("embed", "patches", "positions", "token_types", "embed_norm")
 
 
 def train_flops(
-    config: decoder.Config, trainable: dict, abstract: dict | None = None
+    config: decoder.Config, trainable: dict, abstract: dict | None = None, reached: bool = False
 ) -> Callable[[float, float, Callable], float]:
     """A function (tokens, trained_tokens, pairs) -> model FLOPs of one training step.
 
@@ -20,12 +20,12 @@ def train_flops(
     only; for a head of classes, these are the labels. pairs(window): (query, key) pairs of which the key is not the
     later one, summed over documents; each costs 4 * heads * head_dim FLOPs a layer forward and twice that backward.
     trainable: tree of bools like the parameters. abstract: the tree of Params, whose `inputs` say which are matmul
-    weights; the default is the config's own.
+    weights; the default is the config's own. reached: is something trained before the embedding.
     """
     c, on = config, params_lib.flatten(trainable)
     abstract = decoder.abstract(c) if abstract is None else abstract
     names = [n for n in EMBEDDING if n in abstract]
-    reached = any(v for k, v in on.items() if k.startswith(tuple(f"{n}/" for n in names)))
+    reached |= any(v for k, v in on.items() if k.startswith(tuple(f"{n}/" for n in names)))
     per_token, per_pair = 0.0, dict[int, float]()
     for name in names:  # rows are looked up; what they are multiplied by then
         for key, p in matrices(abstract[name], f"{name}/"):

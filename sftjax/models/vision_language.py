@@ -124,5 +124,5 @@ class Model(decoder.Model):
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """See flops.train_flops; the tower's are not counted, whose patches the numbers do not say."""
-        rest = {k: v for k, v in trainable.items() if k not in ("tower", "projector")}
-        return flops.train_flops(self.config, rest, decoder.abstract(self.config))
+        reached = any(jax.tree.leaves([trainable["tower"], trainable["projector"]]))
+        return flops.train_flops(self.config, trainable, self.abstract, reached)

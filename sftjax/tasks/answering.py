@@ -84,7 +84,10 @@ class Answering(Task[E], Generic[E]):
         with writing("the file", path), open(path, "w", encoding="utf-8") as f:
             rows = zip(questions, before["answers"], after["answers"], strict=True)
             for asked, old, new in rows:
-                row = {"prompt": self.tokenizer.decode(asked.prompt), "reference": asked.answer}
+                row = {
+                    "prompt": asked.text if getattr(asked, "images", ()) else self.tokenizer.decode(asked.prompt),
+                    "reference": asked.answer,
+                }
                 row |= {"before": old, "after": new}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -6,7 +6,7 @@ message's content. In tokens an image is as many placeholders as it has patches,
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,23 @@ class ImageText(CausalLM):
         self.patches = Patches(v.image_size, v.patch, v.channels, v.patches)
         self.layout = ImageTextRows(patches=self.patches)
         if self.tokenizer is not None:
-            self.mark = self.tokenizer.convert_ids_to_tokens(self.image_token)
-            if self.mark is None:
-                raise ConfigError(f"the tokenizer has no token {self.image_token}, the image's of the model's config")
+            known = self.tokenizer.added_tokens_decoder  # an ordinary token would stand in texts
+            if self.image_token not in known:
+                raise ConfigError(f"token {self.image_token}, the image's of the model's config, is no added token")
+            self.mark = known[self.image_token].content
         return self
 
     # ---- data ----
 
     def separated(self, record: dict, where: str) -> tuple[dict, list[bytes]]:
         """(the record with the model's placeholder for each image and without the images, their files in order)."""
-        key = self.field or next((k for k in FIELDS if record.get(k) is not None), "")
+        key = self.field or next((k for k in FIELDS if record.get(k)), "")
         given = record.get(key)
         listed = iter(given if isinstance(given, list) else [] if given is None else [given])
         found: list[bytes] = []
-        text = self._walked({k: v for k, v in record.items() if k != key}, listed, found, where)
+        last = self.policy.get("fields", {}).get("completion", "completion")  # in the text, wherever it stands here
+        names = sorted((k for k in record if k != key), key=lambda k: k == last)
+        text = self._walked({k: record[k] for k in names}, listed, found, where)
         if left := sum(1 for _ in listed):
             raise DataError(
                 f"{len(found) + left} images, and {len(found)} places for them in the text",
@@ -103,19 +106,25 @@ class ImageText(CausalLM):
             )
         return text, found
 
-    def _walked(self, x: Any, listed: Iterator, found: list[bytes], where: str) -> Any:
+    def _walked(self, x: Any, listed: Iterator, found: list[bytes], where: str, part: bool = False) -> Any:
+        """X with placeholders in place of images; part: is it a part of a message's content, or a list of them."""
         if isinstance(x, str):
             for _ in range(x.count(MARK)):
                 found.append(self._next(listed, found, where))
             return x.replace(MARK, self.mark)
-        if isinstance(x, dict) and x.get("type") in PARTS:
+        if isinstance(x, dict) and part and x.get("type") in PARTS:
             value = next((x[k] for k in VALUES if x.get(k) is not None), None)
+            if value is None and (other := [k for k in x if k != "type" and x[k] is not None]):
+                problem = f"an image's part has {', '.join(map(repr, other))}, expected one of {', '.join(VALUES)}"
+                fix = "or the type alone, for the next of the record's images"
+                raise DataError(problem, fix, where=where, kind="image_slots")
             value = value.get("url") if isinstance(value, dict) and "url" in value else value
             found.append(self._next(listed, found, where) if value is None else encoded(value, where))
             return {"type": "text", "text": self.mark}
         if isinstance(x, dict):
-            return {k: self._walked(v, listed, found, where) for k, v in x.items()}
-        return [self._walked(v, listed, found, where) for v in x] if isinstance(x, list) else x
+            own = self.policy.get("fields", {}).get("content", "content")
+            return {k: self._walked(v, listed, found, where, k == own) for k, v in x.items()}
+        return [self._walked(v, listed, found, where, part) for v in x] if isinstance(x, list) else x
 
     def _next(self, listed, found, where):
         value = next(listed, None)
@@ -187,9 +196,9 @@ class ImageText(CausalLM):
 
     def tally(self, max_length: int, overlong: str) -> Any:
         """As of CausalLM. Raises: DataError where no image would fit into a row."""
-        if 0 < max_length < self.patches.most:
-            problem = f"data.max_length={max_length}: an image has up to {self.patches.most} tokens"
-            raise DataError(problem, "raise it", kind="setting")
+        least = self.patches.limits[0] if self.patches.limits else self.patches.most
+        if 0 < max_length < least:
+            raise DataError(f"data.max_length={max_length}: an image has {least} tokens", "raise it", kind="setting")
         return ImageTally(self, max_length, overlong)
 
     def opened(self, report: dict) -> None:
@@ -203,6 +212,12 @@ class ImageText(CausalLM):
     def summary(self, report: dict) -> str:
         """As of CausalLM, with the number of images."""
         return f"{super().summary(report)}; {report['images']:,} images"
+
+    def warnings(self, report: dict) -> Iterable[str]:
+        """As of CausalLM, and of images that are cut away."""
+        yield from super().warnings(report)
+        if report["images_cut"]:
+            yield f"{report['images_cut']:,} images are cut away, or dropped with their texts: see data.max_length"
 
     # ---- model, questions ----
 
@@ -231,30 +246,35 @@ class ImageText(CausalLM):
         return super().answers(model, params, questions, groups, **options)
 
     def beside_prompts(self, images: Sequence[Sequence[bytes]]) -> Batch:
-        """The arrays of prompts' images, a row each; their width is a multiple of an image's most patches."""
-        most = self.patches.most
+        """The arrays of prompts' images, a row each; few widths mean few compilations."""
+        step = min(self.patches.most, 256) if self.patches.limits else self.patches.most
         cells = [sum(int(np.prod(self.patches.of(data).shape[:2])) for data in row) for row in images]
-        return self.patches.batch(images, -(-max(*cells, 1) // most) * most)
+        return self.patches.batch(images, -(-max(*cells, 1) // step) * step)
 
 
 class ImageTally(CausalTally):
     """Counts the images, and measures the most of an example's tokens that are of images."""
 
-    images, share = 0, 0.0
+    images, patches, share, given = 0, 0, 0.0, 0
 
-    def __init__(self, task: ImageText, max_length: int, overlong: str) -> None:
-        super().__init__(task, max_length, overlong)
-        self.token = task.image_token
+    def fit(self, encoded: Sequence[tuple[str, Any]]) -> list[tuple[np.ndarray, ...]]:
+        """As of CausalTally; counts the images that there are before anything is cut."""
+        self.given += sum(len(example.images) for _, example in encoded)
+        return super().fit(encoded)
 
     def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
         """As of CausalTally, with the images."""
         super().count(pieces)
+        own: Any = [piece[0] == self.task.image_token for piece in pieces]  # type: ignore[attr-defined]
         self.images += sum(len(piece[3]) for piece in pieces)
-        self.share = max([self.share, *(float(np.mean(piece[0] == self.token)) for piece in pieces)])
+        self.patches += sum(int(x.sum()) for x in own)
+        self.share = max([self.share, *(float(x.mean()) for x in own)])
 
     def report(self, skipped: Mapping[str, int]) -> dict:
-        """As of CausalTally, with images and image_share."""
-        return super().report(skipped) | dict(images=self.images, image_share=self.share)
+        """As of CausalTally, with images, images_cut and image_share; the trained fraction is that of the texts."""
+        out = super().report(skipped)
+        out["trained_fraction"] = out["trained_tokens"] / max(out["targets"] - self.patches, 1)
+        return out | dict(images=self.images, images_cut=self.given - self.images, image_share=self.share)
 
 
 class _Texts:

@@ -223,7 +223,8 @@ def make_params(
     drawn = lambda: None if model.state is None else _drawn(model.state, mesh, seed)  # noqa: E731
     if from_files(model) and section.init == "pretrained":
         # With rows drawn for new tokens, and a head where the files have none.
-        rows = hf.text_config(model.source.config).get("vocab_size")  # None of images
+        said = model.source.config  # of a LLaVA it may leave the number out; of images there is none
+        rows = hf.load_model(section.path).config.vocab if "text_config" in said else said.get("vocab_size")
         stored: Any = model.replace(vocab=rows) if rows else model
         _, params = hf.load_params(stored, hf.resolve(section.path), adapters.plain(kinds), mesh, seed=seed)
         if new:

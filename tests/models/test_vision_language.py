@@ -219,7 +219,10 @@ def test_eight_devices_give_what_one_gives(name, whole, sizes, tmp_path):
         ("llava-clip", {"text_config": [1]}, "text_config is .*expected an object"),
         ("llava-clip", {"text_config": TEXT | {"model_type": "llava"}}, "text_config.model_type 'llava' is no dec"),
         ("llava-clip", {"image_token_index": "<image>"}, "image_token_index is '<image>', expected a whole number"),
-        ("llava-clip", {"image_token_index": "<image>"}, "image_token_index is '<image>', expected a whole number"),
+        ("llava-clip", {"projector_hidden_act": "odd"}, "projector_hidden_act 'odd' is not supported; known"),
+        ("llava-clip", {"vision_config": {"hidden_act": "odd"}}, "hidden_act 'odd' is not supported; known"),
+        ("llava-clip", {"text_config": TEXT | {"model_type": "granite", "embedding_multiplier": 2.0}}, "embedding_mul"),
+        ("phi4-siglip", {"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad' is not supported"),
         ("phi4-siglip", {"use_s2": True}, "use_s2=True is not supported"),
         ("phi4-siglip", {"mm_projector_type": "linear"}, "mm_projector_type='linear' is not supported"),
     ],
@@ -237,7 +240,7 @@ def test_pixels_of_the_file_that_transformers_5_writes(tmp_path):
     known = hf.load_model(path).config.vision
     (path / "preprocessor_config.json").rename(path / "aside.json")
     plain = hf.load_model(path).config.vision
-    assert (known.mean, plain.mean) == ((0.4, 0.5, 0.6), (0.5, 0.5, 0.5))
+    assert (known.mean, plain.mean) == ((0.4, 0.5, 0.6), (0.48145466, 0.4578275, 0.40821073))  # CLIP's own
     inside = {"processor_class": "LlavaProcessor", "image_processor": vision_language.PIXELS}
     (path / "processor_config.json").write_text(json.dumps(inside))
     assert hf.load_model(path).config.vision == known
@@ -246,6 +249,44 @@ def test_pixels_of_the_file_that_transformers_5_writes(tmp_path):
     assert hf.load_model(path).config.vision == plain
     (path / "aside.json").rename(path / "preprocessor_config.json")
     assert hf.load_model(path).config.vision == known
+
+
+@pytest.mark.parametrize("limits", [(0, 9), (4, -1), (4, 9.5), ("a", 9), (10, 9)])
+def test_numbers_of_patches_that_are_none(limits, tmp_path):
+    path = write("phi4-siglip", tmp_path)
+    said = dict(zip(("min_num_patches", "max_num_patches"), limits, strict=True))
+    (path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match="patches, expected whole numbers|is .*expected a positive whole number"):
+        hf.load_model(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(dict.fromkeys(said)))  # null: as config.json says
+    assert hf.load_model(path).config.vision.patches == (6, 20)
+
+
+def test_an_export_says_what_is_done_with_an_image(tmp_path):
+    """Not what the processor of its source does, which may crop or interpolate otherwise."""
+    path = write("llava-clip", tmp_path / "in")
+    theirs = vision_language.PIXELS | dict(resample=3, do_pad=True, image_processor_type="OddImageProcessor", odd=1)
+    (path / "preprocessor_config.json").write_text(json.dumps(theirs))
+    inside = {"processor_class": "LlavaProcessor", "patch_size": 4, "image_processor": theirs}
+    (path / "processor_config.json").write_text(json.dumps(inside))
+    model, params = hf.load_pretrained(path)
+    hf.save_pretrained(tmp_path / "out", model, params)
+    files = ("preprocessor_config.json", "processor_config.json")
+    said, whole = (json.loads((tmp_path / "out" / name).read_text()) for name in files)
+    for found in (said, whole["image_processor"]):
+        assert (found["resample"], found["do_pad"], found["do_center_crop"], found["odd"]) == (2, False, True, 1)
+        assert (found["image_processor_type"], found["crop_size"]) == ("CLIPImageProcessor", dict(height=16, width=16))
+        assert found["image_mean"] == vision_language.PIXELS["image_mean"]
+    assert (whole["processor_class"], whole["patch_size"]) == ("LlavaProcessor", 4)
+
+
+def test_what_is_trained_before_the_decoder_costs_its_backward_pass(tmp_path):
+    model, _ = hf.load_pretrained(write("llava-clip", tmp_path))
+    on = lambda names: params_lib.match_rules(((names, True), (".*", False)), model.abstract, "x")  # noqa: E731
+    rows = (("projector/.*", 4), (".*", 6), ("norm/scale", 2))
+    whole = model.train_flops(on(".*"))(1000, 0, lambda window: 0)
+    for names, each in rows:
+        assert model.train_flops(on(names))(1000, 0, lambda window: 0) == whole * each / 6
 
 
 def test_phi_s_image_token_is_its_first_dummy(tmp_path):

@@ -200,6 +200,7 @@ def test_records_that_are_none_are_refused_by_file_and_row(base, config, tmp_pat
         (chat(f"<image>{MARKER}", "0.png"), "image_slots", rf"1 images, and 2 tokens '{re.escape(MARKER)}'"),
         (chat(f"a {MARKER}"), "image_slots", "0 images, and 1 tokens"),
         (chat("a", answer=MARKER), "image_slots", "0 images, and 1 tokens"),
+        (chat([{"type": "image", "source": {"data": "x"}}], "0.png"), "image_slots", "an image's part has 'source'"),
     ]:
         path = write(base / "bad.jsonl", [chat("fine"), record])
         source = open_source(path)
@@ -244,7 +245,7 @@ def test_settings_that_do_not_go_with_images(key, value, config):
 
 def test_a_row_has_room_for_an_image(base, config):
     source, task = open_source(write(base / "few.jsonl", [chat("<image>", "0.png")])), make(config)
-    with pytest.raises(DataError, match="data.max_length=3: an image has up to 4 tokens"):
+    with pytest.raises(DataError, match="data.max_length=3: an image has 4 tokens"):
         build_store(source, task, 3, "truncate_end", config.data.cache_dir)
     assert len(build_store(source, task, 0, "truncate_end", config.data.cache_dir)) == 1
 
@@ -261,8 +262,10 @@ def test_a_model_that_reads_something_else_is_refused(base, config, tmp_path):
 
 def test_a_tokenizer_without_the_image_s_token_is_refused(base, config):
     task, c = make(config), hf.load_model(config.model.path).config
-    with pytest.raises(ConfigError, match="the tokenizer has no token 100256"):
+    with pytest.raises(ConfigError, match="token 100256, the image's of the model's config, is no added token"):
         task.reads(dataclasses.replace(c, image_token=100256))
+    with pytest.raises(ConfigError, match="token 40, .* is no added token"):  # a letter, which texts hold
+        task.reads(dataclasses.replace(c, image_token=40))
 
 
 # ---- cuts ----------------------------------------------------------------------------------

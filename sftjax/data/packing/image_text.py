@@ -73,8 +73,8 @@ class Patches(NamedTuple):
             at = cells.stop
 
     def cells(self, tokens: float) -> int:
-        """The patches for which there is room where a row has at most so many tokens of images, one image at least."""
-        return max(int(tokens) if self.limits else int(tokens / self.most) * self.most, self.most)
+        """The patches for which there is room where a row has at most so many tokens of images; never none."""
+        return max(int(tokens), 1) if self.limits else max(int(tokens / self.most), 1) * self.most
 
 
 def files(images: np.ndarray, sizes: np.ndarray) -> list[bytes]:

@@ -33,13 +33,7 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o:
 
 
 def cached(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    extra: Extra,
-    where: Where,
-    o: Options,
-    more: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Where, o: Options, more: jax.Array | None = None
 ) -> jax.Array:
     """As xla, with k [B, K, H, T] and v [B, K, T, H]: products of matrices as they lie. more: added to the scores."""
     B, S, N, H = q.shape

@@ -446,12 +446,19 @@ def _wrong_rule(rule, name):
         yield f"{rule!r:.200}: expected (regex, {what})"
 
 
-def settle(config: ConfigDict) -> str:
-    """Raise optim.lr for adapters (Schulman et al., LoRA Without Regret, 2025), unless it was set; a line on that."""
-    if not config.adapter.kind or config.optim.lr is not LR:  # a 2e-5 that a config sets is another object
-        return ""
+def settle(config: ConfigDict) -> tuple[ConfigDict, str]:
+    """The config with optim.lr raised for adapters (LoRA Without Regret, 2025), unless it was set; a line on that.
+
+    Raises: ConfigError for a setting of adapters without a kind of them.
+    """
+    kind, plain = config.adapter.kind, get_default().adapter
+    if other := [k for k in plain if not kind and getattr(config.adapter, k) != plain[k]]:
+        raise ConfigError(f"adapter.{other[0]}={config.adapter[other[0]]!r} is read with adapter.kind, and that is ''")
+    if not kind or config.optim.lr is not LR:  # a 2e-5 that a config sets is another object
+        return config, ""
+    config = config.copy_and_resolve_references()
     config.optim.lr = 10 * LR
-    return f"optim.lr is {10 * LR:g}, ten times its default, as an adapter is trained; set it to choose another"
+    return config, f"optim.lr is {10 * LR:g}, ten times its default, as an adapter is trained; set it to choose another"
 
 
 def unusual(config: ConfigDict) -> list[str]:

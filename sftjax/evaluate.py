@@ -186,7 +186,9 @@ def _weights(config, task, model, trainable, mesh: Mesh, run, step):
         base, _ = build.make_params(config.model, model, trainable, mesh, seed=config.seed, new=new)
         target["frozen"] = None
         if read_manifest(directory / "manifest.json")["identity"].get("base", "") != workdir_lib.base_of(config):
-            raise CheckpointError(f"{directory} holds adapters of another base than model.path has now; put it back")
+            raise CheckpointError(
+                f"{directory} holds adapters of another base than model.path has now, or of another kind or scale"
+            )
     found = read_weights(directory / str(at), target)
     return params_lib.combine(found["params"], found["frozen"] if base is None else base), found["model_state"], at
 

@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
     """
     # ==== Machine and workdir ====
     config_lib.check(config)
-    rate = config_lib.settle(config)
+    config, rate = config_lib.settle(config)
     m = config.mesh
     xla_flags.settle()
     processes.initialize(m.coordinator, m.processes, m.process_id, m.timeout)

@@ -16,6 +16,7 @@ from sftjax import params as params_lib
 from sftjax.adapters.lora import nodes_of, without
 from sftjax.errors import ModelError, writing
 from sftjax.files import write_atomic
+from sftjax.hf import drawn
 from sftjax.hf.layout import Layout
 from sftjax.hf.names import tensors
 from sftjax.hf.safetensors_io import write
@@ -56,10 +57,18 @@ def save(directory: Path, model: Any, params: Any, trainable: Any) -> None:
         layout.write(out := np.zeros(layout.file_shape(x.shape), x.dtype), x)
         return out
 
+    rows, said = model.source.config.get("vocab_size"), set(drawn(without(model)))
+    if rows and model.config.vocab > rows:
+        raise ModelError(f"the base has {rows} rows for tokens, and this model {model.config.vocab}")
+    if on.get("embed/w") and model.config.tied:
+        raise ModelError("the embedding is trained, which is the head too, and PEFT would part the two")
     scale, modules = 1.0, set[str]()
     for name, own in parts.items():
         module, adapted = name.removesuffix(".weight"), [row for row in own if row[0] in nodes]
-        if not adapted and on.get(own[0][0]):
+        plain = [path for path, *_ in own if on.get(path) or path in said]
+        if adapted and plain:
+            raise ModelError(f"{name} holds {plain[0]}, which is trained whole beside adapters")
+        if plain:
             found[BEFORE + name] = sum(put(leaves[path], at, layout) for path, at, layout in own)
             whole.add(name.rpartition(".")[0])
         pieces: list[list] = [[], [], []]
@@ -75,6 +84,8 @@ def save(directory: Path, model: Any, params: Any, trainable: Any) -> None:
             raise ModelError(f"{name} holds weights without adapters too: to PEFT, 'dora' is of all or none")
         joins: Any = np.concatenate, functools.partial(np.concatenate, axis=1), sum
         found |= {f"{BEFORE}{module}.{k}": j(x) for k, j, x in zip(KEYS, joins, pieces, strict=True) if x}
+    if both := sorted(whole & modules):
+        raise ModelError(f"{both[0]} has an adapter, and a bias that is trained beside it")
     rank = max(len(x) for name, x in found.items() if name.endswith(KEYS[0]))  # more than ours of several in one tensor
     for name, x in found.items():
         axis = next((i for i, key in enumerate(KEYS[:2]) if name.endswith(key)), None)

@@ -93,6 +93,11 @@ class LoRA(weight.Node):
         first = tuple(x.astype(old.dtype) for x, old in zip((a, b), self.first, strict=True))
         return dataclasses.replace(self, a=a, b=b, first=first)
 
+    def dtypes(self, dtype: DTypeLike) -> "LoRA":
+        """See Node; the lengths stay in float32."""
+        out = jax.tree.map(lambda _: dtype, self)
+        return out if self.magnitude is None else dataclasses.replace(out, magnitude=jnp.float32)
+
     def dense(self, dtype: DTypeLike) -> jax.Array:
         """The merged weight, made in float32."""
         w = self._sum()
@@ -110,7 +115,10 @@ class LoRA(weight.Node):
             x = linear.einsum(f"{of_x},{inner}z->{low}", x, a) * self.scale
             return linear.einsum(f"{low},z{outer}->{of_y}", x, b)
 
-        return self._joined(x, lambda x: jnp.einsum(equation, x, self.base.astype(x.dtype)), change)
+        # Lengths of outputs that were rounded before would be lost in the next rounding.
+        kind = None if self.magnitude is None else jnp.float32
+        base = functools.partial(jnp.einsum, equation, preferred_element_type=kind)
+        return self._joined(x, lambda x: base(x, self.base.astype(x.dtype)), change)
 
     def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """See Node."""
@@ -127,8 +135,9 @@ class LoRA(weight.Node):
         delta = delta if self.first is None else delta - change(x, *self.first)
         if self.magnitude is None:
             return y + delta
-        gain = self._gain().astype(y.dtype)
-        return gain * (y + delta) if dropped is x else y + (gain - 1) * base(dropped) + gain * delta
+        gain = self._gain()
+        y = gain * (y + delta) if dropped is x else y + (gain - 1) * base(dropped) + gain * delta
+        return y.astype(x.dtype)
 
     def _sum(self):
         """The base and the change in float32."""
@@ -176,7 +185,9 @@ def adapt(section: ConfigDict, model: Any) -> Any:
     kind, rank, named = section.kind, section.rank, params_lib.flatten(model.abstract)
     scale = section.alpha / (rank**0.5 if kind == "rslora" else rank)
     make = functools.partial(LoRA.of, kind=kind, rank=rank, scale=scale, rate=section.dropout)
-    names = _matched(section.targets, named if hasattr(model, "nodes") else {})
+    unused = re.compile(getattr(getattr(model, "config", None), "unused", "(?!)"))
+    named = {n: p for n, p in named.items() if hasattr(model, "nodes") and not unused.fullmatch(n)}
+    names = _matched(section.targets, named)
     model = dataclasses.replace(model, nodes=(("|".join(map(re.escape, names)), make),))
     for name, node in nodes_of(model.abstract).items():
         _, ins, outs = map(math.prod, node.split(node.base.shape))
@@ -189,8 +200,10 @@ def adapt(section: ConfigDict, model: Any) -> Any:
 
 
 def _matched(targets: Sequence[str], named: dict[str, Param]) -> list[str]:
-    # No embedding, where a row is no product; no convolution, which sums over its places too.
-    known = [name for name, p in named.items() if p.inputs and name != "embed/w" and "channels" not in p.axes]
+    # No embedding, where a row is no product; no convolution, which sums over its places too; no head of classes.
+    known = [
+        n for n, p in named.items() if p.inputs and "channels" not in p.axes and not n.startswith(("embed", "score"))
+    ]
     found = list[str]()
     for target in targets or [""]:
         try:
@@ -222,15 +235,16 @@ def table(model: Any) -> str:
     return columns(rows, range(1, 6))
 
 
-def rules(given: Sequence, default: Sequence, model: Any) -> Sequence:
+def rules(given: Sequence, model: Any) -> Sequence:
     """What is trained, as ordered rules: `given`, or with adapters these, and beside them what `given` names.
 
     given: optim.trainable. At its default it stands for nothing but the parts of a head that the files lack.
     """
     if not nodes_of(model.abstract):
         return given
-    if tuple(map(tuple, given)) == default:
-        given = (*((re.escape(name), True) for name in hf.drawn(without(model))), (".*", False))
+    if tuple(map(tuple, given)) == ((".*", True),):
+        head = hf.drawn(without(model)) if getattr(model, "source", None) else ()
+        given = (*((re.escape(name), True) for name in head), (".*", False))
     return ((r".*/w/(base|first/\d)", False), (r".*/w/(a|b|magnitude)", True), *given)
 
 

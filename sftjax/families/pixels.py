@@ -56,9 +56,10 @@ def fields(preprocessor: dict) -> dict[str, Any]:
         out |= {name: tuple(found)} if found else {}
     most, least = (preprocessor.get(f"{name}_num_patches") for name in ("max", "min"))
     if most is not None:
-        if not all(type(n) is int and n > 0 for n in (most, least or 1)) or (least or 1) > most:
+        least = 1 if least is None else least
+        if not all(type(n) is int and n > 0 for n in (most, least)) or least > most:
             raise ModelError(f"{FILE}: {least!r:.99} to {most!r:.99} patches, expected whole numbers, the least first")
-        out["patches"] = (least or 1, most)
+        out["patches"] = (least, most)
     size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
     size = {"shortest_edge": size} if isinstance(size, int) else size
     sides = {*size.values()} if isinstance(size, dict) else {0}

@@ -41,6 +41,10 @@ class Node:
         """The weight as one array in `dtype`."""
         raise NotImplementedError
 
+    def dtypes(self, dtype: DTypeLike) -> Any:
+        """This node with the dtype of each array in its place, where products are in `dtype`."""
+        return jax.tree.map(lambda _: dtype, self)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
@@ -145,7 +149,12 @@ def gather_for_use(tree: Any, axes: Any, dtype: DTypeLike) -> Any:
 
     Their arrays' gradients come in the layout in which these are stored: they are scattered as they are summed.
     """
-    return map_arrays(lambda w, axes: gather.for_use(w, axes, dtype), tree, axes)
+
+    def one(w, axes):
+        own = (w.leaf_axes(axes), w.dtypes(dtype)) if is_node(w) else (axes, dtype)
+        return jax.tree.map(gather.for_use, w, *own)
+
+    return jax.tree.map(one, tree, axes, is_leaf=is_node)
 
 
 def as_stored(tree: Any, axes: Any) -> Any:

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
     model = adapters.adapt(config.adapter, model)
-    rules = adapters.rules(config.optim.trainable, config_lib.get_default().optim.trainable, model)
+    if config.adapter.kind and config.optim.name == "adafactor":  # its steps are shares of a parameter, and b is 0
+        raise ConfigError("optim.name='adafactor' would leave adapters, which begin at 0, as they are; take 'adamw'")
+    rules = adapters.rules(config.optim.trainable, model)
     trainable = params_lib.match_rules(rules, model.abstract, "optim.trainable")
     # No output depends on them: decay alone would change them.
     unused = getattr(getattr(model, "config", None), "unused", "(?!)")
@@ -264,14 +267,16 @@ def _drawn(abstract, mesh, seed):
 
 def export(directory: Path | str, task: tasks.Task, model: Model, state: TrainState) -> None:
     """Write the trained model as a Hugging Face directory, or as its own `save` does; adapters beside it as well."""
-    params = state.all_params
-    if getattr(model, "nodes", ()):
+    params, beside = state.all_params, Path(directory).with_name("adapter")
+    if jax.process_index() == 0:
+        shutil.rmtree(beside, ignore_errors=True)  # an earlier run's
+    if getattr(model, "nodes", ()) and from_files(model):
         trainable = jax.tree.map(lambda x: x is not None, state.params, is_leaf=lambda x: x is None)
         try:
-            adapter_files.save(Path(directory).with_name("adapter"), model, params, trainable)
+            adapter_files.save(beside, model, task.exported(params, state.model_state), trainable)
         except ModelError as e:
             say("adapter", f"is in the export only: {e}")
-        model, params = adapters.merged(model, params)
+    model, params = adapters.merged(model, params)
     if hasattr(model, "save"):
         model.save(directory, params, state.model_state)
     elif from_files(model):

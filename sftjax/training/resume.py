@@ -32,7 +32,11 @@ def check_config(file: Path, new: Mapping, began: Path) -> None:
             f"{e}. Put back an intact copy; or, if this is the config that the run began with,"
             " delete the file: the next start writes it anew."
         ) from None
-    before, now = config_lib.flat(old), config_lib.flat(new)
+    # A key that the run's version did not have had what is its default now.
+    before, now = (
+        config_lib.flat(config_lib.to_dict(config_lib.get_default())) | config_lib.flat(old),
+        config_lib.flat(new),
+    )
     keys = [k for k in sorted(before.keys() | now.keys()) if not k.startswith(config_lib.FREE)]
     keys = [k for k in keys if _meant(k, before.get(k), began) != _meant(k, now.get(k), began)]
     measures = [k for k in keys if k.startswith(config_lib.MEASURES)]

@@ -112,17 +112,19 @@ def manifest(config: ConfigDict, feed: Feed, model: Any) -> dict:
         hashes["the model's config.json"] = json.dumps(model.source.config, sort_keys=True)
         identity["model"] = sha256(hashes["the model's config.json"])
     if base := base_of(config):
-        hashes["the base of the adapters (model.path)"] = identity["base"] = base
+        hashes["the base of the adapters (model.path), or their kind or scale"] = identity["base"] = base
     known = {name: sha256(text) for name, text in hashes.items()}
     found = dict(identity=identity, hashes=known, steps=feed.steps, best=config.eval.best, **feed.facts)
     return json.loads(json.dumps(found))
 
 
 def base_of(config: ConfigDict) -> str:
-    """Checksums of the files beside whose weights a run trains adapters: its checkpoints hold none of these."""
-    if not config.adapter.kind or config.model.init != "pretrained":
+    """What adapters are of, which checkpoints do not hold: the files' checksums, or the seed; and their scale."""
+    if not config.adapter.kind:
         return ""
-    return json.dumps({f.name: seal.measure(f) for f in sorted(hf.resolve(config.model.path).glob("*.safetensors"))})
+    files = sorted(hf.resolve(config.model.path).glob("*.safetensors")) if config.model.init == "pretrained" else ()
+    base = {f.name: seal.measure(f) for f in files} or config.seed
+    return json.dumps([base, config.adapter.kind, config.adapter.rank, config.adapter.alpha])
 
 
 @contextlib.contextmanager

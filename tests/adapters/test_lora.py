@@ -1,5 +1,6 @@
 """Adapters as weight nodes: what is computed, what is not, meshes, rules, bad input, a run that is resumed."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -43,7 +44,7 @@ def adapted(how, seed=0, **changes):
     kinds = params_lib.map_named(lambda name, p: jnp.dtype(jnp.float32), model.abstract)
     mesh = parallel.make_mesh({}, jax.devices()[:1])
     params = jax.device_get(lora.begun(model, tiny.params(base), kinds, mesh, seed))
-    rules = lora.rules(((".*", True),), ((".*", True),), model)
+    rules = lora.rules(((".*", True),), model)
     rng = np.random.default_rng(0)
 
     def moved(name, x):
@@ -197,7 +198,7 @@ def test_dropout_is_that_of_one_device_on_shards_of_rows():
 def test_rules_beside_adapters():
     model, _, trainable = adapted(section(targets=("attention",)))
     given = (("norm/scale", True), (".*", False))
-    on = params_lib.match_rules(lora.rules(given, ((".*", True),), model), model.abstract, "trainable")
+    on = params_lib.match_rules(lora.rules(given, model), model.abstract, "trainable")
     default, on = params_lib.flatten(trainable), params_lib.flatten(on)
     assert {name for name, x in on.items() if x} - {name for name, x in default.items() if x} == {"norm/scale"}
     assert not on["layers/0-3/attn/q/w/base"] and on["layers/0-3/attn/q/w/a"] and not on["layers/0-3/mlp/up/w"]
@@ -238,17 +239,42 @@ def test_bad_values_of_the_config():
     assert c.adapter.targets == ("attention", "layers/.*/mlp/up/w")
 
 
+def test_lengths_are_as_exact_in_bfloat16_as_what_is_learned():
+    """At step 0 DoRA is the base, and a length that grows by a thousandth shows, where steps near 1 are larger."""
+    model, params, _ = adapted(section("dora"))
+    low, batch = model.replace(dtype="bfloat16"), tiny.batch(rows=2)
+    start = params_lib.map_named(lambda n, x: 0 * x if n.endswith("/b") else x, params)
+    start = jax.tree.map(lambda w: w.started() if weight.is_node(w) else w, start, is_leaf=weight.is_node)
+    plain = lora.plain(start)
+    exact = lora.without(model).apply(plain, batch)
+    own, base = (jnp.linalg.norm(x - exact) for x in (low.apply(start, batch), lora.without(low).apply(plain, batch)))
+    assert own < 1.3 * base
+    node = jax.tree.map(lambda x: x[0], start["layers"]["0-3"]["attn"]["q"]["w"])
+    x = jax.random.normal(jax.random.key(0), (2, 64, 32), jnp.bfloat16)
+    longer = dataclasses.replace(node, magnitude=1.001 * node.magnitude)
+    changed = node.einsum("bsd,dnh->bsnh", x) != longer.einsum("bsd,dnh->bsnh", x)
+    assert 0.1 < float(jnp.mean(changed)) < 0.6
+    axes = dict(w=("embed", "heads", None))
+    kept = weight.gather_for_use({"w": longer}, axes, jnp.bfloat16)["w"]
+    assert (kept.magnitude.dtype, kept.a.dtype) == (jnp.float32, jnp.bfloat16)
+
+
 def test_a_learning_rate_that_is_set_stays():
     c = config_lib.get_default()
-    assert not config_lib.settle(c) and c.optim.lr == 2e-5
+    assert config_lib.settle(c) == (c, "")
+    c.adapter.rank = 8
+    with pytest.raises(ConfigError, match="adapter.rank=8 is read with adapter.kind"):
+        config_lib.settle(c)
     c.adapter.kind = "lora"
-    assert "ten times" in config_lib.settle(c) and c.optim.lr == pytest.approx(2e-4)
-    assert not config_lib.settle(c) and c.optim.lr == pytest.approx(2e-4)
+    raised, text = config_lib.settle(c)
+    assert "ten times" in text and raised.optim.lr == pytest.approx(2e-4)
+    assert c.optim.lr == 2e-5  # the caller's own, with which a next run may train all
+    assert config_lib.settle(raised) == (raised, "")
     for value in ("2e-5", "1e-3"):
         c = config_lib.get_default()
         c.adapter.kind = "lora"
         config_lib.override(c, "optim.lr", value)
-        assert not config_lib.settle(c) and c.optim.lr == float(value)
+        assert config_lib.settle(c)[0].optim.lr == float(value)
 
 
 def test_the_table_of_weights():
@@ -320,6 +346,41 @@ def test_a_run_resumes_bit_equal_and_its_checkpoints_hold_no_base(files, tmp_pat
     assert found["metrics"]["loss"] == pytest.approx(result["after"]["losses"]["validation/loss"], rel=1e-5)
 
 
+def test_what_is_no_adapter_leaves_none_of_an_earlier_run(files, tmp_path):
+    c = config(files, train__duration="1 steps", train__checkpoint_every="0")
+    train_lib.train(c, tmp_path / "run")
+    assert (tmp_path / "run/adapter/adapter_config.json").exists() and c.optim.lr == 2e-5
+    c = config(files, kind="", train__duration="1 steps", train__checkpoint_every="0")
+    c.adapter = config_lib.get_default().adapter
+    shutil.rmtree(tmp_path / "run/export")
+    for name in ("config.json", "result.json"):
+        (tmp_path / "run" / name).unlink()
+    train_lib.train(c, tmp_path / "run")
+    assert not (tmp_path / "run/adapter").exists() and (tmp_path / "run/export").exists()
+
+
+def test_adafactor_and_heads_take_no_adapter(files):
+    c = config(files, optim__name="adafactor")
+    with pytest.raises(ConfigError, match="optim.name='adafactor' would leave adapters"):
+        build.make_model(c, train_lib.tasks.make(c, train_lib.load_tokenizer(c)))
+    c = config(files, adapter__targets="score/w")
+    with pytest.raises(ConfigError, match="adapter.targets: 'score/w' matches no weight"):
+        build.make_model(c, train_lib.tasks.make(c, train_lib.load_tokenizer(c)))
+
+
+def test_a_run_of_a_version_without_adapters_is_resumed(files, tmp_path):
+    c = config(files, kind="", train__duration="2 steps", train__checkpoint_every="1 steps")
+    c.adapter = config_lib.get_default().adapter
+    train_lib.train(c, tmp_path)
+    file = tmp_path / "config.json"
+    old = json.loads(file.read_text())
+    del old["adapter"]
+    file.write_text(json.dumps(old))
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    train_lib.train(c, tmp_path)
+    assert json.loads(file.read_text())["adapter"]["rank"] == 16
+
+
 @SLOW
 def test_a_changed_base_is_refused(files, tmp_path):
     shutil.copytree(files, tmp_path / "files")
@@ -329,17 +390,22 @@ def test_a_changed_base_is_refused(files, tmp_path):
     tensors = load_file(file)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"the base of the adapters \(model.path\) is another"):
+    with pytest.raises(
+        CheckpointError, match=r"the base of the adapters \(model.path\), or their kind or scale is another"
+    ):
         train_lib.train(config(tmp_path / "files", train__duration="3 steps"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="holds adapters of another base than model.path has now"):
         evaluate.evaluate(one, str(files / "validation.jsonl"), tmp_path / "run")
+    scaled = config(tmp_path / "files", adapter__alpha=64.0)
+    with pytest.raises(CheckpointError, match="or of another kind or scale"):
+        evaluate.evaluate(scaled, str(files / "validation.jsonl"), tmp_path / "run")
     with pytest.raises(ConfigError, match="adapter.rank: 4 there, 8 now"):
         train_lib.train(config(tmp_path / "files", adapter__rank=8), tmp_path / "run")
 
 
 @SLOW
 @pytest.mark.parametrize(
-    "name", ["causal_lm", "classification bert", "seq2seq", "regression", "image_classification vit"]
+    "name", ["causal_lm", "classification bert", "seq2seq", "regression", "image_classification vit", "image_text"]
 )
 def test_every_body_trains(name, tmp_path):
     """A decoder, encoders, an encoder-decoder, an image encoder: the loss falls, and the export is what was trained."""
@@ -361,6 +427,15 @@ def test_every_body_trains(name, tmp_path):
     assert after < before
     said = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert said["r"] == 4 and said["target_modules"]
+    found, whole = (
+        load_file(tmp_path / "run" / x) for x in ("adapter/adapter_model.safetensors", "export/model.safetensors")
+    )
+    second = {k for k, x in found.items() if k.endswith("lora_B.weight") and not x.any()}
+    assert not {k for k in second if "encoder.layers.1" not in k}  # of a tower's last layer, which is not run
+    for key, x in found.items():  # what is trained whole, as a head, is that of the export: in its units
+        name = key.removeprefix("base_model.model.")
+        if name in whole and "lora_" not in key:
+            np.testing.assert_array_equal(x, whole[name], err_msg=key)
 
 
 @SLOW

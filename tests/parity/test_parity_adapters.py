@@ -41,7 +41,7 @@ def adapted(path, kind, wanted=("all_linear",), rank=RANK):
     model = targets.adapt(section, base)
     kinds = params_lib.map_named(lambda name, p: jnp.dtype(jnp.float32), model.abstract)
     mesh = parallel.make_mesh({}, jax.devices()[:1])
-    rules = targets.rules(((".*", True),), ((".*", True),), model)
+    rules = targets.rules(((".*", True),), model)
     trainable = params_lib.match_rules(rules, model.abstract, "trainable")
     return model, targets.begun(model, params, kinds, mesh, 0), trainable
 
@@ -101,7 +101,7 @@ def test_logits_and_twenty_steps(llama, kind, tmp_path):
                     x += 0.1 * torch.randn_like(x)
         other.save_pretrained(tmp_path)
         model, params = load(tmp_path, *sftjax.load_pretrained(llama))
-        rules = targets.rules(((".*", True),), ((".*", True),), model)
+        rules = targets.rules(((".*", True),), model)
         trainable = params_lib.match_rules(rules, model.abstract, "trainable")
     tokens = random_tokens(64)
     close(model.apply(params, {"tokens": tokens}), logits(other, tokens), 1e-5)

@@ -8,7 +8,7 @@ data.clean.remove_suspects.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,10 +25,8 @@ from sftjax.data.records.protocols import RecordSource
 from sftjax.evaluation.likelihood import weighted
 from sftjax.files import refuse_url
 from sftjax.hf.tokenizer import load_tokenizer
+from sftjax.models.decoder import Model
 from sftjax.terminal import show
-
-if TYPE_CHECKING:
-    from sftjax.models.decoder import Model
 
 LABELS = 20  # at most so many different answers are class labels
 BATCH = 16  # rows whose losses are taken at a time
@@ -96,7 +94,7 @@ def _load_model(config, tokenizer):
 def trust(
     source: RecordSource,
     rows: Sequence[int],
-    model: "Model",
+    model: Model,
     params: dict[str, Any],
     task: tasks.Task,
     form: Mapping[str, Any],
@@ -106,7 +104,7 @@ def trust(
 
     Where the answers are a few class labels, every label is tried; else it is one loss a row.
     """
-    task = task.canonical().answers_only()
+    task = task.answers_only()
     records = [canonical(source[i], source.where(i), form) for i in rows]
 
     def losses_of(records):

@@ -5,15 +5,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sftjax.data.masking.template import Tokenizer
 from sftjax.errors import ConfigError
 from sftjax.files import check_regular, read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-else:
-    Tokenizer = Any  # transformers is slow to import
 
 TEMPLATES = "additional_chat_templates"  # a folder
 NAMES = (

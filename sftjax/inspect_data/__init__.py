@@ -16,7 +16,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -41,11 +41,13 @@ def main(argv: Sequence[str]) -> None:
     argv = ["--dropped=any" if arg == "--dropped" else arg for arg in argv]
     config, flags = config_lib.parse(argv, format="terminal", set="train", out="", **Wanted()._asdict())
     wanted = Wanted(*(getattr(flags, name) for name in Wanted._fields))
-    view, color = view_of(flags.format), not flags.out
+    if flags.format not in VIEWS:
+        raise DataError(f"--format={flags.format}: expected {' | '.join(VIEWS)}", kind="setting")
+    color = not flags.out
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
     report = collect(config, wanted, flags.set)
     # Damaged text may hold what UTF-8 can't: shown as its escape.
-    page = view(report, color, width).encode("utf-8", "backslashreplace")
+    page = VIEWS[flags.format](report, color, width).encode("utf-8", "backslashreplace")
     if flags.out:
         with writing("--out", flags.out):
             Path(flags.out).write_bytes(page)
@@ -56,13 +58,6 @@ def main(argv: Sequence[str]) -> None:
         sys.stdout.write(page.decode("utf-8"))
         if report["problem"]:  # it is in what was shown
             sys.exit(1)
-
-
-def view_of(format: str) -> Callable[..., str]:
-    """The view called so: (report, color, width) -> text. Raises: DataError for none."""
-    if format not in VIEWS:
-        raise DataError(f"--format={format}: expected {' | '.join(VIEWS)}", kind="setting")
-    return VIEWS[format]
 
 
 def collect(config: ConfigDict, wanted: Wanted, set: str = "train") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sftjax.errors import ConfigError, ModelError
 from sftjax.models import base, layer
 from sftjax.ops import dropout, rope, weight
 from sftjax.ops.rope import Rope
-from sftjax.parallel import RULES, constrain, manual_axes, part, shard_map, spec, spread, unspread
+from sftjax.parallel import RULES, constrain, manual_axes, part, shard_map, spec, spread
 from sftjax.params import Param, is_param
 
 SHARED = ("distances", "relative")  # parameters of attention that all layers have as one
@@ -294,7 +294,7 @@ def forward(
         x, ctx, cache = embed_next(config, params, cache, tokens, positions, segments, inserted)
     x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
-    return (unspread(x), None, routing) if cache is None else (x, cache | {"kv": kept}, routing)
+    return (spread(x, back=True), None, routing) if cache is None else (x, cache | {"kv": kept}, routing)
 
 
 def embed(
@@ -340,9 +340,11 @@ def embed_next(
     """As `embed`, of tokens that go on from a cache, and the cache with their places."""
     x = weight.rows(params["embed"]["w"], tokens, config.dtype)
     x = _embedded(config, params, x, positions, inserted=inserted)
-    slot, cache = cache["slot"], write_places(cache, positions, segments)
-    where = {"positions": positions, "segments": segments}
-    where |= {k: cache[k] for k in ("kv_positions", "kv_segments")}
+    slot, where = cache["slot"], {"positions": positions, "segments": segments}
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+    # Slots of padding (segment 0) stay empty.
+    known = {f"kv_{k}": put(cache[f"kv_{k}"], new) for k, new in where.items()}
+    cache, where = cache | known | {"slot": slot + positions.shape[1]}, where | known
     angles = _angles(config, **where)
     where |= {} if inserted is None or inserted.sees is None else {"positions": inserted.sees}
     return x, {"slot": slot, "where": where, "angles": angles}, cache
@@ -397,33 +399,6 @@ def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
     return {repr(r): rope.angles(r, config.head_dim, positions, lengths) for r in ropes}
 
 
-def init_cache(config: Config, batch: int, length: int) -> dict:
-    """An empty key/value cache for `length` positions; the next tokens of all rows go to `slot`.
-
-    Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row read them as they
-    lie.
-    """
-    c = config
-    heads, ends = (batch, c.kv_heads), ((c.head_dim, length), (length, c.head_dim))
-    kv = {
-        f"{loop}/{name}": tuple(jnp.zeros((n, *heads, *end), c.dtype) for end in ends)
-        for loop in range(c.loops)
-        for name, n in stacks(c).items()
-    }
-    empty = jnp.zeros((batch, length), jnp.int32)
-    return {"kv": kv, "kv_positions": empty, "kv_segments": empty, "slot": jnp.int32(0)}
-
-
-def write_places(cache: dict[str, Any], positions: jax.Array, segments: jax.Array) -> dict[str, Any]:
-    """Record which tokens come next, int32 [B, S]. Slots of padding (segment 0) stay empty."""
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache["slot"], axis=1)
-    return cache | {
-        "kv_positions": put(cache["kv_positions"], positions),
-        "kv_segments": put(cache["kv_segments"], segments),
-        "slot": cache["slot"] + positions.shape[1],
-    }
-
-
 # ---- the record users hold -----------------------------------------------------------------
 
 
@@ -476,9 +451,21 @@ class Model(base.Body):
         """float32 logits [B, S, V] of a Batch dict; only "tokens" is required."""
         return self.logits(params, self.hidden(params, batch))
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Any]:
-        """Return an empty key/value cache for `batch` rows of `length` positions."""
-        return init_cache(self.config, batch, length)
+    def init_cache(self: base.Body, batch: int, length: int) -> dict[str, Any]:
+        """An empty key/value cache for `batch` rows of `length` positions; their next tokens go to `slot`.
+
+        Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row read them as they
+        lie.
+        """
+        c = self.config
+        heads, ends = (batch, c.kv_heads), ((c.head_dim, length), (length, c.head_dim))
+        kv = {
+            f"{loop}/{name}": tuple(jnp.zeros((n, *heads, *end), c.dtype) for end in ends)
+            for loop in range(c.loops)
+            for name, n in stacks(c).items()
+        }
+        empty = jnp.zeros((batch, length), jnp.int32)
+        return {"kv": kv, "kv_positions": empty, "kv_segments": empty, "slot": jnp.int32(0)}
 
     def decode(
         self,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sftjax.models import base, decoder, layer
 from sftjax.ops import dropout, weight
-from sftjax.parallel import unspread
+from sftjax.parallel import spread
 from sftjax.params import Param
 
 POOLER_AXES = ("embed", None)
@@ -121,7 +121,7 @@ class Model(base.Body):
             table = layer.norm(c, params["relative"]["w"], params["relative_norm"])
             layers = decoder.with_shared(c, params, relative=table)
         x, _, _ = decoder.run_layers(c, layers, ctx, x)
-        hidden = unspread(layer.norm(c, x, params.get("norm")))
+        hidden = spread(layer.norm(c, x, params.get("norm")), back=True)
         return self.pooled(params, hidden) if c.head == "vocabulary" else hidden, None
 
     def pooled(self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None) -> jax.Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from sftjax.errors import ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
-from sftjax.parallel import unspread
+from sftjax.parallel import spread
 from sftjax.params import flatten, map_named
 
 
@@ -112,7 +112,7 @@ class Model(base.Body):
         tokens = jnp.where(positions == 0, c.start_id, before)
         x, ctx = decoder.embed(c, params, tokens, positions, segments, rngs[1])
         x, _, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx | {"source": source}, x)
-        return unspread(layer.norm(c, x, params.get("norm"))), None
+        return spread(layer.norm(c, x, params.get("norm")), back=True), None
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """See flops.train_flops; the `trained` tokens are the targets', `pairs` the sources'."""
@@ -136,6 +136,7 @@ class Model(base.Body):
 
     head = decoder.Model.head
     logits = decoder.Model.logits
+    init_cache = decoder.Model.init_cache
 
     def begin(
         self, params: dict[str, Any], tokens: jax.Array, lengths: jax.Array, new: int
@@ -148,7 +149,7 @@ class Model(base.Body):
         positions = jnp.broadcast_to(jnp.arange(n), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         source = encode(c, params, tokens, positions, segments)
-        cache = decoder.init_cache(c, rows, new + 1)
+        cache = self.init_cache(rows, new + 1)
         cache["source"] = {k: v for k, v in source.items() if k != "hidden"}
         axes = layer.axes_of(c)["cross"]
 

@@ -157,7 +157,7 @@ Pair = tuple[jax.Array, jax.Array]  # keys and values
 
 
 class Cache(NamedTuple):
-    """The keys and values of a stack, see decoder.init_cache, and which of its layers is meant."""
+    """The keys and values of a stack, see decoder.Model.init_cache, and which of its layers is meant."""
 
     keys: jax.Array  # [layers, B, K, H, T]
     values: jax.Array  # [layers, B, K, T, H]

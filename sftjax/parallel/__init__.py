@@ -3,7 +3,7 @@
 
 from sftjax.errors import MeshError
 from sftjax.parallel.batches import abstract_batch, check_batch, local_rows, put_batch, row_parts
-from sftjax.parallel.context_order import places, spread, unspread
+from sftjax.parallel.context_order import places, spread
 from sftjax.parallel.mesh import (
     AXES,
     RULES,

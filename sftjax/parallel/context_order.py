@@ -24,17 +24,8 @@ def places(length: int, shards: int) -> np.ndarray:
     return np.stack([parts[:shards], parts[: shards - 1 : -1]], 1).reshape(-1)
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """[B, S, ...] with its columns in the order in which the context axis holds them."""
-    return _reorder(x, back=False)
-
-
-def unspread(x: jax.Array) -> jax.Array:
-    """The inverse of `spread`."""
-    return _reorder(x, back=True)
-
-
-def _reorder(x, back):
+def spread(x: jax.Array, back: bool = False) -> jax.Array:
+    """[B, S, ...] with its columns in the order in which the context axis holds them; back: the inverse."""
     mesh = jax.sharding.get_abstract_mesh()
     n = 1 if mesh.empty else mesh.shape[RULES["seq"]]
     if n == 1:

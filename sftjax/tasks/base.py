@@ -94,6 +94,7 @@ class Task(Generic[E]):
     loss: ClassVar[Callable[..., Any]]
     tokenizer: Any = None
     varies: ClassVar[bool] = False  # data.augment is the task's own, and not of texts
+    tallies: ClassVar[type[Tally]] = Tally  # what cuts and counts the examples of a source
     beside: tuple[str, ...] = ()  # fields that evaluation reads: eval.choices, eval.group
 
     @classmethod
@@ -141,8 +142,8 @@ class Task(Generic[E]):
         return [np.arange(0 if self.layout.fixed else self.length(example))]
 
     def tally(self, max_length: int, overlong: str) -> Tally:
-        """What cuts and counts the examples of a source."""
-        return Tally(self, max_length, overlong)
+        """One of `tallies`, for a store or a part of it."""
+        return self.tallies(self, max_length, overlong)
 
     def prepared(self, source: Source | None) -> tuple[Any, "Task", dict]:
         """(source, task, form): the source as cleaning and splitting read it.
@@ -156,12 +157,8 @@ class Task(Generic[E]):
             kind="setting",
         )
 
-    def canonical(self) -> "Task":
-        """The task that encodes records in the form of `clean.forms.canonical`."""
-        return self
-
     def answers_only(self) -> "Task":
-        """The task of a language model that trains nothing but the answers of its records."""
+        """The task that trains nothing but the last answers of records in the form of `clean.forms.canonical`."""
         raise DataError(
             "data.clean.rules: label_suspects asks a language model how likely the answers are:"
             f" {type(self).__name__} has none",

@@ -36,11 +36,38 @@ READING = ("fields", "roles")  # of a policy: what says how to read a record
 FORM = (*READING, "system", "template_kwargs")  # and what to_conversation adds to it
 
 
+class CausalTally(Tally):
+    """Counts chats and trained stop tokens too."""
+
+    def __init__(self, task: "CausalLM", max_length: int, overlong: str) -> None:
+        super().__init__(task, max_length, overlong)
+        self.stops, self.stopped, self.chats = task.stop_ids, Counter[int](), 0
+
+    def fit(self, encoded: Sequence[tuple[str, chat.Encoded]]) -> list[tuple[np.ndarray, ...]]:
+        """As of Tally; counts the chats among the examples."""
+        self.chats += sum(example.kind == "chat" for _, example in encoded)
+        return super().fit(encoded)
+
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of Tally; counts each stop token where it is trained."""
+        super().count(pieces)
+        if pieces:
+            tokens, weights = (np.concatenate([piece[i] for piece in pieces]) for i in range(2))
+            self.stopped.update(tokens[np.isin(tokens, self.stops) & (weights > 0)].tolist())
+
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of Tally, with chat, stop_token (that trained most often) and stop_token_trained."""
+        stop = self.stopped.most_common(1)
+        token = self.task.tokenizer.convert_ids_to_tokens(stop[0][0]) if stop else None
+        return super().report(skipped) | dict(chat=self.chats > 0, stop_token=token, stop_token_trained=bool(stop))
+
+
 class CausalLM(Answering[chat.Encoded]):
     """policy: the keywords of `data.encode`: what is trained of a record, and how it is read."""
 
     columns = COLUMNS
     foreign: tuple[str, ...] = ("label", "pair", "image")  # fields of other tasks
+    tallies = CausalTally
     options = (*"normalise label_smoothing z_loss dft load_balance chunk_tokens".split(),)
 
     def __init__(
@@ -102,21 +129,14 @@ class CausalLM(Answering[chat.Encoded]):
         bos = 0 if len(places) and example.tokens[0] == self.tokenizer.bos_token_id else None
         return [at for at, _ in fit(places, example.weights, max_length, overlong, bos)]
 
-    def tally(self, max_length: int, overlong: str) -> "CausalTally":
-        """A Tally that counts chats and trained stop tokens too."""
-        return CausalTally(self, max_length, overlong)
-
     def prepared(self, source: Source | None) -> tuple[Any, "CausalLM", dict]:
         """The source as it is: cleaning reads conversations as this task does."""
         return source, self, only(self.policy, FORM)
 
-    def canonical(self) -> "CausalLM":
-        """The task without what the policy says of fields, roles, system prompt and template."""
-        return CausalLM(self.tokenizer, {k: v for k, v in self.policy.items() if k not in FORM})
-
     def answers_only(self) -> "CausalLM":
-        """The task that trains the last answer of each record and nothing else."""
-        return CausalLM(self.tokenizer, self.policy | dict(train_on="last"))
+        """As of Task: without what the policy says of fields, roles, system prompt and template."""
+        kept = {k: v for k, v in self.policy.items() if k not in FORM}
+        return CausalLM(self.tokenizer, kept | dict(train_on="last"))
 
     def summary(self, report: dict) -> str:
         """The numbers of examples and tokens, the share that is trained, and the stop token."""
@@ -197,32 +217,6 @@ class CausalLM(Answering[chat.Encoded]):
         python, model = os.path.relpath(sys.executable), os.path.relpath(export)
         system = f" --system={quote(section.system)}" if section.system else ""
         return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model}{system} --prompt={prompt}"
-
-
-class CausalTally(Tally):
-    """Counts chats and trained stop tokens too."""
-
-    def __init__(self, task: CausalLM, max_length: int, overlong: str) -> None:
-        super().__init__(task, max_length, overlong)
-        self.stops, self.stopped, self.chats = task.stop_ids, Counter[int](), 0
-
-    def fit(self, encoded: Sequence[tuple[str, chat.Encoded]]) -> list[tuple[np.ndarray, ...]]:
-        """As of Tally; counts the chats among the examples."""
-        self.chats += sum(example.kind == "chat" for _, example in encoded)
-        return super().fit(encoded)
-
-    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
-        """As of Tally; counts each stop token where it is trained."""
-        super().count(pieces)
-        if pieces:
-            tokens, weights = (np.concatenate([piece[i] for piece in pieces]) for i in range(2))
-            self.stopped.update(tokens[np.isin(tokens, self.stops) & (weights > 0)].tolist())
-
-    def report(self, skipped: Mapping[str, int]) -> dict:
-        """As of Tally, with chat, stop_token (that trained most often) and stop_token_trained."""
-        stop = self.stopped.most_common(1)
-        token = self.task.tokenizer.convert_ids_to_tokens(stop[0][0]) if stop else None
-        return super().report(skipped) | dict(chat=self.chats > 0, stop_token=token, stop_token_trained=bool(stop))
 
 
 def policy(data: ConfigDict) -> dict:

@@ -71,11 +71,33 @@ class Labels:
         )
 
 
+class LabelTally(Tally):
+    """Counts the labels too."""
+
+    task: "Classification"
+
+    def __init__(self, task: "Classification", max_length: int, overlong: str) -> None:
+        super().__init__(task, max_length, overlong)
+        self.labels = Counter[int]()
+
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of Tally; counts the label of each document."""
+        super().count(pieces)
+        for _, weights, targets, *_ in pieces:
+            self.labels.update(self.task.counted(targets, weights))
+
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of Tally, with labels: {name: number of documents}."""
+        names = self.task.labels.names
+        return super().report(skipped) | dict(labels={name: self.labels[i] for i, name in enumerate(names)})
+
+
 class Classification(Texts):
     """labels: see Labels; of the others see Texts."""
 
     head: str = "document"
     loss = staticmethod(losses.classification)
+    tallies = LabelTally
     cleaned: ClassVar[bool] = True  # cleaning and splitting read a text and one label
     options: ClassVar[tuple[str, ...]] = ("kind", "focal_gamma", "label_smoothing", "class_weights")
     metrics: tuple[str, ...] = ("accuracy", "f1")
@@ -112,24 +134,16 @@ class Classification(Texts):
         """As of Texts, and the labels."""
         return [*super().key(), self.labels.by_value]
 
-    def tally(self, max_length: int, overlong: str) -> "LabelTally":
-        """A Tally that counts the labels too."""
-        return LabelTally(self, max_length, overlong)
-
     def counted(self, targets: np.ndarray, weights: np.ndarray) -> Iterable[int]:
         """The labels of a document, from its arrays [n]."""
         return targets[weights > 0].tolist()
 
     def prepared(self, source: Source | None) -> tuple[Any, Task, dict]:
-        """The source as Pairs of a text and its label's name."""
+        """The source as Pairs of a text and its label's name, and the task that reads these."""
         if self.names["pair"] or not self.cleaned:
             return super().prepared(source)
-        return Pairs(source, self), self.canonical(), {}
-
-    def canonical(self) -> "Classification":
-        """The task that reads the text from "prompt" and the label from "completion"."""
         names = {"text": "prompt", "label": "completion"}
-        return type(self)(self.tokenizer, self.labels.names, names, self.reads)
+        return Pairs(source, self), type(self)(self.tokenizer, self.labels.names, names, self.reads), {}
 
     def summary(self, report: dict) -> str:
         """The numbers of examples and tokens, and each label's share."""
@@ -289,27 +303,6 @@ class MultiLabel(Classification):
         real = predictions["weights"] > 0
         wanted, scores = (predictions[k][real] for k in ("wanted", "scores"))
         return metrics.multi_labels(wanted > 0, scores, self.labels.names, **how)
-
-
-class LabelTally(Tally):
-    """Counts the labels too."""
-
-    task: Classification
-
-    def __init__(self, task: Classification, max_length: int, overlong: str) -> None:
-        super().__init__(task, max_length, overlong)
-        self.labels = Counter[int]()
-
-    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
-        """As of Tally; counts the label of each document."""
-        super().count(pieces)
-        for _, weights, targets, *_ in pieces:
-            self.labels.update(self.task.counted(targets, weights))
-
-    def report(self, skipped: Mapping[str, int]) -> dict:
-        """As of Tally, with labels: {name: number of documents}."""
-        names = self.task.labels.names
-        return super().report(skipped) | dict(labels={name: self.labels[i] for i, name in enumerate(names)})
 
 
 class Pairs:

@@ -27,12 +27,30 @@ LARGEST = float(np.finfo(np.float32).max)
 NUMBERS = ("score", "target", "value", *LABELS)
 
 
+class NumberTally(Tally):
+    """Sums the numbers too, and their squares."""
+
+    sums: Any = (0.0, 0.0, 0.0)  # of 1, the numbers and their squares
+
+    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """As of Tally; adds the number of each document."""
+        super().count(pieces)
+        numbers = [targets[weights > 0] for _, weights, targets, *_ in pieces]
+        x = np.concatenate([np.zeros(0), *numbers]).astype(np.float64)
+        self.sums = np.add(self.sums, (len(x), x.sum(), (x**2).sum()))
+
+    def report(self, skipped: Mapping[str, int]) -> dict:
+        """As of Tally, with numbers: [how many, their sum, that of their squares]."""
+        return super().report(skipped) | dict(numbers=np.asarray(self.sums).tolist())
+
+
 class Regression(Texts):
     """See Texts."""
 
     usual: ClassVar = {"text": TEXTS, "label": NUMBERS}
     target = np.float32
     loss = staticmethod(losses.regression)
+    tallies = NumberTally
     options = ("kind", "huber_delta")
     metrics = ("mae", "rmse", "r2", "pearson", "spearman")
     mean, std = 0.0, 1.0  # of the training rows' numbers, once they are known
@@ -51,10 +69,6 @@ class Regression(Texts):
                 kind="wrong_value",
             )
         return number
-
-    def tally(self, max_length: int, overlong: str) -> "NumberTally":
-        """A Tally that sums the numbers too."""
-        return NumberTally(self, max_length, overlong)
 
     def facts(self, report: dict) -> dict[str, str]:
         """Mean and standard deviation of the numbers."""
@@ -99,23 +113,6 @@ class Regression(Texts):
         real = predictions["weights"] > 0
         wanted, given = (predictions[k][real] for k in ("wanted", "given"))
         return metrics.numbers(wanted, given, **how)
-
-
-class NumberTally(Tally):
-    """Sums the numbers too, and their squares."""
-
-    sums: Any = (0.0, 0.0, 0.0)  # of 1, the numbers and their squares
-
-    def count(self, pieces: Sequence[tuple[np.ndarray, ...]]) -> None:
-        """As of Tally; adds the number of each document."""
-        super().count(pieces)
-        numbers = [targets[weights > 0] for _, weights, targets, *_ in pieces]
-        x = np.concatenate([np.zeros(0), *numbers]).astype(np.float64)
-        self.sums = np.add(self.sums, (len(x), x.sum(), (x**2).sum()))
-
-    def report(self, skipped: Mapping[str, int]) -> dict:
-        """As of Tally, with numbers: [how many, their sum, that of their squares]."""
-        return super().report(skipped) | dict(numbers=np.asarray(self.sums).tolist())
 
 
 def _moments(reports) -> tuple[float, float]:

@@ -82,25 +82,18 @@ class Writer:
         self._file, self._board, self._bar, self._trackers = None, None, None, ()
 
     def _show(self, step, values):
-        text = progress_text(values) + self._eta(step)
+        """The few values a person watches; of a validation line, its first four."""
+        watched = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "tokens_per_s": "tok/s {:,.0f}"}
+        parts = [form.format(values[name]) for name, form in watched.items() if name in values]
+        text = "  ".join(parts or [f"{k} {v:.4g}" for k, v in list(values.items())[:4]])
+        done, left = step - self._start, self._total - step
+        if done > 0 and left > 0:
+            text += f"  eta {tqdm.format_interval((time.monotonic() - self._started) / done * left)}"
         if self._bar is None:
             show(f"step {step}/{self._total}  {text}", file=sys.stderr)
         else:
             self._bar.n = step
             self._bar.set_postfix_str(printable(text))  # also redraws
-
-    def _eta(self, step):
-        done, left = step - self._start, self._total - step
-        if done <= 0 or left <= 0:
-            return ""
-        return f"  eta {tqdm.format_interval((time.monotonic() - self._started) / done * left)}"
-
-
-def progress_text(values: Mapping) -> str:
-    """The few values a person watches; of a validation line, its first four."""
-    watched = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "tokens_per_s": "tok/s {:,.0f}"}
-    parts = [form.format(values[name]) for name, form in watched.items() if name in values]
-    return "  ".join(parts or [f"{k} {v:.4g}" for k, v in list(values.items())[:4]])
 
 
 def _number(name, value):

@@ -239,7 +239,6 @@ def test_bad_arguments(config):
         with pytest.raises(DataError, match=re.escape(message)):
             inspect(config, **options)
 
-    fails("--format=pdf: expected terminal | json | html", format="pdf")
     fails("--set=other: expected train | validation | test", set="other")
     fails("data.validation is empty", set="validation")
     fails("--source=other: expected train", source="other")
@@ -270,6 +269,8 @@ def test_command(config, tmp_path, capsys):
     capsys.readouterr()
     main([*command[3:], "--dropped", "--config.data.max_length=64"])
     assert "d.jsonl:3, " in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"--format=pdf: expected terminal \| json \| html"):
+        main([*command[3:], "--format=pdf"])
     with pytest.raises(SystemExit, match="1"):
         main([*command[3:], "--config.data.train_on=system"])
     assert "dropped: no_trained_token" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_a_row_is_put_into_the_order_of_the_context_axis_and_back():
     x = jnp.arange(4 * 32 * 3, dtype=jnp.float32).reshape(4, 32, 3)
     with jax.set_mesh(parallel.make_mesh({"context": 4, "data": 2})):
         there = jax.jit(parallel.spread)(x)
-        back = jax.jit(parallel.unspread)(there)
+        back = jax.jit(lambda x: parallel.spread(x, back=True))(there)
     np.testing.assert_array_equal(there, x[:, parallel.places(32, 4)])
     np.testing.assert_array_equal(back, x)
 

@@ -10,19 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.data.masking import left_out
 from sftjax.data.masking.conversation import last_turn, read_record, without_reasoning
 from sftjax.data.masking.messages import ROLES, wrong_value
-from sftjax.data.masking.template import Case, ChatTemplate, after_empty_think, load_template
+from sftjax.data.masking.template import Case, ChatTemplate, Tokenizer, after_empty_think, load_template
 from sftjax.data.records.failures import located
 from sftjax.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PART = 250  # records rendered, and then tokenised, together
 STOP_TOKEN = ("turn", "all", "last", "none")
@@ -60,7 +57,7 @@ class Policy(NamedTuple):
     reasoning: dict[str, str]
 
 
-def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any) -> Encoded:
+def encode(record: dict[str, Any], tokenizer: Tokenizer, *, where: str = "", **policy: Any) -> Encoded:
     """Tokenise one record and say which of its tokens are trained.
 
     Args:
@@ -89,7 +86,7 @@ def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, wher
 def encode_batch(
     records: Sequence[dict[str, Any]],
     wheres: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     *,
     train_on: str | Sequence[str] = "assistant",
     stop_token: str = "turn",
@@ -179,7 +176,7 @@ def reasoning_of(given: Mapping[str, str] | None) -> dict[str, str]:
 def conversation_of(
     record: dict[str, Any],
     where: str,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     template: str | None,
     reasoning: Mapping[str, str],
     forms: Mapping[str, Any],
@@ -317,7 +314,7 @@ def _with_ends(tokenizer, tokens, weights, text, spans, kind):
 
 
 @lru_cache(maxsize=8)
-def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+def added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before a text, and those that end it."""
     of: Any = tokenizer
     plain, full = of("a", add_special_tokens=False)["input_ids"], of("a")["input_ids"]

@@ -4,17 +4,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import takewhile
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.data.masking import left_out
 from sftjax.data.masking.encode import added_ids, conversation_of, raw_text, reasoning_of
-from sftjax.data.masking.template import load_templates
+from sftjax.data.masking.template import Tokenizer, load_templates
 from sftjax.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"  # after an example that stands before a question, where there is no template
 
@@ -33,7 +30,7 @@ class Question(NamedTuple):
 
 
 def prompt_and_answer(
-    record: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", *, where: str = "", **policy: Any
+    record: dict[str, Any], tokenizer: Tokenizer, *, where: str = "", **policy: Any
 ) -> tuple[np.ndarray, str]:
     """The prompt for which a model generates, and the reference answer.
 
@@ -47,7 +44,7 @@ def prompt_and_answer(
 
 def question(
     record: dict[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     *,
     where: str = "",
     shots: Sequence[dict[str, Any]] = (),
@@ -94,14 +91,14 @@ def _after_shots(messages, shots, template):
     return [*lead, *turns, *messages[len(lead) :]]
 
 
-def split_at(tokenizer: "PreTrainedTokenizerBase", text: str, stop: int) -> tuple[list[int], list[int]]:
+def split_at(tokenizer: Tokenizer, text: str, stop: int) -> tuple[list[int], list[int]]:
     """The tokens of `text` before character `stop`, and the others; one across it is of these."""
     output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     at = bisect_right(output["offset_mapping"], stop, key=itemgetter(1))
     return output["input_ids"][:at], output["input_ids"][at:]
 
 
-def continuations(tokenizer: "PreTrainedTokenizerBase", asked: Question) -> list[tuple[list[int], list[int]]]:
+def continuations(tokenizer: Tokenizer, asked: Question) -> list[tuple[list[int], list[int]]]:
     """(the prompt's tokens, the choice's and its end's) of each choice.
 
     They are cut from the tokens of both together. Without its end "1" would be likelier than "10".
@@ -113,7 +110,7 @@ def continuations(tokenizer: "PreTrainedTokenizerBase", asked: Question) -> list
     return out
 
 
-def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list[int]:
+def stop_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
     """The ids at which generation stops: end of text, and the template's ends of a turn."""
     stops = [token for t in load_templates(tokenizer, template) if t.source for token in t.dialect.stops]
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

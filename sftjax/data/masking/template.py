@@ -19,7 +19,9 @@ from sftjax.data.masking.marks import put_back, put_marks, split
 from sftjax.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers is slow to import
 
 OURS = ("train", "weight")  # keys of a message that are for us, not for the template
 KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -64,10 +66,7 @@ class Found(NamedTuple):
 
 
 def load_template(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str | None = None,
-    chat: dict[str, Any] | None = None,
-    where: str = "",
+    tokenizer: Tokenizer, template: str | None = None, chat: dict[str, Any] | None = None, where: str = ""
 ) -> "ChatTemplate":
     """The template in use for this tokenizer; one object, so that its skeletons are shared.
 
@@ -93,7 +92,7 @@ def load_template(
     return _load(tokenizer, texts[name], len(tokenizer))
 
 
-def load_templates(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> list["ChatTemplate"]:
+def load_templates(tokenizer: Tokenizer, template: str | None = None) -> list["ChatTemplate"]:
     """All templates that rows may be rendered with, see `template_texts`."""
     return [_load(tokenizer, text, len(tokenizer)) for text in template_texts(tokenizer, template).values()]
 
@@ -103,13 +102,13 @@ def _load(tokenizer, source, vocabulary):
     return ChatTemplate(tokenizer, source)
 
 
-def named_templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+def named_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """{name: template} of a tokenizer that has several; {} where it has one, or none."""
     given: Any = tokenizer.chat_template
     return given if isinstance(given, dict) else {}
 
 
-def template_texts(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> dict[str, str]:
+def template_texts(tokenizer: Tokenizer, template: str | None = None) -> dict[str, str]:
     """The templates that rows may be rendered with: "default", and "tool_use" for rows with tools.
 
     The default is `template` (its text, a file's name, the name of one of the tokenizer's). Without it they are the
@@ -134,7 +133,7 @@ def template_texts(tokenizer: "PreTrainedTokenizerBase", template: str | None = 
 class ChatTemplate:
     """One tokenizer with one chat template; `source` is "" where there is none."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)

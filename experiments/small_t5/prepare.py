@@ -141,6 +141,7 @@ def main(out="runs/small_t5"):
     rng.shuffle(targets)
     shuffled = [row | {"target": t} for row, t in zip(control, targets, strict=True)]
     data["shuffled"] = data["reverse"] | {"train": shuffled}
+    data["reverse"]["train"] += spans(random.Random(1), vocabulary, 240_000, lambda some: some[::-1])
     for task, sets in data.items():
         for name, rows in sets.items():
             write(out / "data" / task / f"{name}.jsonl", rows)

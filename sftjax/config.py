@@ -38,6 +38,7 @@ def get_default() -> ConfigDict:
     c.model.dtype = "bfloat16"  # of activations and matmuls
     c.model.param_dtype = "float32"  # of trained parameters and their moments
     c.model.frozen_dtype = ""  # of frozen parameters; "" = as in the files, so nothing is lost
+    c.model.quantize = ""  # of frozen linear layers: nf4 | int4 | int8; "" = as they are
     # What a layer keeps for the backward pass: none (is computed again) | dots | attention | full | offload, or one of
     # jax.checkpoint_policies; models/layer.py
     c.model.remat = "dots"
@@ -260,6 +261,7 @@ _CHOICES = {
     "data.packing data.eval_packing": ("bfd", "bfd_split", "wrapped", "none"),
     "data.on_error": ("raise", "skip"),
     "adapter.kind": ("", "lora", "rslora", "dora", "pissa"),
+    "model.quantize": ("", "nf4", "int4", "int8"),
     "loss.normalise": ("tokens", "documents"),
     "loss.kind": ("", "cross_entropy", "focal", "bce", "mse", "mae", "huber"),
     "optim.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),

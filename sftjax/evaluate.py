@@ -181,7 +181,7 @@ def _weights(config, task, model, trainable, mesh: Mesh, run, step):
     nothing = optax.identity()  # in place of the optimizer, whose state is not read
     whole = build.abstract_state(config.model, model, trainable, nothing, mesh)
     target, base = dict(params=whole.params, frozen=whole.frozen, model_state=whole.model_state), None
-    if config.adapter.kind:  # a checkpoint holds none of the base
+    if config.adapter.kind or config.model.quantize:  # a checkpoint holds none of the base
         new = task.tokenizer.convert_tokens_to_ids(list(config.data.add_tokens)) if task.tokenizer else []
         base, _ = build.make_params(config.model, model, trainable, mesh, seed=config.seed, new=new)
         target["frozen"] = None

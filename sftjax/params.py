@@ -27,14 +27,15 @@ class Param:
 
     init is called as init(key, shape, dtype), as in jax.nn.initializers. inputs: of the matrix of a product, the
     logical axes that the product sums over; None for all that is no such matrix: a bias, the scale of a norm, a table
-    whose rows are looked up. Muon and the count of model FLOPs go by it. ValueError where shape, axes and inputs do not
-    belong together.
+    whose rows are looked up. Muon and the count of model FLOPs go by it. per: numbers of the model in each element.
+    ValueError where shape, axes and inputs do not belong together.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable = jax.nn.initializers.normal(0.02)
     inputs: tuple[str, ...] | None = None
+    per: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -104,8 +105,9 @@ def shapes(abstract: Any, dtype: DTypeLike = jnp.float32, shardings: Any = None)
 
 
 def count(tree: Any) -> int:
-    """Number of scalars in a tree of Params or arrays."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree, is_leaf=is_param))
+    """Number of scalars in a tree of Params or arrays; a byte, which ops.quantized alone has, holds two."""
+    per = lambda x: x.per if is_param(x) else 1 + (x.dtype == jnp.uint8)  # noqa: E731
+    return sum(int(np.prod(x.shape)) * per(x) for x in jax.tree.leaves(tree, is_leaf=is_param))
 
 
 def nbytes(tree: Any) -> int:

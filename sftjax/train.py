@@ -99,7 +99,7 @@ def train(config: ConfigDict, workdir: Path | str, stop: Stop | None = None, deb
             keep=config.train.keep,
             best_metric=best,
             lower=lower,
-            frozen=not config.adapter.kind,
+            frozen=not (config.adapter.kind or config.model.quantize),
         )
         checkpoints.check_space(target, config.train.export)
         how: Any = dict(seed=config.seed, new=feed.new_tokens)

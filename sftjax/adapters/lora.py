@@ -25,6 +25,7 @@ from sftjax import hf, parallel
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError
 from sftjax.ops import dropout, linear, weight
+from sftjax.ops.quantized import Quantized
 from sftjax.ops.weight import is_node
 from sftjax.params import Param
 from sftjax.terminal import columns
@@ -77,14 +78,15 @@ class LoRA(weight.Node):
         a, b = (*batch, *inner, "rank"), (*batch, "rank", *outer)
         lengths, first = self.magnitude is not None and (*batch, *outer), self.first is not None and (a, b)
         seed = None if self.seed is None else (*batch[: batch[:1] == ("layers",)], None)
-        return dataclasses.replace(self, base=axes, a=a, b=b, magnitude=lengths or None, first=first or None, seed=seed)
+        base = self.base.leaf_axes(axes) if is_node(self.base) else axes
+        return dataclasses.replace(self, base=base, a=a, b=b, magnitude=lengths or None, first=first or None, seed=seed)
 
     def started(self) -> "LoRA":
         """With the start that follows from the base: DoRA's lengths, PiSSA's factors."""
         if self.magnitude is not None:
             return dataclasses.replace(self, magnitude=self._norm().astype(self.magnitude.dtype))
-        batch, inner, outer = self.split(range(self.base.ndim))
-        w = self.base.astype(jnp.float32).transpose(*batch, *inner, *outer)
+        batch, inner, outer = self.split(range(len(self.base.shape)))
+        w = weight.dense(self.base, jnp.float32).transpose(*batch, *inner, *outer)
         w, rank = w.reshape(*w.shape[: len(batch)], self.fan_in, -1), self.a.shape[-1]
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         root = jnp.sqrt(s[..., :rank] / self.scale)
@@ -96,7 +98,8 @@ class LoRA(weight.Node):
     def dtypes(self, dtype: DTypeLike) -> "LoRA":
         """See Node; the lengths stay in float32."""
         out = jax.tree.map(lambda _: dtype, self)
-        return out if self.magnitude is None else dataclasses.replace(out, magnitude=jnp.float32)
+        out = out if self.magnitude is None else dataclasses.replace(out, magnitude=jnp.float32)
+        return dataclasses.replace(out, base=self.base.dtypes(dtype)) if is_node(self.base) else out
 
     def dense(self, dtype: DTypeLike) -> jax.Array:
         """The merged weight, made in float32."""
@@ -117,8 +120,13 @@ class LoRA(weight.Node):
 
         # Lengths of outputs that were rounded before would be lost in the next rounding.
         kind = None if self.magnitude is None else jnp.float32
-        base = functools.partial(jnp.einsum, equation, preferred_element_type=kind)
-        return self._joined(x, lambda x: base(x, self.base.astype(x.dtype)), change)
+        product = functools.partial(jnp.einsum, equation, preferred_element_type=kind)
+        return self._joined(x, self._remade(product), change)
+
+    def _remade(self, product: Callable):
+        """product(x, base) as a function of x; the backward pass makes a base of codes again, so that none is kept."""
+        whole = lambda x: product(x, weight.dense(self.base, x.dtype))  # noqa: E731
+        return jax.checkpoint(whole) if is_node(self.base) else whole
 
     def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """See Node."""
@@ -126,7 +134,7 @@ class LoRA(weight.Node):
             raise ConfigError("adapter.kind='dora' is not for experts: leave them out of adapter.targets, or take lora")
         product = lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)  # noqa: E731
         change = lambda x, a, b: product(product(x, a) * self.scale, b)  # noqa: E731
-        return self._joined(x, lambda x: product(x, self.base), change)
+        return self._joined(x, self._remade(product), change)
 
     def _joined(self, x, base: Callable, change: Callable):
         """base(x) and the change, before which x has dropout; DoRA's lengths as PEFT has them."""
@@ -141,19 +149,19 @@ class LoRA(weight.Node):
 
     def _sum(self):
         """The base and the change in float32."""
-        letters = string.ascii_lowercase[: self.base.ndim]
+        letters = string.ascii_lowercase[: len(self.base.shape)]
         batch, inner, outer = map("".join, self.split(letters))
 
         def product(a, b):
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             return self.scale * jnp.einsum(f"{batch}{inner}z,{batch}z{outer}->{letters}", a, b, precision="highest")
 
-        w = self.base.astype(jnp.float32) + product(self.a, self.b)
+        w = weight.dense(self.base, jnp.float32) + product(self.a, self.b)
         return w if self.first is None else w - product(*self.first)
 
     def _norm(self):
         """The length of each output's vector of inputs."""
-        _, inner, _ = self.split(range(self.base.ndim))
+        _, inner, _ = self.split(range(len(self.base.shape)))
         if math.prod(self.base.shape[i] for i in inner) != self.fan_in:
             raise ConfigError("adapter.kind='dora' with model.remat full or offload: leave mlp/down out of targets")
         return jnp.sqrt(jnp.sum(jnp.square(self._sum()), inner))
@@ -175,20 +183,29 @@ class LoRA(weight.Node):
 # ---- models with adapters ------------------------------------------------------------------
 
 
-def adapt(section: ConfigDict, model: Any) -> Any:
+def adapt(section: ConfigDict, model: Any, quantize: str = "") -> Any:
     """The model with nodes in place of the weights that the config's section `adapter` names; itself without a kind.
 
-    Raises: ConfigError for a target that matches no weight, with the nearest names, and for a rank beyond the matrix.
+    quantize: in how few bits the linear layers are held, model.quantize. Raises: ConfigError for a target that matches
+    no weight, with the nearest names, and for a rank beyond the matrix.
     """
-    if not section.kind:
+    if not section.kind and not quantize:
         return model
     kind, rank, named = section.kind, section.rank, params_lib.flatten(model.abstract)
     scale = section.alpha / (rank**0.5 if kind == "rslora" else rank)
-    make = functools.partial(LoRA.of, kind=kind, rank=rank, scale=scale, rate=section.dropout)
     unused = re.compile(getattr(getattr(model, "config", None), "unused", "(?!)"))
     named = {n: p for n, p in named.items() if hasattr(model, "nodes") and not unused.fullmatch(n)}
-    names = _matched(section.targets, named)
-    model = dataclasses.replace(model, nodes=(("|".join(map(re.escape, names)), make),))
+    names = _matched(section.targets, named) if kind else []
+    fewer = _matched(["all_linear"], named) if quantize else []
+    stored = hf.stored_dtypes(model) if getattr(model, "source", None) else {}
+
+    def node(name, p):
+        base = Quantized.of(p, kind=quantize, dtype=stored.get(name, "float32")) if name in fewer else p
+        made = LoRA.of(p, kind=kind, rank=rank, scale=scale, rate=section.dropout) if name in names else None
+        return base if made is None else dataclasses.replace(made, base=base)
+
+    every = dict.fromkeys([*names, *fewer])
+    model = dataclasses.replace(model, nodes=tuple((re.escape(n), functools.partial(node, n)) for n in every))
     for name, node in nodes_of(model.abstract).items():
         _, ins, outs = map(math.prod, node.split(node.base.shape))
         if rank > min(ins, outs):
@@ -221,9 +238,9 @@ def _matched(targets: Sequence[str], named: dict[str, Param]) -> list[str]:
 
 
 def nodes_of(tree: Any) -> dict[str, LoRA]:
-    """{name of the weight: its node} of a tree of parameters or Params."""
+    """{name of the weight: its adapter} of a tree of parameters or Params."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
-    return {params_lib.path_name(path): w for path, w in leaves if is_node(w)}
+    return {params_lib.path_name(path): w for path, w in leaves if isinstance(w, LoRA)}
 
 
 def table(model: Any) -> str:
@@ -245,12 +262,23 @@ def rules(given: Sequence, model: Any) -> Sequence:
     if tuple(map(tuple, given)) == ((".*", True),):
         head = hf.drawn(without(model)) if getattr(model, "source", None) else ()
         given = (*((re.escape(name), True) for name in head), (".*", False))
-    return ((r".*/w/(base|first/\d)", False), (r".*/w/(a|b|magnitude)", True), *given)
+    return ((r".*/w/(base(/\w+)?|first/\d)", False), (r".*/w/(a|b|magnitude)", True), *given)
 
 
-def plain(tree: Any) -> Any:
-    """The tree with the base in place of each node."""
-    return jax.tree.map(lambda w: w.base if is_node(w) else w, tree, is_leaf=is_node)
+def _base(w):
+    return w.base if isinstance(w, LoRA) else w
+
+
+def plain(kinds: Any) -> Any:
+    """Of a tree of dtypes that with the weight's in place of each node."""
+    one = lambda w: jnp.dtype(w.dtype) if isinstance(w := _base(w), Quantized) else w  # noqa: E731
+    return jax.tree.map(one, kinds, is_leaf=is_node)
+
+
+def packed(model: Any) -> dict[str, Quantized]:
+    """{name: the node of Params} of each weight that is held in fewer bits, an adapter's base among them."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.abstract, is_leaf=is_node)
+    return {params_lib.path_name(path): w for path, leaf in leaves if isinstance(w := _base(leaf), Quantized)}
 
 
 def without(model: Any) -> Any:
@@ -260,27 +288,31 @@ def without(model: Any) -> Any:
 
 def begun(model: Any, params: Any, kinds: Any, mesh: Mesh, seed: int) -> Any:
     """The parameters at step 0, of those without adapters, which are given up. kinds: tree of dtypes."""
-    if not nodes_of(model.abstract):
+    if not getattr(model, "nodes", ()):
         return params
-    own = lambda w: dataclasses.replace(w, base=None) if is_node(w) else None  # noqa: E731
+    own = lambda w: dataclasses.replace(w, base=None) if isinstance(w, LoRA) else None  # noqa: E731
     new = jax.tree.map(own, model.abstract, is_leaf=is_node)
     layouts, new_layouts = (parallel.param_shardings(mesh, tree) for tree in (model.abstract, new))
     new = params_lib.init(new, jax.random.key(seed), shardings=new_layouts)
 
-    def one(w, node, kind, layout):
-        if not is_node(node):
+    def one(p, w, node, kind, layout):
+        if isinstance(base := _base(p), Quantized) and not is_node(w):  # it was drawn
+            w = jax.jit(base.pack, out_shardings=_base(layout))(w)
+        if not isinstance(node, LoRA):
             return w
         node = dataclasses.replace(jax.tree.map(lambda x, k: x.astype(k), node, own(kind)), base=w)
         start = jax.jit(LoRA.started, donate_argnums=0, out_shardings=layout)
         return node if node.magnitude is None and node.first is None else start(node)
 
-    return jax.tree.map(one, params, new, kinds, layouts)
+    leaf = lambda x: is_node(x) or params_lib.is_param(x)  # noqa: E731
+    return jax.tree.map(one, model.abstract, params, new, kinds, layouts, is_leaf=leaf)
 
 
 def merged(model: Any, params: Any) -> tuple[Any, Any]:
     """(model, parameters) without adapters: added up in float32, then in the dtype of the base."""
-    dense = jax.jit(LoRA.dense, static_argnums=1)
-    return without(model), jax.tree.map(lambda w: dense(w, w.base.dtype) if is_node(w) else w, params, is_leaf=is_node)
+    dense = jax.jit(weight.dense, static_argnums=1)
+    one = lambda w: dense(w, jnp.dtype(_base(w).dtype)) if is_node(w) else w  # noqa: E731
+    return without(model), jax.tree.map(one, params, is_leaf=is_node)
 
 
 def seeded(loss_fn: Callable) -> Callable:
@@ -290,7 +322,7 @@ def seeded(loss_fn: Callable) -> Callable:
         number = itertools.count(2**16)  # small ones are folded into the key elsewhere
 
         def one(w):
-            if rng is None or not is_node(w) or not w.rate:
+            if rng is None or not isinstance(w, LoRA) or not w.rate:
                 return w
             key, lead = jax.random.fold_in(rng, next(number)), w.base.shape[: w.dims[0] == "b"]
             return dataclasses.replace(w, seed=jax.random.bits(key, (*lead, 2), jnp.uint32))

@@ -13,8 +13,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
 from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet, vision, vision_language
 from sftjax.ops import rope
+from sftjax.ops.quantized import Quantized
 from sftjax.parallel import param_shardings, processes
 
 MODELS: dict[type, Any] = {
@@ -201,11 +203,13 @@ def load_params(
     dtype: DTypeLike | dict[str, Any] = jnp.float32,
     mesh: Mesh | None = None,
     seed: int = 0,
+    packed: Mapping[str, Quantized] = MappingProxyType({}),
 ) -> tuple[base.Model, dict[str, Any]]:
     """(model with its source's dtypes, params): the weights of `path` for an existing Model.
 
     Under "stats" stands the model_state of a model whose files hold it. A head that the files lack is initialised from
-    the seed, one that the model lacks is left out; a line of the log says so.
+    the seed, one that the model lacks is left out; a line of the log says so. packed: {name of a weight: the node of
+    Params that it becomes, layer by layer as it is read}.
     """
     reader = Reader(path)
     model = _stored(model, reader)
@@ -226,7 +230,16 @@ def load_params(
     def leaf(path, files, layout):
         p, lead = abstract[path], len(next(iter(files)))
         shape = visible(model, path, p, lead)
-        return _load_leaf(reader, files, layout, p.shape, shape, dtypes[path], shardings[path])
+        read = functools.partial(_load_leaf, reader, dtype=dtypes[path], sharding=shardings[path])
+        if path not in packed:
+            return read(files, layout, p.shape, shape)
+        layers, node = [{} for _ in range(p.shape[0])], packed[path]
+        for at, name in files.items():
+            layers[at[0]][(0, *at[1:])] = name
+        places = None if mesh is None else param_shardings(mesh, node)
+        pack = jax.jit(node.pack, out_shardings=places)
+        parts = [jax.block_until_ready(pack(read(own, layout, (1, *p.shape[1:]), shape))) for own in layers]
+        return jax.jit(lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=places)(parts)
 
     leaves = {name: leaf(name, *rest) for name, *rest in rows if name not in fresh}
     for name in fresh:

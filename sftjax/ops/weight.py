@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sftjax.errors import ConfigError
 from sftjax.ops import embed, linear
 from sftjax.parallel import constrain, gather
 
@@ -172,6 +173,8 @@ def cut(tree: Any, axes: Any, axis: str, i: int, n: int) -> Any:
         if axis not in axes:
             return w
         dim = axes.index(axis)
+        if w.shape[dim] % n:
+            raise ConfigError(f"model.remat: {n} parts of {axis} don't divide {w.shape[dim]} blocks of model.quantize")
         size = w.shape[dim] // n
         return jax.lax.slice_in_dim(w, i * size, (i + 1) * size, axis=dim)
 

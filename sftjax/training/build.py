@@ -26,7 +26,7 @@ from sftjax.adapters import lora as adapters
 from sftjax.errors import ConfigError, ModelError, OutOfMemory
 from sftjax.models import vocab
 from sftjax.models.base import Model
-from sftjax.ops import attention
+from sftjax.ops import attention, quantized
 from sftjax.parallel.mesh import AnyMesh
 from sftjax.step import Loss, TrainState, train_step
 from sftjax.training import metrics, xla_flags
@@ -45,7 +45,7 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     model = task.load_model(m, split=tuple(m.split), **{key: getattr(m, key) for key in names})
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)
-    model = adapters.adapt(config.adapter, model)
+    model = adapters.adapt(config.adapter, model, m.quantize)
     if config.adapter.kind and config.optim.name == "adafactor":  # its steps are shares of a parameter, and b is 0
         raise ConfigError("optim.name='adafactor' would leave adapters, which begin at 0, as they are; take 'adamw'")
     rules = adapters.rules(config.optim.trainable, model)
@@ -53,6 +53,13 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     # No output depends on them: decay alone would change them.
     unused = getattr(getattr(model, "config", None), "unused", "(?!)")
     trainable = params_lib.map_named(lambda name, on: on and not re.fullmatch(unused, name), trainable)
+    for name, on in params_lib.flatten(trainable).items():
+        if on and quantized.dtype_of(name, m.quantize):
+            name = name.rpartition("/")[0]
+            raise ConfigError(
+                f"model.quantize={m.quantize!r}: {name} has no gradient, and optim.trainable says that it is trained;"
+                " take adapters (adapter.kind), freeze it, or leave model.quantize at ''"
+            )
     if hasattr(model, "with_trained"):
         model = model.with_trained(trainable)
     return model, trainable
@@ -94,6 +101,8 @@ def dtypes(section: ConfigDict, model: Model, trainable: Any) -> Any:
 
     def one(name, on):
         own = section.param_dtype
+        if fewer := quantized.dtype_of(name, section.quantize):
+            return jnp.dtype(fewer)
         return jnp.dtype(own if on else section.frozen_dtype or stored.get(name.removesuffix("/base"), own))
 
     return params_lib.map_named(one, trainable)
@@ -229,7 +238,8 @@ def make_params(
         said = model.source.config  # of a LLaVA it may leave the number out; of images there is none
         rows = hf.load_model(section.path).config.vocab if "text_config" in said else said.get("vocab_size")
         stored: Any = model.replace(vocab=rows) if rows else model
-        _, params = hf.load_params(stored, hf.resolve(section.path), adapters.plain(kinds), mesh, seed=seed)
+        path, packed = hf.resolve(section.path), adapters.packed(whole)
+        _, params = hf.load_params(stored, path, adapters.plain(kinds), mesh, seed, packed)
         if new:
             _, params = vocab.grow(stored, params, max(new) + 1, seed, first=min(new))
         stats = params.pop("stats", None)
@@ -270,7 +280,7 @@ def export(directory: Path | str, task: tasks.Task, model: Model, state: TrainSt
     params, beside = state.all_params, Path(directory).with_name("adapter")
     if jax.process_index() == 0:
         shutil.rmtree(beside, ignore_errors=True)  # an earlier run's
-    if getattr(model, "nodes", ()) and from_files(model):
+    if adapters.nodes_of(model.abstract) and from_files(model):
         trainable = jax.tree.map(lambda x: x is not None, state.params, is_leaf=lambda x: x is None)
         try:
             adapter_files.save(beside, model, task.exported(params, state.model_state), trainable)

@@ -120,11 +120,12 @@ def manifest(config: ConfigDict, feed: Feed, model: Any) -> dict:
 
 def base_of(config: ConfigDict) -> str:
     """What adapters are of, which checkpoints do not hold: the files' checksums, or the seed; and their scale."""
-    if not config.adapter.kind:
+    if not config.adapter.kind and not config.model.quantize:
         return ""
     files = sorted(hf.resolve(config.model.path).glob("*.safetensors")) if config.model.init == "pretrained" else ()
     base = {f.name: seal.measure(f) for f in files} or config.seed
-    return json.dumps([base, config.adapter.kind, config.adapter.rank, config.adapter.alpha])
+    fewer = [config.model.quantize] * bool(config.model.quantize)
+    return json.dumps([base, config.adapter.kind, config.adapter.rank, config.adapter.alpha, *fewer])
 
 
 @contextlib.contextmanager

@@ -1,22 +1,20 @@
 """Adapters as weight nodes: what is computed, what is not, meshes, rules, bad input, a run that is resumed."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
+from adapted import adapted, close, config, losses_of, section, step
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-import sftjax
 from sftjax import config as config_lib
-from sftjax import evaluate, hf, losses, parallel
+from sftjax import evaluate, losses, parallel
 from sftjax import params as params_lib
 from sftjax import train as train_lib
 from sftjax.adapters import lora
@@ -27,35 +25,6 @@ from sftjax.training import build
 KINDS = ("lora", "rslora", "dora", "pissa")
 MOE = dict(experts=4, experts_per_token=2)
 SLOW = pytest.mark.slow
-
-
-def section(kind="lora", rank=4, **values):
-    c = config_lib.get_default().adapter
-    c.kind, c.rank, c.alpha = kind, rank, 8.0
-    c.update(values)
-    return c
-
-
-def adapted(how, seed=0, **changes):
-    """(model, parameters, tree of what is trained) of a tiny Llama with adapters that have moved."""
-    source = hf.Origin("", {"model_type": "llama"}, {}, {})
-    base = sftjax.Model(tiny.model(**changes).config, source)
-    model = lora.adapt(how, base)
-    kinds = params_lib.map_named(lambda name, p: jnp.dtype(jnp.float32), model.abstract)
-    mesh = parallel.make_mesh({}, jax.devices()[:1])
-    params = jax.device_get(lora.begun(model, tiny.params(base), kinds, mesh, seed))
-    rules = lora.rules(((".*", True),), model)
-    rng = np.random.default_rng(0)
-
-    def moved(name, x):
-        return x + rng.normal(0, 0.05, x.shape).astype(x.dtype) if name.endswith(("/a", "/b", "/magnitude")) else x
-
-    return model, params_lib.map_named(moved, params), params_lib.match_rules(rules, model.abstract, "trainable")
-
-
-def close(found, expected, tolerance=1e-5):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()))
 
 
 # ---- the node --------------------------------------------------------------------------------
@@ -134,22 +103,6 @@ def test_dropout_is_of_the_training_loss_alone_and_keeps_the_mean():
 
 
 # ---- a step ------------------------------------------------------------------------------------
-
-
-def step(how, mesh=None, **changes):
-    model, params, trainable = adapted(how, **changes)
-    tx = optax.sgd(0.5, momentum=0.9)  # Adam would make a step of the noise of a gradient that is 0
-    state = sftjax.TrainState.create(params=params, tx=tx, trainable=trainable)
-    run = functools.partial(sftjax.train_step, loss_fn=lora.seeded(losses.causal_lm(model)), tx=tx)
-    if mesh is None:
-        return state, *jax.jit(run)(state, tiny.batch())
-    target = build.abstract_state(config_lib.get_default().model, model, trainable, tx, mesh)
-    state = jax.device_put(state, build.shardings_of(target))
-    with jax.set_mesh(mesh):
-        done = jax.jit(run, out_shardings=(build.shardings_of(state), None))(
-            state, parallel.put_batch(mesh, tiny.batch(), 8)
-        )
-    return state, *done
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=SLOW), pytest.param("pissa", marks=SLOW)])
@@ -287,37 +240,6 @@ def test_the_table_of_weights():
 
 
 # ---- a run ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A tiny model with weights, and small data files."""
-    where = tmp_path_factory.mktemp("files")
-    directory = tiny.directory(where / "model")
-    model = hf.load_model(directory)
-    hf.save_pretrained(directory, model, params_lib.init(model.abstract, jax.random.key(1)))
-    for name, n in {"train": 100, "validation": 10}.items():
-        lines = (tiny.QUICKSTART / "data" / f"{name}.jsonl").read_text().splitlines()[:n]
-        (where / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return where
-
-
-def config(files, kind="lora", **values):
-    c = config_lib.get_default()
-    c.model.path, c.model.dtype = str(files / "model"), "float32"
-    c.data.train, c.data.validation = (str(files / f"{name}.jsonl") for name in ("train", "validation"))
-    c.data.max_length, c.train.batch_size, c.eval.batch_size = 96, 8, 8
-    c.train.duration, c.train.checkpoint_every, c.train.log_every = "6 steps", "3 steps", "1"
-    c.train.tensorboard, c.optim.warmup, c.eval.every = False, "0", "0"
-    c.adapter.kind, c.adapter.rank, c.adapter.dropout = kind, 4, 0.1
-    for key, value in values.items():
-        config_lib.override(c, key.replace("__", "."), str(value))
-    return c
-
-
-def losses_of(workdir):
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {x["step"]: (x["loss"], x["grad_norm"], x["lr"]) for x in lines if "loss" in x}
 
 
 @SLOW

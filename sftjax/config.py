@@ -149,7 +149,7 @@ def get_default() -> ConfigDict:
     c.adapter.dropout = 0.0  # of what an adapter reads
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw | adam | sgd | adafactor | lion | muon
+    c.optim.name = "adamw"  # adamw | adam | sgd | adafactor | lion | muon | adamw8 (moments of 8 bits)
     c.optim.lr = LR  # with an adapter, 10 times that, unless a config sets it
     c.optim.schedule = "cosine"  # constant | linear | cosine | inverse_sqrt | wsd
     c.optim.warmup = "3%"
@@ -267,7 +267,7 @@ _CHOICES = {
     "optim.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
     "train.on_nonfinite": ("stop", "rollback"),
     "train.on_spike": ("log", "stop", "rollback"),
-    "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
+    "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon", "adamw8"),
 }
 CHOICES = {key: names for keys, names in _CHOICES.items() for key in keys.split()}
 DURATIONS = """train.duration train.log_every train.checkpoint_every eval.every

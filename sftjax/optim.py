@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sftjax import params as params_lib
+from sftjax.adam8 import scale_by_adam_8bit
 from sftjax.errors import ConfigError
 
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -84,6 +85,7 @@ OPTIMIZERS: dict[str, Callable[[ConfigDict, Any], optax.GradientTransformation]]
         optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
     ),
     "muon": _muon,
+    "adamw8": lambda c, abstract: scale_by_adam_8bit(c.b1, c.b2, c.eps),
 }
 
 

@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from sftjax import parallel
+from sftjax import adam8, parallel
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError
 
@@ -77,7 +77,7 @@ class TrainState:
             step=jnp.zeros((), jnp.int32),
             params=trained,
             frozen=frozen,
-            opt_state=tx.init(trained),
+            opt_state=tx.init(adam8.wide(trained)),
             rng=jax.random.key(rng) if isinstance(rng, int) else rng,
             model_state=model_state,
         )
@@ -123,8 +123,8 @@ def train_step(
     (loss, grads), model_state = work(state.params, state.frozen, batch, rng, state.model_state)
     grads = jax.tree.map(lambda g: _ratio(g, loss.weight.astype(g.dtype)), grads)
     with jax.named_scope("optimizer"):
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(adam8.wide(grads), state.opt_state, adam8.wide(state.params))
+        params = jax.tree.map(functools.partial(adam8.add, step=state.step), state.params, updates)
     value, norm = _ratio(loss.sum, loss.weight), optax.tree.norm(grads)
     size, change = optax.tree.norm(params), optax.tree.norm(updates)
     # A norm is finite only if every one of its elements is.
@@ -183,7 +183,7 @@ def _accumulate(fn, n, params, frozen, batch, rng, model_state):
     rngs = jax.random.split(rng, n)
     first = jax.tree.map(lambda x: x[0], micro)
     shapes, _ = jax.eval_shape(fn, params, frozen, first, rngs[0], model_state)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zero = adam8.wide(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
     def body(carry, xs):
         total, model_state = carry

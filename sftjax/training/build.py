@@ -134,7 +134,7 @@ def abstract_state(
     """The TrainState as ShapeDtypeStructs with shardings: target of compile and of restore.
 
     section: the config's `model`. A leaf of the optimizer state whose name ends in a parameter's name and has its shape
-    is laid out like that parameter; all others are replicated.
+    is laid out like that parameter, one that differs in its last dimension as its others; the rest is replicated.
     """
     struct = lambda _, p, d: jax.ShapeDtypeStruct(p.shape, d)  # noqa: E731
     shapes = params_lib.map_named(struct, model.abstract, dtypes(section, model, trainable))
@@ -147,7 +147,11 @@ def abstract_state(
     def place(name, x):
         parts = name.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        known = (layouts[tail] for tail in tails if sizes.get(tail) == x.shape)
+        known = (
+            layouts[tail] if sizes[tail] == x.shape else NamedSharding(mesh, P(*layouts[tail].spec[: x.ndim - 1]))
+            for tail in tails
+            if x.ndim and len(sizes.get(tail, ())) == x.ndim and sizes[tail][:-1] == x.shape[:-1]
+        )
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(known, NamedSharding(mesh, P())))
 
     return params_lib.map_named(place, state)

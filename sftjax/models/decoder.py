@@ -403,7 +403,7 @@ def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """A decoder with a vocabulary head, or with a head of classes; see base.Model."""
 
     config: Config
@@ -420,13 +420,6 @@ class Model(base.Body):
         where = base.places(batch)
         x, _, routing = forward(self.config, params, batch["tokens"], *where, rng=rng)
         return x, routing
-
-    def class_logits(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """float32 [B, S, C] of hidden [B, S, D]."""
-        del rng, segments  # these heads have no dropout of their own, and read one token
-        return base.project_classes(params["score"], hidden)
 
     def head(self, params: dict[str, Any]) -> weight.Weight:
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
@@ -451,7 +444,7 @@ class Model(base.Body):
         """float32 logits [B, S, V] of a Batch dict; only "tokens" is required."""
         return self.logits(params, self.hidden(params, batch))
 
-    def init_cache(self: base.Body, batch: int, length: int) -> dict[str, Any]:
+    def init_cache(self: base.Model, batch: int, length: int) -> dict[str, Any]:
         """An empty key/value cache for `batch` rows of `length` positions; their next tokens go to `slot`.
 
         Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row read them as they

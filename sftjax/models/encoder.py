@@ -101,7 +101,7 @@ def mean_of_documents(x: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """An encoder with a head of classes or of the vocabulary, or with none; see base.Model."""
 
     config: Config

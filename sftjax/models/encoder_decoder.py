@@ -90,7 +90,7 @@ def encode(
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """An encoder-decoder with a head of the vocabulary; see base.Model."""
 
     config: Config

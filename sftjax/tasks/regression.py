@@ -93,7 +93,7 @@ class Regression(Texts):
             return lambda _, *of: jnp.full(of[0], plain if known else getattr(self, name), of[1])
 
         state = {k: Param((), (), drawn(k, v)) for k, v in {"mean": 0.0, "std": 1.0}.items()}
-        return dataclasses.replace(model, state=state)
+        return dataclasses.replace(model, kept=state)
 
     def exported(self, params: Any, model_state: Any) -> Any:
         """The head gives the number itself, without a model_state."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from sftjax.errors import writing
 from sftjax.evaluation import metrics
 from sftjax.evaluation.answers import Asking, answered
 from sftjax.models import decoder
-from sftjax.tasks.base import E, EvalFn, Scores, Task, perplexity
+from sftjax.tasks.base import EvalFn, Scores, Task, perplexity
 
 
-class Answering(Task[E], Generic[E]):
+class Answering(Task):
     """A task whose model has a vocabulary head, and whose data.test is questions."""
 
     loss = staticmethod(losses.causal_lm)

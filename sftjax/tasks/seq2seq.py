@@ -46,7 +46,7 @@ class Pair(NamedTuple):
         return np.repeat(np.array([0, 1], np.float32), [len(self.source), len(self.target)])
 
 
-class Seq2Seq(Answering[Any], Texts):
+class Seq2Seq(Answering, Texts):
     """names: as of Texts, the target's under "label"; sizes: the most tokens of both in a row."""
 
     usual: ClassVar = {"text": ("source", *TEXTS, "document", "article"), "label": TARGETS}

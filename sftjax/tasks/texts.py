@@ -42,7 +42,7 @@ class Labelled(NamedTuple):
         return own if self.types is None else (*own, self.types)
 
 
-class Texts(Task[Labelled]):
+class Texts(Task):
     """tokenizer: a fast one, whose special tokens surround each text; None to read no text.
 
     names: the record's own names of what is in `usual` ("" = found by their usual ones; several with "|": the first

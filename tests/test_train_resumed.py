@@ -86,9 +86,9 @@ def test_a_last_save_that_fails_is_an_error_but_takes_neither_export_nor_report(
     monkeypatch,
     caplog,
 ):
-    from sftjax.training.checkpoint import seal
+    from sftjax.training.checkpoint import disk
 
-    good, tried = seal.seal, []
+    good, tried = disk.seal, []
 
     def full(folder):
         tried.append(folder.name)
@@ -96,7 +96,7 @@ def test_a_last_save_that_fails_is_an_error_but_takes_neither_export_nor_report(
             raise OSError(28, "No space left on device")
         good(folder)
 
-    monkeypatch.setattr(seal, "seal", full)
+    monkeypatch.setattr(disk, "seal", full)
     with pytest.raises(RuntimeError, match=r"step 12 in .*: No space left on device\n.*: step 9"):
         train_lib.train(make(files, data__test=""), tmp_path / "run")
     assert "checkpoint of step 6" in caplog.text and "Training goes on" in caplog.text

@@ -393,7 +393,7 @@ class Ranking(Texts):
         loss_fn = ranking(model, self.kind, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
-    def scores(self, loss: float, predictions: dict, **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict, **how: Any) -> Scores:
         """NDCG and MRR, means over queries."""
         flat = {k: v.reshape(-1) for k, v in predictions.items()}
         there = flat["weights"] > 0

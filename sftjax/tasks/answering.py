@@ -39,19 +39,22 @@ class Answering(Task):
         found = super().held(predictions, final) if final else {}
         return {k: v[found["tokens"] > 0] for k, v in found.items()}
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """The perplexity; the accuracy is a metric of the loss."""
-        return Scores({"perplexity": perplexity(loss)})
+    def score(
+        self, loss: float, predictions: dict[str, np.ndarray], *, groups: Sequence | None = None, errors: bool = False
+    ) -> Scores:
+        """The perplexity; with errors the mean loss of each document and the standard error of the whole.
 
-    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
-        """The same, with the mean loss of each document and the standard error of the whole."""
+        The accuracy is a metric of the loss.
+        """
+        if not errors:
+            return Scores({"perplexity": perplexity(loss)})
         held = predictions["tokens"] > 0
         total, weight = (predictions[k][held].astype(np.float64) for k in ("losses", "weights"))
         rows = {"loss": total / np.where(weight > 0, weight, 1), "weight": weight}
         # Of a ratio of sums over documents, which are drawn; not of tokens, which are not.
         off = (total - loss * weight) * len(total) / max(weight.sum(), 1e-38)
-        errors = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
-        return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
+        found = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
+        return Scores({"perplexity": perplexity(loss)}, errors=found, rows=rows)
 
     def answers(
         self, model: decoder.Model, params: Any, questions: list, groups: Sequence | None = None, **options: Any

@@ -204,19 +204,18 @@ class Task:
         return evaluate
 
     def held(self, predictions: dict[str, jax.Array], final: bool) -> dict[str, np.ndarray]:
-        """What is kept of a batch's predictions for `score`, or, where final, `final_scores`."""
+        """What is kept of a batch's predictions for `score`; final: at the beginning and the end of a run."""
         return {k: to_host(v) for k, v in predictions.items()}
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """What a set scores, by its mean loss and the predictions of all its rows."""
-        return Scores({})
+    def score(
+        self, loss: float, predictions: dict[str, np.ndarray], *, groups: Sequence | None = None, errors: bool = False
+    ) -> Scores:
+        """What a set scores, by its mean loss and the predictions of all its rows.
 
-    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
-        """As `score`, with standard errors and baselines: at the beginning and the end of a run.
-
-        groups: what each document shares with others, which are not independent of it.
+        errors: with standard errors and baselines: at the beginning and the end of a run. groups: what each document
+        shares with others, which are not independent of it.
         """
-        return self.score(loss, predictions)
+        return Scores({})
 
     def lower_is_better(self, metric: str) -> bool:
         """metric: "<set>/<metric>", as eval.best names it."""

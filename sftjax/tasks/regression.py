@@ -108,7 +108,7 @@ class Regression(Texts):
         loss_fn = self.loss(model, predictions=True, **self.own(options))
         return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for numbers."""
         real = predictions["weights"] > 0
         wanted, given = (predictions[k][real] for k in ("wanted", "given"))

@@ -74,12 +74,13 @@ class Reader:
         """Return the dtype of a tensor; the header says it."""
         return self.entries[name][1]
 
-    def read(self, name: str, index: Any = ...) -> np.ndarray:
-        """A copy of tensor[index]; only those bytes are read."""
-        file, dtype, shape, offset = self.entries[name]
-        if 0 in shape:
+    def read(self, name: str, index: Any = ..., shape: Sequence[int] | None = None) -> np.ndarray:
+        """A copy of tensor[index], the tensor being of `shape`, or its own; only those bytes are read."""
+        file, dtype, own, offset = self.entries[name]
+        shape = own if shape is None else shape
+        if 0 in own:
             return np.zeros(shape, dtype)[index]
-        mapped = np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape or (1,))
+        mapped = np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=own or (1,))
         return np.array(mapped.reshape(shape)[index])
 
 

@@ -35,7 +35,7 @@ TaskModel = Any
 
 
 class Example(NamedTuple):
-    """An example of arrays of fixed shapes, which has no token to show."""
+    """An example; one of arrays of fixed shapes has no tokens to show."""
 
     arrays: tuple[np.ndarray, ...]
     text: str = ""

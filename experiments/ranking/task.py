@@ -85,7 +85,7 @@ def ranking(model, kind, predictions=False, sources=()):
         return each[groups], counts[groups]
 
     def loss_fn(params, batch, rng, model_state=None):
-        logits, weights = losses.read(model, params, batch, rng)
+        logits, weights, _ = losses.read(model, params, batch, rng)
         given, groups = logits[..., 0], batch["groups"]
         rows = (given, batch["targets"], weights, batch["segments"], groups)
         each, counts = jax.vmap(of_row)(*rows)

@@ -233,14 +233,12 @@ def test_a_target_that_does_not_fit_names_the_leaves(tmp_path):
     assert "params/lora: absent in the checkpoint, float32[1] in this run" in text
 
 
-def test_missing_step_bad_extra_and_bad_metric(tmp_path):
-    with closing(Checkpointer(tmp_path, best_metric="val/loss")) as ckpt:
+def test_missing_step_and_bad_extra(tmp_path):
+    with closing(Checkpointer(tmp_path)) as ckpt:
         with pytest.raises(FileNotFoundError, match="complete steps there: none"):
             ckpt.restore({})
-        with pytest.raises(TypeError, match=r"extra\['rng'\].*not JSON serializable"):
+        with pytest.raises(TypeError, match="not JSON serializable"):
             ckpt.save(1, {"x": jnp.ones(3)}, {"rng": np.ones(3)})
-        with pytest.raises(CheckpointError, match=r"'val/loss' is not among.*\['val/los'\]"):
-            ckpt.save(1, {"x": jnp.ones(3)}, {}, {"val/los": 1.0})
 
 
 def spoiled(folder, how):

@@ -226,23 +226,12 @@ class Checkpointer:
         )
 
     def _extra(self, extra) -> dict:
-        extra = dict(extra or {})
-        if self.manifest is not None:
-            extra["manifest"] = self.manifest
-        for key, value in extra.items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError) as e:
-                raise TypeError(f"extra[{key!r}] of a checkpoint: {e}; make arrays lists, scalars int or float") from e
+        extra = dict(extra or {}) | ({} if self.manifest is None else {"manifest": self.manifest})
         return json.loads(json.dumps(extra))  # a copy: the caller may go on changing its own
 
     def _metrics(self, metrics) -> dict | None:
         if not self.best_metric or metrics is None:
             return None
-        if self.best_metric not in metrics:
-            raise CheckpointError(
-                f"best_metric {self.best_metric!r} is not among the metrics of this evaluation: {sorted(metrics)}"
-            )
         return {name: float(value) for name, value in metrics.items()}
 
     def check_space(self, state: Any, export: bool) -> None:

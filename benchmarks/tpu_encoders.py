@@ -20,7 +20,7 @@ from sftjax import config as config_lib
 from sftjax.ops.attention.blockwise import BLOCK
 from sftjax.plan import compile as plan
 from sftjax.plan import hardware as targets
-from sftjax.plan import hlo, memory_account
+from sftjax.plan import hlo
 from sftjax.training import workdir
 
 BERT_LARGE = dict(
@@ -106,7 +106,7 @@ def measure(name: str, run: Run, texts: str = "") -> dict:
     if texts:
         Path(texts, f"{name}.hlo").write_text(text)
     cost = hlo.analyze(text, plan.assumed(text, program))
-    p = plan.account(program, "compiled", began, cost, *memory_account.account(program, compiled))
+    p = plan.account(program, "compiled", began, cost, *plan.compiled_memory(program, compiled))
     return dict(
         run=name, target=p.target, mesh=p.mesh, rows=run.rows, length=run.length,
         target_length=run.target, attention=run.attention, remat=run.remat, fits=p.fits,

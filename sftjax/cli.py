@@ -14,7 +14,7 @@ COMMANDS = {  # name: (module, what it does)
     "status": ("sftjax.reports.status", "where the run of a workdir stands, while it runs too"),
     "inspect": ("sftjax.inspect_data", "show what a config trains on, token by token"),
     "clean": ("sftjax.clean.command", "clean a data set, with a report of what was taken out"),
-    "plan": ("sftjax.plan.command", "compile a config for hardware that is not here: does it fit?"),
+    "plan": ("sftjax.plan.__main__", "compile a config for hardware that is not here: does it fit?"),
     "generate": ("sftjax.generate", "one answer of a model"),
 }
 

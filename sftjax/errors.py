@@ -108,7 +108,7 @@ class DataError(UserError, ValueError):
     Attributes:
       where: the file and row, "file.jsonl:17", as the source's `where` gives it; the file alone if no single row is to
         blame; "" if a setting is.
-      kind: a short name of the mistake, by which rows are counted; see KINDS.
+      kind: a short name of the mistake, by which rows are counted.
       problem: what is wrong.
       fix: what to do about it; "" where the problem says that already.
       subject: what of the row is wrong, as it is written in a count: a field's name, in quotes.
@@ -128,36 +128,9 @@ class DataError(UserError, ValueError):
 
     @property
     def label(self) -> str:
-        """The kind in words, for a count of rows: "field 'completion' is missing"."""
-        words = KINDS.get(self.kind) or self.kind.replace("_", " ") or "another reason"
-        if "{}" in words:
-            return words.replace("{}", self.subject)
+        """The kind in words, for a count of rows: "missing field: 'completion'"."""
+        words = self.kind.replace("_", " ") or "another reason"
         return f"{words}: {self.subject}" if self.subject else words
 
     def __str__(self) -> str:
         return shortened(f"{self.where}: {self.reason}" if self.where else self.reason)
-
-
-# The kinds of a row's DataErrors in words; {} is the subject. One that is not here is counted under its own name with
-# blanks for underscores.
-KINDS = {
-    "bad_json": "malformed JSON",
-    "not_utf8": "not UTF-8",
-    "wrong_type": "{} is of the wrong type",
-    "wrong_value": "{} has a value that is not allowed",
-    "missing_field": "field {} is missing",
-    "null_field": "field {} is null",
-    "no_form": "no known form in the fields",
-    "role_order": "roles out of order",
-    "no_weight": "a segment with neither train nor weight",
-    "surrogate": "half of a surrogate pair",
-    "no_prompt": "plain text without a prompt and answer",
-    "no_template": "no chat template",
-    "system_unused": "a system message that has no place",
-    "template_failed": "the chat template failed",
-    "template_stopped": "the chat template was stopped",
-    "turn_not_found": "the trained turns can't be found in the rendering",
-    "double_bos": "the text begins with the first token twice",
-    "too_long": "more tokens than data.max_length",
-    "unreadable": "a file that can't be read",
-}

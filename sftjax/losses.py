@@ -129,13 +129,10 @@ def _loss_of(table, kind, options):
     return functools.partial(table[kind], o=Options(**options))
 
 
-def read(model: base.Model, params: Any, batch: dict, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """float32 logits [B, S, C] of a head of classes, and the weights float32 [B, S]."""
-    return _read(model, params, batch, rng, None)[:2]
-
-
-def _read(model, params, batch, rng, model_state) -> tuple[jax.Array, jax.Array, Any]:
-    """The same and the new model_state, None of a model without one."""
+def read(
+    model: base.Model, params: Any, batch: dict, rng: jax.Array | None, model_state: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(float32 logits [B, S, C] of a head of classes, weights float32 [B, S], new model_state or None)."""
     own = () if model_state is None else (model_state,)
     hidden, new = model.outputs(params, batch, rng, *own)
     logits = model.class_logits(params, hidden, rng, batch.get("segments"))
@@ -172,7 +169,7 @@ def classification(
     loss_of = _loss_of(LABEL, kind, options)
 
     def loss_fn(params, batch, rng, model_state=None):
-        logits, weights, state = _read(model, params, batch, rng, model_state)
+        logits, weights, state = read(model, params, batch, rng, model_state)
         targets = batch["targets"]
         if class_weights:
             weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
@@ -215,7 +212,7 @@ def multi_label(
 
     def loss_fn(params, batch, rng, model_state=None):
         del model_state  # no model of texts has one
-        logits, weights = read(model, params, batch, rng)
+        logits, weights, _ = read(model, params, batch, rng)
         wanted = _labels_of(batch["targets"], batch["segments"], logits.shape[-1])
         losses = loss_of(jnp.where(weights[..., None] != 0, logits, 0.0), wanted)
         if class_weights:
@@ -252,7 +249,7 @@ def regression(
 
     def loss_fn(params, batch, rng, model_state=None):
         mean, std = (0.0, 1.0) if model_state is None else (model_state[k] for k in ("mean", "std"))
-        logits, weights = read(model, params, batch, rng)
+        logits, weights, _ = read(model, params, batch, rng)
         given, wanted = logits[..., 0], (batch["targets"] - mean) / std
         given, wanted = (jnp.where(weights != 0, x, 0.0) for x in (given, wanted))
         loss = dataclasses.replace(summed(batch, loss_of(given, wanted), weights, sources), state=model_state)

@@ -135,7 +135,7 @@ def test_rows_are_counted_by_kind_whatever_their_messages_say(tmp_path, monkeypa
     source, task = open_source(path), CausalLM(TOKENIZER)
     store = build_store(source, task, 64, "drop", tmp_path / "c", "skip", 1.0)
     assert store.report["skipped"] == {
-        "odd label": 2, "field 'x' is missing": 1, "another reason": 1
+        "odd label": 2, "missing field: 'x'": 1, "another reason": 1
     }  # fmt: skip
     lines = [json.loads(line) for line in (store.folder / "rejects.jsonl").open()]
     assert [line["kind"] for line in lines] == ["odd_label", "odd_label", "missing_field", ""]

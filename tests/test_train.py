@@ -395,7 +395,7 @@ def test_other_data_under_the_same_name_is_refused(files, tmp_path):
     config = make(files, data__train=data, train__duration="2 steps", data__test="")
     train_lib.train(config, tmp_path / "run")
     data.write_text(text + text.splitlines()[3].replace("a", "b") + "\n")
-    refused = r"another run:\n  train: train.jsonl: 1 row added at the end\nUse another workdir"
+    refused = r"another run:\n  train: train.jsonl: (\d+) rows instead of \d+, the first difference at row \1\nUse ano"
     with pytest.raises(RuntimeError, match=refused):
         train_lib.train(config, tmp_path / "run")
 

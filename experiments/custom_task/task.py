@@ -110,13 +110,7 @@ class Regression(Task):
 
         return evaluate
 
-    def score(self, loss, predictions):
-        return self._scores(predictions)
-
-    def final_scores(self, loss, predictions, groups=None):
-        return self._scores(predictions, groups=groups, errors=True)
-
-    def _scores(self, predictions, **how):
+    def score(self, loss, predictions, **how):
         real = predictions["weights"] > 0
         wanted, given = predictions["wanted"][real], predictions["given"][real]
         return metrics.numbers(wanted, given, **how)

@@ -182,16 +182,15 @@ class Fraud(Task):
 
         return evaluate
 
-    def score(self, loss: float, predictions: dict) -> Scores:
-        return Scores(scores(*_real(predictions)))
-
-    def final_scores(self, loss: float, predictions: dict, groups: Sequence | None = None):
-        """The same, with standard errors, and what a score that knows nothing gets."""
+    def score(self, loss: float, predictions: dict, groups: Sequence | None = None, errors: bool = False) -> Scores:
+        """With errors also standard errors, and what a score that knows nothing gets."""
         wanted, given = _real(predictions)
+        if not errors:
+            return Scores(scores(wanted, given))
         some = lambda at: scores(wanted[at], given[at])  # noqa: E731
-        errors = metrics.bootstrap(some, len(wanted), groups)
+        found = metrics.bootstrap(some, len(wanted), groups)
         nothing = {"all alike": scores(wanted, np.zeros(len(wanted)))}
-        return Scores(scores(wanted, given), {}, errors, nothing)
+        return Scores(scores(wanted, given), {}, found, nothing)
 
 
 class ColumnTally(Tally):

@@ -85,7 +85,7 @@ def ranking(model, kind, predictions=False, sources=()):
         return each[groups], counts[groups]
 
     def loss_fn(params, batch, rng, model_state=None):
-        logits, weights = losses.read(model, params, batch, rng)
+        logits, weights, _ = losses.read(model, params, batch, rng)
         given, groups = logits[..., 0], batch["groups"]
         rows = (given, batch["targets"], weights, batch["segments"], groups)
         each, counts = jax.vmap(of_row)(*rows)
@@ -393,7 +393,7 @@ class Ranking(Texts):
         loss_fn = ranking(model, self.kind, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None)
 
-    def scores(self, loss: float, predictions: dict, **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict, **how: Any) -> Scores:
         """NDCG and MRR, means over queries."""
         flat = {k: v.reshape(-1) for k, v in predictions.items()}
         there = flat["weights"] > 0

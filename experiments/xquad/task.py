@@ -45,7 +45,7 @@ def span(model, sources=()):
     """
 
     def loss_fn(params, batch, rng):
-        logits, weights = losses.read(model, params, batch, rng)
+        logits, weights, _ = losses.read(model, params, batch, rng)
         targets, segments = batch["targets"], batch["segments"]
         logits = jnp.where((targets & IN_SPAN)[..., None] != 0, logits, -1e30)
         lse = jax.vmap(_log_sum_exp)(logits, segments)  # [B, S, 2], of each token's document

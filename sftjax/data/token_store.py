@@ -28,7 +28,7 @@ from sftjax.errors import DataError
 from sftjax.terminal import warn
 
 if TYPE_CHECKING:
-    from sftjax.tasks.base import Encoded, Task
+    from sftjax.tasks.base import Task
 
 FORMAT = 7  # of the files below; part of the cache's key
 CHUNK = 1000  # records in one call of the tokenizer
@@ -255,7 +255,7 @@ def encode_rows(
     rejects: Any,
     notes: Notes | None = None,
     read: Callable[[int], dict[str, Any]] | None = None,
-) -> list[tuple[str, "Encoded"]]:
+) -> list[tuple[str, Any]]:
     """(file and row, example) of the rows that can be encoded; the others go to `rejects.add`.
 
     What a row holds and its example does not is counted in `notes`. read: in place of `source[i]`. Where it fails,

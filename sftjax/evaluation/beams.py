@@ -71,9 +71,8 @@ def search(
         open_ &= jnp.any(scores[:, :1] / (i + 1.0) ** penalty > worst, -1)
         rows = (jnp.arange(B)[:, None] * K + going).reshape(-1)
         cache = _rows(cache, lambda x, a: jnp.take(x, rows, a))
-        where = jnp.repeat(first + i, K)[:, None], jnp.ones((B * K, 1), jnp.int32)
-        tokens = _take(token, go).reshape(-1, 1)
-        hidden, cache = model.decode(params, cache, tokens, *where)
+        following = dict(tokens=_take(token, go).reshape(-1, 1), positions=jnp.repeat(first + i, K)[:, None])
+        hidden, cache = model.decode(params, cache, following)
         return i + 1, hidden[:, 0], cache, ids, scores, kept, open_, jnp.all(ends)
 
     scores = jnp.where(jnp.arange(K) == 0, 0.0, jnp.full((B, K), NEVER))

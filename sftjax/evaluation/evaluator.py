@@ -112,8 +112,7 @@ class Evaluator:
             found, predictions = measure(self.step, params, batches, model_state, held=held)
             if final:
                 groups = self.sets.groups_of(name, store)
-                own = dict(groups=groups) if groups else {}
-                scores = self.task.final_scores(found["loss"], predictions, **own)
+                scores = self.task.score(found["loss"], predictions, groups=groups or None, errors=True)
                 records = self.sets.record_order(store) if scores.rows else None
                 beside = {k: getattr(scores, k) for k in BESIDE}
                 self._add(out, name, len(store), records, groups, **beside)

@@ -69,7 +69,8 @@ def _prefill(model, params, tokens, lengths, cache, beside):
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part, axis=1)
         images = [jax.tree.map(cut, inserted)] if beside else []
-        hidden, cache = model.decode(params, cache, cut(tokens), positions, segments, *images)
+        own = dict(tokens=cut(tokens), positions=positions, segments=segments)
+        hidden, cache = model.decode(params, cache, own, *images)
         at = (lengths - 1 - i * part)[:, None]
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[..., None], axis=1)[:, 0]
         return cache, jnp.where((at >= 0) & (at < part), found, last)
@@ -104,8 +105,7 @@ def _run(model, params, tokens, lengths, rng, beside, stop_ids, new, how):
         out = out.at[:, i].set(jnp.where(keep, token, 0))
         done, count = done | stop, count + keep
         # A finished row goes on with its last token, outside its document: nobody reads it.
-        where = (first + i)[:, None], jnp.ones((B, 1), jnp.int32)
-        hidden, cache = model.decode(params, cache, token[:, None], *where)
+        hidden, cache = model.decode(params, cache, dict(tokens=token[:, None], positions=(first + i)[:, None]))
         return i + 1, hidden[:, 0], done, count, out, cache
 
     count, out = jnp.zeros(B, jnp.int32), jnp.zeros((B, new), jnp.int32)

@@ -52,6 +52,7 @@ def as_stored(c: Config, files: Iterable[str]) -> Config:
     return dataclasses.replace(c, poolers=tuple(row for row in c.poolers if row[0]))
 
 
+POOLER = "p d -> d p"  # the layout of the matrix before a head
 # Heads and buffers of other tasks than ours, which BERT files may hold besides the body.
 OTHERS = r"cls\..*|qa_outputs\..*|classifier\..*|(bert\.)?pooler\..*"
 
@@ -71,14 +72,9 @@ def masked(
     head: str = "decoder.weight",
 ) -> list[tuple]:
     """The rows of a head of the vocabulary, by the names of its four parts."""
-    rows = pooler(prefix + dense) + common.layer_norm(prefix + norm, "pooler_norm")
+    rows = common.linear(prefix + dense, "pooler", POOLER) + common.layer_norm(prefix + norm, "pooler_norm")
     rows.append((prefix + bias, "vocab_bias/b", "v -> v"))
     return rows + [(prefix + head, "head/w", "v d -> v d")] * (not c.tied)
-
-
-def pooler(file: str) -> list[tuple]:
-    """The rows of the matrix before a head."""
-    return common.linear(file, "pooler", "p d -> d p")
 
 
 def body(prefix: str) -> list[tuple]:
@@ -103,5 +99,5 @@ def score(c: Config, before: str) -> list[tuple]:
     before: the pooler's name, where there is one.
     """
     file = "qa_outputs" if c.head == "span" else "classifier"
-    rows = pooler(before) if c.pooler else []
+    rows = common.linear(before, "pooler", POOLER) if c.pooler else []
     return rows + (common.linear(file, "score", "c d -> c d") if c.classes else [])

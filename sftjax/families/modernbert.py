@@ -79,7 +79,7 @@ def names(c: Config) -> list[tuple]:
     for file, path in norms.items():
         rows += common.layer_norm(file, path, c.norm_bias)
     if c.pooler:
-        rows += common.linear("head.dense", "pooler", "p d -> d p", c.pooler.bias)
+        rows += common.linear("head.dense", "pooler", bert.POOLER, c.pooler.bias)
     if c.classes:
         rows += common.linear("classifier", "score", "c d -> c d")
     if c.head == "vocabulary":

@@ -34,6 +34,6 @@ def names(c: Config) -> list[tuple]:
     if c.head == "vocabulary":
         return rows + bert.masked(c, "lm_head.", dense="dense", norm="layer_norm")
     if c.head == "document":
-        rows += bert.pooler("classifier.dense")
+        rows += common.linear("classifier.dense", "pooler", bert.POOLER)
         return rows + common.linear("classifier.out_proj", "score", "c d -> c d")
     return rows + bert.score(c, "roberta.pooler.dense")

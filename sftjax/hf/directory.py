@@ -267,13 +267,9 @@ def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
 
 
 def _stored(model, reader):
-    dtypes = {n: reader.dtype(n) for n in reader.entries}
-    config, as_stored = model.config, getattr(family_of(model.source.config), "as_stored", None)
-    if as_stored:
-        config = as_stored(config, reader.entries)
-    body: Any = model  # a dataclass, as every model that was read from a directory is
-    source = dataclasses.replace(model.source, dtypes=dtypes)
-    return dataclasses.replace(body, config=config, source=source)
+    as_stored = getattr(family_of(model.source.config), "as_stored", lambda config, files: config)
+    source = dataclasses.replace(model.source, dtypes={n: reader.dtype(n) for n in reader.entries})
+    return dataclasses.replace(model, config=as_stored(model.config, reader.entries), source=source)
 
 
 def stored_dtypes(model: base.Model) -> dict[str, np.dtype]:

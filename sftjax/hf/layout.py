@@ -46,27 +46,20 @@ class Layout:
         sizes = self._sizes(shape)
         return tuple(math.prod(sizes[x] for x in g) for g in self.groups)
 
-    def _places(self, shape, index) -> dict[str, tuple[int, int]]:
-        """{letter: (start, stop) in the file} of parameter[index]."""
-        offset = {letter: start for letter, (start, _) in self.part.items()}
-        places = {letter: (start, start + 1) for letter, start in offset.items()}
+    def _view(self, shape, index) -> tuple[list[int], tuple[slice, ...]]:
+        """(how many places each letter has in the file, those of parameter[index])."""
+        sizes = self._sizes(shape)
+        places = {letter: slice(start, start + 1) for letter, (start, _) in self.part.items()}
         for letter, size, i in zip(self.letters, shape, index, strict=True):
-            start, stop, _ = i.indices(size)
-            places[letter] = (start + offset.get(letter, 0), stop + offset.get(letter, 0))
-        return places
+            (start, stop, _), (offset, _) = i.indices(size), self.part.get(letter, (0, 0))
+            places[letter] = slice(start + offset, stop + offset)
+        flat = [a for g in self.groups for a in g]
+        return [sizes[a] for a in flat], tuple(places[a] for a in flat)
 
     def read(self, reader: Reader, name: str, shape: Sequence[int], index: Sequence[slice]) -> np.ndarray:
-        """parameter[index] (slices) of the tensor `name`, reading only the rows it needs."""
-        sizes, places = self._sizes(shape), self._places(shape, index)
-        cut, inner, inside = [], [], []
-        for first, *rest in self.groups:
-            row = math.prod(sizes[x] for x in rest)
-            start, stop = places[first]
-            cut.append(slice(start * row, stop * row))
-            inner += [stop - start, *(sizes[x] for x in rest)]
-            inside += [slice(None), *(slice(*places[x]) for x in rest)]
-        x = reader.read(name, tuple(cut)).reshape(inner)[tuple(inside)]
-        return self._turn(x)
+        """parameter[index] (slices) of the tensor `name`, reading only what it needs."""
+        sizes, places = self._view(shape, index)
+        return self._turn(reader.read(name, places, sizes))
 
     def _turn(self, x):
         """An array with a dimension for each letter of the file -> the parameter's order."""
@@ -77,12 +70,8 @@ class Layout:
 
     def write(self, out: np.ndarray, x: np.ndarray) -> None:
         """Put the parameter x into its places of the file's tensor `out`, a contiguous array."""
-        sizes = self._sizes(x.shape)
-        places = self._places(x.shape, [slice(None)] * x.ndim)
-        flat = [a for g in self.groups for a in g]
-        view = out.reshape([sizes[a] for a in flat])
-        target = self._turn(view[tuple(slice(*places[a]) for a in flat)])
-        target[...] = x
+        sizes, places = self._view(x.shape, [slice(None)] * x.ndim)
+        self._turn(out.reshape(sizes)[places])[...] = x
 
     def blocks(
         self, shape: Sequence[int], index: tuple[slice, ...], dtype: np.dtype

@@ -1,6 +1,6 @@
 """What a model offers to a task, a run and an export: a body, and the head that reads it.
 
-A task asks the Protocol `Model` and knows no architecture. `Body` is the part that the bodies made of layer.py share.
+A task asks a `Model` and knows no architecture.
 
 Letters of shapes: B rows, S tokens of a row, D width, C classes.
 """
@@ -8,7 +8,7 @@ Letters of shapes: B rows, S tokens of a row, D width, C classes.
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,80 +26,33 @@ class Inserted(NamedTuple):
     sees: jax.Array | None = None  # int32 [B, S]: the last position that each token sees; None = its own
 
 
-class Model(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Model:
     """Config, abstract parameters and pure functions of them; holds no arrays.
 
-    Every model has this. One with a vocabulary head (config.head == "vocabulary") has `head`, `logits` and
-    `logit_options` as well, see decoder.Model, and perhaps a `vocab_bias`.
-    """
-
-    @property
-    def config(self) -> Any:
-        """A frozen dataclass; head: which it has; classes: 0, or the rows of a head of classes."""
-
-    @property
-    def source(self) -> Any:
-        """hf.Origin: the facts of the directory it came from, or None."""
-
-    @property
-    def reads(self) -> str:
-        """Which token of a document its class is read from, "first" or "last"."""
-
-    @property
-    def abstract(self) -> dict:
-        """The tree of params.Param."""
-
-    @property
-    def state(self) -> dict | None:
-        """The tree of Param of what is no parameter, as batch statistics are; None for nothing."""
-
-    def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple:
-        """(hidden [B, S, D], moe.routing_sums or None) of a Batch; rng None: without dropout."""
-
-    def class_logits(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class.
-
-        segments: int32 [B, S], None for one document a row; rng: of dropout, None = without.
-        """
-
-    def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
-        """(tokens, trained, pairs) -> model FLOPs of a training step; see flops.train_flops."""
-
-    @property
-    def attention_features(self) -> set[str]:
-        """What the model asks of an attention backend; see ops.attention.Backend."""
-
-    def check_length(self, length: int, what: str) -> None:
-        """Raise ValueError where the model has no positions for `length` tokens."""
-
-    def names(self) -> list[tuple]:
-        """The rows of its Hugging Face table: (name in the files, parameter, layout[, part])."""
-
-    def replace(self, **changes: Any) -> "Model":
-        """The same model with other fields of its config."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Body:
-    """The part of a Model that all bodies of layer.py have alike.
-
-    source: what the weights came from (a Hugging Face directory's facts), for export. nodes: which weights are nodes;
-    see params.replace. state: as of Model; what a task keeps beside parameters.
+    config: a frozen dataclass; head: which it has; classes: 0, or the rows of a head of classes. source: hf.Origin, the
+    facts of the directory it came from, for export. nodes: which weights are nodes; see params.replace. kept: the
+    `state` that a task keeps beside parameters. One with a vocabulary head (config.head == "vocabulary") has `head` and
+    `logits` as well, see decoder.Model, and perhaps a `vocab_bias`.
     """
 
     tree: ClassVar[Callable[..., dict]]  # the Params of a config
+    reads: ClassVar[str]  # the token of a document from which its class is read, "first" or "last"
 
     config: Any
     source: Any = dataclasses.field(default=None, compare=False)
     nodes: tuple = ()
-    state: Any = dataclasses.field(default=None, compare=False)
+    kept: Any = dataclasses.field(default=None, compare=False)
 
     @cached_property
     def abstract(self) -> dict:
-        """The tree of Params, with nodes in place of those that `nodes` matches."""
+        """The tree of params.Param, with nodes in place of those that `nodes` matches."""
         return replace(self.tree(self.config), self.nodes)
+
+    @property
+    def state(self) -> dict | None:
+        """The tree of Param of what is no parameter, as batch statistics are; None for nothing."""
+        return self.kept
 
     @property
     def logit_options(self) -> dict:
@@ -107,12 +60,26 @@ class Body:
         c = self.config
         return dict(scale=c.logit_scale, softcap=c.logit_softcap, vocab=c.vocab)
 
-    def hidden(self: Model, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> jax.Array:
+    def outputs(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> tuple:
+        """(hidden [B, S, D], moe.routing_sums or None) of a Batch; rng None: without dropout."""
+        raise NotImplementedError
+
+    def hidden(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> jax.Array:
         """The first of `outputs`."""
         return self.outputs(params, batch, rng)[0]
 
-    def train_flops(self: Model, trainable: dict) -> Callable[[float, float, Callable], float]:
-        """See flops.train_flops."""
+    def class_logits(
+        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
+        """float32 [B, S, C] of hidden [B, S, D]: what each token says of the class.
+
+        segments: int32 [B, S], None for one document a row; rng: of dropout, None = without. Most heads need neither.
+        """
+        del rng, segments
+        return project_classes(params["score"], hidden)
+
+    def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
+        """(tokens, trained, pairs) -> model FLOPs of a training step; see flops.train_flops."""
         from sftjax.models import flops  # it walks the layers of decoder.py, which imports this
 
         return flops.train_flops(self.config, trainable, self.abstract)
@@ -138,7 +105,7 @@ class Body:
         if c.learned_positions and length > c.max_positions:
             raise ConfigError(f"{what}: the model has {c.max_positions} positions, all learned")
 
-    def names(self: Model) -> list[tuple]:
+    def names(self) -> list[tuple]:
         """The rows of its Hugging Face table; ModelError for a model of no directory."""
         if self.source is None:
             raise ModelError("names: this Model has no source, whose model_type names its tensors")

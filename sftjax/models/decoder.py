@@ -276,46 +276,38 @@ def _decoded(config, name, ctx, x, kv, xs):
 def forward(
     config: Config,
     params: dict[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
+    batch: dict,
     cache: dict[str, Any] | None = None,
     rng: jax.Array | None = None,
     inserted: base.Inserted | None = None,
 ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array] | None]:
-    """(hidden states after the final norm [B, S, D], updated cache, moe.routing_sums).
+    """(hidden states after the final norm [B, S, D], updated cache, moe.routing_sums) of a Batch dict.
 
-    tokens, positions, segments: int32 [B, S]. Segment 0 is padding. The cache is None without one; the routing sums,
-    over all layers, are None for a dense model. rng: of dropout; None = without.
+    Segment 0 is padding. The cache is None without one; the routing sums, over all layers, are None for a dense model.
+    rng: of dropout; None = without.
     """
     if cache is None:
-        x, ctx = embed(config, params, tokens, positions, segments, rng, inserted=inserted)
+        x, ctx = embed(config, params, batch, rng, inserted)
     else:
-        x, ctx, cache = embed_next(config, params, cache, tokens, positions, segments, inserted)
+        x, ctx, cache = embed_next(config, params, cache, batch, inserted)
     x, kept, routing = run_layers(config, params["layers"], ctx, x, cache)
     x = layer.norm(config, x, params["norm"])
     return (spread(x, back=True), None, routing) if cache is None else (x, cache | {"kv": kept}, routing)
 
 
 def embed(
-    config: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    rng: jax.Array | None = None,
-    types: jax.Array | None = None,
-    inserted: base.Inserted | None = None,
+    config: Config, params: dict[str, Any], batch: dict, rng: jax.Array | None = None, inserted: Any = None
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """(x [B, S, D], what the layers are told of its tokens), in the context axis's order.
+    """(x [B, S, D], what the layers are told of its tokens) of a Batch dict, in the context axis's order.
 
-    tokens to segments, and types where the model has them: int32 [B, S]; rng: of dropout.
+    rng: of dropout; inserted: a base.Inserted, or None.
     """
-    tokens, positions, segments = map(spread, (tokens, positions, segments))
+    tokens, positions, segments = map(spread, (batch["tokens"], *base.places(batch)))
+    types = spread(batch.get("token_types", jnp.zeros_like(tokens))) if "token_types" in params else None
     inserted = jax.tree.map(spread, inserted)
     with jax.named_scope("embed"):
         x = weight.lookup(params["embed"]["w"], tokens, config.dtype)
-    x = _embedded(config, params, x, positions, None if types is None else spread(types), inserted)
+    x = _embedded(config, params, x, positions, types, inserted)
     where = {"positions": positions, "segments": segments}
     ctx = {"where": where, "angles": _angles(config, **where)}
     if inserted is not None and inserted.sees is not None:
@@ -329,16 +321,11 @@ def embed(
 
 
 def embed_next(
-    config: Config,
-    params: dict[str, Any],
-    cache: dict[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    inserted: base.Inserted | None = None,
+    config: Config, params: dict[str, Any], cache: dict[str, Any], batch: dict, inserted: Any = None
 ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """As `embed`, of tokens that go on from a cache, and the cache with their places."""
-    x = weight.rows(params["embed"]["w"], tokens, config.dtype)
+    positions, segments = base.places(batch)
+    x = weight.rows(params["embed"]["w"], batch["tokens"], config.dtype)
     x = _embedded(config, params, x, positions, inserted=inserted)
     slot, where = cache["slot"], {"positions": positions, "segments": segments}
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
@@ -403,7 +390,7 @@ def _angles(config, positions, segments, kv_positions=None, kv_segments=None):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """A decoder with a vocabulary head, or with a head of classes; see base.Model."""
 
     config: Config
@@ -417,16 +404,8 @@ class Model(base.Body):
 
         positions and segments default to one document a row.
         """
-        where = base.places(batch)
-        x, _, routing = forward(self.config, params, batch["tokens"], *where, rng=rng)
+        x, _, routing = forward(self.config, params, batch, rng=rng)
         return x, routing
-
-    def class_logits(
-        self, params: dict[str, Any], hidden: jax.Array, rng: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """float32 [B, S, C] of hidden [B, S, D]."""
-        del rng, segments  # these heads have no dropout of their own, and read one token
-        return base.project_classes(params["score"], hidden)
 
     def head(self, params: dict[str, Any]) -> weight.Weight:
         """The vocabulary projection, [config.rows, D]; see ops.weight."""
@@ -451,7 +430,7 @@ class Model(base.Body):
         """float32 logits [B, S, V] of a Batch dict; only "tokens" is required."""
         return self.logits(params, self.hidden(params, batch))
 
-    def init_cache(self: base.Body, batch: int, length: int) -> dict[str, Any]:
+    def init_cache(self: base.Model, batch: int, length: int) -> dict[str, Any]:
         """An empty key/value cache for `batch` rows of `length` positions; their next tokens go to `slot`.
 
         Keys are [layers, B, K, H, T] and values [layers, B, K, T, H]: products with one query per row read them as they
@@ -468,14 +447,8 @@ class Model(base.Body):
         return {"kv": kv, "kv_positions": empty, "kv_segments": empty, "slot": jnp.int32(0)}
 
     def decode(
-        self,
-        params: dict[str, Any],
-        cache: dict[str, Any],
-        tokens: jax.Array,
-        positions: jax.Array,
-        segments: jax.Array,
-        inserted: base.Inserted | None = None,
+        self, params: dict[str, Any], cache: dict[str, Any], batch: dict, inserted: base.Inserted | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """(hidden [B, S, D], cache) with the tokens appended to the cache."""
-        out: Any = forward(self.config, params, tokens, positions, segments, cache, inserted=inserted)
+        """(hidden [B, S, D], cache) with the tokens of a Batch dict appended to the cache."""
+        out: Any = forward(self.config, params, batch, cache, inserted=inserted)
         return out[:2]

@@ -101,7 +101,7 @@ def mean_of_documents(x: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """An encoder with a head of classes or of the vocabulary, or with none; see base.Model."""
 
     config: Config
@@ -114,9 +114,8 @@ class Model(base.Body):
         token_types int32 [B, S] default to 0; positions and segments to one document a row. For a vocabulary head the
         hidden states are those that it reads, after the layer before it.
         """
-        c, tokens, layers = self.config, batch["tokens"], params["layers"]
-        types = batch.get("token_types", jnp.zeros_like(tokens)) if c.token_types else None
-        x, ctx = decoder.embed(c, params, tokens, *base.places(batch), rng, types)
+        c, layers = self.config, params["layers"]
+        x, ctx = decoder.embed(c, params, batch, rng)
         if c.relative:
             table = layer.norm(c, params["relative"]["w"], params["relative_norm"])
             layers = decoder.with_shared(c, params, relative=table)

@@ -74,23 +74,16 @@ def _with_embed(tree):
     return tree["encoder"] | {"embed": tree["embed"]}
 
 
-def encode(
-    c: Config,
-    params: dict[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    rng: jax.Array | None = None,
-) -> dict[str, jax.Array]:
-    """{"hidden" [B, S, D], "positions", "segments"} of int32 [B, S], in the context order."""
+def encode(c: Config, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> dict[str, jax.Array]:
+    """{"hidden" [B, S, D], "positions", "segments" [B, S]} of a Batch's sources, in the context order."""
     own = _with_embed(params)
-    x, ctx = decoder.embed(c.encoder, own, tokens, positions, segments, rng)
+    x, ctx = decoder.embed(c.encoder, own, batch, rng)
     x, _, _ = decoder.run_layers(c.encoder, decoder.with_shared(c.encoder, own), ctx, x)
     return {"hidden": layer.norm(c, x, own.get("norm"))} | ctx["where"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """An encoder-decoder with a head of the vocabulary; see base.Model."""
 
     config: Config
@@ -107,10 +100,10 @@ class Model(base.Body):
         own = {k: batch.get(f"target_{k}") for k in ("positions", "segments")}
         positions, segments = base.places({"tokens": targets} | own)
         rngs = (None, None) if rng is None else jax.random.split(rng)
-        source = encode(c, params, batch["tokens"], *base.places(batch), rng=rngs[0])
+        source = encode(c, params, batch, rngs[0])
         before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
         tokens = jnp.where(positions == 0, c.start_id, before)
-        x, ctx = decoder.embed(c, params, tokens, positions, segments, rngs[1])
+        x, ctx = decoder.embed(c, params, dict(tokens=tokens, positions=positions, segments=segments), rngs[1])
         x, _, _ = decoder.run_layers(c, decoder.with_shared(c, params), ctx | {"source": source}, x)
         return spread(layer.norm(c, x, params.get("norm")), back=True), None
 
@@ -146,9 +139,8 @@ class Model(base.Body):
         tokens: int32 [B, S], right-padded; lengths: int32 [B].
         """
         c, (rows, n) = self.config, tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(n), tokens.shape)
-        segments = (positions < lengths[:, None]).astype(jnp.int32)
-        source = encode(c, params, tokens, positions, segments)
+        segments = (jnp.arange(n) < lengths[:, None]).astype(jnp.int32)
+        source = encode(c, params, {"tokens": tokens, "segments": segments})
         cache = self.init_cache(rows, new + 1)
         cache["source"] = {k: v for k, v in source.items() if k != "hidden"}
         axes = layer.axes_of(c)["cross"]
@@ -160,20 +152,13 @@ class Model(base.Body):
 
         cache["first"] = {name: jax.lax.map(keys, stack) for name, stack in params["layers"].items()}
         start = jnp.full((rows, 1), c.start_id, jnp.int32)
-        hidden, cache = self.decode(params, cache, start, start * 0, start * 0 + 1)
+        hidden, cache = self.decode(params, cache, {"tokens": start})
         return cache, hidden[:, 0]
 
-    def decode(
-        self,
-        params: dict[str, Any],
-        cache: dict[str, Any],
-        tokens: jax.Array,
-        positions: jax.Array,
-        segments: jax.Array,
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """(hidden [B, T, D], cache) with the tokens [B, T] of a target appended to the cache."""
+    def decode(self, params: dict[str, Any], cache: dict[str, Any], batch: dict) -> tuple[jax.Array, dict[str, Any]]:
+        """(hidden [B, T, D], cache) with the tokens [B, T] of a target, a Batch dict, appended to the cache."""
         c = self.config
-        x, ctx, cache = decoder.embed_next(c, params, cache, tokens, positions, segments)
+        x, ctx, cache = decoder.embed_next(c, params, cache, batch)
         layers, ctx = decoder.with_shared(c, params), ctx | {"source": cache["source"]}
         x, kept, _ = decoder.run_layers(c, layers, ctx, x, cache)
         return layer.norm(c, x, params.get("norm")), cache | {"kv": kept}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.errors import ConfigError
-from sftjax.ops import dropout, moe, norms, rope, weight
+from sftjax.ops import dropout, moe, rope, weight
 from sftjax.ops.attention import attention
 from sftjax.ops.weight import gather_for_use, project
 from sftjax.parallel import RULES, constrain
@@ -174,12 +174,19 @@ class Cache(NamedTuple):
 
 
 def norm(config: "Config", x: jax.Array, p: dict[str, jax.Array] | None) -> jax.Array:
-    """Normalise x [..., *scale.shape] in its own dtype; p None leaves it as it is."""
+    """Normalise x [..., *scale.shape] in its own dtype, with statistics in float32; p None leaves it as it is."""
     if p is None:
         return x
+    wide, scale = x.astype(jnp.float32), p["scale"]
+    axes = tuple(range(-scale.ndim, 0))
     if config.norm == "layer":
-        return norms.layer_norm(x, p["scale"], p.get("b"), config.norm_eps)
-    return norms.rms_norm(x, p["scale"], config.norm_eps, float(config.norm == "rms_plus_one"))
+        wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + config.norm_eps)
+    if config.norm == "rms":
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+    scale = scale.astype(jnp.float32)
+    y = y * (1.0 + scale if config.norm == "rms_plus_one" else scale)
+    return (y + p["b"].astype(jnp.float32) if "b" in p else y).astype(x.dtype)
 
 
 def _attention(config, kind, axes, p, x, ctx, kv, first):

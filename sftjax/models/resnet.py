@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from sftjax import params as params_lib
 from sftjax.errors import ModelError
-from sftjax.models import base, decoder
+from sftjax.models import base
 from sftjax.ops.pixels import normalised
 from sftjax.params import Param
 
@@ -100,14 +100,13 @@ def _trees(c: Config) -> tuple[dict, dict]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(base.Model):
     """A ResNet with a head of classes, or with none; see base.Model.
 
     frozen: the names of the norms that read their stored statistics in training too, and leave them as they are.
     """
 
     config: Config
-    source: Any = dataclasses.field(default=None, compare=False)
     frozen: frozenset[str] = frozenset()
     reads: ClassVar[str] = "first"
     attention_features: ClassVar[set[str]] = set()
@@ -170,8 +169,6 @@ class Model:
         hidden = jnp.mean(x.astype(jnp.float32), (1, 2))[:, None]
         return hidden.astype(c.dtype), params_lib.map_named(lambda name, _: new[name], model_state)
 
-    class_logits = decoder.Model.class_logits
-
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """(images, _, _) -> FLOPs of a step that trains all: three times the forward pass."""
         del trainable
@@ -184,8 +181,6 @@ class Model:
 
         cost: Any = jax.jit(forward).lower(*trees, batch).cost_analysis()
         return lambda images, trained, pairs: 3 * cost["flops"] * images
-
-    names = base.Body.names
 
     def replace(self, **changes: Any) -> "Model":
         """The same model with other fields of its Config; those that it does not have are left."""

@@ -62,7 +62,7 @@ def abstract(c: Config) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(base.Body):
+class Model(base.Model):
     """A vision transformer with a head of classes, or with none; see base.Model."""
 
     config: Config
@@ -118,8 +118,6 @@ class Model(base.Body):
         """(what a head reads of each image [B, 1, D], None) of a batch's images."""
         x = self.features(params, batch["image"], rng)
         return x[:, :1] if self.config.class_token else jnp.mean(x, 1, keepdims=True), None
-
-    class_logits = decoder.Model.class_logits
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:
         """(images, trained, pairs of images) -> model FLOPs of a step; see flops.train_flops."""

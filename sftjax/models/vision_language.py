@@ -117,9 +117,7 @@ class Model(decoder.Model):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """As of decoder.Model; a batch without `patches` is of texts alone."""
         images = self.inserted(params, batch, rng)
-        x, _, routing = decoder.forward(
-            self.config, params, batch["tokens"], *base.places(batch), rng=rng, inserted=images
-        )
+        x, _, routing = decoder.forward(self.config, params, batch, rng=rng, inserted=images)
         return x, routing
 
     def train_flops(self, trainable: dict) -> Callable[[float, float, Callable], float]:

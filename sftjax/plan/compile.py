@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,10 +17,13 @@ from sftjax.models import flops as flops_lib
 from sftjax.models.base import Model
 from sftjax.plan import estimate as estimate_lib
 from sftjax.plan import hlo
-from sftjax.plan import memory_account as memory_lib
 from sftjax.plan.hardware import Target
+from sftjax.plan.hlo_text import first
 from sftjax.step import TrainState
 from sftjax.training import build as build_lib
+from sftjax.training.metrics import peak_bytes
+
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +187,12 @@ def plan(config: ConfigDict, target: Target, trained: float = 0.5, document: int
             raise
         # The estimate's parts, with the size and the largest buffers that the compiler named.
         out = estimated(program, "does not fit, says the compiler", began)
-        total, largest = memory_lib.exhausted(str(e))
+        total, largest = exhausted(str(e))
         out.total, out.largest = max(total, out.total, out.limit + 1), largest or out.largest
         return out
     text: Any = compiled.as_text()  # None only where a backend has no text
     cost = hlo.analyze(text, assume=assumed(text, program))
-    return account(program, "compiled", began, cost, *memory_lib.account(program, compiled))
+    return account(program, "compiled", began, cost, *compiled_memory(program, compiled))
 
 
 def rounds(text: str, program: Program, attention: bool = False) -> int:
@@ -234,13 +238,45 @@ def account(program: Program, basis: str, began: float, cost: hlo.Cost, memory: 
         else f"{work.rows} examples of one shape",
         memory=memory,
         total=total,
-        limit=chip.hbm * memory_lib.GIB if chip else build_lib.memory_limit(target.devices),
+        limit=chip.hbm * GIB if chip else build_lib.memory_limit(target.devices),
         largest=sorted(((size, f"the {name}") for name, size in memory.items() if name != "other"), reverse=True),
         model_flops=program.model_flops,
         hardware_flops=flops,
         cost=cost,
         time=project(program, cost, flops),
     )
+
+
+def held(program: Program) -> dict:
+    """Bytes a device holds between the steps, exactly: its shards of state and batch."""
+    parts = {"parameters": program.state.params, "frozen": program.state.frozen}
+    parts |= {"optimizer": program.state.opt_state, "batch": program.batch}
+    return {name: build_lib.shard_bytes(tree) for name, tree in parts.items()}
+
+
+def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> tuple[dict[str, float], float]:
+    """({part: bytes}, bytes in all) of the memory of one device, of a compiled step."""
+    parts, total = held(program), peak_bytes(compiled)
+    m: Any = compiled.memory_analysis()  # CompiledMemoryStats: CPUs, GPUs and TPUs have it
+    parts["temporaries"] = m.temp_size_in_bytes
+    # The step's number, the random key, the metrics, and what fills up the tiles of all arrays.
+    parts["other"] = max(0, total - sum(parts.values()))
+    return parts, total
+
+
+def exhausted(message: str) -> tuple[float, list]:
+    """(bytes needed, [(bytes, what)] the largest) from XLA's message of exhausted memory."""
+    unit = {"B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    size = r"([\d.]+)([BKMGT])"
+    used = re.search(rf"(?:Used |required for \w+ \w+ \(){size}", message)
+    total = float(used[1]) * unit[used[2]] if used else 0.0
+    total = float(first(r"allocating (\d+) bytes", message) or total)
+    found = []
+    for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        number, scale = re.findall(rf"\A{size}", part)[0]
+        what = " ".join(filter(None, (first(r"Shape: (\S+\])", part), first(r'op_name="([^"]*)"', part))))
+        found.append((float(number) * unit[scale], what or part.split("\n")[0]))
+    return total, found
 
 
 MATMUL_SHARE = 0.6  # of peak, that a step's matmuls reach where the compiler counts no cycles

@@ -181,15 +181,13 @@ class _Reader:
         if name and one.op in ("fusion", "async-start", "call-start"):
             callee = self.computations[name]
             starts = one.op.endswith("-start") or callee.find("AsyncCollectiveStart")
-            scatters = "all-reduce-scatter" in name
             for c in _collectives_in(callee):
                 # A TPU's collective in flight is an operand of the fusions beside which it runs.
                 if starts or c.key not in self.started:
-                    kind = "reduce-scatter" if scatters and c.kind == "all-reduce" else c.kind
-                    key = one.name if one.op.endswith("-start") else c.key
-                    yield dataclasses.replace(c, kind=kind, key=key, asynchronous=starts)
+                    scatters = "all-reduce-scatter" in name and c.kind == "all-reduce"
+                    yield dataclasses.replace(c, kind="reduce-scatter" if scatters else c.kind, asynchronous=starts)
         elif found := _collective(one, body):
-            yield dataclasses.replace(found, key=one.name, asynchronous=one.op.endswith("-start"))
+            yield found
 
     def _trips(self, one, name, env, total):
         """(how often the body runs, the scalars that stay the same in it)."""
@@ -272,7 +270,7 @@ class _Found:
     kind: str
     operands: float  # bytes
     key: str
-    asynchronous: bool = False
+    asynchronous: bool
 
     @property
     def group(self) -> int:
@@ -295,7 +293,7 @@ def _collective(one, computation):
     if kind not in KINDS:
         return None
     operands = sum(text_lib.nbytes(computation.instructions[a].type) for a in one.args)
-    return _Found(one, kind, operands, one.attribute("channel_id") or one.name)
+    return _Found(one, kind, operands, one.attribute("channel_id") or one.name, one.op.endswith("-start"))
 
 
 def _collectives_in(computation):

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from sftjax import parallel
-from sftjax.plan.compile import Plan
-from sftjax.plan.memory_account import GIB
+from sftjax.plan.compile import GIB, Plan
 
 
 def amount(size: float) -> str:

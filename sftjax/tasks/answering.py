@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from sftjax.errors import writing
 from sftjax.evaluation import metrics
 from sftjax.evaluation.answers import Asking, answered
 from sftjax.models import decoder
-from sftjax.tasks.base import E, EvalFn, Scores, Task, perplexity
+from sftjax.tasks.base import EvalFn, Scores, Task, perplexity
 
 
-class Answering(Task[E], Generic[E]):
+class Answering(Task):
     """A task whose model has a vocabulary head, and whose data.test is questions."""
 
     loss = staticmethod(losses.causal_lm)
@@ -39,19 +39,22 @@ class Answering(Task[E], Generic[E]):
         found = super().held(predictions, final) if final else {}
         return {k: v[found["tokens"] > 0] for k, v in found.items()}
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """The perplexity; the accuracy is a metric of the loss."""
-        return Scores({"perplexity": perplexity(loss)})
+    def score(
+        self, loss: float, predictions: dict[str, np.ndarray], *, groups: Sequence | None = None, errors: bool = False
+    ) -> Scores:
+        """The perplexity; with errors the mean loss of each document and the standard error of the whole.
 
-    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
-        """The same, with the mean loss of each document and the standard error of the whole."""
+        The accuracy is a metric of the loss.
+        """
+        if not errors:
+            return Scores({"perplexity": perplexity(loss)})
         held = predictions["tokens"] > 0
         total, weight = (predictions[k][held].astype(np.float64) for k in ("losses", "weights"))
         rows = {"loss": total / np.where(weight > 0, weight, 1), "weight": weight}
         # Of a ratio of sums over documents, which are drawn; not of tokens, which are not.
         off = (total - loss * weight) * len(total) / max(weight.sum(), 1e-38)
-        errors = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
-        return Scores({"perplexity": perplexity(loss)}, errors=errors, rows=rows)
+        found = {"loss": metrics.standard_error(off, groups)} if len(off) > 1 else {}
+        return Scores({"perplexity": perplexity(loss)}, errors=found, rows=rows)
 
     def answers(
         self, model: decoder.Model, params: Any, questions: list, groups: Sequence | None = None, **options: Any

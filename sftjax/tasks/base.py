@@ -7,7 +7,7 @@ A task of your own is a class derived from Task in a file of yours, named in the
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -34,45 +34,18 @@ EvalFn = Callable[..., tuple[Loss, dict[str, jax.Array]]]
 TaskModel = Any
 
 
-class Encoded(Protocol):
-    """An example as `Task.examples` gives it."""
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """In the order of Task.columns."""
-
-    @property
-    def text(self) -> str:
-        """For people to read."""
-
-    @property
-    def spans(self) -> Sequence[tuple[int, int]]:
-        """The characters of text that are trained."""
-
-
-E = TypeVar("E", bound=Encoded)  # a task's own kind of example
-
-
 class Example(NamedTuple):
-    """An Encoded of arrays of fixed shapes."""
+    """An example; one of arrays of fixed shapes has no tokens to show."""
 
     arrays: tuple[np.ndarray, ...]
     text: str = ""
     spans: Sequence[tuple[int, int]] = ()
     note: str = ""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32 [0]: it has none to show."""
-        return np.zeros(0, np.int32)
-
-    @property
-    def weights(self) -> np.ndarray:
-        """float32 [0], one for each token."""
-        return np.zeros(0, np.float32)
+    tokens: np.ndarray = np.zeros(0, np.int32)
+    weights: np.ndarray = np.zeros(0, np.float32)
 
 
-class Task(Generic[E]):
+class Task:
     """One kind of supervised task: from a record to an example, a loss, and a score.
 
     layout: how examples lie in the rows of a batch, which is the batch's schema.
@@ -106,8 +79,11 @@ class Task(Generic[E]):
 
     # ---- data: from records to examples ----
 
-    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[E]:
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list:
         """The example of each record. wheres: file and row of each, for errors.
+
+        One has arrays, in the order of `columns`, a text for people to read, and spans, the characters of it that are
+        trained; also tokens and weights where it has any, see Example.
 
         Raises: DataError for a record that cannot be an example.
         """
@@ -117,7 +93,7 @@ class Task(Generic[E]):
         """The record's keys that `examples` reads; the others it leaves out."""
         raise NotImplementedError
 
-    def left_out(self, record: dict, example: E) -> Iterable[str]:
+    def left_out(self, record: dict, example: Any) -> Iterable[str]:
         """What the record holds and the example does not, in words that are counted by source."""
         return unread(record, {*self.fields_read(record), *self.beside})
 
@@ -125,7 +101,7 @@ class Task(Generic[E]):
         """All settings, as JSON holds them, that change what `examples` gives of a record."""
         return [type(self).__name__]
 
-    def length(self, example: E) -> int:
+    def length(self, example: Any) -> int:
         """Its number of tokens; 1 for an example of fixed shapes."""
         return 1 if self.layout.fixed else len(example.arrays[0])
 
@@ -133,11 +109,11 @@ class Task(Generic[E]):
         """How many tokens the arrays of an example, or a piece of one, hold; 1 of fixed shapes."""
         return 1 if self.layout.fixed else len(arrays[0])
 
-    def cut(self, example: E, max_length: int, overlong: str) -> list[tuple]:
+    def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what becomes of an example, each of at most max_length tokens (0 = all)."""
         return [example.arrays]
 
-    def kept(self, example: E, max_length: int, overlong: str) -> list[np.ndarray]:
+    def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
         """What `cut` keeps, as the places of the tokens of each piece in the example."""
         return [np.arange(0 if self.layout.fixed else self.length(example))]
 
@@ -177,7 +153,7 @@ class Task(Generic[E]):
         """What a person should know of a store before training."""
         return ()
 
-    def nothing_left(self, first: tuple[str, E] | None, report: dict, max_length: int) -> str:
+    def nothing_left(self, first: tuple[str, Any] | None, report: dict, max_length: int) -> str:
         """Why a store has no document. first: (where, example), or None."""
         lost = report["dropped"] | report["skipped"]
         return f"no example is left of {sum(lost.values())} rows ({counted(lost)})"
@@ -228,19 +204,18 @@ class Task(Generic[E]):
         return evaluate
 
     def held(self, predictions: dict[str, jax.Array], final: bool) -> dict[str, np.ndarray]:
-        """What is kept of a batch's predictions for `score`, or, where final, `final_scores`."""
+        """What is kept of a batch's predictions for `score`; final: at the beginning and the end of a run."""
         return {k: to_host(v) for k, v in predictions.items()}
 
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """What a set scores, by its mean loss and the predictions of all its rows."""
-        return Scores({})
+    def score(
+        self, loss: float, predictions: dict[str, np.ndarray], *, groups: Sequence | None = None, errors: bool = False
+    ) -> Scores:
+        """What a set scores, by its mean loss and the predictions of all its rows.
 
-    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
-        """As `score`, with standard errors and baselines: at the beginning and the end of a run.
-
-        groups: what each document shares with others, which are not independent of it.
+        errors: with standard errors and baselines: at the beginning and the end of a run. groups: what each document
+        shares with others, which are not independent of it.
         """
-        return self.score(loss, predictions)
+        return Scores({})
 
     def lower_is_better(self, metric: str) -> bool:
         """metric: "<set>/<metric>", as eval.best names it."""

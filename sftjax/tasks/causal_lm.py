@@ -62,7 +62,7 @@ class CausalTally(Tally):
         return super().report(skipped) | dict(chat=self.chats > 0, stop_token=token, stop_token_trained=bool(stop))
 
 
-class CausalLM(Answering[chat.Encoded]):
+class CausalLM(Answering):
     """policy: the keywords of `data.encode`: what is trained of a record, and how it is read."""
 
     columns = COLUMNS

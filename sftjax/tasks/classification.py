@@ -214,7 +214,7 @@ class Classification(Texts):
         loss_fn = self.loss(model, predictions=True)
         return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for labels, and the confusion matrix (rows: wanted, columns: given).
 
         An answer that is not finite is wrong, and counted as "not_finite".
@@ -298,7 +298,7 @@ class MultiLabel(Classification):
         """As of Classification; an export says that its labels are not one of several."""
         return super().load_model(section, problem="multi_label_classification", **changes)
 
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What is measured of labels of which a row has any number."""
         real = predictions["weights"] > 0
         wanted, scores = (predictions[k][real] for k in ("wanted", "scores"))

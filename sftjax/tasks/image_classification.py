@@ -67,7 +67,7 @@ class ImageClassification(Classification):
 
     # ---- data ----
 
-    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Example]:  # type: ignore[override] # no text
+    def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list:
         """Each record's image, which is decoded once to know that it can be, and its label."""
         return [self._example(*pair) for pair in zip(records, wheres, strict=True)]
 

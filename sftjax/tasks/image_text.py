@@ -174,9 +174,9 @@ class ImageText(CausalLM):
         """Those of the text, and how images become patches."""
         return [*super().key(), self.field, self.image_token, list(self.patches)]
 
-    def kept(self, example: Encoded, max_length: int, overlong: str) -> list[np.ndarray]:
+    def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
         """As of CausalLM, without the tokens of images that would be cut in parts."""
-        image, out = example.image, []  # type: ignore[attr-defined]
+        image, out = example.image, []
         whole = np.bincount(image, minlength=1)
         for at in super().kept(example, max_length, overlong):
             lost = np.bincount(image[at], minlength=len(whole)) < whole
@@ -185,12 +185,12 @@ class ImageText(CausalLM):
             out += [at] if example.weights[at][1:].any() else []
         return out
 
-    def cut(self, example: Encoded, max_length: int, overlong: str) -> list[tuple]:
+    def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what is kept: whole images only."""
-        out, (tokens, weights, _, sizes) = [], example.arrays  # type: ignore[misc] # see Pictured
+        out, (tokens, weights, _, sizes) = [], example.arrays
         for at in self.kept(example, max_length, overlong):
-            there = np.unique(example.image[at])  # type: ignore[attr-defined]
-            files = b"".join(example.images[i - 1] for i in there if i)  # type: ignore[attr-defined]
+            there = np.unique(example.image[at])
+            files = b"".join(example.images[i - 1] for i in there if i)
             out.append((tokens[at], weights[at], np.frombuffer(files, np.uint8), sizes[there[there > 0] - 1]))
         return out
 

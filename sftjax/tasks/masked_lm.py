@@ -51,6 +51,6 @@ class MaskedLM(Texts):
         loss_fn = self.loss(model, accuracy=True, **self.own(options))
         return lambda params, batch, model_state=None: (loss_fn(params, batch, None), {})
 
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """The perplexity; the accuracy is a metric of the loss."""
         return Scores({"perplexity": perplexity(loss)})

@@ -93,7 +93,7 @@ class Regression(Texts):
             return lambda _, *of: jnp.full(of[0], plain if known else getattr(self, name), of[1])
 
         state = {k: Param((), (), drawn(k, v)) for k, v in {"mean": 0.0, "std": 1.0}.items()}
-        return dataclasses.replace(model, state=state)
+        return dataclasses.replace(model, kept=state)
 
     def exported(self, params: Any, model_state: Any) -> Any:
         """The head gives the number itself, without a model_state."""
@@ -108,7 +108,7 @@ class Regression(Texts):
         loss_fn = self.loss(model, predictions=True, **self.own(options))
         return lambda params, batch, model_state=None: loss_fn(params, batch, None, model_state)
 
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """What METRICS has for numbers."""
         real = predictions["weights"] > 0
         wanted, given = (predictions[k][real] for k in ("wanted", "given"))

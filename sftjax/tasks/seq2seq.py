@@ -5,7 +5,7 @@ packing.pairs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ from sftjax.evaluation.answers import Asking
 from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models.base import Model
 from sftjax.tasks.answering import Answering
-from sftjax.tasks.base import read_model
+from sftjax.tasks.base import Example, read_model
 from sftjax.tasks.texts import TEXTS, Texts
 from sftjax.terminal import warn
 
@@ -26,27 +26,7 @@ KINDS = ("text", "label")
 TARGETS = ("target", "summary", "answer", "completion", "output", "response")
 
 
-class Pair(NamedTuple):
-    """A source and its target, as token ids."""
-
-    source: np.ndarray  # int32 [s]
-    target: np.ndarray  # int32 [t], ending with the end of a text
-    arrays: tuple[np.ndarray, ...]  # as of PairRows.example
-    text: str
-    spans: Sequence[tuple[int, int]]  # the characters of the target
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32 [s + t]: of both."""
-        return np.concatenate([self.source, self.target])
-
-    @property
-    def weights(self) -> np.ndarray:
-        """float32 [s + t]: 1 where trained."""
-        return np.repeat(np.array([0, 1], np.float32), [len(self.source), len(self.target)])
-
-
-class Seq2Seq(Answering[Any], Texts):
+class Seq2Seq(Answering, Texts):
     """names: as of Texts, the target's under "label"; sizes: the most tokens of both in a row."""
 
     usual: ClassVar = {"text": ("source", *TEXTS, "document", "article"), "label": TARGETS}
@@ -82,7 +62,7 @@ class Seq2Seq(Answering[Any], Texts):
     # ---- data ----
 
     def examples(self, records: Sequence[dict], wheres: Sequence[str]) -> list[Any]:
-        """The Pair of each record: its source and target, tokenised."""
+        """Of each record the tokens of its source and, trained, those of its target."""
         rows = list(zip(records, wheres, strict=True))
         texts, wanted = ([self.text(row, kind, where) for row, where in rows] for kind in KINDS)
         sources = self.tokenizer(texts)["input_ids"]
@@ -92,8 +72,9 @@ class Seq2Seq(Answering[Any], Texts):
             target = target + [eos] * (target[-1:] != [eos])
             ids = np.array(source, np.int32), np.array(target, np.int32)
             shown = f"{texts[i]} → {wanted[i]}"
-            span = (len(shown) - len(wanted[i]), len(shown))
-            out.append(Pair(*ids, self.layout.example(*ids), shown, [span]))
+            spans = [(len(shown) - len(wanted[i]), len(shown))]
+            weights = np.repeat(np.array([0, 1], np.float32), [len(source), len(target)])
+            out.append(Example(self.layout.example(*ids), shown, spans, "", np.concatenate(ids), weights))
         return out
 
     def key(self) -> list:
@@ -104,15 +85,15 @@ class Seq2Seq(Answering[Any], Texts):
         """A long source or target loses words at its end or beginning, never its special tokens."""
         before, after = self.special_ends
         # Its target ends with the end of a text, whatever the tokenizer puts around one.
-        ended = max(after, int(example.target[-1] == self.tokenizer.eos_token_id))
-        source = self.places(len(example.source), max_length, overlong, (before, after))
-        most = self.layout.target if max_length else 0
-        target = self.places(len(example.target), most, overlong, (before, ended))
-        return [np.concatenate([source[0], len(example.source) + target[0]])] if source and target else []
+        ended = max(after, int(example.tokens[-1] == self.tokenizer.eos_token_id))
+        n, most = _source(example), self.layout.target if max_length else 0
+        source = self.places(n, max_length, overlong, (before, after))
+        target = self.places(len(example.tokens) - n, most, overlong, (before, ended))
+        return [np.concatenate([source[0], n + target[0]])] if source and target else []
 
     def cut(self, example: Any, max_length: int, overlong: str) -> list[tuple]:
         """The arrays of what is kept of a pair."""
-        n, tokens = len(example.source), example.tokens
+        n, tokens = _source(example), example.tokens
         kept = self.kept(example, max_length, overlong)
         return [self.layout.example(tokens[at[at < n]], tokens[at[at >= n]]) for at in kept]
 
@@ -146,14 +127,14 @@ class Seq2Seq(Answering[Any], Texts):
         rows = [(source[i], source.where(i)) for i in range(len(source))]
         pairs = self.examples([record for record, _ in rows], [where for _, where in rows])
         for (record, where), pair in zip(rows, pairs, strict=True):
-            places = self.places(len(pair.source), most, self.overlong, self.special_ends)
+            n = _source(pair)
+            places = self.places(n, most, self.overlong, self.special_ends)
             if not places:
                 problem = f"data.max_length={most} leaves no room for a source"
                 raise DataError(problem, "raise it", where=where, kind="too_long")
-            long += len(places[0]) < len(pair.source)
+            long += len(places[0]) < n
             text, wanted = (self.text(record, kind, where) for kind in KINDS)
-            ids = pair.source[places[0]]
-            found.append(Question(ids, wanted, text, text, self.special_ends[0]))
+            found.append(Question(pair.tokens[places[0]], wanted, text, text, self.special_ends[0]))
         if long:
             warn(f"of {len(found)} questions {long} are cut to data.max_length={most} tokens")
         return found
@@ -162,3 +143,8 @@ class Seq2Seq(Answering[Any], Texts):
     def stop_ids(self) -> list[int]:
         """The end of a text."""
         return [] if self.tokenizer is None else [self.tokenizer.eos_token_id]
+
+
+def _source(example) -> int:
+    """How many of an example's tokens are of its source."""
+    return int(np.count_nonzero(example.weights == 0))

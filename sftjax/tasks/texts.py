@@ -16,7 +16,7 @@ from sftjax.data.masking.conversation import Asked, read_field
 from sftjax.data.packing.pack import TokenRows
 from sftjax.errors import ConfigError, DataError
 from sftjax.hf.tokenizer_files import Tokenizer
-from sftjax.tasks.base import Scores, Task, read_model
+from sftjax.tasks.base import Task, read_model
 
 # Usual names, in this order.
 TEXTS = ("text", "sentence", "sentence1", "premise", "content", "review", "prompt", "input")
@@ -42,7 +42,7 @@ class Labelled(NamedTuple):
         return own if self.types is None else (*own, self.types)
 
 
-class Texts(Task[Labelled]):
+class Texts(Task):
     """tokenizer: a fast one, whose special tokens surround each text; None to read no text.
 
     names: the record's own names of what is in `usual` ("" = found by their usual ones; several with "|": the first
@@ -214,17 +214,3 @@ class Texts(Task[Labelled]):
             types = () if example.types is None else (example.types[at],)
             pieces.append((example.tokens[at], weights, targets, *types))
         return pieces
-
-    # ---- evaluation ----
-
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
-        """What a set scores. how: groups and errors, as of evaluation.metrics."""
-        return Scores({})
-
-    def score(self, loss: float, predictions: dict[str, np.ndarray]) -> Scores:
-        """See scores."""
-        return self.scores(loss, predictions)
-
-    def final_scores(self, loss: float, predictions: dict[str, np.ndarray], groups: Sequence | None = None) -> Scores:
-        """The same, with standard errors and baselines."""
-        return self.scores(loss, predictions, groups=groups, errors=True)

@@ -103,7 +103,7 @@ class TokenLabels(Classification):
 
         return more
 
-    def scores(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
+    def score(self, loss: float, predictions: dict[str, np.ndarray], **how: Any) -> Scores:
         """The F1 of entities, and what labels of words score."""
         documents = np.cumsum(predictions["first"].ravel()) - 1
         real = predictions["weights"].ravel() > 0

@@ -130,29 +130,13 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def compare_rows(old: np.ndarray, new: np.ndarray) -> str:
-    """What became of uint32 [rows], hashes: "12 rows added at the end"; "" = nothing."""
-    start = _common(old, new)
-    end = _common(old[start:][::-1], new[start:][::-1])
-    gone, come = len(old) - start - end, len(new) - start - end
-    rows = lambda n: f"{n:,} row{'' if n == 1 else 's'}"  # noqa: E731
-    if not gone and not come:
+    """How uint32 [rows], hashes, differ: "42 rows instead of 30, the first difference at row 31"; "" = nothing."""
+    n = min(len(old), len(new))
+    first = next(iter(np.flatnonzero(old[:n] != new[:n])), n)
+    if first == len(old) == len(new):
         return ""
-    if not gone or not come:
-        where = f"from row {start + 1} on" if end else "at the end"
-        return f"{rows(gone or come)} {'removed' if gone else 'added'} {where}"
-    what = f"{rows(gone)} replaced by {come:,}"
-    if gone == come:
-        was, now = old[start : start + gone], new[start : start + gone]
-        how = "in another order" if sorted(was) == sorted(now) else "edited"
-        what = f"{rows(int((was != now).sum()))} {how}"
-    return f"{what}, the first difference at row {start + 1}"
-
-
-def _common(a, b) -> int:
-    """How many elements two arrays have in common at their beginning."""
-    n = min(len(a), len(b))
-    differ = a[:n] != b[:n]
-    return int(differ.argmax()) if differ.any() else n
+    counts = f"{len(new):,} rows instead of {len(old):,}, " * (len(old) != len(new))
+    return f"{counts}the first difference at row {first + 1}"
 
 
 def _rows(facts) -> np.ndarray | None:

@@ -20,7 +20,7 @@ from sftjax import hf
 from sftjax.errors import ConfigError, WriteError
 from sftjax.files import read_json, read_object, refuse_url, write_atomic
 from sftjax.training import log, resume
-from sftjax.training.checkpoint import seal
+from sftjax.training.checkpoint import disk
 from sftjax.training.data import Feed
 from sftjax.training.identity import sha256, version
 
@@ -123,7 +123,7 @@ def base_of(config: ConfigDict) -> str:
     if not config.adapter.kind and not config.model.quantize:
         return ""
     files = sorted(hf.resolve(config.model.path).glob("*.safetensors")) if config.model.init == "pretrained" else ()
-    base = {f.name: seal.measure(f) for f in files} or config.seed
+    base = {f.name: disk.measure(f) for f in files} or config.seed
     fewer = [config.model.quantize] * bool(config.model.quantize)
     return json.dumps([base, config.adapter.kind, config.adapter.rank, config.adapter.alpha, *fewer])
 

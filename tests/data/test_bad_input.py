@@ -290,8 +290,8 @@ def test_too_many_bad_rows_end_the_run(tmp_path):
     with pytest.raises(DataError) as error:
         build(path, on_error="skip", max_skipped=0.02)
     assert str(error.value).startswith(
-        "3 of 100 rows can't be used, more than data.max_skipped=0.02 allows (2 field 'completion' "
-        f"is missing, 1 empty response); the last one was {path}:100: field 'completion' is missing"
+        "3 of 100 rows can't be used, more than data.max_skipped=0.02 allows (2 missing field: "
+        f"'completion', 1 empty response); the last one was {path}:100: field 'completion' is missing"
     )
     [file] = (tmp_path / "cache").iterdir()
     assert str(file) in str(error.value)
@@ -305,7 +305,7 @@ def test_too_many_bad_rows_end_the_run(tmp_path):
 def test_all_rows_skipped(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(line({}))
-    message = "nothing is trained in any of 1 rows (1 no known form in the fields)"
+    message = "nothing is trained in any of 1 rows (1 no form)"
     assert refused(path, on_error="skip", max_skipped=1.0).startswith(message)
 
 

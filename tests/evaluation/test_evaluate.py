@@ -80,7 +80,7 @@ def test_the_error_of_a_loss_is_of_documents():
         weights=np.array([[1.0, 0.0], [4.0, 0.0]]),
         tokens=np.array([[3.0, 0.0], [5.0, 2.0]]),
     )
-    found = task.final_scores(2.0, predictions)
+    found = task.score(2.0, predictions, errors=True)
     assert found.rows["loss"].tolist() == [2.0, 2.0, 0.0] and found.errors["loss"] == 0.0
-    off = task.final_scores(2.0, predictions | {"losses": np.array([[3.0, 0.0], [7.0, 0.0]])})
+    off = task.score(2.0, predictions | {"losses": np.array([[3.0, 0.0], [7.0, 0.0]])}, errors=True)
     assert off.errors["loss"] == pytest.approx((2 * 3 / 2) ** 0.5 / 5)

@@ -124,34 +124,35 @@ def rewrite_header(file, change):
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
 
 
+DAMAGED = "model.safetensors: damaged safetensors header: "
+
+
 def test_a_file_that_is_cut_short(tmp_path):
     file = checkpoint(tmp_path / "in") / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    n = len(whole)
-    last = r"model.safetensors is cut short: tensor \S+ ends at byte"
-    refused(file.parent, rf"{last} {n}, the file at {n - 1}. Download it again")
-    for size in (5, 100):
+    refused(file.parent, f"{DAMAGED}.*file not fully covered. Download it again")
+    for size, problem in {5: "header too small", 100: "invalid header length"}.items():
         file.write_bytes(whole[:size])
-        refused(file.parent, rf"not a safetensors file, or is cut short \({size} bytes\)")
+        refused(file.parent, f"{DAMAGED}.*{problem}. Download it again")
 
 
 def test_a_damaged_header(tmp_path):
     file = checkpoint(tmp_path / "in") / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:8] + b"\xff\xfe" + whole[10:])
-    refused(file.parent, "model.safetensors: damaged safetensors header: .* Download it again")
+    refused(file.parent, f"{DAMAGED}.* Download it again")
     cases = {
-        f"damaged safetensors header: tensor {Q} has no shape": lambda e: e.pop("shape"),
-        r"has bytes \d+ to \d+, F32 \[32, 17\] needs 2176": lambda e: e.update(shape=[32, 17]),
-        f"tensor {Q} has unsupported dtype 'F4'": lambda e: e.update(dtype="F4"),
+        "missing field `shape`": lambda e: e.pop("shape"),
+        "invalid shape, data type, or offset for tensor": lambda e: e.update(shape=[32, 17]),
+        f"tensor {Q} has unsupported dtype 'F4'": lambda e: e.update(dtype="F4", shape=[32, 128]),
     }
     for message, change in cases.items():
         file.write_bytes(whole)
         rewrite_header(file, lambda header: change(header[Q]))  # noqa: B023
-        refused(file.parent, rf"model.safetensors: .*{message}")
+        refused(file.parent, f"{DAMAGED}.*{message}")
     file.write_bytes((2).to_bytes(8, "little") + b"[]")
-    refused(file.parent, "damaged safetensors header")
+    refused(file.parent, DAMAGED)
 
 
 def test_a_damaged_index(tmp_path):
@@ -169,31 +170,30 @@ def test_a_damaged_index(tmp_path):
     refused(source, f"b.safetensors: tensor {Q} is also in a.safetensors")
 
 
-# What is written into the header or the entry of Q, and what is said of it.
+# What is written into the entry of Q: the format's own library refuses all but the last.
 ENTRIES = {
-    "shape-of-text": (dict(shape=["a", 10**9]), r"has shape \['a', 1000000000\], expected whole"),
-    "shape-below-0": (dict(shape=[-32, -16]), r"has shape \[-32, -16\], expected whole numbers"),
-    "shape-of-truth": (dict(shape=[True, 16]), r"has shape \[True, 16\], expected whole numbers"),
-    "shape-of-floats": (dict(shape=[32.0, 16]), r"has shape \[32.0, 16\], expected whole numbers"),
-    "shape-is-huge": (dict(shape=[2**40, 2**40]), r"has bytes \d+ to \d+, F32 \[\d+, \d+\] needs"),
-    "shape-is-long": (dict(shape=[1] * 10**6), r"has shape \[1, 1, 1.*, expected whole numbers"),
-    "shape-past-64-bits": (dict(shape=[0, 10**4000]), r"has shape \[0, 10+.*, expected whole"),
-    "shape-is-text": (dict(shape="32"), r"has shape '32', expected whole numbers"),
-    "offsets-of-text": (dict(data_offsets=["0", "9"]), r"has data_offsets \['0', '9'\], expected"),
-    "three-offsets": (dict(data_offsets=[0, 1, 2]), r"has data_offsets \[0, 1, 2\], expected two"),
-    "offsets-below-0": (dict(data_offsets=[-9, 0]), r"has data_offsets \[-9, 0\], expected two"),
-    "dtype-is-list": (dict(dtype=["F32"]), r"has unsupported dtype \['F32'\]"),
-    "overlap": (dict(data_offsets=[0, 2048]), "tensor .* begins at byte 0, and overlaps the one"),
-}  # fmt: skip
+    "shape-of-text": dict(shape=["a", 10**9]),
+    "shape-below-0": dict(shape=[-32, -16]),
+    "shape-of-truth": dict(shape=[True, 16]),
+    "shape-of-floats": dict(shape=[32.0, 16]),
+    "shape-is-huge": dict(shape=[2**40, 2**40]),
+    "shape-past-64-bits": dict(shape=[0, 10**4000]),
+    "shape-is-text": dict(shape="32"),
+    "offsets-of-text": dict(data_offsets=["0", "9"]),
+    "three-offsets": dict(data_offsets=[0, 1, 2]),
+    "offsets-below-0": dict(data_offsets=[-9, 0]),
+    "dtype-is-list": dict(dtype=["F32"]),
+    "overlap": dict(data_offsets=[0, 2048]),
+    "shape-is-long": dict(shape=[1] * 10**5 + [512]),
+}
 
 
 @pytest.mark.parametrize("case", ENTRIES)
 def test_an_entry_of_a_header_that_lies(tmp_path, case):
     file = checkpoint(tmp_path / "in") / "model.safetensors"
-    fields, message = ENTRIES[case]
-    rewrite_header(file, lambda header: header[Q].update(fields))
+    rewrite_header(file, lambda header: header[Q].update(ENTRIES[case]))
     tracemalloc.start()
-    said = refused(file.parent, f"model.safetensors: damaged safetensors header: .*{message}")
+    said = refused(file.parent, DAMAGED)
     assert tracemalloc.get_traced_memory()[1] < 100e6 and len(said) < 1000
     tracemalloc.stop()
 
@@ -202,23 +202,22 @@ def test_headers_that_are_no_table_of_all_bytes(tmp_path):
     file = checkpoint(tmp_path / "in") / "model.safetensors"
     whole = file.read_bytes()
     rewrite_header(file, lambda header: header.pop(Q))
-    refused(file.parent, "begins at byte .*, and leaves a hole before it")
+    refused(file.parent, f"{DAMAGED}.*invalid offset for tensor")
     file.write_bytes(whole + b"more")
-    refused(file.parent, f"its tensors end at byte {len(whole)}, the file at {len(whole) + 4}")
+    refused(file.parent, f"{DAMAGED}.*file not fully covered")
     deep = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    twice = b'{"a":1,"a":2}'
-    texts = {b"[]": r"it is \[\], expected an object", deep: "it is nested too deeply",
-             twice: "a name stands in it twice", b'{"a":5}': "tensor a is 5, expected an object",
-             b'{"a":' + b"9" * 5000 + b"}": "Exceeds the limit",
-             b'{"__metadata__":[]}': r"__metadata__ is \[\], expected an object of texts",
-             b'{"__metadata__":{"a":1}}': "__metadata__ is {'a': 1}, expected"}  # fmt: skip
+    entry = json.dumps({"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}).encode()
+    texts = {b"[]": "", deep: "", b'{"a":5}': "", b'{"a":' + b"9" * 5000 + b"}": "",
+             b'{"a":' + entry + b',"a":' + entry + b"}": "a name stands in it twice",
+             b'{"a":' + entry.replace(b"[0]", b"[0, 1152921504606846976]") + b"}": "tensor a has shape",
+             b'{"__metadata__":[]}': "", b'{"__metadata__":{"a":1}}': ""}  # fmt: skip
     for text, message in texts.items():
         file.write_bytes(len(text).to_bytes(8, "little") + text)
-        refused(file.parent, f"damaged safetensors header: {message}")
+        refused(file.parent, f"{DAMAGED}.*{message}")
     with open(file, "wb") as f:  # sparse: it has no such bytes on the disk
         f.write((2 * 10**8).to_bytes(8, "little"))
         f.truncate(10**9)
-    refused(file.parent, "it has 200,000,000 bytes, the format allows 100,000,000")
+    refused(file.parent, f"{DAMAGED}.*header too large")
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,7 @@ def test_decoding_reads_the_nodes_too():
 
     def run(model, params):
         cache = model.init_cache(2, 16)
-        one = batch["positions"] * 0 + jnp.arange(16), jnp.ones((2, 16), jnp.int32)
-        return model.logits(params, model.decode(params, cache, batch["tokens"], *one)[0])
+        return model.logits(params, model.decode(params, cache, {"tokens": batch["tokens"]})[0])
 
     close(run(model, params), run(dense, plain(params)))
 

@@ -11,11 +11,11 @@ from sftjax import config as config_lib
 from sftjax import params as params_lib
 from sftjax import tasks
 from sftjax.errors import OutOfMemory
-from sftjax.plan import command, hlo, search
+from sftjax.plan import __main__ as command
 from sftjax.plan import compile as plan
 from sftjax.plan import estimate as estimate_lib
 from sftjax.plan import hardware as targets
-from sftjax.plan import memory_account as memory
+from sftjax.plan import hlo, search
 from sftjax.plan import text as plan_text
 from sftjax.training import build, metrics
 
@@ -88,7 +88,7 @@ def compiled(tmp_path_factory):
 def test_what_is_held_is_what_the_compiler_holds(compiled, case):
     program, done, p = compiled(case)
     m = done.memory_analysis()
-    held = sum(memory.held(program).values())
+    held = sum(plan.held(program).values())
     assert 0 <= m.argument_size_in_bytes - held <= 64  # beside it: the step and the random key
     assert p.total == metrics.peak_bytes(done)
     assert p.memory["temporaries"] == m.temp_size_in_bytes and sum(p.memory.values()) == p.total
@@ -108,7 +108,7 @@ def test_flops_by_shapes_are_those_of_the_compiled_step(compiled, case):
     cost, parts, _ = estimate_lib.estimate(traced, program)
     # Of the compiled step attention is counted by whole rounds of its loop over blocks.
     assert cost.flops * 8 == pytest.approx(p.hardware_flops, rel=0.07)
-    assert parts["parameters"] == memory.held(program)["parameters"]
+    assert parts["parameters"] == plan.held(program)["parameters"]
     assert p.model_flops <= p.hardware_flops
 
 
@@ -180,14 +180,14 @@ def test_a_config_that_does_not_fit_names_its_largest_part(make):
 
 
 def test_the_compilers_own_word_is_read():
-    total, largest = memory.exhausted(TPU_MESSAGE)
+    total, largest = plan.exhausted(TPU_MESSAGE)
     assert total == pytest.approx(20.1 * 2**30)
     assert largest[0][0] == 8 * 2**30
     assert largest[0][1] == "bf16[16,4096,128256] jit(train_step)/mul"
     short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
-    total, _ = memory.exhausted(f"{short} temporaries (600.00G) exceeds available HBM (15.75G).")
+    total, _ = plan.exhausted(f"{short} temporaries (600.00G) exceeds available HBM (15.75G).")
     assert total == 600 * 2**30
-    assert memory.exhausted("RESOURCE_EXHAUSTED: Out of memory allocating 128 bytes.") == (128, [])
+    assert plan.exhausted("RESOURCE_EXHAUSTED: Out of memory allocating 128 bytes.") == (128, [])
 
 
 TPU_MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory \

@@ -132,7 +132,7 @@ def test_metrics_are_scikit_learns():
         given = np.round(given, 0 if ties else 9).astype(np.float32)
         weights = np.ones(300, np.float32)
         weights[:20] = 0  # blank rows of a batch count for nothing
-        found = task.final_scores(0.0, dict(wanted=wanted, given=given, weights=weights))
+        found = task.score(0.0, dict(wanted=wanted, given=given, weights=weights), errors=True)
         y, s = wanted[20:], given[20:].astype(float)
         assert found.values["auroc"] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-12)
         average = sk.average_precision_score(y, s)

@@ -125,7 +125,7 @@ def test_scores_of_a_set_by_query():
     batch, logits, queries = drawn()
     _, found = task_lib.ranking(Head(logits), "listwise", predictions=True)(1.0, batch, None)
     found = {k: np.asarray(v) for k, v in found.items()}
-    scores = task.final_scores(0.0, found)
+    scores = task.score(0.0, found, errors=True)
     each = [ndcg_score([y], [s], k=10) for y, s in queries]
     np.testing.assert_allclose(scores.rows["ndcg10"], each, rtol=1e-6)
     assert scores.values["ndcg10"] == pytest.approx(np.mean(each))

@@ -55,10 +55,10 @@ def test_a_row_never_overflows_and_holds_every_pair():
 def test_the_end_of_a_text_is_kept_when_it_is_cut(task):
     tokenizer = task.tokenizer
     [pair] = task.examples([{"text": "a film " * 60, "target": "of day " * 40}], ["x:1"])
-    assert pair.target[-1] == tokenizer.eos_token_id and len(pair.arrays[0]) > 64
+    assert pair.tokens[-1] == tokenizer.eos_token_id and len(pair.arrays[0]) > 64
     for overlong, kept in (("truncate_end", slice(0, 64)), ("truncate_prompt", slice(-64, None))):
         [(source, target)] = task.cut(pair, 64, overlong)
-        np.testing.assert_array_equal(source, pair.source[kept])
+        np.testing.assert_array_equal(source, pair.tokens[pair.weights == 0][kept])
         target = target[target >= 0]
         assert len(target) == 24 and target[-1] == tokenizer.eos_token_id
     assert task.cut(pair, 64, "drop") == []

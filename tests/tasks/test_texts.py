@@ -220,14 +220,13 @@ def test_shares_are_of_what_is_labelled():
 def test_parts_of_speech_are_no_entities():
     task = TokenLabels(make_tokenizer(), ("NOUN", "VERB"))
     first = np.array([True, False, True])
-    found = task.final_scores(0.0, dict(
-        first=first, weights=np.ones(3), wanted=np.array([0, 1, 0]), given=np.array([0, 1, -1]),
-    ))  # fmt: skip
+    given = dict(first=first, weights=np.ones(3), wanted=np.array([0, 1, 0]), given=np.array([0, 1, -1]))
+    found = task.score(0.0, given, errors=True)
     assert task.metrics == ("accuracy", "f1_words") and "seqeval_f1" not in found.values
     assert found.values["accuracy"] == pytest.approx(2 / 3) and found.values["not_finite"] == 1.0
     entities = TokenLabels(make_tokenizer(), ("O", "B-x"))
     given = dict(first=first, weights=np.ones(3), wanted=np.array([0, 1, 0]), given=np.zeros(3, int))
-    assert entities.final_scores(0.0, given).baselines["always O"] == {
+    assert entities.score(0.0, given, errors=True).baselines["always O"] == {
         "accuracy": pytest.approx(2 / 3), "f1_words": pytest.approx(0.4), "seqeval_f1": 0.0,
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ import pytest
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sftjax.training.checkpoint import Checkpointer, CheckpointError, disk, seal
+from sftjax.training.checkpoint import Checkpointer, CheckpointError, disk
 from sftjax.training.checkpoint.disk import check_writable
 from sftjax.training.checkpoint.table import read_weights
 
@@ -178,12 +178,12 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_whole(tmp_path, monkeyp
         seen, delete = [], disk.remove
 
         def remove(directory, steps):
-            sealed = seal.damage(tmp_path / "2") == ""
+            sealed = disk.damage(tmp_path / "2") == ""
             seen.append((steps, ckpt.all_steps(), sealed, synced[-1]))
             delete(directory, steps)
 
-        synced, sync = [], seal.sync
-        monkeypatch.setattr(seal, "sync", lambda path: (synced.append(path), sync(path)))
+        synced, sync = [], disk.sync
+        monkeypatch.setattr(disk, "sync", lambda path: (synced.append(path), sync(path)))
         monkeypatch.setattr(disk, "remove", remove)
         ckpt.save(2, {"x": jnp.ones(3)})
     assert seen == [([1], [1, 2], True, tmp_path)]  # the name 2 is on the disk too
@@ -233,14 +233,12 @@ def test_a_target_that_does_not_fit_names_the_leaves(tmp_path):
     assert "params/lora: absent in the checkpoint, float32[1] in this run" in text
 
 
-def test_missing_step_bad_extra_and_bad_metric(tmp_path):
-    with closing(Checkpointer(tmp_path, best_metric="val/loss")) as ckpt:
+def test_missing_step_and_bad_extra(tmp_path):
+    with closing(Checkpointer(tmp_path)) as ckpt:
         with pytest.raises(FileNotFoundError, match="complete steps there: none"):
             ckpt.restore({})
-        with pytest.raises(TypeError, match=r"extra\['rng'\].*not JSON serializable"):
+        with pytest.raises(TypeError, match="not JSON serializable"):
             ckpt.save(1, {"x": jnp.ones(3)}, {"rng": np.ones(3)})
-        with pytest.raises(CheckpointError, match=r"'val/loss' is not among.*\['val/los'\]"):
-            ckpt.save(1, {"x": jnp.ones(3)}, {}, {"val/los": 1.0})
 
 
 def spoiled(folder, how):

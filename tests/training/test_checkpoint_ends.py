@@ -95,13 +95,13 @@ def test_kill_9_leaves_complete_checkpoints(tmp_path):
 FAULTS = """
 import logging, os, shutil, sys, threading, time
 import jax.numpy as jnp
-from sftjax.training.checkpoint import Checkpointer, CheckpointError, seal
+from sftjax.training.checkpoint import Checkpointer, CheckpointError, disk
 logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
 ckpt = Checkpointer({path!r}, keep=1)
 x = jnp.ones((300, 300))
 ckpt.save(1, {{"x": x}})
 ckpt.wait()
-mkdir, good = os.mkdir, seal.seal
+mkdir, good = os.mkdir, disk.seal
 
 def refuse(path, *args, **kwargs):
     if {part!r} in str(path):
@@ -120,7 +120,7 @@ try:
         ckpt.check()
         print("trained on after", step, "there:", ckpt.all_steps())
         if step == 3 and {mended}:
-            os.mkdir, seal.seal = mkdir, good
+            os.mkdir, disk.seal = mkdir, good
 except CheckpointError as e:
     print("ERROR", e)
 print("threads:", [t.name for t in threading.enumerate() if not t.daemon and "save" in t.name])
@@ -132,7 +132,7 @@ print("threads:", [t.name for t in threading.enumerate() if not t.daemon and "sa
     [
         ("os.mkdir = refuse", ".saving", "Permission denied"),
         ("os.mkdir = refuse", "orbax", "Permission denied"),  # Orbax's own folder
-        ("seal.seal = full", "", "No space left on device"),
+        ("disk.seal = full", "", "No space left on device"),
         ("shutil.rmtree({path!r})", "", "the directory is gone: it was deleted"),
     ],
 )
@@ -190,7 +190,7 @@ import logging, resource, signal, sys, time
 import jax
 jax.distributed.initialize({address!r}, 2, int(sys.argv[1]))
 sys.path.insert(0, {tests!r})
-from test_checkpoint import Checkpointer, CheckpointError, abstract_like, make_state, seal
+from test_checkpoint import Checkpointer, CheckpointError, abstract_like, disk, make_state
 from test_checkpoint_ends import assert_same_here, make_noise, spoil_one
 logging.basicConfig(stream=sys.stdout, format="%(message)s", force=True)
 me = jax.process_index()

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sftjax.errors import ConfigError
 from sftjax.files import load_python
 from sftjax.ops.attention import blockwise, splash
-from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket
+from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, by_distance, mask
 from sftjax.parallel import RULES, shard_map, spec
 
 
@@ -78,26 +78,13 @@ def _probs(scores, extra, where, o):
     if o.softcap:
         scores = o.softcap * jnp.tanh(scores / o.softcap)
     if extra.distances is not None:
-        table = extra.distances.astype(jnp.float32).reshape(*scores.shape[1:3], -1)
-        ahead = where.q_pos[:, :, None] - where.kv_pos[:, None]
-        scores += jnp.moveaxis(table[:, :, bucket(ahead, table.shape[-1], o)], 2, 0)
+        scores += by_distance(extra.distances.astype(jnp.float32).reshape(*scores.shape[1:3], -1), where, o)
     seen = mask(where, o.causal, o.window)  # [B, S, T]
     scores = jnp.where(seen[:, None, None], scores, NEG_INF)
     if extra.sinks is not None:
         sink = extra.sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
     return jax.nn.softmax(scores, axis=-1)[..., :T]
-
-
-def mask(where: Where, causal: bool, window: int) -> jax.Array:
-    """Which keys each query sees: bool [B, S, T]."""
-    seen = where.q_seg[:, :, None] == where.kv_seg[:, None, :]
-    ahead = where.q_pos[:, :, None] - where.kv_pos[:, None, :]  # how far the key lies behind
-    if causal:
-        seen &= ahead >= 0
-    if window:
-        seen &= (ahead if causal else jnp.abs(ahead)) < window
-    return seen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,3 +54,20 @@ def bucket(ahead: jax.Array, buckets: int, o: Options) -> jax.Array:
     d = jnp.maximum(ahead, 0) if o.causal else jnp.abs(ahead)
     found = jnp.minimum(d, one) + sum((d >= start).astype(jnp.int32) for start in starts)
     return found if o.causal else found + n * (ahead < 0)
+
+
+def by_distance(table: jax.Array, where: Where, o: Options) -> jax.Array:
+    """[B, ..., S, T]: of a table [..., buckets] what is added to the scores by the distance of each key."""
+    ahead = where.q_pos[:, :, None] - where.kv_pos[:, None]
+    return jnp.moveaxis(table[..., bucket(ahead, table.shape[-1], o)], -3, 0)
+
+
+def mask(where: Where, causal: bool, window: int) -> jax.Array:
+    """Which keys each query sees: bool [B, S, T]."""
+    seen = where.q_seg[:, :, None] == where.kv_seg[:, None, :]
+    ahead = where.q_pos[:, :, None] - where.kv_pos[:, None, :]  # how far the key lies behind
+    if causal:
+        seen &= ahead >= 0
+    if window:
+        seen &= (ahead if causal else jnp.abs(ahead)) < window
+    return seen

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket
+from sftjax.ops.attention.asked import NEG_INF, Extra, Options, Where, bucket, by_distance, mask
 
 BLOCK = 128  # queries, and keys, in a block
 # Rows no longer than so many blocks are taken all at once: there is little to skip in them, and
@@ -128,17 +128,12 @@ def _scores(o, q, k, distances, mine, theirs):
     if o.softcap:
         s = o.softcap * jnp.tanh(s / o.softcap)
     (q_seg, q_pos), (kv_seg, kv_pos) = mine, theirs
-    seen = (q_seg[:, :, None] == kv_seg[:, None]) & (q_seg > 0)[:, :, None]
-    ahead = q_pos[:, :, None] - kv_pos[:, None]  # how far the key lies behind the query
-    if o.causal:
-        seen &= ahead >= 0
-    if o.window:
-        seen &= (ahead if o.causal else jnp.abs(ahead)) < o.window
+    where = Where(q_seg, kv_seg, q_pos, kv_pos)
+    seen = mask(where, o.causal, o.window) & (q_seg > 0)[:, :, None]
     r, K, Q, t = s.shape
     s = s.reshape(r, K, -1, seen.shape[1], t)  # the query heads of k apart
     if distances is not None:
-        table = distances.reshape(*s.shape[1:3], -1)
-        s += jnp.moveaxis(table[:, :, bucket(ahead, table.shape[-1], o)], 2, 0)
+        s += by_distance(distances.reshape(*s.shape[1:3], -1), where, o)
     return jnp.where(seen[:, None, None], s, NEG_INF).reshape(r, K, Q, t)
 
 

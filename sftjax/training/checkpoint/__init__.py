@@ -1,12 +1,14 @@
 """Checkpoints: a state and its companions, by Orbax behind the loop: docs/resuming.md."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +16,21 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from sftjax.errors import CheckpointError, NotFoundError
 from sftjax.files import finite, read_object
 from sftjax.parallel import processes
-from sftjax.training.checkpoint import disk, seal
-from sftjax.training.checkpoint.agreement import TIMEOUT, Agreement
+from sftjax.training.checkpoint import disk
 from sftjax.training.checkpoint.table import restore, to_table
 from sftjax.training.identity import check_manifest
 from sftjax.training.log import warn
 
 EXTRA = "extra/metadata"  # of a checkpoint: what is beside its state
 FAILURES = 3  # saves in a row that may fail before the run ends
+TIMEOUT = 1200.0  # seconds for the slowest process to write its part
+_numbers = itertools.count()
 
 
 class Checkpointer:
@@ -146,7 +150,9 @@ class Checkpointer:
                         path = self._saving(step) / name
                         path.parent.mkdir()
                         path.write_text(text, encoding="utf-8")
-                disk.commit(self._saving(step), self.directory / str(step))
+                disk.seal(self._saving(step))
+                os.rename(self._saving(step), self.directory / str(step))
+                disk.sync(self.directory)
                 with contextlib.suppress(OSError):  # the next save deletes what this one could not
                     disk.remove(self.directory, self._unwanted())
                 agreement.post("committed")
@@ -220,23 +226,12 @@ class Checkpointer:
         )
 
     def _extra(self, extra) -> dict:
-        extra = dict(extra or {})
-        if self.manifest is not None:
-            extra["manifest"] = self.manifest
-        for key, value in extra.items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError) as e:
-                raise TypeError(f"extra[{key!r}] of a checkpoint: {e}; make arrays lists, scalars int or float") from e
+        extra = dict(extra or {}) | ({} if self.manifest is None else {"manifest": self.manifest})
         return json.loads(json.dumps(extra))  # a copy: the caller may go on changing its own
 
     def _metrics(self, metrics) -> dict | None:
         if not self.best_metric or metrics is None:
             return None
-        if self.best_metric not in metrics:
-            raise CheckpointError(
-                f"best_metric {self.best_metric!r} is not among the metrics of this evaluation: {sorted(metrics)}"
-            )
         return {name: float(value) for name, value in metrics.items()}
 
     def check_space(self, state: Any, export: bool) -> None:
@@ -291,7 +286,7 @@ class Checkpointer:
 
     def _damage(self, step) -> str:
         """What is wrong with a checkpoint's files; each process reads a part of them."""
-        problem = seal.damage(self.directory / str(step), jax.process_index(), jax.process_count())
+        problem = disk.damage(self.directory / str(step), jax.process_index(), jax.process_count())
         return next((text for text in processes.gather(problem) if text), "")
 
     def _set_aside(self, wrong: Mapping[int, str], taken: int | None = None) -> None:
@@ -335,3 +330,40 @@ def _orbax(barrier) -> ocp.AsyncCheckpointer:
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+class Agreement:
+    """What processes tell one another of one save, in JAX's key-value store: a failure at once.
+
+    All processes must make the same ones in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._prefix = f"sftjax/save/{next(_numbers)}"
+        self._client = distributed.global_state.client if jax.process_count() > 1 else None
+
+    def post(self, what: str, text: str = "-") -> None:
+        """Say that this process has come so far, or that it "failed", and why."""
+        if self._client is not None:
+            self._client.key_value_set(f"{self._prefix}/{what}/{jax.process_index()}", text, allow_overwrite=True)
+
+    def wait(self, what: str, count: int, timeout: float = TIMEOUT) -> None:
+        """Until `count` processes have said so. Raises: CheckpointError if one has failed."""
+        end, pause = time.monotonic() + timeout, 0.02
+        while self._client is not None and len(self._said(what)) < count:
+            if failed := self._said("failed"):
+                raise CheckpointError("; ".join(f"process {p}: {t}" for p, t in failed.items()))
+            if time.monotonic() > end:
+                raise CheckpointError(f"not all processes wrote their part within {timeout:.0f} s")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+
+    def barrier(self, *, key: str, timeout_ms: int) -> None:
+        """The barrier of Orbax's background threads."""
+        self.post(key)
+        self.wait(key, jax.process_count(), timeout_ms / 1000)
+
+    def _said(self, what) -> dict[int, str]:
+        assert self._client is not None
+        found = self._client.key_value_dir_get(f"{self._prefix}/{what}/")
+        return {int(key.rpartition("/")[2]): text for key, text in found}

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from sftjax import params as params_lib
 from sftjax.errors import CheckpointError
-from sftjax.training.checkpoint import disk, seal
+from sftjax.training.checkpoint import disk
 
 
 def to_table(tree: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def read_weights(folder: Path, target: Mapping[str, Any]) -> dict[str, Any]:
     target: the same, of jax.ShapeDtypeStruct with shardings. Raises: CheckpointError for damaged files, or where a leaf
     has another name, shape or dtype.
     """
-    if problem := seal.damage(folder):
+    if problem := disk.damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {problem}")
     return restore(folder, dict(target), ("params/", "frozen/", "model_state/"))
 

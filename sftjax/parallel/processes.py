@@ -106,6 +106,12 @@ def done() -> None:
         _watch.done()
 
 
+def told(seconds: float, own: list[float]) -> None:
+    """Compare this process's times with the others', see Watch.told; nothing where it is alone."""
+    if _watch:
+        _watch.told(seconds, own)
+
+
 def _connected(host: str) -> watch.Watch:
     """host: of process 0; "" where JAX alone knows it, and then the name that it has for itself."""
     me, n, name = jax.process_index(), jax.process_count(), socket.gethostname()
@@ -119,7 +125,7 @@ def _connected(host: str) -> watch.Watch:
         hosts = gather([name, 0, ""])
         _, port, word = hosts[0]
         peers = {0: watch.connect(host or hosts[0][0], port, word, me)}
-    return watch.Watch([name for name, _, _ in hosts], peers)
+    return watch.Watch(me, [name for name, _, _ in hosts], peers)
 
 
 def _split(coordinator, processes, me):

@@ -1,21 +1,24 @@
-"""Processes that watch one another: the loss of one ends the others."""
+"""Processes that watch one another: the loss of one ends the others; a slow host is named."""
 
 import atexit
 import contextlib
 import os
 import selectors
 import socket
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from sftjax.errors import ProcessError, UserError
-from sftjax.terminal import show
+from sftjax.terminal import show, warn
 
 GRACE = 4.0  # seconds for an error of our own, after another process has left by one
 NAMED = 2.0  # seconds to hear which process is lost, after an error of our own
 JOIN = 60  # seconds for all to connect
+SLOW, LINES = 1.5, 3  # times the median, in so many lines of the log one after the other
+SHARE = 0.1  # of a step's time that the excess has to be
 
 
 class Watch:
@@ -25,12 +28,14 @@ class Watch:
     hosts: the host of each process, by its id.
     """
 
-    def __init__(self, hosts: list[str], peers: dict[int, socket.socket]) -> None:
-        self.hosts, self.peers = hosts, peers
+    def __init__(self, me: int, hosts: list[str], peers: dict[int, socket.socket]) -> None:
+        self.me, self.hosts, self.peers = me, hosts, peers
         self._text = {id: b"" for id in peers}  # received, and not yet a whole line
         self._done = set[int]()  # those that have come to their end
         self._state = "left"  # what we say as we leave: done, or left (by an error)
         self._leaving, self._lost, self._named = (threading.Event() for _ in range(3))
+        self._times, self._slow = dict[int, list[list[float]]](), dict[int, int]()
+        self._lock = threading.Lock()  # of the times
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._thread.start()
         atexit.register(self._leave)
@@ -56,6 +61,13 @@ class Watch:
         self._state = "done"
         for other in self.peers:
             self._send(other, self._state)
+
+    def told(self, seconds: float, own: list[float]) -> None:
+        """Take this process's seconds a step of a log line. own: not spent waiting for others, by several counts."""
+        if self.me:
+            self._send(0, " ".join(["time", *map(str, [seconds, *own])]))
+        else:
+            self._take(0, [seconds, *own])
 
     # ---- the thread ----
 
@@ -85,6 +97,8 @@ class Watch:
                 self._lose(int(rest[0]), " ".join(rest[1:]))
             elif what == "left":
                 self._lose(id, "has ended with an error, which its own output says", GRACE)
+            elif what == "time":
+                self._take(id, [float(x) for x in rest])
         return bool(text)
 
     def _lose(self, id, how, grace=0.0):
@@ -105,6 +119,22 @@ class Watch:
             show(f"{type(error).__name__}: {error}", file=sys.stderr)
         os._exit(1)
 
+    def _take(self, id, times):
+        """Of process 0: one process's times. Say who is slow, once all have told theirs."""
+        with self._lock:
+            self._times.setdefault(id, []).append(times)
+            if len(self._times) < len(self.hosts) or not all(self._times.values()):
+                return
+            line = [self._times[id].pop(0) for id in range(len(self.hosts))]
+            self._slow = {id: self._slow.get(id, 0) + 1 for id in slow_ones(line)}
+        for id in (id for id, lines in self._slow.items() if lines == LINES):
+            took = f"{max(line[id][1:]):.3g} s of {line[id][0]:.3g} s"
+            warn(
+                f"process {id} of {len(self.hosts)}, on {self.hosts[id]}, is slow: in {LINES} lines"
+                f" of the log its own part of a step took {took}, and the others waited for it. See"
+                " whether its data, its processors or its disk are slower."
+            )
+
     def _leave(self):
         """As Python ends: say how. The connection stays, and is watched, until we are gone."""
         self._leaving.set()
@@ -118,6 +148,17 @@ class Watch:
     def _send(self, id, text):
         with contextlib.suppress(OSError):  # gone; that is noticed by the thread
             self.peers[id].sendall(text.encode() + b"\n")
+
+
+def slow_ones(line: list[list[float]]) -> set[int]:
+    """The processes whose own part of a step is much longer; line: of each, as in Watch.told."""
+    found = set[int]()
+    for n in range(1, len(line[0])):
+        for id, times in enumerate(line):
+            others = statistics.median(told[n] for k, told in enumerate(line) if k != id)
+            if times[n] > SLOW * others and times[n] - others > SHARE * times[0]:
+                found.add(id)
+    return found
 
 
 # ---- how they connect ----------------------------------------------------------------------

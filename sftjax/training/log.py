@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sftjax import terminal
 from sftjax.config import ConfigError
 from sftjax.files import finite
+from sftjax.parallel import processes
 from sftjax.training import metrics
 from sftjax.training.data import Feed
 from sftjax.training.trackers import Tracker
@@ -65,13 +66,15 @@ class Log:
         self.counts = feed.task.counts
         self.due = lambda step: feed.due(step, section.log_every, "train.log_every")
         self.lr, self.flops, self._at, self.see = lr, flops, start, see
-        # Not yet written: (step, [metrics on the device], seconds waited).
+        # Not yet written: (step, [metrics on the device], seconds waited, seconds outside of here).
         known = [{k: math.nan if v is None else v for k, v in m.items()} for m in window]
         self._lines, self._window = list[tuple](), list[dict](known)
-        self._waited, self._last = 0.0, time.monotonic()
+        self._waited = self._own = 0.0
+        self._last = self._left = time.monotonic()
 
     def step(self, step: int, on_device: dict, waited: float) -> None:
         """Take the metrics of one step, and the seconds that it waited for its batch."""
+        self._own += time.monotonic() - self._left
         self._window.append(on_device)
         self._at = step
         self._waited += waited
@@ -79,6 +82,7 @@ class Log:
             self._cut(step)
             while len(self._lines) > 1:
                 self._write_line()
+        self._left = time.monotonic()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -91,7 +95,8 @@ class Log:
         self.see(self._at - len(self._window) + 1, self._window)
         began = time.monotonic()
         yield
-        self._last += time.monotonic() - began
+        self._left = time.monotonic()
+        self._last += self._left - began
 
     def state(self) -> list[dict[str, float | None]]:
         """The metrics of the steps since the last line, for the checkpoint; None: not finite."""
@@ -106,11 +111,11 @@ class Log:
         self.writer.close()
 
     def _cut(self, step):
-        self._lines.append((step, self._window, self._waited))
-        self._window, self._waited = [], 0.0
+        self._lines.append((step, self._window, self._waited, self._own))
+        self._window, self._waited, self._own = [], 0.0, 0.0
 
     def _write_line(self):
-        step, window, waited = self._lines.pop(0)
+        step, window, waited, own = self._lines.pop(0)
         window = jax.device_get(window)  # waits until its last step is done
         self.see(step - len(window) + 1, window)
         now = time.monotonic()
@@ -123,6 +128,8 @@ class Log:
         values |= {f"{k}_per_s": sum(float(m[k]) for m in window) / seconds for k in self.counts}
         values["step_time"] = seconds / len(window)
         values["data_wait"] = waited / seconds
+        # Here alone the loop waits for the devices, and through them for other processes.
+        processes.told(values["step_time"], [waited / len(window), own / len(window)])
         mfu = metrics.mfu(self.flops, values["step_time"], jax.devices()[0].device_kind, jax.device_count())
         values |= {} if mfu is None else {"mfu": mfu}
         values["peak_memory"] = metrics.peak_memory()[0]

@@ -160,7 +160,7 @@ def test_a_run_goes_on_on_other_meshes_and_with_more_processes(files, tmp_path):
     close(whole, losses(third))
 
 
-# --- a process that is lost ---
+# --- a process that is lost, and one that is slow ---
 
 # Each goes on in every step, so that the process is killed in it.
 OFTEN = {
@@ -231,3 +231,16 @@ def listens(port):
                 family = socket.AF_INET if name == "tcp" else socket.AF_INET6
                 found.add(socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:"))
     return found
+
+
+def test_a_slow_process_is_named(files, tmp_path):  # noqa: F811
+    slow = """
+import sys, time
+if "mesh.process_id=1" in sys.argv:
+    from sftjax.training import data
+    put = data.Feed.put
+    data.Feed.put = lambda *arguments: (time.sleep(0.3), put(*arguments))[1]
+"""
+    one, other = run_all(files, tmp_path / "run", before=slow, devices=1)
+    assert one.count("is slow") == 1 and "is slow" not in other
+    assert re.search(r"process 1 of 2, on \S+, is slow: in 3 lines of the log its own part", one)

@@ -1,5 +1,6 @@
-"""What a process says of another that is lost, or has failed; without processes."""
+"""What a process says of another that is lost, has failed, or is slow; without processes."""
 
+import logging
 import socket
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 
 from sftjax.errors import ConfigError, MeshError, ProcessError
 from sftjax.parallel import processes, watch
-from sftjax.parallel.watch import Watch
+from sftjax.parallel.watch import Watch, slow_ones
 
 
 class Ended(BaseException):
@@ -35,7 +36,7 @@ def group(monkeypatch):
     def make(me, n):
         others = [k for k in range(n) if k != me] if me == 0 else [0]
         pairs = {k: socket.socketpair() for k in others}
-        made = Watch([f"host{k}" for k in range(n)], {k: a for k, (a, _) in pairs.items()})
+        made = Watch(me, [f"host{k}" for k in range(n)], {k: a for k, (a, _) in pairs.items()})
         open_.extend(end for pair in pairs.values() for end in pair)
         all_.append(made)
         return made, {k: b for k, (_, b) in pairs.items()}, ended
@@ -136,6 +137,44 @@ def test_a_process_that_python_does_not_end_says_it_too(group, monkeypatch):
     monkeypatch.setattr(processes, "_watch", made)
     processes.done()
     assert [others[k].recv(100) for k in (1, 2)] == [b"done\n"] * 2
+
+
+def test_a_slow_host_is_named_once(group, caplog):
+    made, others, _ = group(0, 3)
+    for step in range(6):
+        slow = 0.9 if step > 0 else 0.01
+        others[1].sendall(f"time 1.0 {slow} {slow}\n".encode())
+        others[2].sendall(b"time 1.0 0.02 0.5\n")
+        made.told(1.0, [0.01, 0.5])
+        for _ in range(100):
+            if not any(made._times.values()):
+                break
+            time.sleep(0.01)
+    [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert record.getMessage().startswith(
+        "process 1 of 3, on host1, is slow: in 3 lines of the log its own part of a step took 0.9 s"
+    )
+
+
+def test_times_are_sent_to_process_0(group):
+    made, others, _ = group(1, 2)
+    made.told(2.0, [0.5, 1.0])
+    assert others[0].recv(100) == b"time 2.0 0.5 1.0\n"
+
+
+@pytest.mark.parametrize(
+    "line, slow",
+    [
+        ([[1, 0.1], [1, 0.1]], set()),
+        ([[1, 0.1], [1, 0.9]], {1}),
+        ([[1, 0.0], [1, 0.05]], set()),  # many times, of nothing
+        ([[1, 0.5], [1, 0.7], [1, 0.5]], set()),
+        ([[1, 0.9], [1, 0.5], [1, 0.5], [1, 0.8]], {0, 3}),
+        ([[1, 0.1, 0.9], [1, 0.9, 0.9]], {1}),  # of one way of counting
+    ],
+)
+def test_slow_ones(line, slow):
+    assert slow_ones(line) == slow
 
 
 # --- the port of the coordinator ---

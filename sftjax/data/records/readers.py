@@ -384,8 +384,8 @@ def _read_table(path, **dialect: Any):
     return Table(path, [dict(zip(names, row, strict=True)) for _, row in lines[1:]], [line for line, _ in lines[1:]])
 
 
-WRAPPED = re.compile('".*"', re.DOTALL)
-FIELD = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)|[^"\t\r\n]*+(?=[\t\r\n]|\Z)')
+# A field in quotes, and what is between them.
+QUOTED = re.compile(r'(?<![^\t\r\n])"((?:[^"]++|"")*+)"(?![^\t\r\n])')
 
 
 def _read_tsv(path):
@@ -399,7 +399,7 @@ def _read_tsv(path):
     if quoted:
         return _read_table(path, delimiter="\t")
     table = _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-    wrapped = [i for i in range(len(table)) if any(map(WRAPPED.fullmatch, table[i].values()))]
+    wrapped = [i for i in range(len(table)) if any(len(v) > 1 and v[0] == v[-1] == '"' for v in table[i].values())]
     if wrapped:
         warn(
             "fields that are wrapped in quotes are read with their quotes, as others have quotes of"
@@ -410,20 +410,14 @@ def _read_tsv(path):
 
 def _is_quoted(text):
     """Is each quote of the text in a field that CSV would quote, and some field in need of it?"""
-    at, row, rows, found = 0, 0, set[int](), list[str]()
-    while at < len(text) and (field := FIELD.match(text, at)):
-        at, row = field.end() + 1, row + 1
-        found += [field[0]] if field[0] else []
-        if text[at - 1 : at] != "\t":  # the end of a row, which counts if it is not blank
-            rows |= {row} if row > 1 or field[0] else set()
-            row = 0
-    quoted = [field[1:-1] for field in found if field[0] == '"']
-    if at < len(text) or not quoted or len(rows) > 1:
+    inside, rest = QUOTED.findall(text), QUOTED.sub("\0", text)
+    lines, rows = ({line.count("\t") for line in re.split(r"[\r\n]+", x) if line} for x in (text, rest))
+    if not inside or '"' in rest or len(rows) > 1:
         return False
-    if any(re.search(r"[\t\r\n]", inside) for inside in quoted):
+    if re.search(r"[\t\r\n]", "".join(inside)):
         # Where lone quotes begin and end fields, what is between them may look like one field.
-        return len({line.count("\t") for line in re.split(r"[\r\n]+", text) if line}) > 1
-    return len(quoted) == len(found) or any('"' in inside for inside in quoted)
+        return len(lines) > 1
+    return set(rest) <= set("\0\t\r\n") or any('"' in field for field in inside)
 
 
 READERS: dict[str, Any] = {

@@ -252,7 +252,7 @@ def encode_rows(
     source: RecordSource,
     rows: Sequence[int],
     task: "Task",
-    rejects: Any,
+    rejects: Rejects,
     notes: Notes | None = None,
     read: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[tuple[str, "Encoded"]]:

@@ -162,7 +162,7 @@ class ImageText(CausalLM):
         times, which = self.expanded(text.tokens, images, where)
         weights = np.where(which > 0, np.float32(0), np.repeat(text.weights, times))
         out = Pictured(np.repeat(text.tokens, times), weights, *text[2:])
-        out.left_out, out.images, out.image = text.left_out, images, which
+        out.images, out.image = images, which
         return out
 
     def fields_read(self, record: dict) -> set[str]:

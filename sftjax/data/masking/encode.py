@@ -26,21 +26,15 @@ STOP_TOKEN = ("turn", "all", "last", "none")
 REASONING = {"history": "train", "last": "train", "empty": "keep"}
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
+    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet."""
+
     tokens: np.ndarray  # int32 [n]
     weights: np.ndarray  # float32 [n]
     text: str  # what was tokenised
     spans: list[tuple[int, int]]  # trained characters of text: (start, stop)
     kind: str = "chat"  # chat: rendered with a template; pair, segments, text: as it stands
-
-
-class Encoded(_Encoded):
-    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet.
-
-    left_out: what the record holds and `text` does not, in words; no part of the tuple.
-    """
-
-    left_out: Sequence[str] = ()
+    left_out: Sequence[str] = ()  # what the record holds and `text` does not, in words
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -293,14 +287,12 @@ def _encoded(tokenizer, chat, text, encoding, spans, words):
             kind="double_bos",
         )
     weights = token_weights(len(ids), encoding.token_to_chars, spans)
-    example = Encoded(np.array(ids, np.int32), weights, text, [span[:2] for span in spans], chat["kind"])
-    if chat["kind"] in ("pair", "text"):
-        example = _with_ends(tokenizer, *example)
-    example.left_out = chat["left_out"] + words
-    return example
+    trained, said = [span[:2] for span in spans], chat["left_out"] + words
+    example = Encoded(np.array(ids, np.int32), weights, text, trained, chat["kind"], said)
+    return _with_ends(tokenizer, *example) if chat["kind"] in ("pair", "text") else example
 
 
-def _with_ends(tokenizer, tokens, weights, text, spans, kind):
+def _with_ends(tokenizer, tokens, weights, text, spans, *about: Any):
     """Text as it stands: the tokenizer's own first tokens, and the end-of-text token."""
     first, last = added_ids(tokenizer)
     first = [] if tokens[: len(first)].tolist() == first else first
@@ -310,7 +302,7 @@ def _with_ends(tokenizer, tokens, weights, text, spans, kind):
     span = (start + len(before), stop + len(before) + len(after))
     tokens = np.concatenate([first, tokens, last]).astype(np.int32)
     weights = np.concatenate([np.zeros(len(first)), weights, np.ones(len(last))])
-    return Encoded(tokens, weights.astype(np.float32), before + text + after, [span], kind)
+    return Encoded(tokens, weights.astype(np.float32), before + text + after, [span], *about)
 
 
 @lru_cache(maxsize=8)

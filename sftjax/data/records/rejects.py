@@ -31,6 +31,7 @@ class Rejects:
     on_error: str  # "raise" | "skip"
     max_skipped: float  # the share of rows past which it raises after all
     counts: Counter[str] = field(default_factory=Counter)  # by the kind in words (DataError.label)
+    reasons: dict[int, str] = field(default_factory=dict)  # by row
 
     def add(self, row: int, error: DataError) -> None:
         """Raises: DataError as the settings want it, and if the error is of no single row."""
@@ -42,6 +43,7 @@ class Rejects:
         with writing("the file", self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         self.counts[error.label] += 1
+        self.reasons[row] = error.reason
         rows, rejected = len(self.source), self.counts.total()
         if rejected > self.max_skipped * rows:
             os.replace(self.path, self.kept)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sftjax.data.masking.conversation import to_conversation
-from sftjax.data.records.protocols import RecordSource
+from sftjax.data.records.sources import RecordSource
 from sftjax.errors import DataError
 
 DRIFT = 0.005  # how far a stratified label's share may be from the one asked for

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sftjax.data.packing.truncate import OVERLONG, describe
-from sftjax.data.records.notes import Notes, said
-from sftjax.data.records.protocols import RecordSource
-from sftjax.data.records.rejects import Rejects, check
+from sftjax.data.records.rejects import Notes, Rejects, check, said
+from sftjax.data.records.sources import RecordSource
 from sftjax.errors import DataError
 from sftjax.terminal import warn
 

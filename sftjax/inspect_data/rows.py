@@ -16,8 +16,8 @@ from sftjax.clean.rules import RULES, Finding
 from sftjax.data import DataError, open_source
 from sftjax.data.masking.encode import Encoded
 from sftjax.data.mixing import spec as mix
-from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.rejects import Rejects, record
+from sftjax.data.records.sources import RecordSource
 from sftjax.data.token_store import encode_rows
 from sftjax.evaluation import sets as sets_lib
 from sftjax.hf.tokenizer_files import Tokenizer

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sftjax import hf
 from sftjax.data.packing.pack import CAUSAL, Layout
-from sftjax.data.records.notes import unread
+from sftjax.data.records.rejects import unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
@@ -158,7 +158,7 @@ class Task(Generic[E]):
         )
 
     def answers_only(self) -> "Task":
-        """The task that trains nothing but the last answers of records in the form of `clean.forms.canonical`."""
+        """The task that trains nothing but the last answers of records in the form of `canonical`."""
         raise DataError(
             "data.clean.rules: label_suspects asks a language model how likely the answers are:"
             f" {type(self).__name__} has none",

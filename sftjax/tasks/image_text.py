@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax.data.masking.encode import Encoded
-from sftjax.data.packing.image_text import ImageTextRows, Patches
+from sftjax.data.packing.images import ImageTextRows, Patches
 from sftjax.data.packing.pack import Batch
 from sftjax.data.records.images import encoded
 from sftjax.data.records.sources import Source

@@ -16,7 +16,7 @@ from sftjax.evaluation.metrics import (
     tags,
     texts,
 )
-from sftjax.evaluation.text_scores import lead as lead_of
+from sftjax.evaluation.metrics import lead as lead_of
 
 rng = np.random.default_rng(0)
 

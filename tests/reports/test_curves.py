@@ -141,6 +141,6 @@ def test_an_overlay_has_a_line_for_each_loss_of_each_run():
     runs = {"A": {"loss": [(1, 2.0), (2, 1.0)], "dev/loss": [(2, 1.5)]}, "B": {"loss": [(1, 3.0)]}}
     figure = curves.overlay_figure(runs, "Loss")
     lines = figure.axes[0].lines
-    assert [text.get_text() for text in figure.legends[0].texts] == ["A train", "A dev", "B train"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["A train 1", "A dev 1.5", "B train 3"]
     assert [line.get_linestyle() for line in lines] == ["-", "--", "-"]
     assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color()

@@ -147,8 +147,6 @@ def labels(
     scores: probabilities [N, C], for AUROC and calibration. errors: standard errors too.
     """
     n = len(wanted)
-    if not n:
-        return Scores({})
 
     def measure(at: Any = slice(None)) -> dict[str, float]:
         return _label_values(wanted[at], given[at], len(names), None if scores is None else scores[at])
@@ -228,8 +226,6 @@ def multi_labels(
     A label is given from a probability of one half on; accuracy is the share of rows of which all labels are right. A
     row whose scores are not finite is given none.
     """
-    if not len(wanted):
-        return Scores({})
     lost = ~np.isfinite(scores).all(1)
     given = np.where(lost[:, None], 0.0, scores) >= 0.5
     values = _multi_values(wanted, given, None if lost.any() else scores)
@@ -264,8 +260,6 @@ def numbers(wanted: np.ndarray, given: np.ndarray, groups: Sequence | None = Non
     Answers that are not finite are counted as "not_finite", and no error is a number then.
     """
     wanted, given = np.asarray(wanted, np.float64), np.asarray(given, np.float64)
-    if not len(wanted):
-        return Scores({})
     if lost := int((~np.isfinite(given)).sum()):
         return Scores({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
     rows = {"mae": np.abs(wanted - given)}
@@ -310,8 +304,6 @@ def texts(
     none.
     """
     n = len(wanted)
-    if not n:
-        return Scores({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
 
     def measure(name: str, at: Sequence[int]) -> float | np.ndarray:
@@ -369,8 +361,6 @@ def tags(
 
     rows: of each row the share of right tags. tables: precision, recall and F1 of each type.
     """
-    if not wanted:
-        return Scores({})
     wanted, given = ([list(map(str, row)) for row in some] for some in (wanted, given))
     seqeval = package("seqeval.metrics.sequence_labeling")
     with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'

@@ -4,7 +4,6 @@ What an example is, how it is cut and what is counted of it is the task's to say
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 OWN = (-1,)  # the shape of a column with any number of values, not one a token: the bytes of images
 BUILDING = ".building-"  # prefix of a store being written
-STALE = 3600  # seconds
+STALE = 3600  # seconds; a process that builds one writes to it after every chunk
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
 
 
@@ -156,9 +155,9 @@ def _write_atomically(folder, *inputs: Any):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
-        with _building(folder.parent) as temporary:
-            _write(temporary, folder, *inputs)
-            (temporary / "lock").unlink()
+        made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent, ignore_cleanup_errors=True)
+        with made as temporary:
+            _write(Path(temporary), folder, *inputs)
             os.rename(temporary, folder)
     except OSError as error:
         if not (folder / "report.json").exists():  # else another process was first
@@ -166,29 +165,11 @@ def _write_atomically(folder, *inputs: Any):
             raise DataError(problem, kind="unwritable") from None
 
 
-@contextlib.contextmanager
-def _building(parent):
-    """A new folder whose lock this process holds, and the system lets go when it ends."""
-    made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=parent, ignore_cleanup_errors=True)
-    with made as temporary, open(Path(temporary) / "lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: see _sweep
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield Path(temporary)
-
-
 def _sweep(parent):
-    """Delete what killed processes were building; not what a live one is, on this host or another.
-
-    Without a lock in it (one just begun, or of an older version) it has to be STALE seconds old.
-    """
+    """Delete what killed processes were building, on this host or another: nothing was written to it lately."""
     for left in parent.glob(f"{BUILDING}*"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or held
-            if not (left / "lock").exists():
-                if time.time() - left.stat().st_mtime > STALE:
-                    shutil.rmtree(left, ignore_errors=True)
-                continue
-            with open(left / "lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > STALE:
                 shutil.rmtree(left, ignore_errors=True)
 
 

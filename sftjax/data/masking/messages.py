@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from sftjax.data.records.failures import located
-from sftjax.data.records.readers import loads
 from sftjax.errors import DataError
 
 ROLES = {  # the names that data sets use -> the names that templates use
@@ -208,7 +207,7 @@ def _listed(value, name):
 def parse_json(text: str, name: str) -> Any:
     """The value of the JSON text of a field. Raises: DataError, with the field's name."""
     try:
-        return loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name!r} is not valid JSON: {error}: {text[:60]!r}", kind="bad_json") from None
 

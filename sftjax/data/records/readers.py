@@ -73,25 +73,10 @@ def _filled_lines(file):
         start += len(line)
 
 
-_ENDS = {"Expecting value": ("]", "array"), "Expecting property name enclosed in double quotes": ("}", "object")}
-
-
-def loads(text: str) -> Any:
-    """json.loads, whose error names a trailing comma in every Python, as it does since 3.13."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        end, kind = _ENDS.get(error.msg, ("", ""))
-        before = text[: error.pos].rstrip(" \t\r\n")
-        if end and text[error.pos :].startswith(end) and before.endswith(","):
-            raise json.JSONDecodeError(f"Illegal trailing comma before end of {kind}", text, len(before) - 1) from None
-        raise
-
-
 def parse_line(line: bytes, where: str) -> Any:
     """The value of one line of JSON. Raises: DataError."""
     try:
-        return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
     except (ValueError, RecursionError) as error:  # also a number too long, or nested too deeply
         raise failures.not_json(where, error) from None
 
@@ -173,7 +158,7 @@ class Table:
 def _read_json(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
-        data = loads(text)
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them

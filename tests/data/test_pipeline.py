@@ -239,12 +239,12 @@ def test_rows_are_batches_of_their_documents():
 
 def test_totals_and_blank_rows():
     docs = Documents([5, 5, 5])
-    rows = Rows(docs, 5, "none", epochs=1.5, pad_id=7)
+    rows = Rows(docs, 5, "none", epochs=1.5)
     assert (rows.per_epoch, rows.total) == (3, 5)
     assert Rows(docs, 5).total == 3
     blank = rows[5]
     assert not blank["segments"].any() and not blank["weights"].any()
-    assert blank["tokens"].tolist() == [7] * 5
+    assert blank["tokens"].tolist() == [0] * 5
     assert rows[4]["segments"].all()
     with pytest.raises(IndexError):
         rows[-1]

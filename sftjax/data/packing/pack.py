@@ -183,12 +183,10 @@ def make_batch(
     encoded_docs: Iterable[Sequence[Any]],
     length: int | None = None,
     rows: Sequence[Sequence[tuple[int, int, int]]] | None = None,
-    pad_id: int = 0,
 ) -> Batch:
     """`Encoded` examples, or pairs (tokens [n], weights [n]), to a batch for a language model.
 
-    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one document a row. pad_id:
-    what pad cells hold in `tokens`; no real token is judged by it.
+    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one document a row.
 
     Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S]. Raises: DataError if a row
     doesn't fit.
@@ -205,7 +203,7 @@ def make_batch(
             "raise the length, or place the documents with pack(lengths, length, strategy)",
             kind="too_long",
         )
-    batch = blank_batch(len(rows), length, pad_id)
+    batch = blank_batch(len(rows), length)
     for r, row in enumerate(rows):
         CAUSAL.fill({k: v[r] for k, v in batch.items()}, docs, row)
     return batch
@@ -287,12 +285,9 @@ class FixedRows:
         return 1
 
 
-def blank_batch(rows: int, length: int, pad_id: int = 0, layout: Layout = CAUSAL) -> Batch:
+def blank_batch(rows: int, length: int, layout: Layout = CAUSAL) -> Batch:
     """A batch of padding: every segment 0, every weight 0."""
-    batch: Batch = {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
-    if pad_id:
-        batch["tokens"][...] = pad_id
-    return batch
+    return {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
 
 
 def pad_to_multiple(length: int, multiple: int) -> int:

@@ -46,16 +46,15 @@ class Rows:
         *,
         epochs: float = 1,
         shuffle: bool = True,
-        pad_id: int = 0,
         layout: Layout = CAUSAL,
     ) -> None:
         """Plan rows of `length` tokens, as `pack` does, of what a store holds.
 
         seed: of the order of examples, and of rows; without `shuffle` it is the store's. epochs: those of `total` at
-        first, also a fraction; it may be set later. pad_id: the token at places where there is none.
+        first, also a fraction; it may be set later.
         """
         self.store, self.length, self.packing = store, length, packing
-        self.seed, self.shuffle, self.pad_id, self.layout = seed, shuffle, pad_id, layout
+        self.seed, self.shuffle, self.layout = seed, shuffle, layout
         self._plans, self._lock = dict[int, RowPlan](), Lock()
         longest = int(max(store.lengths, default=0))
         if longest > length and packing in ("bfd", "none"):
@@ -87,7 +86,7 @@ class Rows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows of these indices as arrays [B, S]; blank from `total` on."""
-        batch = blank_batch(len(indices), self.length, self.pad_id, self.layout)
+        batch = blank_batch(len(indices), self.length, self.layout)
         for b, r in enumerate(indices):
             if r < 0:
                 raise IndexError(f"row {r}")

@@ -108,13 +108,10 @@ def build_store(
 ) -> TokenStore:
     """Encode all of `source`, or open what an earlier call with the same inputs has written.
 
-    task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
-    max_length: the most tokens of a document; 0 = no limit.
-    overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is cut) | "drop" | "split"
-      (pieces) | "error". A document or piece without a trained token is dropped and counted.
-    cache_dir: where a folder is made for it, named by a hash of everything that changes it. on_error: "raise", or
-    "skip": bad rows go to rejects.jsonl in that folder and are counted, up
-      to the share max_skipped of all.
+    task: says what an example is, such as tasks.CausalLM(tokenizer, policy). max_length (0 = no limit), overlong,
+    on_error, max_skipped: as of the config's section `data`; a document or piece without a trained token is dropped and
+    counted, and bad rows go to rejects.jsonl. cache_dir: where a folder is made for it, named by a hash of everything
+    that changes it.
 
     Raises: DataError for a bad row, or if nothing at all is trained.
     """

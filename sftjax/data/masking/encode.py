@@ -54,25 +54,14 @@ class Policy(NamedTuple):
 def encode(record: dict[str, Any], tokenizer: Tokenizer, *, where: str = "", **policy: Any) -> Encoded:
     """Tokenise one record and say which of its tokens are trained.
 
-    Args:
-      record: any form that `to_conversation` reads.
-      tokenizer: a fast Hugging Face tokenizer.
-      where: file and row, for errors.
-      **policy:
-        train_on: "assistant" (default) | "last" (the last assistant turn) | "all" (every turn but the system's) |
-          roles, comma-separated or a list. A message's own `train: bool` or `weight: float` counts before it. Segments
-          say themselves what is trained.
-        stop_token: train the special token that ends a turn: "turn" (default, after each trained turn) | "all" (after
-          every turn) | "last" (after the last turn only) | "none".
-        reasoning: of the answers in history (before the last user's message), of the last turn's, and of an empty think
-          block: dict(history="train", last="train", empty="keep"); each is "train" | "keep" (in the text, not trained)
-          | "drop" (taken out before rendering).
-        template: a chat template, or a file that holds one, in place of the tokenizer's.
-        template_kwargs, fields, roles, system: as in `to_conversation`.
+    record: any form that `to_conversation` reads. tokenizer: a fast Hugging Face one. where: file and row, for errors.
+    policy: train_on, stop_token, reasoning and template are those of the config's section `data` (train_on may be a
+    list of roles too, template also a text); template_kwargs, fields, roles, system as of `to_conversation`.
 
-    A text prompt and completion are rendered as a user's and an assistant's turn; where there is no template they are
-    run together as they stand, and the end-of-text token follows. Of plain text everything is trained. Segments are run
-    together and nothing is added. Raises: DataError.
+    A message's own `train: bool` or `weight: float` counts before train_on. A text prompt and completion are rendered
+    as a user's and an assistant's turn; where there is no template they are run together as they stand, and the
+    end-of-text token follows. Of plain text everything is trained. Segments say themselves what is trained; they are
+    run together and nothing is added. Raises: DataError.
     """
     return encode_batch([record], [where], tokenizer, **policy)[0]
 

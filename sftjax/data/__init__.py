@@ -10,19 +10,6 @@ from sftjax.data.token_store import TokenStore, build_store
 from sftjax.errors import DataError
 
 __all__ = [
-    "Buckets",
-    "DataError",
-    "Encoded",
-    "Mixture",
-    "Rows",
-    "TokenStore",
-    "build_store",
-    "encode",
-    "loader",
-    "make_batch",
-    "open_source",
-    "pack",
-    "prompt_and_answer",
-    "shift",
-    "stop_ids",
-]
+    "Buckets", "DataError", "Encoded", "Mixture", "Rows", "TokenStore", "build_store", "encode", "loader", "make_batch",
+    "open_source", "pack", "prompt_and_answer", "shift", "stop_ids",
+]  # fmt: skip

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from sftjax.data.packing import truncate as lengths
+from sftjax.tasks.base import counted
 from sftjax.terminal import in_json, printable
 
 COLUMNS = ("token", "id", "weight", "segment", "position")
@@ -20,16 +21,12 @@ def _title(example, several):
     return f"{text}, {example['kept']} kept" if example["kept"] < example["length"] else text
 
 
-def _counts(reasons):
-    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()) or "none"
-
-
 def _summary(t, alone=False) -> dict[str, str]:
     """The totals of a source (alone: the only one), or of several together, as {name: text}."""
     lines = {"examples": f"{t['examples']:,}, {t['documents']:,} documents kept"}
     if t["removed"]:
-        lines["cleaned"] = _counts(t["removed"])
-    lines["dropped"], lines["skipped"] = _counts(t["dropped"]), _counts(t["skipped"])
+        lines["cleaned"] = counted(t["removed"])
+    lines["dropped"], lines["skipped"] = counted(t["dropped"]), counted(t["skipped"])
     lines["truncated"] = f"{t['truncated']:,}" + (f", {t['split']:,} split" if t["split"] else "")
     lines["tokens"] = f"{t['tokens']:,}"
     lines["trained"] = f"{t['trained_tokens']:,} tokens, {t['trained_fraction']:.1%}"

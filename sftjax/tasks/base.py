@@ -309,4 +309,4 @@ def perplexity(loss: float) -> float:
 
 def counted(counts: dict) -> str:
     """Counts by reason in words: "3 too_long, 1 bad_json"; "none" for {}."""
-    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) or "none"

@@ -266,8 +266,9 @@ def unfilled(value: Any) -> Any:
     return [unfilled(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _rows(path, batches, first, start):
-    """(row number from 0, record) of the rows from `start` on, of batches that begin at `first`."""
+def _rows(path, batches, start):
+    """(row number from 0, record) of the rows from `start` on."""
+    first = 0
     for batch in batches:
         if first + len(batch) > start:
             if problem := _damage(batch):
@@ -293,13 +294,9 @@ class Parquet(Columns):
         """(row number from 0, record) of the rows from `start` on; one part of a group is held."""
         import pyarrow.parquet as pq
 
-        end = 0
         with _arrow(path, "Parquet"), pq.ParquetFile(path) as file:
             _check_growth(path, file.metadata)
-            for group in range(file.num_row_groups):
-                first, end = end, end + file.metadata.row_group(group).num_rows
-                if end > start:
-                    yield from _rows(path, file.iter_batches(1000, [group]), first, start)
+            yield from _rows(path, file.iter_batches(1000), start)
 
 
 class Arrow(Columns):
@@ -315,7 +312,7 @@ class Arrow(Columns):
     def stream(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row number from 0, record) of the rows from `start` on."""
         with _arrow(path, "Arrow"):
-            yield from _rows(path, _batches(path)[0], 0, start)
+            yield from _rows(path, _batches(path)[0], start)
 
 
 def _batches(path):

@@ -35,7 +35,7 @@ import optax
 import sftjax
 from sftjax import hf, losses
 from sftjax import params as params_lib
-from sftjax.data.packing.image_text import ImageTextRows, Patches
+from sftjax.data.packing.images import ImageTextRows, Patches
 from sftjax.data.packing.pack import blank_batch, pack
 from sftjax.training import xla_flags
 

@@ -34,7 +34,7 @@ def causal_lm(
 ) -> Callable[..., Any]:
     """Masked cross-entropy of a decoder over the trained tokens of a Batch.
 
-    Of an encoder-decoder, over the targets of a Batch of pairs; see packing.pairs.
+    Of an encoder-decoder, over the targets of a Batch of pairs; see packing.pack.PairRows.
 
     normalise: "tokens" weighs every trained token alike; "documents" every document alike, whatever its length. dft:
     weigh each token's loss by its own probability (Dynamic Fine-Tuning). load_balance: coefficient of a mixture of

@@ -112,9 +112,8 @@ def test_samples_and_names_of_sets(capsys, tmp_path, monkeypatch):
     assert json.loads(row)["before"] == EVIL  # a file holds what the model said
 
 
-@pytest.mark.parametrize("width", [0, 150])
 @pytest.mark.parametrize("color", [True, False])
-def test_inspect(tmp_path, color, width):
+def test_inspect(tmp_path, color):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     config = config_lib.get_default()
     config.data.tokenizer = str(tmp_path / "tokenizer")
@@ -122,7 +121,7 @@ def test_inspect(tmp_path, color, width):
     path.write_text(json.dumps({"prompt": EVIL, "completion": EVIL}) + "\n")
     config.data.train = str(path)
     config.data.max_length = 512
-    text = inspect(config, color=color, width=width)
+    text = inspect(config, color=color)
     ours = re.sub(r"\x1b\[(0|32)m", "", text) if color else text
     assert not drives(ours) and r"\x1b]52;c;" in text.replace("\n", "")
     assert text.count("\x1b[31m") == 0  # nothing of ours is red here

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.clean.forms import canonical
 from sftjax.data import open_source
+from sftjax.data.masking.conversation import canonical
 
 DROPPED = 0.1  # the share of words that token_dropout takes out
 TEMPLATES = ("{}", "Please answer this: {}", "Here is a task. {}", "Respond to the following. {}")

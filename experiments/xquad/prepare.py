@@ -17,8 +17,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sftjax.evaluation.metrics import texts
-from sftjax.evaluation.text_scores import squad_words
+from sftjax.evaluation.metrics import squad_words, texts
 
 FIXTURES = Path(os.environ.get("SFTJAX_FIXTURES", "../shared/fixtures"))
 

@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from sftjax import config as config_lib
 from sftjax import hf, tasks
-from sftjax.clean.forms import canonical
 from sftjax.clean.prepare import clean_options
 from sftjax.clean.report import summary, write_records, write_rejects, write_report
 from sftjax.clean.rules import RULES, Findings, find
 from sftjax.config import ConfigError
 from sftjax.data import open_source
-from sftjax.data.records.protocols import RecordSource
+from sftjax.data.masking.conversation import canonical
+from sftjax.data.records.sources import RecordSource
 from sftjax.evaluation.likelihood import weighted
 from sftjax.files import refuse_url
 from sftjax.hf.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from sftjax.clean.split import Subset, split
 from sftjax.config import ConfigError
 from sftjax.data import open_source
 from sftjax.data.mixing import stream
-from sftjax.data.records.protocols import RecordSource
+from sftjax.data.records.sources import RecordSource
 from sftjax.data.token_store import store_key
 from sftjax.tasks import Task
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sftjax.clean.rules import RULES, Findings, sides
-from sftjax.data.records.protocols import RecordSource
 from sftjax.data.records.rejects import record
+from sftjax.data.records.sources import RecordSource
 from sftjax.errors import DataError, writing
 
 EXCERPT = 160  # characters of a text on the page; the rejects file has the whole row

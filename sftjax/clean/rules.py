@@ -20,7 +20,7 @@ import numpy as np
 
 from sftjax.clean.split import normalise, said
 from sftjax.data.masking.conversation import to_conversation
-from sftjax.data.records.protocols import RecordSource
+from sftjax.data.records.sources import RecordSource
 from sftjax.errors import DataError
 from sftjax.files import write_atomic
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.masking.conversation import to_conversation
-from sftjax.data.records.protocols import RecordSource
+from sftjax.data.masking.conversation import read_field, to_conversation
+from sftjax.data.records.sources import RecordSource
 from sftjax.errors import DataError
 
 DRIFT = 0.005  # how far a stratified label's share may be from the one asked for
@@ -71,12 +71,13 @@ def split(
         where = source.where(i)
         try:
             record = source[i]
-            key = _value(record, group_by, where) if group_by else prompt_key(record, where, form)
+            group = group_by and str(read_field(record, group_by, where, "data.split.group_by"))
+            key = group if group_by else prompt_key(record, where, form)
         except DataError:
             if group_by or not skip:
                 raise
             continue  # for training, where it can't be encoded either
-        label = _value(record, stratify_by, where) if stratify_by else None
+        label = str(read_field(record, stratify_by, where, "data.split.stratify_by")) if stratify_by else None
         seen[label] += 1
         if key not in side_of:
             side = fraction(key) < share
@@ -123,14 +124,3 @@ def said(message: dict[str, Any]) -> str:
         json.dumps(message["tool_calls"], default=str) if message.get("tool_calls") else "",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _value(record, field, where):
-    if record.get(field) is None:
-        raise DataError(
-            f"no field {field!r} to split by (data.split); the row has {', '.join(map(repr, record)) or 'none'}",
-            where=where,
-            kind="missing_field",
-            subject=repr(field),
-        )
-    return str(record[field])

@@ -4,7 +4,6 @@ What an example is, how it is cut and what is counted of it is the task's to say
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sftjax.data.packing.truncate import OVERLONG, describe
-from sftjax.data.records.notes import Notes, said
-from sftjax.data.records.protocols import RecordSource
-from sftjax.data.records.rejects import Rejects, check
+from sftjax.data.records.rejects import Notes, Rejects, check, said
+from sftjax.data.records.sources import RecordSource
 from sftjax.errors import DataError
 from sftjax.terminal import warn
 
@@ -35,7 +33,7 @@ CHUNK = 1000  # records in one call of the tokenizer
 COLUMNS = {"tokens": ("int32", None), "weights": ("float32", None)}
 OWN = (-1,)  # the shape of a column with any number of values, not one a token: the bytes of images
 BUILDING = ".building-"  # prefix of a store being written
-STALE = 3600  # seconds
+STALE = 3600  # seconds; a process that builds one writes to it after every chunk
 SUFFIXES = {"int32": "i32", "float32": "f32", "uint8": "u8"}
 
 
@@ -110,13 +108,10 @@ def build_store(
 ) -> TokenStore:
     """Encode all of `source`, or open what an earlier call with the same inputs has written.
 
-    task: says what an example is, such as tasks.CausalLM(tokenizer, policy).
-    max_length: the most tokens of a document; 0 = no limit.
-    overlong: what becomes of a longer one: "truncate_end" | "truncate_prompt" (its beginning is cut) | "drop" | "split"
-      (pieces) | "error". A document or piece without a trained token is dropped and counted.
-    cache_dir: where a folder is made for it, named by a hash of everything that changes it. on_error: "raise", or
-    "skip": bad rows go to rejects.jsonl in that folder and are counted, up
-      to the share max_skipped of all.
+    task: says what an example is, such as tasks.CausalLM(tokenizer, policy). max_length (0 = no limit), overlong,
+    on_error, max_skipped: as of the config's section `data`; a document or piece without a trained token is dropped and
+    counted, and bad rows go to rejects.jsonl. cache_dir: where a folder is made for it, named by a hash of everything
+    that changes it.
 
     Raises: DataError for a bad row, or if nothing at all is trained.
     """
@@ -157,9 +152,9 @@ def _write_atomically(folder, *inputs: Any):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
-        with _building(folder.parent) as temporary:
-            _write(temporary, folder, *inputs)
-            (temporary / "lock").unlink()
+        made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent, ignore_cleanup_errors=True)
+        with made as temporary:
+            _write(Path(temporary), folder, *inputs)
             os.rename(temporary, folder)
     except OSError as error:
         if not (folder / "report.json").exists():  # else another process was first
@@ -167,29 +162,11 @@ def _write_atomically(folder, *inputs: Any):
             raise DataError(problem, kind="unwritable") from None
 
 
-@contextlib.contextmanager
-def _building(parent):
-    """A new folder whose lock this process holds, and the system lets go when it ends."""
-    made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=parent, ignore_cleanup_errors=True)
-    with made as temporary, open(Path(temporary) / "lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: see _sweep
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield Path(temporary)
-
-
 def _sweep(parent):
-    """Delete what killed processes were building; not what a live one is, on this host or another.
-
-    Without a lock in it (one just begun, or of an older version) it has to be STALE seconds old.
-    """
+    """Delete what killed processes were building, on this host or another: nothing was written to it lately."""
     for left in parent.glob(f"{BUILDING}*"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or held
-            if not (left / "lock").exists():
-                if time.time() - left.stat().st_mtime > STALE:
-                    shutil.rmtree(left, ignore_errors=True)
-                continue
-            with open(left / "lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > STALE:
                 shutil.rmtree(left, ignore_errors=True)
 
 
@@ -252,7 +229,7 @@ def encode_rows(
     source: RecordSource,
     rows: Sequence[int],
     task: "Task",
-    rejects: Any,
+    rejects: Rejects,
     notes: Notes | None = None,
     read: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[tuple[str, Any]]:

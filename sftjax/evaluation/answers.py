@@ -11,7 +11,6 @@ from sftjax.data.masking.question import Question, continuations
 from sftjax.errors import ConfigError
 from sftjax.evaluation import generation, metrics
 from sftjax.evaluation.likelihood import log_likelihoods
-from sftjax.evaluation.text_scores import lead
 from sftjax.hf.tokenizer_files import Tokenizer
 from sftjax.models import decoder
 
@@ -149,7 +148,7 @@ def _trivial(questions, names, n) -> Mapping[str, Sequence[str]]:
     out = {f"always {usual:.40}": [usual] * len(questions)} if count > 1 else {}
     if set(names) & set(OVERLAP):
         out["copy"] = [q.asked for q in questions]
-        out[f"lead-{LEAD}"] = [lead(q.asked, LEAD) for q in questions]
+        out[f"lead-{LEAD}"] = [metrics.lead(q.asked, LEAD) for q in questions]
     return {what: [text for text in texts for _ in range(n)] for what, texts in out.items()}
 
 

@@ -7,14 +7,16 @@ one for each row: "path/to/file.py:function".
 
 import functools
 import importlib
+import re
+import string
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sftjax.errors import ConfigError
-from sftjax.evaluation.text_scores import ROWS, number
 from sftjax.files import load_python
 
 BINS = 10  # of the confidence, for calibration
@@ -145,8 +147,6 @@ def labels(
     scores: probabilities [N, C], for AUROC and calibration. errors: standard errors too.
     """
     n = len(wanted)
-    if not n:
-        return Scores({})
 
     def measure(at: Any = slice(None)) -> dict[str, float]:
         return _label_values(wanted[at], given[at], len(names), None if scores is None else scores[at])
@@ -226,8 +226,6 @@ def multi_labels(
     A label is given from a probability of one half on; accuracy is the share of rows of which all labels are right. A
     row whose scores are not finite is given none.
     """
-    if not len(wanted):
-        return Scores({})
     lost = ~np.isfinite(scores).all(1)
     given = np.where(lost[:, None], 0.0, scores) >= 0.5
     values = _multi_values(wanted, given, None if lost.any() else scores)
@@ -262,8 +260,6 @@ def numbers(wanted: np.ndarray, given: np.ndarray, groups: Sequence | None = Non
     Answers that are not finite are counted as "not_finite", and no error is a number then.
     """
     wanted, given = np.asarray(wanted, np.float64), np.asarray(given, np.float64)
-    if not len(wanted):
-        return Scores({})
     if lost := int((~np.isfinite(given)).sum()):
         return Scores({"mae": np.nan, "rmse": np.nan, "not_finite": float(lost)})
     rows = {"mae": np.abs(wanted - given)}
@@ -308,8 +304,6 @@ def texts(
     none.
     """
     n = len(wanted)
-    if not n:
-        return Scores({})
     rows, values, spread = dict[str, np.ndarray](), dict[str, float](), dict[str, float]()
 
     def measure(name: str, at: Sequence[int]) -> float | np.ndarray:
@@ -367,8 +361,6 @@ def tags(
 
     rows: of each row the share of right tags. tables: precision, recall and F1 of each type.
     """
-    if not wanted:
-        return Scores({})
     wanted, given = ([list(map(str, row)) for row in some] for some in (wanted, given))
     seqeval = package("seqeval.metrics.sequence_labeling")
     with warnings.catch_warnings(action="ignore"):  # of tags that are no entities'
@@ -386,6 +378,54 @@ def tags(
     same = [np.mean(np.array(w) == np.array(g)) for w, g in zip(wanted, given, strict=True)]
     rows = {"accuracy": np.array(same), "weight": np.array([*map(len, wanted)], np.float64)}
     return Scores(f1(), {"per_entity": _rates(kinds, rates)}, spread, {"always O": {"seqeval_f1": 0.0}}, rows)
+
+
+# ---- one answer beside one reference -----------------------------------------------------------
+
+
+def squad_words(text: str) -> list[str]:
+    """The words of a text as SQuAD's evaluation compares them."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def token_f1(wanted: str, given: str) -> float:
+    """F1 of the words in common."""
+    w, g = squad_words(wanted), squad_words(given)
+    common = sum((Counter(w) & Counter(g)).values())
+    if not w or not g:
+        return float(w == g)
+    return 2 * common / (len(w) + len(g))
+
+
+ROWS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": lambda w, g: w.strip() == g.strip(),
+    "squad_em": lambda w, g: squad_words(w) == squad_words(g),
+    "token_f1": token_f1,
+}
+# A sign counts where no word or number stands before it, a comma where it groups thousands.
+_NUMBER = r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def number(text: str, pattern: str) -> float | None:
+    """The number after the last place of a pattern, or in its group; None where there is none."""
+    try:
+        found = list(re.finditer(pattern, text)) if pattern else []
+    except re.error as e:
+        raise ConfigError(f"eval.answer={pattern!r} is no regular expression: {e}") from None
+    if found:
+        last = found[-1]
+        text = (last[1] or "") if last.groups() else text[last.end() :]
+    numbers = re.findall(_NUMBER, text) if found or not pattern else []
+    return float(numbers[0 if pattern else -1].replace(",", "")) if numbers else None
+
+
+def lead(text: str, n: int) -> str:
+    """The first n sentences of a text; a sentence ends at ., ! or ? before a blank."""
+    return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:n])
+
+
+# ---- what others bring -------------------------------------------------------------------------
 
 
 def package(name: str) -> Any:

@@ -91,16 +91,14 @@ class Sets:
             return None
         if not rows:
             raise ConfigError(f"eval.shots={k} takes its examples from data.train, which is empty")
-        ends = np.cumsum([len(source) for source in rows])
-        if ends[-1] <= k:
-            raise ConfigError(f"eval.shots={k}: data.train has {ends[-1]} rows, and takes one more")
+        starts = np.cumsum([0, *map(len, rows)])
+        if starts[-1] <= k:
+            raise ConfigError(f"eval.shots={k}: data.train has {starts[-1]} rows, and takes one more")
 
         def draw(question: int, record: dict) -> list[dict]:
-            rng = np.random.default_rng([seed, question])
-            chosen = rng.choice(ends[-1], k + 1, replace=False)
-            at = np.searchsorted(ends, chosen, side="right")
-            starts = np.concatenate([[0], ends])[at]
-            found = (rows[i][int(n)] for i, n in zip(at, chosen - starts, strict=True))
+            chosen = np.random.default_rng([seed, question]).choice(starts[-1], k + 1, replace=False)
+            at = np.searchsorted(starts, chosen, side="right") - 1
+            found = (rows[i][int(n - starts[i])] for i, n in zip(at, chosen, strict=True))
             return [one for one in found if one != record][:k]
 
         return draw

@@ -1,6 +1,6 @@
 """Show what is trained: `sftjax inspect --config=FILE [--format=html --out=page.html]`.
 
-For the first 5 rows of each source: the text with its trained spans marked and, beside it, each token with its id,
+For the first 5 rows of each source: the text with its trained spans marked and, under it, each token with its id,
 weight, segment and position in a packed row. Then totals over the whole set. Nothing is trained.
 
   --n=20 --start=100  so many rows of each source, from this one on (the first is 0)
@@ -13,7 +13,6 @@ weight, segment and position in a packed row. Then totals over the whole set. No
 """
 
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -43,11 +42,9 @@ def main(argv: Sequence[str]) -> None:
     wanted = Wanted(*(getattr(flags, name) for name in Wanted._fields))
     if flags.format not in VIEWS:
         raise DataError(f"--format={flags.format}: expected {' | '.join(VIEWS)}", kind="setting")
-    color = not flags.out
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and color else 0
     report = collect(config, wanted, flags.set)
     # Damaged text may hold what UTF-8 can't: shown as its escape.
-    page = VIEWS[flags.format](report, color, width).encode("utf-8", "backslashreplace")
+    page = VIEWS[flags.format](report, not flags.out).encode("utf-8", "backslashreplace")
     if flags.out:
         with writing("--out", flags.out):
             Path(flags.out).write_bytes(page)

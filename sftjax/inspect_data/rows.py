@@ -1,6 +1,7 @@
 """The rows of a set as training would have them, one by one, each with what becomes of it."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from sftjax.clean.rules import RULES, Finding
 from sftjax.data import DataError, open_source
 from sftjax.data.masking.encode import Encoded
 from sftjax.data.mixing import spec as mix
-from sftjax.data.records.protocols import RecordSource
-from sftjax.data.records.rejects import record
+from sftjax.data.records.rejects import Rejects, record
+from sftjax.data.records.sources import RecordSource
 from sftjax.data.token_store import encode_rows
 from sftjax.evaluation import sets as sets_lib
 from sftjax.hf.tokenizer_files import Tokenizer
@@ -141,27 +142,15 @@ def _removed(part, indices):
 
 def _encoded(part, indices, on_error):
     """(index, file and row, Encoded, error); of a row with an error only the text is there."""
-    source = part.source
+    source, nowhere = part.source, Path(os.devnull)
     for at in range(0, len(indices), CHUNK):
-        bad, some = _Bad(source, on_error), indices[at : at + CHUNK]
-        good = iter(encode_rows(source, some, part.task, bad))
+        some, rejects = indices[at : at + CHUNK], Rejects(nowhere, nowhere, source, on_error, max_skipped=1.0)
+        good = iter(encode_rows(source, some, part.task, rejects))
         for i in some:
-            if i in bad:
+            if i in rejects.reasons:
                 nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
                 found = record(source, i)  # None where it is malformed: the note says why
                 text = json.dumps(found, ensure_ascii=False, indent=1, default=str) if found else ""
-                yield i, source.where(i), Encoded(*nothing, text, []), bad[i]
+                yield i, source.where(i), Encoded(*nothing, text, []), rejects.reasons[i]
             else:
                 yield i, *next(good), ""
-
-
-class _Bad(dict):
-    """In place of Rejects, for a few rows: {row: error}."""
-
-    def __init__(self, source: RecordSource, on_error: str) -> None:
-        self.source, self.on_error = source, on_error
-
-    def add(self, i, error):
-        if self.on_error == "raise" or error.where != self.source.where(i):
-            raise error
-        self[i] = error.reason

@@ -1,15 +1,13 @@
 """What `inspect` shows: for a terminal, as JSON, as one HTML page that fetches nothing."""
 
 import json
-import unicodedata
-from itertools import zip_longest
 from typing import Any
 
 from sftjax.data.packing import truncate as lengths
+from sftjax.tasks.base import counted
 from sftjax.terminal import in_json, printable
 
 COLUMNS = ("token", "id", "weight", "segment", "position")
-BESIDE = 120  # columns of a terminal from which tokens stand beside the text
 
 
 # --- said in words ------------------------------------------------------------------------------
@@ -23,16 +21,12 @@ def _title(example, several):
     return f"{text}, {example['kept']} kept" if example["kept"] < example["length"] else text
 
 
-def _counts(reasons):
-    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()) or "none"
-
-
 def _summary(t, alone=False) -> dict[str, str]:
     """The totals of a source (alone: the only one), or of several together, as {name: text}."""
     lines = {"examples": f"{t['examples']:,}, {t['documents']:,} documents kept"}
     if t["removed"]:
-        lines["cleaned"] = _counts(t["removed"])
-    lines["dropped"], lines["skipped"] = _counts(t["dropped"]), _counts(t["skipped"])
+        lines["cleaned"] = counted(t["removed"])
+    lines["dropped"], lines["skipped"] = counted(t["dropped"]), counted(t["skipped"])
     lines["truncated"] = f"{t['truncated']:,}" + (f", {t['split']:,} split" if t["split"] else "")
     lines["tokens"] = f"{t['tokens']:,}"
     lines["trained"] = f"{t['trained_tokens']:,} tokens, {t['trained_fraction']:.1%}"
@@ -74,13 +68,12 @@ NOTHING = "no row is as wanted: see --source, --min_trained, --max_trained, --dr
 PLAIN, GREEN = "\033[0m", "\033[32m"
 
 
-def terminal(report: dict[str, Any], color: bool, width: int) -> str:
-    """The report as text; color: with escapes, width: columns of the terminal, 0 for a file."""
+def terminal(report: dict[str, Any], color: bool) -> str:
+    """The report as text; color: with escapes, else with brackets around what is trained."""
     report, lines = _safe(report), []
     for example in report["examples"]:
         lines += [f"== {_title(example, _several(report))}", *filter(None, [example["note"]]), ""]
-        lines += _beside(example, _token_lines(example["tokens"], color), color, width)
-        lines.append("")
+        lines += [_marked(example, color), "", *_token_lines(example["tokens"], color), ""]
     if not report["examples"]:
         lines += [NOTHING, ""]
     for name, summary in _summaries(report).items():
@@ -100,47 +93,19 @@ def _safe(value, key=""):
 
 
 def _token_lines(tokens, color):
-    yield f"{'token':<24}{'id':>8}{'weight':>8}{'segment':>9}{'position':>10}"
+    if tokens:
+        yield f"{'id':>8}{'weight':>8}{'segment':>9}{'position':>10}  token"
     for t in tokens:
         word, i, weight, segment, position = _cells(t, "-")
-        line = f"{word}{' ' * (24 - _columns(word))}{i:>8}{weight:>8}{segment:>9}{position:>10}"
+        line = f"{i:>8}{weight:>8}{segment:>9}{position:>10}  {word}"  # last, as its width is not known
         yield GREEN + line + PLAIN if color and t["weight"] else line
 
 
-def _beside(example, tokens, color, width):
-    marks = (GREEN, PLAIN) if color else ("⟦", "⟧")
-    if width < BESIDE or not example["tokens"]:
-        return [_marked(example, marks), "", *(tokens if example["tokens"] else ())]
-    wide = width - 62
-    lines = zip_longest(_wrapped(example, wide, marks), tokens, fillvalue="")
-    return [f"{a or ' ' * wide}   {b}".rstrip() for a, b in lines]
-
-
-def _marked(example, marks):
-    before, after = marks
-    pieces = _pieces(example["text"], example["spans"])
-    return "".join(before + _plain(s) + after if on else _plain(s) for s, on in pieces)
-
-
-def _wrapped(example, width, marks):
-    """Lines of exactly `width` columns; marks are closed at a line's end, opened at the next."""
-    lines, line, used = [], "", 0
-    for text, trained in _pieces(example["text"], example["spans"]):
-        before, after = marks if trained else ("", "")
-        line += before
-        for c in _plain(text):
-            if c == "\n" or used + _columns(c) > width:
-                lines.append(line + after + " " * (width - used))
-                line, used = before, 0
-            if c != "\n":
-                line, used = line + c, used + _columns(c)
-        line += after
-    return [*lines, line + " " * (width - used)]
-
-
-def _plain(text):
-    """Text without what would drive the terminal; a tab would leave its column."""
-    return printable(text).replace("\t", "\\t")
+def _marked(example, color):
+    """The text, in which nothing would drive the terminal; a tab would leave its column."""
+    before, after = (GREEN, PLAIN) if color else ("⟦", "⟧")
+    pieces = ((printable(s).replace("\t", "\\t"), on) for s, on in _pieces(example["text"], example["spans"]))
+    return "".join(before + s + after if on else s for s, on in pieces)
 
 
 def _cells(token, nowhere=""):
@@ -150,25 +115,19 @@ def _cells(token, nowhere=""):
     return word, token["id"], f"{token['weight']:g}", *place
 
 
-def _columns(text):
-    """How wide a terminal shows it."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
-
-
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def as_json(report: dict[str, Any], color: bool, width: int) -> str:
-    """The report as indented JSON; color and width are of no use to it."""
+def as_json(report: dict[str, Any], color: bool) -> str:
+    """The report as indented JSON; color is of no use to it."""
     return printable(json.dumps(report, ensure_ascii=False, indent=1), in_json) + "\n"
 
 
 # --- HTML ---------------------------------------------------------------------------------------
 
 
-def as_html(report: dict[str, Any], color: bool, width: int) -> str:
-    """The report as one page for a browser; color and width are of no use to it."""
+def as_html(report: dict[str, Any], color: bool) -> str:
+    """The report as one page for a browser; color is of no use to it."""
     from sftjax.reports import html  # only this view draws a page
 
     examples, several, shown = report["examples"], _several(report), []

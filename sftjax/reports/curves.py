@@ -68,59 +68,29 @@ def picture(figure: Figure, title: str) -> dict[str, str]:
     return {"source": f"data:image/svg+xml;base64,{data}", "title": title}
 
 
-@style()
 def loss_figure(series: Mapping[str, Points], title: str) -> Figure:
     """A figure of {"loss" or "<set>/loss": points}; the legend has the last value of each."""
-    figure, axes = _over_steps(title)
-    lines, labels = [], []
-    for i, (name, called, points) in enumerate(_train_first(series)):
-        labels.append(f"{called} {points[-1][1]:.4g}")
-        lines.append(_draw(axes, name, points, i, i))
+    return overlay_figure({"": series}, title)
+
+
+@style()
+def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figure:
+    """The losses of several runs over each other: a colour a run, dashes for validation; of one run a colour a set."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    lines, labels, several = [], [], len(runs) > 1
+    for i, (run, series) in enumerate(runs.items()):
+        for n, name in enumerate(sorted(series, key=lambda name: (name != "loss", name))):
+            lines.append(_draw(axes, name, series[name], i if several else n, n))
+            lines[-1].set_linestyle("--" if several and name != "loss" else "-")
+            called = "train" if name == "loss" else name.removesuffix("/loss")
+            labels.append(f"{run} {called} {series[name][-1][1]:.4g}".strip())
     if lines:
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(lines), 4))
     else:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center")
     return figure
-
-
-@style()
-def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figure:
-    """The losses of several runs over each other: a colour a run, dashes for validation."""
-    figure, axes = _over_steps(title)
-    lines, labels = [], []
-    for i, (run, series) in enumerate(runs.items()):
-        for n, (name, called, points) in enumerate(_train_first(series)):
-            lines.append(_draw(axes, name, points, i, n))
-            lines[-1].set_linestyle("-" if name == "loss" else "--")
-            labels.append(f"{run} {called}")
-    figure.legend(lines, labels, loc="outside lower center", ncols=3)
-    return figure
-
-
-@style()
-def reliability_figure(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """How often answers of a confidence are right; bins: the table "calibration" of labels."""
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="mean confidence", ylabel="share right")
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-    x, y, share = ([one[k] for one in bins] for k in ("confidence", "accuracy", "share"))
-    axes.plot(x, y, color=COLOURS[0])
-    axes.scatter(x, y, s=[20 + 400 * part for part in share], color=COLOURS[0])
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
-    return figure
-
-
-def _over_steps(title) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    return figure, axes
-
-
-def _train_first(series) -> list[tuple[str, str, Points]]:
-    """(name, what the legend calls it, points), in the order in which they are drawn."""
-    names = sorted(series, key=lambda name: (name != "loss", name))
-    return [(k, "train" if k == "loss" else k.removesuffix("/loss"), series[k]) for k in names]
 
 
 def _draw(axes: Axes, name, points, colour: int, marker: int):

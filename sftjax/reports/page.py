@@ -1,4 +1,4 @@
-"""report.html: what a run did and what came of it, on one page that fetches nothing."""
+"""What came of a run: report.html, one page that fetches nothing, and the model card of its export."""
 
 import json
 import statistics
@@ -6,18 +6,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from sftjax import config as config_lib
 from sftjax.errors import DataError
 from sftjax.files import write_atomic
 from sftjax.reports import curves, html
-from sftjax.reports.run import measured, number
+from sftjax.reports.run import measured, number, table, values
 from sftjax.tasks import Task
+from sftjax.terminal import printable
 from sftjax.training import metrics
 from sftjax.training.data import Feed
 
 WORST = 20  # rows that are shown of each set
 LONG = 400  # characters of a text that are shown
 RISE = 0.01  # of a validation loss over its lowest, from which a run is said to overfit
+# What the hub calls the tasks of ours; others have no row.
+PIPELINES = {"causal_lm": "text-generation", "classification": "text-classification"}
 
 
 def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any]) -> None:
@@ -30,17 +35,12 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
             points.insert(0, (0, start[name]))
     figure = curves.loss_figure(series, f"Loss of {workdir.name}")
     curves.save(figure, workdir / "curve.svg", "Loss")
-    pictures = [curves.picture(figure, "Loss over steps")]
     baselines = [
         (f"{name}/{metric}", what, number(metric, value))
         for name, some in after.get("baselines", {}).items()
-        for what, values in some.items()
-        for metric, value in values.items()
+        for what, scores in some.items()
+        for metric, value in scores.items()
     ]
-    for name, bins in after.get("tables", {}).items():
-        if name.endswith("/calibration"):
-            title = f"Reliability of {name.removesuffix('/calibration')}"
-            pictures.append(curves.picture(curves.reliability_figure(bins, title), title))
     env = json.loads((workdir / "env.json").read_text(encoding="utf-8"))
     text = html.render(
         "report.html.jinja",
@@ -53,7 +53,7 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
         sentences=overfitting(series),
         measured=list(measured(before, after)),
         baselines=baselines,
-        pictures=pictures,
+        pictures=[curves.picture(figure, "Loss over steps")],
         tables=list(_tables(after.get("tables", {}))),
         rows=[*_worst(task, feed, after), *_answers(task, feed, before, after)],
         speed=_speed(workdir / "metrics.jsonl"),
@@ -158,6 +158,43 @@ def _speed(path) -> list[tuple[str, str]]:
     }
     out = []
     for key, (what, form) in names.items():
-        if values := [line[key] for line in lines if line.get(key) is not None]:
-            out.append((f"{what}, median", form.format(statistics.median(values))))
+        if given := [line[key] for line in lines if line.get(key) is not None]:
+            out.append((f"{what}, median", form.format(statistics.median(given))))
     return out
+
+
+def write_card(export: Path, feed: Feed, result: Mapping[str, Any]) -> None:
+    """Write README.md into an exported model's directory; result: as train returns it."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    config, after, name = feed.config, result["after"], export.parent.name
+    pipeline = PIPELINES.get(config.task)
+    found = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type=set_name,  # by which results are kept apart
+            dataset_name=set_name,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for key, value in values(after).items()
+        for set_name, _, metric in [key.partition("/")]
+    ]
+    drawn = config.model.init == "random"
+    base = "" if drawn or Path(config.model.path).exists() else config.model.path
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="transformers" if pipeline else None,
+        pipeline_tag=pipeline,
+        tags=["sftjax", "sft"],
+        model_name=name,
+        eval_results=found or None,
+    )
+    d = config.data
+    sources = d.train or ", ".join(str(source["path"]) for source in d.sources)
+    file = Path(__file__).with_name("templates") / "card.md.jinja"
+    text = Template(file.read_text(encoding="utf-8")).render(
+        data=data, name=name, config=config, drawn=drawn, sources=sources, result=result,
+        table=table(result["before"], after), sets=", ".join(feed.sets | feed.tests) or "none",
+    )  # fmt: skip
+    write_atomic(export / "README.md", str(ModelCard(printable(text))))

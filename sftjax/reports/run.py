@@ -4,17 +4,15 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from sftjax.evaluation.metrics import METRICS
 from sftjax.files import finite, write_atomic
+from sftjax.tasks import Task
 from sftjax.terminal import columns, show
-
-if TYPE_CHECKING:
-    from sftjax.tasks import Task
-    from sftjax.training.data import Feed
+from sftjax.training.data import Feed
 
 
 def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -49,7 +47,7 @@ def number(name: str, value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}" if share else f"{value:.4f}"
 
 
-def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], samples: int) -> None:
+def finish(workdir: Path, task: Task, feed: Feed, result: dict[str, Any], samples: int) -> None:
     """Print and write what came of the run (process 0 only). samples: of the test set, to show."""
     if jax.process_index():
         return
@@ -68,11 +66,11 @@ def finish(workdir: Path, task: "Task", feed: "Feed", result: dict[str, Any], sa
     }
     text = json.dumps(numbers | {"steps": result["steps"]}, indent=2, allow_nan=False)
     write_atomic(workdir / "result.json", text + "\n")
-    from sftjax.reports import card, page  # a run that trains has no need of matplotlib before
+    from sftjax.reports import page  # a run that trains has no need of matplotlib before
 
     page.write_page(workdir, task, feed, result)
     if (workdir / "export" / "config.json").exists():
-        card.write_card(workdir / "export", feed, result)
+        page.write_card(workdir / "export", feed, result)
     for what, path in places(workdir):
         show(f"  {what:<22}{path}")
     export = workdir / "export"

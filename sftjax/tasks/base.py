@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sftjax import hf
 from sftjax.data.packing.pack import CAUSAL, Layout
-from sftjax.data.records.notes import unread
+from sftjax.data.records.rejects import unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import Tally
 from sftjax.errors import ConfigError, DataError
@@ -134,7 +134,7 @@ class Task:
         )
 
     def answers_only(self) -> "Task":
-        """The task that trains nothing but the last answers of records in the form of `clean.forms.canonical`."""
+        """The task that trains nothing but the last answers of records in the form of `canonical`."""
         raise DataError(
             "data.clean.rules: label_suspects asks a language model how likely the answers are:"
             f" {type(self).__name__} has none",
@@ -284,4 +284,4 @@ def perplexity(loss: float) -> float:
 
 def counted(counts: dict) -> str:
     """Counts by reason in words: "3 too_long, 1 bad_json"; "none" for {}."""
-    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) or "none"

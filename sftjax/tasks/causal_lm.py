@@ -20,7 +20,7 @@ from sftjax.data.masking.conversation import read_field, read_record, to_convers
 from sftjax.data.masking.question import SEPARATOR, Question, question, stop_ids
 from sftjax.data.masking.template import template_texts
 from sftjax.data.packing.truncate import fit
-from sftjax.data.records.notes import Notes, said, unread
+from sftjax.data.records.rejects import Notes, said, unread
 from sftjax.data.records.sources import Source
 from sftjax.data.token_store import COLUMNS, Tally
 from sftjax.errors import ConfigError

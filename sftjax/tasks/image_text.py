@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax.data.masking.encode import Encoded
-from sftjax.data.packing.image_text import ImageTextRows, Patches
+from sftjax.data.packing.images import ImageTextRows, Patches
 from sftjax.data.packing.pack import Batch
 from sftjax.data.records.images import encoded
 from sftjax.data.records.sources import Source
@@ -162,7 +162,7 @@ class ImageText(CausalLM):
         times, which = self.expanded(text.tokens, images, where)
         weights = np.where(which > 0, np.float32(0), np.repeat(text.weights, times))
         out = Pictured(np.repeat(text.tokens, times), weights, *text[2:])
-        out.left_out, out.images, out.image = text.left_out, images, which
+        out.images, out.image = images, which
         return out
 
     def fields_read(self, record: dict) -> set[str]:

@@ -1,7 +1,7 @@
 """Sequence to sequence: an encoder-decoder reads a source and writes a target of its own.
 
 Summaries, translations, questions answered as text. Sources and targets are packed into rows of their own; see
-packing.pairs.
+packing.pack.PairRows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax.data.masking.question import Question
-from sftjax.data.packing.pairs import NONE, PairRows
+from sftjax.data.packing.pack import NONE, PairRows
 from sftjax.data.records.sources import Source
 from sftjax.errors import ConfigError, DataError
 from sftjax.evaluation.answers import Asking

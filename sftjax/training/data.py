@@ -22,7 +22,7 @@ from sftjax.config import ConfigError
 from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing import stream
 from sftjax.data.packing import truncate as lengths_lib
-from sftjax.data.records.protocols import RecordSource
+from sftjax.data.records.sources import RecordSource
 from sftjax.data.token_store import TokenStore, facts_of
 from sftjax.evaluation.sets import ANSWERS, Sets, tokenised
 from sftjax.parallel import processes

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from test_chat import TOKENIZER
 
-from sftjax.clean.forms import canonical
 from sftjax.data import encode, open_source
-from sftjax.data.masking.conversation import to_conversation
+from sftjax.data.masking.conversation import canonical, to_conversation
 from sftjax.files import load_python
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "augment" / "augment.py"

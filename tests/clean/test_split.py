@@ -134,7 +134,7 @@ def test_errors():
     for share in (-0.1, 1.0, 2):
         with pytest.raises(DataError, match="data.split.share=.*: expected a share between 0"):
             split(records, share)
-    with pytest.raises(DataError, match=r"r:1: no field 'author' to split by .*'prompt', 'comple"):
+    with pytest.raises(DataError, match=r"r:1: field 'author' is missing; .*'prompt', 'comple.* set data.split.gr"):
         split(records, 0.1, group_by="author")
     with pytest.raises(DataError, match="of 20 rows with 1 different groups (all|none) fall to"):
         split(records, 0.5, group_by="group")

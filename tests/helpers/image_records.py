@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from sftjax import tasks
-from sftjax.data.packing.image_text import Patches
+from sftjax.data.packing.images import Patches
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.tasks.image_text import ImageText
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from vision import fill
 
 from sftjax import hf as hf_lib
-from sftjax.data.packing.image_text import ImageTextRows, Patches
+from sftjax.data.packing.images import ImageTextRows, Patches
 
 TOKEN = 90  # of an image
 TEXT = dict(

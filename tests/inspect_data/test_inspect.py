@@ -65,9 +65,9 @@ def test_terminal(config):
     assert f"assistant\n{GREEN}two <script>alert(1)</script> & four<|im_end|>{PLAIN}\n" in page
     assert re.search(r"d.jsonl:1, \d+ tokens, \d+% trained\n", page)
     assert re.search(r"d.jsonl:3, \d+ tokens, \d% trained, dropped: no_trained_token_left\n", page)
-    assert re.search(rf"{re.escape(GREEN)}<\|im_end\|> +3 +1 +1 +\d+{re.escape(PLAIN)}\n", page)
-    assert re.search(r"<\|im_start\|> +2 +0 +2 +0\n", page)  # the second document of the row
-    assert re.search(r"<\|im_start\|> +2 +0 +- +-\n", page)  # of the row that is dropped
+    assert re.search(rf"{re.escape(GREEN)} +3 +1 +1 +\d+  <\|im_end\|>{re.escape(PLAIN)}\n", page)
+    assert re.search(r" +2 +0 +2 +0  <\|im_start\|>\n", page)  # the second document of the row
+    assert re.search(r" +2 +0 +- +-  <\|im_start\|>\n", page)  # of the row that is dropped
     assert "examples    4, 3 documents kept" in page
     assert "dropped     1 no_trained_token_left" in page
     assert "stop token  trained: yes, <|im_end|>" in page
@@ -80,18 +80,10 @@ def test_without_colour(config):
     assert "⟦two <script>" in page and "\033" not in page
 
 
-def test_a_wide_terminal_has_the_tokens_beside_the_text(config, tmp_path):
-    said = "日本 " + "wide " * 20 + "\n\x1b[31mnot red"
-    config.data.train = write(tmp_path / "w.jsonl", [{"prompt": "q", "completion": said}])
-    page = inspect(config, 1, width=130)
-    block = page.split("\n\n")[1].splitlines()
-    plain = [re.sub(r"\033\[\d+m", "", line) for line in block]
-    assert {line.find("segment") for line in plain[:1]} == {68 + 3 + 24 + 8 + 8 + 2}
-    width = lambda text: len(text) + sum(c in "日本" for c in text)  # noqa: E731
-    left = [next(t[:i] for i in range(len(t) + 1) if width(t[:i]) == 68 or i == len(t)) for t in plain]
-    text = "".join(left).replace(" ", "")
-    assert "assistant日本wide" in text and r"\x1b[31mnotred<|im_end|>" in text
-    assert all(line.count(GREEN) == line.count(PLAIN) for line in block)
+def test_a_text_drives_no_terminal(config, tmp_path):
+    config.data.train = write(tmp_path / "w.jsonl", [{"prompt": "q", "completion": "日本\n\x1b[31mnot\tred"}])
+    page = inspect(config, 1)
+    assert "assistant\n" + GREEN + "日本\n\\x1b[31mnot\\tred<|im_end|>" + PLAIN in page
     assert page.count("\033[31m") == 0
 
 

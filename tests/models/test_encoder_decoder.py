@@ -15,7 +15,7 @@ from families import PAIRED, write
 import sftjax
 from sftjax import losses, parallel
 from sftjax import params as params_lib
-from sftjax.data.packing.pairs import PairRows
+from sftjax.data.packing.pack import PairRows
 from sftjax.errors import ConfigError
 from sftjax.evaluation.generation import generate
 from sftjax.ops.attention import attention

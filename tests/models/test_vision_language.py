@@ -13,7 +13,7 @@ from vision_language import CASES, TEXT, doc, docs, loaded, packed, patches_of, 
 import sftjax
 from sftjax import hf, parallel
 from sftjax import params as params_lib
-from sftjax.data.packing.image_text import ImageTextRows
+from sftjax.data.packing.images import ImageTextRows
 from sftjax.errors import ModelError
 from sftjax.evaluation import generation
 

@@ -10,7 +10,7 @@ from image_records import ANY, MOST, TOKEN, chat, counted, make, turn, write
 from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.data import Rows, build_store, loader, open_source
-from sftjax.data.packing.image_text import Patches
+from sftjax.data.packing.images import Patches
 from sftjax.data.token_store import store_key
 from sftjax.training import build
 from sftjax.training import data as feed_lib
@@ -82,7 +82,7 @@ def test_rows_have_as_many_patches_as_tokens_of_images(packing, any_size, base, 
 @pytest.mark.parametrize("any_size", [False, True])
 def test_buckets_cut_tokens_and_no_images(any_size, base, config):
     """Of a narrow batch too, patches come in whole images: 22 tokens of a row are 5 images and no part of one."""
-    from sftjax.data.packing.buckets import Buckets
+    from sftjax.data.packing.rows import Buckets
 
     source, task = open_source(write(base / "many.jsonl", records(23))), make(config, any_size)
     store = build_store(source, task, 48, "truncate_end", config.data.cache_dir)

@@ -11,8 +11,7 @@ from test_all_tasks import CASES, model
 from sftjax import config as config_lib
 from sftjax import losses, parallel, tasks
 from sftjax.data import DataError, open_source
-from sftjax.data.packing.pack import plan
-from sftjax.data.packing.pairs import PairRows
+from sftjax.data.packing.pack import PairRows, plan
 from sftjax.data.token_store import build_store
 from sftjax.hf.tokenizer import load_tokenizer
 from sftjax.training.build import make_model

@@ -16,7 +16,7 @@ from sftjax.data.masking.messages import (
     wrong_type,
 )
 from sftjax.data.records.failures import located
-from sftjax.data.records.notes import unread
+from sftjax.data.records.rejects import unread
 from sftjax.errors import DataError
 
 MAY_FOLLOW = {
@@ -49,6 +49,27 @@ class Reading(NamedTuple):
 def to_conversation(record: dict[str, Any], **form: Any) -> dict[str, Any]:
     """The conversation of a record; `form` and what is raised are as of `read_record`."""
     return read_record(record, **form).chat
+
+
+def canonical(record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A record as {"prompt", "completion"}, {"messages"}, {"segments"} or {"text"}.
+
+    The first two may have "tools" and "chat_template_kwargs" too. `to_conversation` reads from it without `form` what
+    it reads from `record` with it.
+    """
+    chat = to_conversation(record, where=where, **(form or {}))
+    messages = chat["messages"]
+    if chat["kind"] == "text":
+        return {"text": messages[0]["content"]}
+    if chat["kind"] == "segments":
+        return {"segments": messages}
+    rest = {"tools": chat["tools"], "chat_template_kwargs": chat["options"]}
+    rest = {key: value for key, value in rest.items() if value}
+    if chat["kind"] == "pair":
+        *system, prompt, answer = (m["content"] for m in messages)
+        rest |= {"system": system[0]} if system else {}
+        return {"prompt": prompt, "completion": answer} | rest
+    return {"messages": messages} | rest
 
 
 def read_record(

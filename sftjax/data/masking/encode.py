@@ -26,21 +26,15 @@ STOP_TOKEN = ("turn", "all", "last", "none")
 REASONING = {"history": "train", "last": "train", "empty": "keep"}
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
+    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet."""
+
     tokens: np.ndarray  # int32 [n]
     weights: np.ndarray  # float32 [n]
     text: str  # what was tokenised
     spans: list[tuple[int, int]]  # trained characters of text: (start, stop)
     kind: str = "chat"  # chat: rendered with a template; pair, segments, text: as it stands
-
-
-class Encoded(_Encoded):
-    """One example. `weights[i]` says whether token i itself is trained; nothing is shifted yet.
-
-    left_out: what the record holds and `text` does not, in words; no part of the tuple.
-    """
-
-    left_out: Sequence[str] = ()
+    left_out: Sequence[str] = ()  # what the record holds and `text` does not, in words
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -60,25 +54,14 @@ class Policy(NamedTuple):
 def encode(record: dict[str, Any], tokenizer: Tokenizer, *, where: str = "", **policy: Any) -> Encoded:
     """Tokenise one record and say which of its tokens are trained.
 
-    Args:
-      record: any form that `to_conversation` reads.
-      tokenizer: a fast Hugging Face tokenizer.
-      where: file and row, for errors.
-      **policy:
-        train_on: "assistant" (default) | "last" (the last assistant turn) | "all" (every turn but the system's) |
-          roles, comma-separated or a list. A message's own `train: bool` or `weight: float` counts before it. Segments
-          say themselves what is trained.
-        stop_token: train the special token that ends a turn: "turn" (default, after each trained turn) | "all" (after
-          every turn) | "last" (after the last turn only) | "none".
-        reasoning: of the answers in history (before the last user's message), of the last turn's, and of an empty think
-          block: dict(history="train", last="train", empty="keep"); each is "train" | "keep" (in the text, not trained)
-          | "drop" (taken out before rendering).
-        template: a chat template, or a file that holds one, in place of the tokenizer's.
-        template_kwargs, fields, roles, system: as in `to_conversation`.
+    record: any form that `to_conversation` reads. tokenizer: a fast Hugging Face one. where: file and row, for errors.
+    policy: train_on, stop_token, reasoning and template are those of the config's section `data` (train_on may be a
+    list of roles too, template also a text); template_kwargs, fields, roles, system as of `to_conversation`.
 
-    A text prompt and completion are rendered as a user's and an assistant's turn; where there is no template they are
-    run together as they stand, and the end-of-text token follows. Of plain text everything is trained. Segments are run
-    together and nothing is added. Raises: DataError.
+    A message's own `train: bool` or `weight: float` counts before train_on. A text prompt and completion are rendered
+    as a user's and an assistant's turn; where there is no template they are run together as they stand, and the
+    end-of-text token follows. Of plain text everything is trained. Segments say themselves what is trained; they are
+    run together and nothing is added. Raises: DataError.
     """
     return encode_batch([record], [where], tokenizer, **policy)[0]
 
@@ -293,14 +276,12 @@ def _encoded(tokenizer, chat, text, encoding, spans, words):
             kind="double_bos",
         )
     weights = token_weights(len(ids), encoding.token_to_chars, spans)
-    example = Encoded(np.array(ids, np.int32), weights, text, [span[:2] for span in spans], chat["kind"])
-    if chat["kind"] in ("pair", "text"):
-        example = _with_ends(tokenizer, *example)
-    example.left_out = chat["left_out"] + words
-    return example
+    trained, said = [span[:2] for span in spans], chat["left_out"] + words
+    example = Encoded(np.array(ids, np.int32), weights, text, trained, chat["kind"], said)
+    return _with_ends(tokenizer, *example) if chat["kind"] in ("pair", "text") else example
 
 
-def _with_ends(tokenizer, tokens, weights, text, spans, kind):
+def _with_ends(tokenizer, tokens, weights, text, spans, *about: Any):
     """Text as it stands: the tokenizer's own first tokens, and the end-of-text token."""
     first, last = added_ids(tokenizer)
     first = [] if tokens[: len(first)].tolist() == first else first
@@ -310,7 +291,7 @@ def _with_ends(tokenizer, tokens, weights, text, spans, kind):
     span = (start + len(before), stop + len(before) + len(after))
     tokens = np.concatenate([first, tokens, last]).astype(np.int32)
     weights = np.concatenate([np.zeros(len(first)), weights, np.ones(len(last))])
-    return Encoded(tokens, weights.astype(np.float32), before + text + after, [span], kind)
+    return Encoded(tokens, weights.astype(np.float32), before + text + after, [span], *about)
 
 
 @lru_cache(maxsize=8)

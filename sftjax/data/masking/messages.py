@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from sftjax.data.records.failures import located
-from sftjax.data.records.readers import loads
 from sftjax.errors import DataError
 
 ROLES = {  # the names that data sets use -> the names that templates use
@@ -42,14 +41,12 @@ def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def read_messages(raw: Any, fields: Mapping[str, str], roles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The messages of a list, of its JSON text, or of a tree of replies.
+    """The messages of a list, or of its JSON text.
 
     fields: may name the keys "role" and "content" of a message; roles: as from `known_roles`.
     """
     if isinstance(raw, str):
         raw = parse_json(raw, "messages")
-    if isinstance(raw, dict) and isinstance(raw.get("replies"), list):
-        raw = _best_thread(raw, fields, roles)
     if not isinstance(raw, list) or not raw:
         raise wrong_type("messages", raw, "a list of messages, not empty")
     messages: list[dict[str, Any]] = []
@@ -68,20 +65,6 @@ def _same_turn(before, message):
     own = ("content", "reasoning_content", "tool_calls")  # all else has to be alike
     rest = ({k: v for k, v in m.items() if k.partition(".")[0] not in own} for m in (before, message))
     return next(rest) == next(rest)
-
-
-def _best_thread(node, fields, roles):
-    """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
-    thread, role = [node], fields.get("role", "role")
-    while isinstance(replies := node.get("replies"), list):
-        if not (replies := [r for r in replies if isinstance(r, dict)]):
-            break
-        ranks = [r["rank"] if isinstance(r.get("rank"), (int, float)) else len(replies) for r in replies]
-        node = replies[ranks.index(min(ranks))]
-        thread.append(node)
-    while len(thread) > 1 and ROLES.get(roles.get(str(thread[-1].get(role)), "")) == "user":
-        thread.pop()
-    return [{k: v for k, v in node.items() if k != "replies"} for node in thread]
 
 
 def _message(raw, fields, roles):
@@ -208,7 +191,7 @@ def _listed(value, name):
 def parse_json(text: str, name: str) -> Any:
     """The value of the JSON text of a field. Raises: DataError, with the field's name."""
     try:
-        return loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name!r} is not valid JSON: {error}: {text[:60]!r}", kind="bad_json") from None
 

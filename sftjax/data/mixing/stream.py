@@ -22,9 +22,8 @@ from sftjax.data.mixing import spec as mix
 from sftjax.data.mixing.mixture import name_seed
 from sftjax.data.packing.pack import Batch
 from sftjax.data.records.layout import kind
-from sftjax.data.records.notes import Notes, said
 from sftjax.data.records.readers import READERS, Table
-from sftjax.data.records.rejects import Rejects
+from sftjax.data.records.rejects import Notes, Rejects, said
 from sftjax.data.records.sources import Source, find_files
 from sftjax.data.token_store import CHUNK, encode_rows
 from sftjax.errors import DataError

@@ -13,6 +13,7 @@ import numpy as np
 from sftjax.errors import DataError
 
 Batch = dict[str, np.ndarray]
+NONE = -1  # no token: what fills up the shorter one of a pair
 
 
 class Field(NamedTuple):
@@ -183,12 +184,10 @@ def make_batch(
     encoded_docs: Iterable[Sequence[Any]],
     length: int | None = None,
     rows: Sequence[Sequence[tuple[int, int, int]]] | None = None,
-    pad_id: int = 0,
 ) -> Batch:
     """`Encoded` examples, or pairs (tokens [n], weights [n]), to a batch for a language model.
 
-    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one document a row. pad_id:
-    what pad cells hold in `tokens`; no real token is judged by it.
+    length: tokens in a row; default the longest row's. rows: the result of `pack`; default one document a row.
 
     Returns: tokens, targets, positions, segments int32 and weights float32, each [B, S]. Raises: DataError if a row
     doesn't fit.
@@ -205,7 +204,7 @@ def make_batch(
             "raise the length, or place the documents with pack(lengths, length, strategy)",
             kind="too_long",
         )
-    batch = blank_batch(len(rows), length, pad_id)
+    batch = blank_batch(len(rows), length)
     for r, row in enumerate(rows):
         CAUSAL.fill({k: v[r] for k, v in batch.items()}, docs, row)
     return batch
@@ -287,12 +286,52 @@ class FixedRows:
         return 1
 
 
-def blank_batch(rows: int, length: int, pad_id: int = 0, layout: Layout = CAUSAL) -> Batch:
+@dataclass(frozen=True)
+class PairRows:
+    """Rows of `source` tokens of sources beside `target` of targets, or as many per width; a pair is one segment.
+
+    An example is (tokens, targets), int32 [n] both, the shorter one filled up with NONE. Its n is the length by which
+    pairs are packed: that of the source, or what its target takes of a row.
+    """
+
+    source: int
+    target: int
+    fixed, shifted = False, False
+
+    def example(self, source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The arrays of a pair of token ids."""
+        n = max(len(source), -(-len(target) * self.source // self.target))
+        parts = (np.asarray(x, np.int32) for x in (source, target))
+        return tuple(np.pad(x, (0, n - len(x)), constant_values=NONE) for x in parts)
+
+    def spec(self, rows: int, width: int) -> dict[str, Field]:
+        """The arrays of a batch: those of sources [rows, width], and those of targets."""
+        short, axes = -(-width * self.target // self.source), ("batch", "seq")
+        sizes = dict.fromkeys(("tokens", "positions", "segments"), width)
+        sizes |= dict.fromkeys(("targets", "target_positions", "target_segments", "weights"), short)
+        return {k: Field((rows, n), np.float32 if k == "weights" else np.int32, axes) for k, n in sizes.items()}
+
+    def fill(self, row: Batch, examples: Examples, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Write the pairs one after the other into a row."""
+        at = {"tokens": 0, "targets": 0}
+        for segment, (doc, _, _) in enumerate(pieces, 1):
+            for (name, start), ids in zip(at.items(), examples[doc], strict=True):
+                ids, side = ids[ids != NONE], "target_" if name == "targets" else ""
+                cells = slice(start, start + len(ids))
+                row[name][cells], row[f"{side}segments"][cells] = ids, segment
+                row[f"{side}positions"][cells] = np.arange(len(ids))
+                if side:
+                    row["weights"][cells] = 1.0
+                at[name] = cells.stop
+
+    def trained(self, example: tuple[np.ndarray, ...]) -> int:
+        """How many tokens the target has."""
+        return int(np.count_nonzero(example[1] != NONE))
+
+
+def blank_batch(rows: int, length: int, layout: Layout = CAUSAL) -> Batch:
     """A batch of padding: every segment 0, every weight 0."""
-    batch: Batch = {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
-    if pad_id:
-        batch["tokens"][...] = pad_id
-    return batch
+    return {k: np.zeros(f.shape, f.dtype) for k, f in layout.spec(rows, length).items()}
 
 
 def pad_to_multiple(length: int, multiple: int) -> int:

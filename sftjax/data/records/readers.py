@@ -73,25 +73,10 @@ def _filled_lines(file):
         start += len(line)
 
 
-_ENDS = {"Expecting value": ("]", "array"), "Expecting property name enclosed in double quotes": ("}", "object")}
-
-
-def loads(text: str) -> Any:
-    """json.loads, whose error names a trailing comma in every Python, as it does since 3.13."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        end, kind = _ENDS.get(error.msg, ("", ""))
-        before = text[: error.pos].rstrip(" \t\r\n")
-        if end and text[error.pos :].startswith(end) and before.endswith(","):
-            raise json.JSONDecodeError(f"Illegal trailing comma before end of {kind}", text, len(before) - 1) from None
-        raise
-
-
 def parse_line(line: bytes, where: str) -> Any:
     """The value of one line of JSON. Raises: DataError."""
     try:
-        return loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n"))
     except (ValueError, RecursionError) as error:  # also a number too long, or nested too deeply
         raise failures.not_json(where, error) from None
 
@@ -173,7 +158,7 @@ class Table:
 def _read_json(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
-        data = loads(text)
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             return JsonLines(path)  # JSON lines under the name .json, as many tools write them
@@ -281,8 +266,9 @@ def unfilled(value: Any) -> Any:
     return [unfilled(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _rows(path, batches, first, start):
-    """(row number from 0, record) of the rows from `start` on, of batches that begin at `first`."""
+def _rows(path, batches, start):
+    """(row number from 0, record) of the rows from `start` on."""
+    first = 0
     for batch in batches:
         if first + len(batch) > start:
             if problem := _damage(batch):
@@ -308,13 +294,9 @@ class Parquet(Columns):
         """(row number from 0, record) of the rows from `start` on; one part of a group is held."""
         import pyarrow.parquet as pq
 
-        end = 0
         with _arrow(path, "Parquet"), pq.ParquetFile(path) as file:
             _check_growth(path, file.metadata)
-            for group in range(file.num_row_groups):
-                first, end = end, end + file.metadata.row_group(group).num_rows
-                if end > start:
-                    yield from _rows(path, file.iter_batches(1000, [group]), first, start)
+            yield from _rows(path, file.iter_batches(1000), start)
 
 
 class Arrow(Columns):
@@ -330,7 +312,7 @@ class Arrow(Columns):
     def stream(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row number from 0, record) of the rows from `start` on."""
         with _arrow(path, "Arrow"):
-            yield from _rows(path, _batches(path)[0], 0, start)
+            yield from _rows(path, _batches(path)[0], start)
 
 
 def _batches(path):
@@ -384,8 +366,8 @@ def _read_table(path, **dialect: Any):
     return Table(path, [dict(zip(names, row, strict=True)) for _, row in lines[1:]], [line for line, _ in lines[1:]])
 
 
-WRAPPED = re.compile('".*"', re.DOTALL)
-FIELD = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)|[^"\t\r\n]*+(?=[\t\r\n]|\Z)')
+# A field in quotes, and what is between them.
+QUOTED = re.compile(r'(?<![^\t\r\n])"((?:[^"]++|"")*+)"(?![^\t\r\n])')
 
 
 def _read_tsv(path):
@@ -399,7 +381,7 @@ def _read_tsv(path):
     if quoted:
         return _read_table(path, delimiter="\t")
     table = _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
-    wrapped = [i for i in range(len(table)) if any(map(WRAPPED.fullmatch, table[i].values()))]
+    wrapped = [i for i in range(len(table)) if any(len(v) > 1 and v[0] == v[-1] == '"' for v in table[i].values())]
     if wrapped:
         warn(
             "fields that are wrapped in quotes are read with their quotes, as others have quotes of"
@@ -410,20 +392,14 @@ def _read_tsv(path):
 
 def _is_quoted(text):
     """Is each quote of the text in a field that CSV would quote, and some field in need of it?"""
-    at, row, rows, found = 0, 0, set[int](), list[str]()
-    while at < len(text) and (field := FIELD.match(text, at)):
-        at, row = field.end() + 1, row + 1
-        found += [field[0]] if field[0] else []
-        if text[at - 1 : at] != "\t":  # the end of a row, which counts if it is not blank
-            rows |= {row} if row > 1 or field[0] else set()
-            row = 0
-    quoted = [field[1:-1] for field in found if field[0] == '"']
-    if at < len(text) or not quoted or len(rows) > 1:
+    inside, rest = QUOTED.findall(text), QUOTED.sub("\0", text)
+    lines, rows = ({line.count("\t") for line in re.split(r"[\r\n]+", x) if line} for x in (text, rest))
+    if not inside or '"' in rest or len(rows) > 1:
         return False
-    if any(re.search(r"[\t\r\n]", inside) for inside in quoted):
+    if re.search(r"[\t\r\n]", "".join(inside)):
         # Where lone quotes begin and end fields, what is between them may look like one field.
-        return len({line.count("\t") for line in re.split(r"[\r\n]+", text) if line}) > 1
-    return len(quoted) == len(found) or any('"' in inside for inside in quoted)
+        return len(lines) > 1
+    return set(rest) <= set("\0\t\r\n") or any('"' in field for field in inside)
 
 
 READERS: dict[str, Any] = {

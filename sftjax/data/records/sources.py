@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,20 @@ from sftjax.errors import DataError
 from sftjax.files import check_regular, url_problem
 
 BIG_FILE = 1 << 30  # bytes; above this a file is known by size and time, not by its content
+
+
+class RecordSource(Protocol):
+    """Records by index, whatever lies behind them: files, some rows of another source, variants."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> dict[str, Any]: ...
+
+    def where(self, i: int, /) -> str:
+        """The file and line (or row number) of record `i`."""
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the records."""
 
 
 class Source(Sequence):

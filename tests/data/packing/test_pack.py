@@ -192,8 +192,8 @@ def test_pad_to_multiple():  # C4
 
 
 def test_a_real_token_equal_to_the_pad_is_trained():  # C6
-    batch = make_batch(docs_of([1, 999, 3], [4, 999]), 4, pad_id=999)
-    np.testing.assert_array_equal(batch["tokens"], [[1, 999, 3, 999], [4, 999, 999, 999]])
+    batch = make_batch(docs_of([1, 0, 3], [4, 0]), 4)
+    np.testing.assert_array_equal(batch["tokens"], [[1, 0, 3, 0], [4, 0, 0, 0]])
     np.testing.assert_array_equal(batch["weights"], [[1, 1, 0, 0], [1, 0, 0, 0]])
     np.testing.assert_array_equal(batch["segments"], [[1, 1, 1, 0], [1, 1, 0, 0]])
 

@@ -5,7 +5,7 @@ import pytest
 from vision_language import png
 
 from sftjax.data import DataError
-from sftjax.data.packing.image_text import ImageTextRows, Patches
+from sftjax.data.packing.images import ImageTextRows, Patches
 from sftjax.data.records.images import pixels
 
 

@@ -39,6 +39,7 @@ USER = {"role": "user", "content": "what is two?"}
 ANSWER = {"role": "assistant", "content": "four"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": "y", "n": 1}}}
 CALLED = [USER, ANSWER | {"content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "5"}]
+TREE = {"role": "prompter", "text": "a", "replies": [{"role": "assistant", "text": "b", "rank": 0}]}
 ALPACA = {"instruction": "a", "input": "b", "output": "c"}
 FORMS = [
     {"messages": [USER, ANSWER, USER, ANSWER | {"reasoning_content": "so"}]},
@@ -56,6 +57,7 @@ FORMS = [
     {"messages": [USER | {"content": [{"type": "text", "text": "a"}]}, ANSWER | {"weight": 0.5}]},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"conversations": [USER, {"role": "function_call", "content": '{"name": "f"}'}, ANSWER]},
+    {"messages": TREE},
     {"prompt": "a", "completion": "b"},
     {"prompt": [USER], "completion": [ANSWER], "system": "s"},
     ALPACA,
@@ -112,7 +114,7 @@ def records(rng, folder):
     rows = [row if isinstance(row, dict) else form for row in rows]
     name, data = as_file(rng, rows)
     (folder / name).write_bytes(torn(rng, data) if rng.random() < 0.3 else data)
-    lists = rng.choice(["#messages", "#a.b", "#", "#messages.tool_calls"]) if rng.random() < 0.05 else ""
+    lists = rng.choice(["#messages", "#a.b", "#", "#messages.replies"]) if rng.random() < 0.05 else ""
     options = dict(fields={}, roles={}, system=rng.choice(["", "", "s"]))
     if rng.random() < 0.15:
         options["fields"] = {rng.choice(NAMES): rng.choice(FIELDS) for _ in range(2)}

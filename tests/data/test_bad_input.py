@@ -108,6 +108,9 @@ ROWS = [
     ({"conversations": [{"from": "human", "value": "a"}]}, "the last message is 'user'"),
     ({"conversations": [{"from": "robot", "value": "a"}]}, "message 1: unknown role 'robot'"),
     ({"conversations": [USER, {"from": "gpt"}]}, "message 2: 'content' is None (NoneType), "),
+    ({"messages": USER | {"replies": [3]}}, "roles out of order: the last message is 'user'"),
+    ({"messages": {"replies": []}}, "message 1: unknown role None"),
+    ({"messages": {"role": ["a"], "replies": [{"role": ["a"]}]}}, "message 1: unknown role ['a']"),
     # --- what is trained, tools, options ---
     (answer(train="yes"), "message 2: train='yes', expected a bool"),
     (answer(weight=-1), "message 2: weight=-1, expected a number"),

@@ -41,12 +41,14 @@ def known_roles(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def read_messages(raw: Any, fields: Mapping[str, str], roles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The messages of a list, or of its JSON text.
+    """The messages of a list, of its JSON text, or of a tree of replies.
 
     fields: may name the keys "role" and "content" of a message; roles: as from `known_roles`.
     """
     if isinstance(raw, str):
         raw = parse_json(raw, "messages")
+    if isinstance(raw, dict) and isinstance(raw.get("replies"), list):
+        raw = _best_thread(raw, fields, roles)
     if not isinstance(raw, list) or not raw:
         raise wrong_type("messages", raw, "a list of messages, not empty")
     messages: list[dict[str, Any]] = []
@@ -65,6 +67,20 @@ def _same_turn(before, message):
     own = ("content", "reasoning_content", "tool_calls")  # all else has to be alike
     rest = ({k: v for k, v in m.items() if k.partition(".")[0] not in own} for m in (before, message))
     return next(rest) == next(rest)
+
+
+def _best_thread(node, fields, roles):
+    """From the root of a tree to a leaf by the best ranked replies, as far as an answer."""
+    thread, role = [node], fields.get("role", "role")
+    while isinstance(replies := node.get("replies"), list):
+        if not (replies := [r for r in replies if isinstance(r, dict)]):
+            break
+        ranks = [r["rank"] if isinstance(r.get("rank"), (int, float)) else len(replies) for r in replies]
+        node = replies[ranks.index(min(ranks))]
+        thread.append(node)
+    while len(thread) > 1 and ROLES.get(roles.get(str(thread[-1].get(role)), "")) == "user":
+        thread.pop()
+    return [{k: v for k, v in node.items() if k != "replies"} for node in thread]
 
 
 def _message(raw, fields, roles):

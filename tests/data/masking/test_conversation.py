@@ -169,6 +169,23 @@ def test_roles_and_the_keys_of_messages_are_mapped():
         to_conversation({"turns": turns}, fields=fields)
 
 
+def test_a_tree_of_replies_is_read_along_the_best_ranked():
+    def node(role, text, *replies, rank=None):
+        return dict(role=role, text=text, replies=list(replies), rank=rank)
+
+    tree = node(
+        "prompter", "q",
+        node("assistant", "worse", rank=1),
+        node("assistant", "best", node("prompter", "r"), rank=0),
+        node("assistant", "unranked"),
+    )  # fmt: skip
+    fields = dict(messages="prompt", content="text")
+    best = [("user", "q"), ("assistant", "best")]
+    assert roles_and_texts({"prompt": tree}, fields=fields) == ("chat", best)
+    with pytest.raises(DataError, match="there is no answer to train on"):
+        to_conversation({"prompt": node("prompter", "q")}, fields=fields)
+
+
 # --- tools, reasoning ---
 
 CALL = dict(type="function", function=dict(name="f", arguments={"x": [1, "é"]}))

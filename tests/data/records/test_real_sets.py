@@ -4,6 +4,7 @@ What is to be trained is worked out anew from the raw files, by each set's own f
 """
 
 import json
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -81,6 +82,21 @@ def test_reason_tool_use(fixtures, tokenizer):
                 said = "".join(parts["text"]).lstrip("\n") + "\n".join(calls)
                 expected.append((thought if i > last_user else "") + said + END)
         assert spans == expected
+
+
+def test_oasst(fixtures, tokenizer):
+    """Trees of replies, of which the best ranked are followed."""
+    path = fixtures / "oasst-en-100" / "en_100_tree.jsonl"
+    lines = "data.fields.messages=prompt", "data.fields.content=text"
+    found = trained(tokenizer, str(path), 80, *lines)
+    for tree, spans in zip(lines_of(path), found, strict=True):
+        expected, node = [], tree["prompt"]
+        while node["replies"]:
+            ranked = [r for r in node["replies"] if r.get("rank") is not None]
+            node = sorted(ranked, key=lambda r: r["rank"])[0] if ranked else node["replies"][0]
+            if node["role"] == "assistant":
+                expected.append(node["text"].strip() + END)
+        assert [re.sub(rf"\s*{re.escape(END)}$", END, s.strip()) for s in spans] == expected
 
 
 @pytest.mark.parametrize("name", ["seed_tasks", "user_oriented_instructions"])

@@ -93,6 +93,19 @@ def overlay_figure(runs: Mapping[str, Mapping[str, Points]], title: str) -> Figu
     return figure
 
 
+@style()
+def reliability_figure(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """How often answers of a confidence are right; bins: the table "calibration" of labels."""
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="mean confidence", ylabel="share right")
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    x, y, share = ([one[k] for one in bins] for k in ("confidence", "accuracy", "share"))
+    axes.plot(x, y, color=COLOURS[0])
+    axes.scatter(x, y, s=[20 + 400 * part for part in share], color=COLOURS[0])
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
+    return figure
+
+
 def _draw(axes: Axes, name, points, colour: int, marker: int):
     """The line that the legend shows: losses; of many train losses their running mean above."""
     steps, losses = np.transpose(points)

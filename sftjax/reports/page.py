@@ -35,12 +35,17 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
             points.insert(0, (0, start[name]))
     figure = curves.loss_figure(series, f"Loss of {workdir.name}")
     curves.save(figure, workdir / "curve.svg", "Loss")
+    pictures = [curves.picture(figure, "Loss over steps")]
     baselines = [
         (f"{name}/{metric}", what, number(metric, value))
         for name, some in after.get("baselines", {}).items()
-        for what, scores in some.items()
-        for metric, value in scores.items()
+        for what, values in some.items()
+        for metric, value in values.items()
     ]
+    for name, bins in after.get("tables", {}).items():
+        if name.endswith("/calibration"):
+            title = f"Reliability of {name.removesuffix('/calibration')}"
+            pictures.append(curves.picture(curves.reliability_figure(bins, title), title))
     env = json.loads((workdir / "env.json").read_text(encoding="utf-8"))
     text = html.render(
         "report.html.jinja",
@@ -53,7 +58,7 @@ def write_page(workdir: Path, task: Task, feed: Feed, result: Mapping[str, Any])
         sentences=overfitting(series),
         measured=list(measured(before, after)),
         baselines=baselines,
-        pictures=[curves.picture(figure, "Loss over steps")],
+        pictures=pictures,
         tables=list(_tables(after.get("tables", {}))),
         rows=[*_worst(task, feed, after), *_answers(task, feed, before, after)],
         speed=_speed(workdir / "metrics.jsonl"),

@@ -126,6 +126,17 @@ def test_the_user_s_own_style_is_left_alone(tmp_path):
     assert "<text" in (tmp_path / "curve.svg").read_text()
 
 
+def test_a_reliability_picture_has_a_point_a_bin():
+    bins = [
+        dict(share=0.25, confidence=0.6, accuracy=0.5),
+        dict(share=0.75, confidence=0.9, accuracy=1.0),
+    ]
+    [axes] = curves.reliability_figure(bins, "Reliability").axes
+    points = axes.collections[0].get_offsets()
+    assert points.tolist() == [[0.6, 0.5], [0.9, 1.0]] and axes.get_title("left") == "Reliability"
+    assert axes.collections[0].get_sizes().tolist() == [120.0, 320.0]
+
+
 def test_an_overlay_has_a_line_for_each_loss_of_each_run():
     runs = {"A": {"loss": [(1, 2.0), (2, 1.0)], "dev/loss": [(2, 1.5)]}, "B": {"loss": [(1, 3.0)]}}
     figure = curves.overlay_figure(runs, "Loss")

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if hasattr(model.config, "vision"):
         task = ImageText(tokenizer).reads(model.config)
         asked, files = task.separated({"prompt": prompt, "images": args.image}, "--image:0")
-        prompt = asked["prompt"]
+        prompt, tokenizer = asked["prompt"], task.tokenizer
     messages.append({"role": "user", "content": prompt})
     chat: dict[str, Any] = dict(messages=messages, tools=None, options={}, where=f"--model={path}")
     [text] = load_template(tokenizer).render([chat], generate=True)

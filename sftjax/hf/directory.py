@@ -136,8 +136,8 @@ def load_model(
 
 
 def _check(c, hf):
-    own = [c.activation, *([c.projector, c.vision.activation] if hasattr(c, "vision") else [])]
-    if wrong := [name for name in own if name not in layer.ACTIVATIONS]:
+    seen = [c.projector or c.activation, c.vision.activation] if hasattr(c, "vision") else []
+    if wrong := [name for name in (c.activation, *seen) if name not in layer.ACTIVATIONS]:
         fields = ("hidden_activation", "activation_function", "projector_hidden_act", "hidden_act")
         field = next((f for f in fields if hf.get(f) == wrong[0]), fields[-1])
         known = ", ".join(layer.ACTIVATIONS)

@@ -16,17 +16,19 @@ from sftjax.params import Param
 # By model_type: each is a module of sftjax.families, as a rule of the same name.
 MODULES = {
     "deberta-v2": "deberta",
+    "gemma3": "llava",
     "gemma3_text": "gemma3",
     "iquestcoder": "llama",
     "iquestloopcoder": "iquest",
+    "paligemma": "llava",
     "phi4-siglip": "llava",
     "siglip": "vit",
     "timm": "resnet",
     "xlm-roberta": "roberta",
 }
-TYPES = """bart bert deberta-v2 distilbert gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite
-iquestcoder iquestloopcoder llama llava mistral mixtral modernbert olmo2 phi3 phi4-siglip qwen2 qwen3 qwen3_moe resnet
-roberta siglip smollm3 t5 timm vit xlm-roberta""".split()
+TYPES = """bart bert deberta-v2 distilbert gemma gemma2 gemma3 gemma3_text gpt2 gpt_neox gpt_oss granite
+iquestcoder iquestloopcoder llama llava mistral mixtral modernbert olmo2 paligemma phi3 phi4-siglip qwen2 qwen3
+qwen3_moe resnet roberta siglip smollm3 t5 timm vit xlm-roberta""".split()
 FAMILIES = {name: importlib.import_module(f"sftjax.families.{MODULES.get(name, name)}") for name in TYPES}
 
 

@@ -311,7 +311,7 @@ def embed(
     where = {"positions": positions, "segments": segments}
     ctx = {"where": where, "angles": _angles(config, **where)}
     if inserted is not None and inserted.sees is not None:
-        ctx["where"] = {"positions": inserted.sees, "segments": segments} | {f"kv_{k}": v for k, v in where.items()}
+        where["sees"] = inserted.sees
     if rng is not None and config.dropout:
         ctx["ids"] = spread(dropout.ids(positions.shape))
         # The embedding's, and one for each layer, whatever the stacks.
@@ -333,7 +333,7 @@ def embed_next(
     known = {f"kv_{k}": put(cache[f"kv_{k}"], new) for k, new in where.items()}
     cache, where = cache | known | {"slot": slot + positions.shape[1]}, where | known
     angles = _angles(config, **where)
-    where |= {} if inserted is None or inserted.sees is None else {"positions": inserted.sees}
+    where |= {} if inserted is None or inserted.sees is None else {"sees": inserted.sees}
     return x, {"slot": slot, "where": where, "angles": angles}, cache
 
 

@@ -5,6 +5,7 @@ message's content. In tokens an image is as many placeholders as it has patches,
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from sftjax.data.masking.around import Around
 from sftjax.data.masking.encode import Encoded
 from sftjax.data.packing.images import ImageTextRows, Patches
 from sftjax.data.packing.pack import Batch
@@ -77,13 +79,19 @@ class ImageText(CausalLM):
     def reads(self, c: Config, field: str = "") -> "ImageText":
         """The same task, for the images of a model."""
         v, self.field, self.image_token = c.vision, field, c.image_token
-        self.patches = Patches(v.image_size, v.patch, v.channels, v.patches)
+        self.patches = Patches(v.image_size, v.patch, v.channels, v.patches, c.pool**2)
         self.layout = ImageTextRows(patches=self.patches)
         if self.tokenizer is not None:
             known = self.tokenizer.added_tokens_decoder  # an ordinary token would stand in texts
-            if self.image_token not in known:
-                raise ConfigError(f"token {self.image_token}, the image's of the model's config, is no added token")
-            self.mark = known[self.image_token].content
+            if other := [i for i in (self.image_token, *c.around) if i not in known]:
+                raise ConfigError(f"token {other[0]}, the image's of the model's config, is no added token")
+            first, last = (known[i].content for i in c.around) if c.around else ("", "")
+            self.mark = first + known[self.image_token].content + last
+            if c.around:  # as Gemma 3's processor
+                self.tokenizer = Around(self.tokenizer, re.escape(self.mark), "\n\n", "\n\n")
+            if c.prefix and not self.tokenizer.chat_template:  # as PaliGemma's
+                pattern = rf"\A(?:{re.escape(self.mark)})*"
+                self.tokenizer = Around(self.tokenizer, pattern, "", self.tokenizer.bos_token or "", whole=True)
         return self
 
     # ---- data ----
@@ -148,7 +156,7 @@ class ImageText(CausalLM):
                 kind="image_slots",
             )
         times, which = np.ones(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
-        times[own] = [int(np.prod(self.patches.of(data, where).shape[:2])) for data in images]
+        times[own] = [self.patches.tokens(data, where) for data in images]
         which[own] = np.arange(1, len(images) + 1)
         return times, np.repeat(which, times)
 
@@ -196,7 +204,7 @@ class ImageText(CausalLM):
 
     def tally(self, max_length: int, overlong: str) -> Any:
         """As of CausalLM. Raises: DataError where no image would fit into a row."""
-        least = self.patches.limits[0] if self.patches.limits else self.patches.most
+        least = (self.patches.limits[0] if self.patches.limits else self.patches.most) // self.patches.each
         if 0 < max_length < least:
             raise DataError(f"data.max_length={max_length}: an image has {least} tokens", "raise it", kind="setting")
         return ImageTally(self, max_length, overlong)

@@ -34,6 +34,21 @@ CASES = {
         vision_feature_layer=-3, vision_feature_select_strategy="full", multimodal_projector_bias=False,
         projector_hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
     ),
+    "paligemma": dict(
+        model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"], image_token_index=TOKEN,
+        text_config=TEXT | {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
+        vision_config=TOWER | dict(model_type="siglip_vision_model", image_size=12, vision_use_head=False),
+        projection_dim=32, hidden_size=32,
+    ),
+    "gemma3": dict(
+        model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], image_token_index=TOKEN,
+        text_config=TEXT | {
+            "model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": True, "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8,
+        },
+        vision_config=TOWER | dict(model_type="siglip_vision_model", image_size=16, vision_use_head=False),
+        mm_tokens_per_image=4, boi_token_index=91, eoi_token_index=92,
+    ),
     "phi4-siglip": TEXT | dict(
         model_type="phi4-siglip", architectures=["Phi4ForCausalLMV"], original_max_position_embeddings=256,
         vision_config=TOWER | dict(model_type="siglip2_vision_model", num_patches=9),
@@ -68,7 +83,7 @@ def png(height, width, seed=0) -> bytes:
 
 def patches_of(model) -> Patches:
     v = model.config.vision
-    return Patches(v.image_size, v.patch, v.channels, v.patches)
+    return Patches(v.image_size, v.patch, v.channels, v.patches, model.config.pool**2)
 
 
 class Doc(NamedTuple):
@@ -87,9 +102,12 @@ def doc(model, *parts, seed=0) -> Doc:
             tokens += rng.integers(3, TOKEN, part).tolist()
         else:
             files.append(png(*part, seed))
-            tokens += [TOKEN] * int(np.prod(patches_of(model).of(files[-1]).shape[:2]))
+            tokens += [TOKEN] * patches_of(model).tokens(files[-1])
     tokens = np.array(tokens, np.int32)
-    return Doc(tokens, np.float32(tokens != TOKEN), files)
+    weights = np.float32(tokens != TOKEN)
+    if model.config.prefix:  # what is trained are the last few tokens
+        weights[: max(len(tokens) - 3, np.flatnonzero(tokens == TOKEN).max(initial=-1) + 1, 1)] = 0
+    return Doc(tokens, weights, files)
 
 
 def packed(model, rows, width) -> dict:

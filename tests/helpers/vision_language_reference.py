@@ -14,10 +14,10 @@ TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
 
 
 class Llava:
-    """LlavaForConditionalGeneration of a directory, every tensor of it used and none missing."""
+    """LLaVA, PaliGemma or Gemma 3 of a directory, every tensor of it used and none missing."""
 
     def __init__(self, path, dtype=torch.float32):
-        kind = transformers.LlavaForConditionalGeneration
+        kind = getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
         how = dict(output_loading_info=True, attn_implementation="eager", dtype=dtype)
         self.module, info = kind.from_pretrained(path, **how)
         missing = [k for k in info["missing_keys"] if ".head." not in k]
@@ -32,7 +32,13 @@ class Llava:
             side = whole[0].shape[0] * v.patch
             pixels = np.stack([x.reshape(side, side, 3) for x in whole])
             out["pixel_values"] = scaled(v, pixels.transpose(0, 3, 1, 2), (3, 1, 1), self.module.dtype)
-        return self.module(input_ids=torch.tensor(doc.tokens[None], dtype=torch.long), **out).logits[0]
+        tokens = torch.tensor(doc.tokens[None], dtype=torch.long)
+        if model.config.whole:
+            out["token_type_ids"] = (tokens == TOKEN).long()
+        if model.config.prefix:
+            first = np.flatnonzero(doc.weights > 0).min(initial=len(doc.weights))
+            out["token_type_ids"] = (torch.arange(tokens.shape[1]) >= int(first)).long()[None]
+        return self.module(input_ids=tokens, **out).logits[0]
 
     def parameters(self):
         return list(self.module.parameters())
@@ -109,7 +115,7 @@ def scaled(v, pixels, shape, dtype):
 def theirs(path, dtype=torch.float32):
     """The reference of a case's directory."""
     kind = json.loads((path / "config.json").read_text())["model_type"]
-    return (Llava if kind == "llava" else Phi)(path, dtype)
+    return (Phi if kind == "phi4-siglip" else Llava)(path, dtype)
 
 
 def loss(reference, model, docs):

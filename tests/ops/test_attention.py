@@ -163,7 +163,7 @@ def blocks_met(segments, positions, causal=True, window=0):
     """How many key blocks each query block of one row visits."""
     cut = [blockwise._cut(jnp.asarray(x)[None], 1, blockwise.BLOCK) for x in (segments, positions)]
     o = blockwise.Options(causal, window, 0.0, 1.0)
-    return blockwise._places(o, *cut, *cut).met[0].tolist()
+    return blockwise._places(o, *cut, cut[1], *cut).met[0].tolist()
 
 
 def test_blockwise_visits_the_blocks_that_a_document_connects_and_no_others():

@@ -33,6 +33,7 @@ class Patches(NamedTuple):
     patch: int
     channels: int
     limits: tuple[int, ...] = ()
+    each: int = 1  # patches of a token
 
     @property
     def most(self) -> int:
@@ -44,6 +45,10 @@ class Patches(NamedTuple):
         image, p = pixels(data, self._size if self.limits else self.side, self.channels, where), self.patch
         rows, columns = image.shape[0] // p, image.shape[1] // p
         return np.swapaxes(image.reshape(rows, p, columns, p, self.channels), 1, 2)
+
+    def tokens(self, data: bytes, where: str = "") -> int:
+        """Of an image's file. Raises: DataError."""
+        return int(np.prod(self.of(data, where).shape[:2])) // self.each
 
     def _size(self, height, width):
         """(height, width) as the image is read: in as many patches as it fills, within the limits.
@@ -89,7 +94,7 @@ class Patches(NamedTuple):
 
     def cells(self, tokens: float) -> int:
         """The patches for which there is room where a row has at most so many tokens of images; never none."""
-        return max(int(tokens), 1) if self.limits else max(int(tokens / self.most), 1) * self.most
+        return max(int(tokens), 1) if self.limits else max(int(tokens * self.each / self.most), 1) * self.most
 
 
 def files(images: np.ndarray, sizes: np.ndarray) -> list[bytes]:
@@ -102,8 +107,8 @@ def files(images: np.ndarray, sizes: np.ndarray) -> list[bytes]:
 class ImageTextRows(TokenRows):
     """TokenRows of examples (tokens, weights, images, sizes); see `files`. Their images are decoded as rows are read.
 
-    An image is cut into patches; the n-th image token of a row is that of its n-th patch. share: the most of an
-    example's tokens that are of images, which says for how many patches a row has room.
+    An image is cut into patches; the n-th image token of a row is that of its n-th patch, or square of patches. share:
+    the most of an example's tokens that are of images, which says for how many patches a row has room.
     """
 
     share: float = 1.0

@@ -93,12 +93,12 @@ class Backend:
 
     fn: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    features: frozenset = frozenset("segments window softcap sinks bidirectional distances relative cross".split())
+    features: frozenset = frozenset("segments window softcap sinks bidirectional distances relative cross sees".split())
     multiple: int = 1  # of which a shard's part of a row has to be
 
 
 BLOCKS = Backend.features - {"relative"}
-KERNEL = BLOCKS - {"distances", "cross"}
+KERNEL = BLOCKS - {"distances", "cross", "sees"}
 BACKENDS = {
     "xla": Backend(xla),
     "blockwise": Backend(blockwise.blockwise, features=BLOCKS),
@@ -156,6 +156,7 @@ def attention(
     positions: jax.Array,
     kv_segments: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
+    sees: jax.Array | None = None,
     causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
@@ -170,19 +171,20 @@ def attention(
     """Softmax attention. q [B, S, N, H], k and v [B, T, K, H] with K dividing N -> [B, S, N, H].
 
     from_cache: k is [B, K, H, T] and v [B, K, T, H], as a cache holds them.
-    segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when None). window: a
-    query sees itself and window-1 keys before it, and as many after it where not causal; 0 = all. softcap: 0 = none.
-    scale: of the scores; None = H^-0.5. sinks [N]: a score of each head that takes its share of the softmax and gives
-    nothing. distances [N, buckets]: what is added to a score by the distance of its key, in buckets as T5's up to
-    `furthest`; not together with a softcap. relative: keys and queries [R, N, H] of distances up to `furthest`, as
+    segments, positions: int32 [B, S] of the queries; kv_* [B, T] of the keys (the queries' own when None). sees: int32
+    [B, S], the last position that each query sees where causal; None = its own. window: a query sees itself and
+    window-1 keys before it, and as many after it where not causal; 0 = all. softcap: 0 = none. scale: of the scores;
+    None = H^-0.5. sinks [N]: a score of each head that takes its share of the softmax and gives nothing. distances [N,
+    buckets]: what is added to a score by the distance of its key, in buckets as T5's up to `furthest`; not together
+    with a softcap. relative: keys and queries [R, N, H] of distances up to `furthest`, as
     DeBERTa has them. ConfigError where the backend cannot.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, extra = Options(causal, window, softcap, scale, furthest), Extra(sinks, distances, relative)
-    asked = {k for k, x in (extra._asdict() | {"cross": kv_segments}).items() if x is not None}
+    asked = {k for k, x in (extra._asdict() | {"cross": kv_segments, "sees": sees}).items() if x is not None}
     kv_segments = segments if kv_segments is None else kv_segments
     kv_positions = positions if kv_positions is None else kv_positions
-    where = Where(segments, kv_segments, positions, kv_positions)
+    where = Where(segments, kv_segments, positions, kv_positions, sees)
     if softcap and distances is not None:
         raise ValueError("attention: distances and a softcap do not go together")
     if from_cache:

@@ -10,12 +10,16 @@ NEG_INF = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a key that is
 
 
 class Where(NamedTuple):
-    """Segments and positions, int32: of the queries [B, S], and of the keys [B, T]."""
+    """Segments and positions, int32: of the queries [B, S], and of the keys [B, T].
+
+    sees [B, S]: the last position that a query sees, where that is not its own.
+    """
 
     q_seg: jax.Array
     kv_seg: jax.Array
     q_pos: jax.Array
     kv_pos: jax.Array
+    sees: Any = None
 
 
 class Options(NamedTuple):
@@ -67,7 +71,7 @@ def mask(where: Where, causal: bool, window: int) -> jax.Array:
     seen = where.q_seg[:, :, None] == where.kv_seg[:, None, :]
     ahead = where.q_pos[:, :, None] - where.kv_pos[:, None, :]  # how far the key lies behind
     if causal:
-        seen &= ahead >= 0
+        seen &= (ahead if where.sees is None else where.sees[:, :, None] - where.kv_pos[:, None, :]) >= 0
     if window:
         seen &= (ahead if causal else jnp.abs(ahead)) < window
     return seen

@@ -26,13 +26,14 @@ FLOOR = NEG_INF / 2  # where a running maximum starts: exp(NEG_INF - FLOOR) is 0
 
 
 class Places(NamedTuple):
-    """Segments and positions of queries [g, i, r, size] and keys [g, j, r, size].
+    """Segments and positions of queries [g, i, r, size], and the last that they see, and of keys [g, j, r, size].
 
     The key blocks that a query block meets come first in order [g, i, j]; they are met [g, i].
     """
 
     q_seg: jax.Array
     q_pos: jax.Array
+    sees: jax.Array
     kv_seg: jax.Array
     kv_pos: jax.Array
     order: jax.Array
@@ -45,9 +46,10 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Whe
     T, K = k.shape[1:3]
     sizes = (min(BLOCK, S), min(BLOCK, T))
     rows = B if max(S, T) <= TOGETHER * BLOCK else 1
-    q_seg, q_pos = (_cut(x, rows, sizes[0]) for x in (where.q_seg, where.q_pos))
+    sees = where.q_pos if where.sees is None else where.sees
+    mine = (_cut(x, rows, sizes[0]) for x in (where.q_seg, where.q_pos, sees))
     kv_seg, kv_pos = (_cut(x, rows, sizes[1]) for x in (where.kv_seg, where.kv_pos))
-    places = _places(o, q_seg, q_pos, kv_seg, kv_pos)
+    places = _places(o, *mine, kv_seg, kv_pos)
     extra = Extra(*(x if x is None else x.astype(jnp.float32) for x in extra))
     if extra.sinks is not None:  # a score of each query of a block
         sinks = jnp.repeat(extra.sinks.reshape(K, N // K), sizes[0], axis=1)
@@ -81,7 +83,7 @@ def _whole(x, N, B, S):
 # ---- which blocks meet -----------------------------------------------------------------------
 
 
-def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
+def _places(o, q_seg, q_pos, sees, kv_seg, kv_pos) -> Places:
     """Each block as an interval of (segment, position) in lexical order.
 
     Blocks meet where the interval of what a block's queries see overlaps that of the keys: never too few, and none too
@@ -90,7 +92,7 @@ def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
     last = jnp.iinfo(jnp.int32).max
     first_seen = jnp.maximum(q_pos - o.window + 1, 0) if o.window else jnp.zeros_like(q_pos)
     ahead = 0 if o.causal else o.window - 1 if o.window else None
-    last_seen = jnp.full_like(q_pos, last) if ahead is None else q_pos + ahead
+    last_seen = jnp.full_like(q_pos, last) if ahead is None else sees + ahead
     low, high = _least(q_seg, first_seen), _greatest(q_seg, last_seen)
     keys = _least(kv_seg, kv_pos), _greatest(kv_seg, kv_pos)
     low, high = ([x[:, :, None] for x in pair] for pair in (low, high))
@@ -99,7 +101,7 @@ def _places(o, q_seg, q_pos, kv_seg, kv_pos) -> Places:
     real = jnp.any(q_seg > 0, -1)[:, :, None] & jnp.any(kv_seg > 0, -1)[:, None]
     meet = jnp.any(meet & real, -1)
     order = jnp.argsort(~meet, axis=-1, stable=True)
-    return Places(q_seg, q_pos, kv_seg, kv_pos, order, jnp.sum(meet, -1))
+    return Places(q_seg, q_pos, sees, kv_seg, kv_pos, order, jnp.sum(meet, -1))
 
 
 def _least(seg, pos):
@@ -127,8 +129,8 @@ def _scores(o, q, k, distances, mine, theirs):
     s = jnp.einsum("rkqh,rkth->rkqt", q, k, preferred_element_type=jnp.float32) * o.scale
     if o.softcap:
         s = o.softcap * jnp.tanh(s / o.softcap)
-    (q_seg, q_pos), (kv_seg, kv_pos) = mine, theirs
-    where = Where(q_seg, kv_seg, q_pos, kv_pos)
+    (q_seg, q_pos, sees), (kv_seg, kv_pos) = mine, theirs
+    where = Where(q_seg, kv_seg, q_pos, kv_pos, sees)
     seen = mask(where, o.causal, o.window) & (q_seg > 0)[:, :, None]
     r, K, Q, t = s.shape
     s = s.reshape(r, K, -1, seen.shape[1], t)  # the query heads of k apart
@@ -142,9 +144,9 @@ def _dot(equation, a, b):
 
 
 def _block(p: Places, at):
-    """Group, query block, and its segments and positions."""
+    """Group, query block, and its segments, positions, and the last that it sees."""
     g, i = jnp.unravel_index(at, p.met.shape)
-    return g, i, (p.q_seg[g, i], p.q_pos[g, i])
+    return g, i, (p.q_seg[g, i], p.q_pos[g, i], p.sees[g, i])
 
 
 # ---- forward and backward over all blocks ----------------------------------------------------

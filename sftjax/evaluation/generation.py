@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from sftjax import parallel
 from sftjax.data.packing.pack import pad_to_multiple
 from sftjax.errors import ConfigError, DataError, ModelError
+from sftjax.models import decoder
 from sftjax.models.base import Model
 from sftjax.ops import rope
 from sftjax.parallel import processes
@@ -93,7 +94,7 @@ def _rows(cache, change):
 
 
 def search(
-    model: Model,
+    model: decoder.Model,
     params: Any,
     cache: dict[str, Any],
     last: jax.Array,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sftjax.data import open_source
 from sftjax.data.masking import encode as chat
-from sftjax.data.masking.conversation import read_field, read_record, to_conversation
+from sftjax.data.masking.conversation import read_field, to_conversation
 from sftjax.data.masking.question import SEPARATOR, Question, question, stop_ids
 from sftjax.data.masking.template import template_texts
 from sftjax.data.packing.truncate import fit
@@ -99,7 +99,7 @@ class CausalLM(Answering):
 
     def fields_read(self, record: dict) -> set[str]:
         """All but those that `to_conversation` never asks for."""
-        return set(record) & read_record(record, **only(self.policy, FORM)).read
+        return set(record) & to_conversation(record, **only(self.policy, FORM))["read"]
 
     def left_out(self, record: dict, example: chat.Encoded) -> Sequence[str]:
         """What `encode` found that the text of the example does not hold."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sftjax.data.masking.marks import after_thinking
 from sftjax.data.masking.messages import (
@@ -35,22 +35,6 @@ FIELDS = ("prompt", "completion", "input", "system", "messages", "text", "tools"
 MESSAGE_FIELDS = ("role", "content")  # of a message
 
 
-class Reading(NamedTuple):
-    """A record as it was read."""
-
-    # dict(messages=[{role, content, ...}], tools=list or None, options=dict for the template, kind="chat" | "pair" |
-    # "segments" | "text"). A pair is one prompt and completion in text; it may be rendered as a chat or run together.
-    # Text and segments are messages of role "text".
-    chat: dict[str, Any]
-    read: set[str]  # the fields asked for
-    left_out: list[str]  # what was not read, in words
-
-
-def to_conversation(record: dict[str, Any], **form: Any) -> dict[str, Any]:
-    """The conversation of a record; `form` and what is raised are as of `read_record`."""
-    return read_record(record, **form).chat
-
-
 def canonical(record: dict[str, Any], where: str = "", form: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A record as {"prompt", "completion"}, {"messages"}, {"segments"} or {"text"}.
 
@@ -72,7 +56,7 @@ def canonical(record: dict[str, Any], where: str = "", form: Mapping[str, Any] |
     return {"messages": messages} | rest
 
 
-def read_record(
+def to_conversation(
     record: dict[str, Any],
     *,
     fields: Mapping[str, str] | None = None,
@@ -80,8 +64,12 @@ def read_record(
     system: str = "",
     template_kwargs: Mapping[str, Any] | None = None,
     where: str = "",
-) -> Reading:
-    r"""Bring a record of any known form into one form.
+) -> dict[str, Any]:
+    r"""Bring a record of any known form into one form, a conversation.
+
+    That is dict(messages=[{role, content, ...}], tools=list or None, options=dict for the template, kind="chat" |
+    "pair" | "segments" | "text", read=the fields asked for, left_out=what was not read, in words). A pair is one prompt
+    and completion in text; it may be rendered as a chat or run together. Text and segments are messages of role "text".
 
     record: messages | conversations (from/value) | prompt + completion (text or message lists)
       | instruction (+ context, input, history) + output | segments | text; and beside them
@@ -117,7 +105,7 @@ def read_record(
         elif system or "system" in fields:
             raise DataError("a system message is set, but plain text is no conversation", kind="system_unused")
     left_out += unread(record, record.read)
-    return Reading(chat | dict(messages=messages, kind=kind), record.read, left_out)
+    return chat | dict(messages=messages, kind=kind, read=record.read, left_out=left_out)
 
 
 class Asked(dict):

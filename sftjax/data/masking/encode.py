@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sftjax.data.masking import left_out
-from sftjax.data.masking.conversation import last_turn, read_record, without_reasoning
+from sftjax.data.masking.conversation import last_turn, to_conversation, without_reasoning
 from sftjax.data.masking.messages import ROLES, wrong_value
 from sftjax.data.masking.template import Case, ChatTemplate, Tokenizer, after_empty_think, load_template
 from sftjax.data.records.failures import located
@@ -166,9 +166,9 @@ def conversation_of(
 ) -> tuple[ChatTemplate, dict[str, Any]]:
     """The template of a record, and its conversation without the reasoning that is dropped.
 
-    As of to_conversation; it has left_out and where too, and a pair with a template is a chat.
+    As of to_conversation; it has where too, and a pair with a template is a chat.
     """
-    chat, _, unread = read_record(record, where=where, **forms)
+    chat = to_conversation(record, where=where, **forms)
     chosen = load_template(tokenizer, template, chat, where)
     kind = "chat" if chat["kind"] == "pair" and chosen.source else chat["kind"]
     border = last_turn(chat["messages"])
@@ -176,7 +176,7 @@ def conversation_of(
         without_reasoning(m) if reasoning["last" if i >= border else "history"] == "drop" else m
         for i, m in enumerate(chat["messages"])
     ]
-    return chosen, chat | dict(messages=messages, kind=kind, left_out=unread, where=where)
+    return chosen, chat | dict(messages=messages, kind=kind, where=where)
 
 
 def _message_weights(chat, policy):

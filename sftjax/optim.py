@@ -13,8 +13,8 @@ import optax
 from ml_collections import ConfigDict
 
 from sftjax import params as params_lib
-from sftjax.adam8 import scale_by_adam_8bit
 from sftjax.errors import ConfigError
+from sftjax.ops.adam8 import scale_by_adam_8bit
 
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 

@@ -15,9 +15,10 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from sftjax import adam8, parallel
+from sftjax import parallel
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError
+from sftjax.ops import adam8
 
 DATA = "data"  # the mesh axis whose shards hold all parameters and some of the rows
 

@@ -199,13 +199,13 @@ def adapt(section: ConfigDict, model: Any, quantize: str = "") -> Any:
     fewer = _matched(["all_linear"], named) if quantize else []
     stored = hf.stored_dtypes(model) if getattr(model, "source", None) else {}
 
-    def node(name, p):
+    def make(name, p):
         base = Quantized.of(p, kind=quantize, dtype=stored.get(name, "float32")) if name in fewer else p
         made = LoRA.of(p, kind=kind, rank=rank, scale=scale, rate=section.dropout) if name in names else None
         return base if made is None else dataclasses.replace(made, base=base)
 
     every = dict.fromkeys([*names, *fewer])
-    model = dataclasses.replace(model, nodes=tuple((re.escape(n), functools.partial(node, n)) for n in every))
+    model = dataclasses.replace(model, nodes=tuple((re.escape(n), functools.partial(make, n)) for n in every))
     for name, node in nodes_of(model.abstract).items():
         _, ins, outs = map(math.prod, node.split(node.base.shape))
         if rank > min(ins, outs):

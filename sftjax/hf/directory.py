@@ -221,11 +221,8 @@ def load_params(
     abstract = params_lib.flatten(tree)
     dtypes: Any = {n: jnp.float32 if n.startswith("stats/") else dtype for n in abstract}
     dtypes |= params_lib.flatten(dtype if isinstance(dtype, dict) else {})
-    if mesh is None:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = dict.fromkeys(abstract, one)
-    else:
-        shardings = params_lib.flatten(param_shardings(mesh, tree))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = params_lib.flatten(param_shardings(mesh, tree)) if mesh else dict.fromkeys(abstract, one)
 
     def leaf(path, files, layout):
         p, lead = abstract[path], len(next(iter(files)))
@@ -233,13 +230,9 @@ def load_params(
         read = functools.partial(_load_leaf, reader, dtype=dtypes[path], sharding=shardings[path])
         if path not in packed:
             return read(files, layout, p.shape, shape)
-        layers, node = [{} for _ in range(p.shape[0])], packed[path]
-        for at, name in files.items():
-            layers[at[0]][(0, *at[1:])] = name
-        places = None if mesh is None else param_shardings(mesh, node)
-        pack = jax.jit(node.pack, out_shardings=places)
-        parts = [jax.block_until_ready(pack(read(own, layout, (1, *p.shape[1:]), shape))) for own in layers]
-        return jax.jit(lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=places)(parts)
+        own = lambda i: {(0, *at[1:]): name for at, name in files.items() if at[0] == i}  # noqa: E731
+        layer = lambda i: read(own(i), layout, (1, *p.shape[1:]), shape)  # noqa: E731
+        return packed[path].pack_by_layer(layer, mesh and param_shardings(mesh, packed[path]))
 
     leaves = {name: leaf(name, *rest) for name, *rest in rows if name not in fresh}
     for name in fresh:

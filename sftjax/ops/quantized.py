@@ -4,9 +4,11 @@ nf4 is QLoRA's (arXiv 2305.14314): blocks of 64 inputs, each number one of 16 qu
 the blocks' scales in 8 bits themselves. int4 has 15 even steps in their place. int8 has one scale for each output.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,13 +52,13 @@ class Quantized(weight.Node):
         axes, outer = node.leaf_axes(p.axes), [1 if one else n for n, one in zip(p.shape, inputs, strict=True)]
         scale = Param(tuple(outer), axes.absmax if kind == "int8" else axes.span, zeros)
         if kind == "int8":
-            return node.replace(codes=Param(p.shape, p.axes, zeros, p.inputs), absmax=scale)
+            return dataclasses.replace(node, codes=Param(p.shape, p.axes, zeros, p.inputs), absmax=scale)
         last, n = len(p.shape) + node._last, p.shape[node._last]
         if n % 2:
             raise ConfigError(f"model.quantize={kind!r} needs an even number of inputs, not {p.shape}; take 'int8'")
         halves, blocks = ((*p.shape[:last], m, *p.shape[last + 1 :]) for m in (n // 2, n // math.gcd(BLOCK, n)))
         codes = Param(halves, p.axes, zeros, p.inputs, per=2)
-        return node.replace(codes=codes, absmax=Param(blocks, axes.absmax, zeros), span=scale, mean=scale)
+        return dataclasses.replace(node, codes=codes, absmax=Param(blocks, axes.absmax, zeros), span=scale, mean=scale)
 
     @property
     def _last(self) -> int:
@@ -77,8 +79,8 @@ class Quantized(weight.Node):
         # Blocks along a dimension that is stored in parts are few, and are whole everywhere.
         blocks = tuple(None if one and axis == "embed" else axis for one, axis in zip(inputs, axes, strict=True))
         if self.kind == "int8":
-            return self.replace(codes=axes, absmax=outer)
-        return self.replace(codes=axes, absmax=blocks, span=outer, mean=outer)
+            return dataclasses.replace(self, codes=axes, absmax=outer)
+        return dataclasses.replace(self, codes=axes, absmax=blocks, span=outer, mean=outer)
 
     def dtypes(self, dtype: DTypeLike) -> "Quantized":
         """See Node; scales stay in float32."""
@@ -90,7 +92,7 @@ class Quantized(weight.Node):
         largest = functools.partial(jnp.max, axis=over, keepdims=True)
         if self.kind == "int8":
             top = largest(jnp.abs(w))
-            return self.replace(codes=jnp.round(127 * _over(w, top)).astype(jnp.int8), absmax=top)
+            return dataclasses.replace(self, codes=jnp.round(127 * _over(w, top)).astype(jnp.int8), absmax=top)
         blocks = self._blocks(w, w.shape[self._last] // math.gcd(BLOCK, w.shape[self._last]))
         top = jnp.max(jnp.abs(blocks), self._last, keepdims=True)
         low, high = jnp.split(self._codes(_over(blocks, top)), 2, self._last)
@@ -99,7 +101,13 @@ class Quantized(weight.Node):
         mean = jnp.mean(top, over, keepdims=True)
         span = largest(jnp.abs(top - mean))
         scales = jnp.round(127 * _over(top - mean, span)).astype(jnp.int8)
-        return self.replace(codes=codes, absmax=scales, span=span, mean=mean)
+        return dataclasses.replace(self, codes=codes, absmax=scales, span=span, mean=mean)
+
+    def pack_by_layer(self, read: Callable[[int], jax.Array], places: Any = None) -> "Quantized":
+        """The same of a stack whose layers read(i) gives, [1, ...] each, one after the other. places: shardings."""
+        pack = jax.jit(self.pack, out_shardings=places)
+        parts = [jax.block_until_ready(pack(read(i))) for i in range(self.codes.shape[0])]
+        return jax.jit(lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=places)(parts)
 
     def dense(self, dtype: DTypeLike) -> jax.Array:
         """The weight as one array in `dtype`, computed in float32."""

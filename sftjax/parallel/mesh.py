@@ -121,7 +121,7 @@ def named(mesh: AnyMesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
-def param_shardings(mesh: AnyMesh, abstract: dict[str, Any]) -> dict[str, Any]:
+def param_shardings(mesh: AnyMesh, abstract: Any) -> Any:
     """A NamedSharding for every Param; a dimension that does not divide is an error, by name."""
 
     def one(name, p):

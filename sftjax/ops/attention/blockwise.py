@@ -47,9 +47,9 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, extra: Extra, where: Whe
     sizes = (min(BLOCK, S), min(BLOCK, T))
     rows = B if max(S, T) <= TOGETHER * BLOCK else 1
     sees = where.q_pos if where.sees is None else where.sees
-    mine = (_cut(x, rows, sizes[0]) for x in (where.q_seg, where.q_pos, sees))
+    q_seg, q_pos, sees = (_cut(x, rows, sizes[0]) for x in (where.q_seg, where.q_pos, sees))
     kv_seg, kv_pos = (_cut(x, rows, sizes[1]) for x in (where.kv_seg, where.kv_pos))
-    places = _places(o, *mine, kv_seg, kv_pos)
+    places = _places(o, q_seg, q_pos, sees, kv_seg, kv_pos)
     extra = Extra(*(x if x is None else x.astype(jnp.float32) for x in extra))
     if extra.sinks is not None:  # a score of each query of a block
         sinks = jnp.repeat(extra.sinks.reshape(K, N // K), sizes[0], axis=1)

@@ -11,9 +11,10 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 import sftjax
-from sftjax import adam8, losses, optim, parallel
 from sftjax import config as config_lib
+from sftjax import losses, optim, parallel
 from sftjax import params as params_lib
+from sftjax.ops import adam8
 from sftjax.training import build
 
 

@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 class State(NamedTuple):
     """The state of scale_by_adam_8bit."""
 
-    count: jax.Array
+    step: jax.Array
     mu: Moments
     nu: Moments
 
@@ -45,10 +45,10 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
     def update(grads, state, params=None):
         del params
-        count = state.count + 1
+        count = state.step + 1
 
         def one(g: jax.Array, *old: Any) -> tuple:
-            mu, nu = (_decode(*x, root) for x, root in zip((old[:2], old[2:]), ROOTS, strict=True))
+            mu, nu = _decode(old[0], old[1], ROOTS[0]), _decode(old[2], old[3], ROOTS[1])
             mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
             step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
             new = (
@@ -56,7 +56,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             )
             return step, *new
 
-        leaves, tree = jax.tree.flatten(grads)
+        leaves, like = jax.tree.flatten(grads)
+        tree: Any = like  # its methods have no types
         old = (tree.flatten_up_to(x) for x in (*state.mu, *state.nu))
         steps, *new = zip(*map(one, leaves, *old), strict=True)
         mu, nu = (Moments(*map(tree.unflatten, zip(*pairs, strict=True))) for pairs in new)

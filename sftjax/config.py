@@ -44,6 +44,7 @@ def get_default() -> ConfigDict:
     c.model.remat = "dots"
     c.model.attention = "blockwise"  # blockwise | xla | splash (TPU) | path/to/file.py:NAME
     c.model.scan = True  # layers under lax.scan; False unrolls them
+    c.model.embed_noise = 0.0  # NEFTune's alpha, such as 5: noise on the embeddings, in training
     c.model.vocab_multiple = 128  # embedding and head are padded to it, so they can be sharded
     c.model.split = ()  # cut the stack of layers here, so that rules can tell the parts apart
 
@@ -142,8 +143,9 @@ def get_default() -> ConfigDict:
     c.loss.chunk_tokens = 4096  # positions whose logits exist at a time, at most
 
     c.adapter = ConfigDict()  # small trained changes of weights that stay as they are: docs/adapters.md
-    c.adapter.kind = ""  # "" = none | lora | rslora | dora | pissa
+    c.adapter.kind = ""  # "" = none | lora | rslora | dora | pissa | olora
     c.adapter.rank = 16
+    c.adapter.ranks = ()  # of some weights: ordered (preset of targets or regex, rank) pairs
     c.adapter.alpha = 32.0  # a change counts alpha / rank; of rslora, alpha / sqrt(rank)
     c.adapter.targets = ("all_linear",)  # attention | mlp | all_linear, or regexes over parameters' names
     c.adapter.dropout = 0.0  # of what an adapter reads
@@ -228,6 +230,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.max_length train.batch_size train.micro_batches generate.max_new_tokens": (1, 2**31),
     "data.shuffle_window data.clean.ngram model.vocab_multiple": (1, 2**31),
     "adapter.alpha": (1e-6, math.inf),
+    "model.embed_noise": (0, math.inf),
     "adapter.dropout": (0, _BELOW_1),
     "data.max_skipped data.clean.near data.clean.suspects data.split.share": (0, 1),
     "data.temperature": (1e-3, math.inf),
@@ -260,7 +263,7 @@ _CHOICES = {
     "data.overlong": ("truncate_end", "truncate_prompt", "drop", "split", "error"),
     "data.packing data.eval_packing": ("bfd", "bfd_split", "wrapped", "none"),
     "data.on_error": ("raise", "skip"),
-    "adapter.kind": ("", "lora", "rslora", "dora", "pissa"),
+    "adapter.kind": ("", "lora", "rslora", "dora", "pissa", "olora"),
     "model.quantize": ("", "nf4", "int4", "int8"),
     "loss.normalise": ("tokens", "documents"),
     "loss.kind": ("", "cross_entropy", "focal", "bce", "mse", "mae", "huber"),
@@ -283,6 +286,7 @@ RULES = {  # ordered (regex, value) pairs: what a value is
     "optim.trainable": (bool, "True or False"),
     "optim.lr_multipliers": (float, "a number of 0 or more"),
     "optim.decay": (float, "a number of 0 or more"),
+    "adapter.ranks": (int, "a whole number from 1 on"),
 }
 # Keys of `data` that an entry of data.sources may set for its rows alone.
 OWN = """limit fields roles train_on stop_token reasoning system overlong template_kwargs clean
@@ -443,8 +447,8 @@ def _wrong_rule(rule, name):
         re.compile(rule[0])
     except (re.error, RecursionError, OverflowError) as e:
         yield f"{rule[0]!r:.200} is no regex: {e}"
-    number = isinstance(rule[1], (int, float)) and not isinstance(rule[1], bool)
-    if not (isinstance(rule[1], bool) if kind is bool else number and 0 <= rule[1] < math.inf):
+    number = isinstance(rule[1], (int, float) if kind is float else int) and not isinstance(rule[1], bool)
+    if not (isinstance(rule[1], bool) if kind is bool else number and (kind is int) <= rule[1] < math.inf):
         yield f"{rule!r:.200}: expected (regex, {what})"
 
 

@@ -62,7 +62,7 @@ def save(directory: Path, model: Any, params: Any, trainable: Any) -> None:
         raise ModelError(f"the base has {rows} rows for tokens, and this model {model.config.vocab}")
     if on.get("embed/w") and model.config.tied:
         raise ModelError("the embedding is trained, which is the head too, and PEFT would part the two")
-    scale, modules = 1.0, set[str]()
+    scale, modules = next(iter(nodes.values())).scale, set[str]()
     for name, own in parts.items():
         module, adapted = name.removesuffix(".weight"), [row for row in own if row[0] in nodes]
         plain = [path for path, *_ in own if on.get(path) or path in said]
@@ -77,9 +77,9 @@ def save(directory: Path, model: Any, params: Any, trainable: Any) -> None:
             one, two, three = layouts(layout, node.dims)
             for a, b, sign in [(node.a, node.b, 1), *([(*node.first, -1)] if node.first else [])]:
                 pieces[0].append(put(a, at, one))
-                pieces[1].append(sign * put(b, at, two))
+                pieces[1].append(sign * node.scale / scale * put(b, at, two))
             pieces[2] += [] if node.magnitude is None else [put(node.magnitude, at, three)]
-            scale, modules = node.scale, modules | {module}
+            modules.add(module)
         if pieces[2] and len(adapted) < len(own):
             raise ModelError(f"{name} holds weights without adapters too: to PEFT, 'dora' is of all or none")
         joins: Any = np.concatenate, functools.partial(np.concatenate, axis=1), sum

@@ -1,7 +1,8 @@
 """Adapters: the node of a frozen weight with a trained change of low rank beside it, and models made of such nodes.
 
 LoRA (arXiv 2106.09685), scaled by the root of the rank (rsLoRA, 2312.03732), with a trained length for each output
-(DoRA, 2402.09353), begun at the weight's largest singular values (PiSSA, 2404.02948); figures are those of PEFT.
+(DoRA, 2402.09353), begun at the weight's largest singular values (PiSSA, 2404.02948) or its first orthogonal directions
+(OLoRA, 2406.01775); figures are those of PEFT.
 """
 
 import dataclasses
@@ -44,26 +45,27 @@ class LoRA(weight.Node):
     a: Any  # [..., *inputs, rank]
     b: Any  # [..., rank, *outputs]
     magnitude: Any = None  # of DoRA: [..., *outputs]
-    first: Any = None  # of PiSSA: a and b at step 0, so that the base stays that of the files
+    first: Any = None  # of PiSSA and OLoRA: a and b at step 0, so that the base stays that of the files
     seed: Any = None  # of dropout, uint32 [..., 2]; within a loss only
     # Of each dimension of the stacked weight: "b" of many matrices, "i" of inputs, "o" of outputs.
     dims: str = struct.field(pytree_node=False, default="io")
     fan_in: int = struct.field(pytree_node=False, default=0)
     scale: float = struct.field(pytree_node=False, default=1.0)
     rate: float = struct.field(pytree_node=False, default=0.0)  # of dropout of what a reads
+    kind: str = struct.field(pytree_node=False, default="lora")
 
     @classmethod
     def of(cls, p: Param, *, kind: str, rank: int, scale: float, rate: float = 0.0) -> "LoRA":
-        """The node of Params for the matrix p, with a drawn and b of 0. kind: lora, dora or pissa."""
+        """The node of Params for the matrix p, with a drawn and b of 0. kind: lora, dora, pissa or olora."""
         dims = "".join("b" if axis in BATCH else "i" if axis in (p.inputs or ()) else "o" for axis in p.axes)
-        node = cls(p, None, None, None, (), dims=dims, scale=scale, rate=rate)
+        node = cls(p, None, None, None, (), dims=dims, scale=scale, rate=rate, kind=kind)
         (batch, inner, outer), axes, zeros = node.split(p.shape), node.leaf_axes(p.axes), jax.nn.initializers.zeros
         bound = math.prod(inner) ** -0.5
         uniform = lambda key, shape, of: jax.random.uniform(key, shape, of, -bound, bound)  # noqa: E731
         a = Param((*batch, *inner, rank), axes.a, uniform, p.inputs)
         b = Param((*batch, rank, *outer), axes.b, zeros, ("rank",))
         lengths = Param((*batch, *outer), tuple(x for x in axes.b if x != "rank"), zeros) if kind == "dora" else None
-        first = (a, b) if kind == "pissa" else None
+        first = (a, b) if kind in ("pissa", "olora") else None
         return dataclasses.replace(node, a=a, b=b, magnitude=lengths, first=first, fan_in=math.prod(inner))
 
     def split(self, items: Sequence) -> tuple[tuple, tuple, tuple]:
@@ -82,15 +84,19 @@ class LoRA(weight.Node):
         return dataclasses.replace(self, base=base, a=a, b=b, magnitude=lengths or None, first=first or None, seed=seed)
 
     def started(self) -> "LoRA":
-        """With the start that follows from the base: DoRA's lengths, PiSSA's factors."""
+        """With the start that follows from the base: DoRA's lengths, the factors of PiSSA and OLoRA."""
         if self.magnitude is not None:
             return dataclasses.replace(self, magnitude=self._norm().astype(self.magnitude.dtype))
         batch, inner, outer = self.split(range(len(self.base.shape)))
         w = weight.dense(self.base, jnp.float32).transpose(*batch, *inner, *outer)
         w, rank = w.reshape(*w.shape[: len(batch)], self.fan_in, -1), self.a.shape[-1]
-        u, s, v = jnp.linalg.svd(w, full_matrices=False)
-        root = jnp.sqrt(s[..., :rank] / self.scale)
-        a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+        if self.kind == "olora":
+            q, r = jnp.linalg.qr(jnp.swapaxes(w, -1, -2))
+            a, b = jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
+        else:
+            u, s, v = jnp.linalg.svd(w, full_matrices=False)
+            root = jnp.sqrt(s[..., :rank] / self.scale)
+            a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
         a, b = (x.reshape(old.shape).astype(old.dtype) for x, old in ((a, self.a), (b, self.b)))
         first = tuple(x.astype(old.dtype) for x, old in zip((a, b), self.first, strict=True))
         return dataclasses.replace(self, a=a, b=b, first=first)
@@ -191,24 +197,28 @@ def adapt(section: ConfigDict, model: Any, quantize: str = "") -> Any:
     """
     if not section.kind and not quantize:
         return model
-    kind, rank, named = section.kind, section.rank, params_lib.flatten(model.abstract)
-    scale = section.alpha / (rank**0.5 if kind == "rslora" else rank)
+    kind, named = section.kind, params_lib.flatten(model.abstract)
     unused = re.compile(getattr(getattr(model, "config", None), "unused", "(?!)"))
     named = {n: p for n, p in named.items() if hasattr(model, "nodes") and not unused.fullmatch(n)}
     names = _matched(section.targets, named) if kind else []
+    rules = (*((PRESETS.get(pattern, pattern), n) for pattern, n in section.ranks), (".*", section.rank))
+    ranks = params_lib.match_rules(rules, dict.fromkeys(names, 0), "adapter.ranks") if kind else {}
     fewer = _matched(["all_linear"], named) if quantize else []
     stored = hf.stored_dtypes(model) if getattr(model, "source", None) else {}
 
     def make(name, p):
         base = Quantized.of(p, kind=quantize, dtype=stored.get(name, "float32")) if name in fewer else p
-        made = LoRA.of(p, kind=kind, rank=rank, scale=scale, rate=section.dropout) if name in names else None
-        return base if made is None else dataclasses.replace(made, base=base)
+        if name not in names:
+            return base
+        scale = section.alpha / (ranks[name] ** 0.5 if kind == "rslora" else ranks[name])
+        made = LoRA.of(p, kind=kind, rank=ranks[name], scale=scale, rate=section.dropout)
+        return dataclasses.replace(made, base=base)
 
     every = dict.fromkeys([*names, *fewer])
     model = dataclasses.replace(model, nodes=tuple((re.escape(n), functools.partial(make, n)) for n in every))
     for name, node in nodes_of(model.abstract).items():
         _, ins, outs = map(math.prod, node.split(node.base.shape))
-        if rank > min(ins, outs):
+        if (rank := ranks[name]) > min(ins, outs):
             raise ConfigError(
                 f"adapter.rank={rank}: {name} is a matrix of {ins} x {outs}, expected 1 to {min(ins, outs)}; lower it,"
                 " or leave this weight out of adapter.targets"

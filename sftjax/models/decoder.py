@@ -92,6 +92,7 @@ class Config:
     head: str = "vocabulary"
     classes: int = 0  # rows of a head of classes
     dropout: float = 0.0  # of the embedding and of what each half of a layer adds
+    embed_noise: float = 0.0  # NEFTune's alpha
     # how it is run
     dtype: str = "float32"  # of activations and matmuls
     remat: str = "dots"
@@ -312,12 +313,21 @@ def embed(
     ctx = {"where": where, "angles": _angles(config, **where)}
     if inserted is not None and inserted.sees is not None:
         where["sees"] = inserted.sees
+    if rng is not None and config.embed_noise:
+        x = x + _noise(config, x, segments, rng)
     if rng is not None and config.dropout:
         ctx["ids"] = spread(dropout.ids(positions.shape))
         # The embedding's, and one for each layer, whatever the stacks.
         ctx["seeds"] = dropout.seeds(rng, 1 + config.loops * config.layers)
         x = dropout.dropout(x, config.dropout, ctx["seeds"][0], ctx["ids"])
     return x, ctx
+
+
+def _noise(config, x, segments, rng):
+    """NEFTune's (Jain et al. 2023, arXiv 2310.05914): less, the longer a document is, of which a row may have several."""
+    counts = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(segments)
+    drawn = jax.random.uniform(jax.random.fold_in(rng, 1), x.shape, x.dtype, -1, 1)
+    return drawn * (config.embed_noise * jax.lax.rsqrt(jnp.float32(counts * config.width)))[..., None].astype(x.dtype)
 
 
 def embed_next(

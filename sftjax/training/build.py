@@ -41,7 +41,7 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     the model is to run; "" = here.
     """
     m = config.model
-    names = ("dtype", "remat", "attention", "scan", "vocab_multiple")
+    names = ("dtype", "remat", "attention", "scan", "vocab_multiple", "embed_noise")
     model = task.load_model(m, split=tuple(m.split), **{key: getattr(m, key) for key in names})
     if from_files(model):
         model = _checked(config, model, task.tokenizer, platform)

@@ -22,7 +22,7 @@ from sftjax.errors import CheckpointError, ConfigError
 from sftjax.ops import weight
 from sftjax.training import build
 
-KINDS = ("lora", "rslora", "dora", "pissa")
+KINDS = ("lora", "rslora", "dora", "pissa", "olora")
 MOE = dict(experts=4, experts_per_token=2)
 SLOW = pytest.mark.slow
 
@@ -166,6 +166,7 @@ BAD = {
     "none": (dict(targets=()), "adapter.targets: '' matches no weight that takes an adapter, expected all_linear, "),
     "regex": (dict(targets=("(",)), r"adapter.targets: '\(' is not a regular expression"),
     "norm": (dict(targets=("norm/scale",)), "adapter.targets: 'norm/scale' matches no weight that takes an adapter"),
+    "ranks": (dict(ranks=(("cross", 2),)), "adapter.ranks: rule 'cross' matches no parameter"),
     "embedding": (dict(targets=("mlp", "embed/w")), "adapter.targets: 'embed/w' matches no weight that takes"),
 }
 
@@ -182,6 +183,8 @@ def test_bad_values_of_the_config():
         ("rank", 0, "adapter.rank=0: expected a number from 1"),
         ("kind", "lorra", r"adapter.kind='lorra': expected '' \| lora .*did you mean lora"),
         ("dropout", 1.0, "adapter.dropout=1.0: expected a number from 0 to 0.99"),
+        ("ranks", (("mlp", 2.5),), r"adapter.ranks: \('mlp', 2.5\): expected \(regex, a whole number from 1 on\)"),
+        ("ranks", (("mlp", 0),), r"adapter.ranks: \('mlp', 0\): expected \(regex, a whole number from 1 on\)"),
     ]:
         c = config_lib.get_default()
         c.adapter[key] = value

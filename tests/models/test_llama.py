@@ -181,3 +181,18 @@ def test_import_and_export_reproduce_every_tensor_bit_for_bit(fixtures, name, tm
         np.testing.assert_array_equal(value, after[key])
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids
+
+
+def test_noise_on_the_embeddings_is_neftune_s():
+    """Uniform, up to alpha over the root of a document's numbers, by a key only; a row has documents of 20 and 12."""
+    model = tiny.model().replace(embed_noise=5.0)
+    params, rows = tiny.params(model), tiny.batch(rows=2, length=32)
+    rows |= {"segments": np.repeat([[1, 2]], [20, 12], 1).repeat(2, 0).astype(np.int32)}
+    embedded = lambda rng: decoder.embed(model.config, params, rows, rng)[0]  # noqa: E731
+    plain = embedded(None)
+    noise = np.asarray(embedded(jax.random.key(0)) - plain)
+    most = 5 / np.sqrt(model.config.width * np.repeat([20, 12], [20, 12]))
+    share = np.abs(noise) / most[:, None]
+    assert share.max() <= 1.001 and share[:, :20].max() > 0.99 and share[:, 20:].max() > 0.98
+    assert abs(share.mean() - 0.5) < 0.02 and abs(noise.mean() / most.mean()) < 0.02
+    assert not np.array_equal(noise, embedded(jax.random.key(1)) - plain)

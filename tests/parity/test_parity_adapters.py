@@ -29,6 +29,7 @@ KINDS = {
     "rslora": dict(use_rslora=True),
     "dora": dict(use_dora=True),
     "pissa": dict(init_lora_weights="pissa"),
+    "olora": dict(init_lora_weights="olora"),
 }
 RANK, ALPHA = 4, 8.0
 
@@ -92,7 +93,7 @@ def test_the_first_factor_is_drawn_from_the_range_of_pefts(llama):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_twenty_steps(llama, kind, tmp_path):
     other = theirs(llama, kind)
-    if kind == "pissa":  # its start is no part of a directory
+    if kind in ("pissa", "olora"):  # its start is no part of a directory
         model, params, trainable = adapted(llama, kind)
     else:
         with torch.no_grad():
@@ -230,6 +231,24 @@ def test_an_encoder_decoder(tmp_path):
         expected = other(**inputs(b, model.config.start_id)).logits.numpy()
     there = b["target_segments"] > 0
     close(np.asarray(model.logits(params, model.hidden(params, b)))[there], expected[there], 1e-5)
+
+
+def test_peft_loads_weights_of_several_ranks(llama, tmp_path):
+    section = config_lib.get_default().adapter
+    section.kind, section.rank, section.ranks = "rslora", RANK, (("attention", 2), (".*/down/w", 7))
+    base, params = sftjax.load_pretrained(llama)
+    model = targets.adapt(section, base)
+    kinds = params_lib.map_named(lambda name, p: jnp.dtype(jnp.float32), model.abstract)
+    params = moved(targets.begun(model, params, kinds, parallel.make_mesh({}, jax.devices()[:1]), 0))
+    ranks = {name: node.a.shape[-1] for name, node in targets.nodes_of(params).items()}
+    assert {n: 2 if "attn" in n else 7 if "down" in n else RANK for n in ranks} == ranks and len(
+        set(ranks.values())
+    ) == 3
+    on = params_lib.match_rules(targets.rules(((".*", True),), model), model.abstract, "trainable")
+    files.save(tmp_path, model, params, on)
+    other = peft.PeftModel.from_pretrained(reference.load(llama), tmp_path)
+    tokens = random_tokens(64)
+    close(model.apply(params, {"tokens": tokens}), logits(other, tokens), 1e-5)
 
 
 def test_pissa_that_was_not_converted_is_refused(llama, tmp_path):

@@ -324,7 +324,7 @@ def embed(
 
 
 def _noise(config, x, segments, rng):
-    """NEFTune's (Jain et al. 2023, arXiv 2310.05914): less, the longer a document is, of which a row may have several."""
+    """NEFTune's (Jain et al. 2023, arXiv 2310.05914): the less, the longer a document of a row is."""
     counts = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(segments)
     drawn = jax.random.uniform(jax.random.fold_in(rng, 1), x.shape, x.dtype, -1, 1)
     return drawn * (config.embed_noise * jax.lax.rsqrt(jnp.float32(counts * config.width)))[..., None].astype(x.dtype)

@@ -271,6 +271,7 @@ def test_a_run_resumes_bit_equal_and_its_checkpoints_hold_no_base(files, tmp_pat
     assert found["metrics"]["loss"] == pytest.approx(result["after"]["losses"]["validation/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_no_adapter_leaves_none_of_an_earlier_run(files, tmp_path):
     c = config(files, train__duration="1 steps", train__checkpoint_every="0")
     train_lib.train(c, tmp_path / "run")
@@ -293,6 +294,7 @@ def test_adafactor_and_heads_take_no_adapter(files):
         build.make_model(c, train_lib.tasks.make(c, train_lib.load_tokenizer(c)))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_without_adapters_is_resumed(files, tmp_path):
     c = config(files, kind="", train__duration="2 steps", train__checkpoint_every="1 steps")
     c.adapter = config_lib.get_default().adapter

@@ -104,6 +104,7 @@ def test_adapters_stand_on_codes(kind):
         close(found, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_no_whole_weight_is_kept_for_the_backward_pass():
     temporary, big = [], dict(width=128, heads=4, kv_heads=4, head_dim=32, mlp=512)
     for layers in (4, 8):

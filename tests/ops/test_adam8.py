@@ -72,6 +72,7 @@ def trained(name, dtype=jnp.float32, mesh=None, steps=30, **changes):
     return found, state
 
 
+@pytest.mark.slow
 def test_eight_bits_learn_as_adam_does():
     (full, _), (less, state) = trained("adamw"), trained("adamw8")
     assert full[-1] < 0.5 * full[0]
@@ -83,6 +84,7 @@ def test_eight_bits_learn_as_adam_does():
     assert params_lib.nbytes(moments) < 2.5 * params_lib.count(state.params)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_have_float32_moments_and_learn():
     full, _ = trained("adamw")
     short, state = trained("adamw", jnp.bfloat16)

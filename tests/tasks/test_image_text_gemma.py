@@ -92,6 +92,7 @@ def test_rows_have_the_patches_of_their_tokens(config, tmp_path):
         assert used == each * (batch["tokens"] == TOKEN).sum()
 
 
+@pytest.mark.slow
 def test_a_run_answers_about_its_images(config, tmp_path):
     """It trains, answers, and its export is read again with the same numbers."""
     for name, n in {"train": 12, "test": 5}.items():

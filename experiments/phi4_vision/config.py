@@ -6,7 +6,8 @@ python experiments/phi4_vision/prepare.py runs/phi4_vision_data parts runs/phi4_
 python -m sftjax.train --config=experiments/phi4_vision/config.py:projector --workdir=runs/phi4_vision_projector
 python -m sftjax.train --config=experiments/phi4_vision/config.py:joint --workdir=runs/phi4_vision_joint
 
-captions makes what stands for a pretrained tower and a pretrained decoder. blind is joint without the pictures.
+captions makes what stands for a pretrained tower and a pretrained decoder. blind is joint without the pictures. With
+--config.data.test=runs/phi4_vision_data/test_think.jsonl the same questions are asked by the other token.
 """
 
 from sftjax.config import get_default

@@ -12,7 +12,7 @@ from sftjax import config as config_lib
 from sftjax.errors import DataError
 from sftjax.files import write_atomic
 from sftjax.reports import curves, html
-from sftjax.reports.run import measured, number, table, values
+from sftjax.reports.run import measured, number, table
 from sftjax.tasks import Task
 from sftjax.terminal import printable
 from sftjax.training import metrics
@@ -170,36 +170,14 @@ def _speed(path) -> list[tuple[str, str]]:
 
 def write_card(export: Path, feed: Feed, result: Mapping[str, Any]) -> None:
     """Write README.md into an exported model's directory; result: as train returns it."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    config, after, name = feed.config, result["after"], export.parent.name
-    pipeline = PIPELINES.get(config.task)
-    found = [
-        EvalResult(
-            task_type=pipeline or "other",
-            dataset_type=set_name,  # by which results are kept apart
-            dataset_name=set_name,
-            metric_type=metric,
-            metric_value=value,
-        )
-        for key, value in values(after).items()
-        for set_name, _, metric in [key.partition("/")]
-    ]
+    config, d = feed.config, feed.config.data
     drawn = config.model.init == "random"
     base = "" if drawn or Path(config.model.path).exists() else config.model.path
-    data = ModelCardData(
-        base_model=base or None,
-        library_name="transformers" if pipeline else None,
-        pipeline_tag=pipeline,
-        tags=["sftjax", "sft"],
-        model_name=name,
-        eval_results=found or None,
-    )
-    d = config.data
     sources = d.train or ", ".join(str(source["path"]) for source in d.sources)
     file = Path(__file__).with_name("templates") / "card.md.jinja"
-    text = Template(file.read_text(encoding="utf-8")).render(
-        data=data, name=name, config=config, drawn=drawn, sources=sources, result=result,
-        table=table(result["before"], after), sets=", ".join(feed.sets | feed.tests) or "none",
+    text = Template(file.read_text(encoding="utf-8"), trim_blocks=True).render(
+        base=base, pipeline=PIPELINES.get(config.task), name=export.parent.name, config=config, drawn=drawn,
+        sources=sources, result=result, table=table(result["before"], result["after"]),
+        sets=", ".join(feed.sets | feed.tests) or "none",
     )  # fmt: skip
-    write_atomic(export / "README.md", str(ModelCard(printable(text))))
+    write_atomic(export / "README.md", printable(text) + "\n")

@@ -371,7 +371,7 @@ def triton(
     sizes: tuple[Blocks, ...] | None = None,
 ) -> jax.Array:
     """A backend of ops.attention; sizes: of the blocks of its three kernels, None = SIZES'."""
-    q_seg, kv_seg, q_pos, kv_pos = where
+    q_seg, kv_seg, q_pos, kv_pos, _ = where
     if k.shape[1] > q.shape[1]:  # a shard of `context`: keys in the row's order, for the ranges
         back = np.argsort(parallel.places(k.shape[1], k.shape[1] // q.shape[1]))
         k, v, kv_seg, kv_pos = (x[:, back] for x in (k, v, kv_seg, kv_pos))

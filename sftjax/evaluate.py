@@ -138,6 +138,9 @@ def evaluate(config: ConfigDict, data: str, run: Path | None = None, step: str =
     folder = run.absolute() if run else cache_folder()
     with contextlib.chdir(home), workdir_lib.compile_cache(folder), jax.set_mesh(mesh):
         task = tasks.make(config, load_tokenizer(config))
+        if run is None and config.model.quantize and not config.adapter.kind:  # nothing is trained here
+            config = config.copy_and_resolve_references()
+            config.optim.trainable = ((".*", False),)
         model, trainable = build.make_model(config, task)
         params, state, at = _weights(config, task, model, trainable, mesh, run, step)
         sets = Sets(config, task, Path(config.data.cache_dir or folder / "cache/tokens"), mesh)

@@ -53,15 +53,15 @@ def is_param(x: Any) -> bool:
 path_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] = is_param) -> list[tuple[str, Any]]:
     """[(name such as "layers/attn/q/w", leaf)] in tree order; None is no leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(path_name(path), leaf) for path, leaf in leaves]
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] = is_param) -> dict[str, Any]:
     """{name: leaf} in tree order; None is no leaf."""
-    return dict(named_leaves(tree))
+    return dict(named_leaves(tree, is_leaf))
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:

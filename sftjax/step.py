@@ -126,8 +126,8 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(adam8.wide(grads), state.opt_state, adam8.wide(state.params))
         params = jax.tree.map(functools.partial(adam8.add, step=state.step), state.params, updates)
-    value, norm = _ratio(loss.sum, loss.weight), optax.tree.norm(grads)
-    size, change = optax.tree.norm(params), optax.tree.norm(updates)
+    value, norm = _ratio(loss.sum, loss.weight), optax.tree.norm(adam8.wide(grads))
+    size, change = optax.tree.norm(adam8.wide(params)), optax.tree.norm(updates)
     # A norm is finite only if every one of its elements is.
     sound = jnp.isfinite(value + norm + size + change)
     for x in jax.tree.leaves(model_state):

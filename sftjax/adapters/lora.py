@@ -26,7 +26,7 @@ from sftjax import hf, parallel
 from sftjax import params as params_lib
 from sftjax.errors import ConfigError
 from sftjax.ops import dropout, linear, weight
-from sftjax.ops.quantized import Quantized
+from sftjax.ops.quantized import Quantized, product
 from sftjax.ops.weight import is_node
 from sftjax.params import Param
 from sftjax.terminal import columns
@@ -67,6 +67,16 @@ class LoRA(weight.Node):
         lengths = Param((*batch, *outer), tuple(x for x in axes.b if x != "rank"), zeros) if kind == "dora" else None
         first = (a, b) if kind in ("pissa", "olora") else None
         return dataclasses.replace(node, a=a, b=b, magnitude=lengths, first=first, fan_in=math.prod(inner))
+
+    @property
+    def dtype(self) -> Any:
+        """Of the base."""
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.base.shape
 
     def split(self, items: Sequence) -> tuple[tuple, tuple, tuple]:
         """Those of many matrices, of inputs and of outputs, of an item for each dimension of the weight."""
@@ -126,21 +136,23 @@ class LoRA(weight.Node):
 
         # Lengths of outputs that were rounded before would be lost in the next rounding.
         kind = None if self.magnitude is None else jnp.float32
-        product = functools.partial(jnp.einsum, equation, preferred_element_type=kind)
-        return self._joined(x, self._remade(product), change)
+        return self._joined(
+            x, self._by_base(functools.partial(jnp.einsum, equation, preferred_element_type=kind)), change
+        )
 
-    def _remade(self, product: Callable):
-        """product(x, base) as a function of x; the backward pass makes a base of codes again, so that none is kept."""
-        whole = lambda x: product(x, weight.dense(self.base, x.dtype))  # noqa: E731
-        return jax.checkpoint(whole) if is_node(self.base) else whole
+    def _by_base(self, fn: Callable, *more: jax.Array):
+        """fn(x, base, *more) as a function of x."""
+        if is_node(self.base):
+            return lambda x: product(fn, x, self.base, *more)
+        return lambda x: fn(x, self.base.astype(x.dtype), *more)
 
     def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """See Node."""
         if self.magnitude is not None:
             raise ConfigError("adapter.kind='dora' is not for experts: leave them out of adapter.targets, or take lora")
-        product = lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)  # noqa: E731
-        change = lambda x, a, b: product(product(x, a) * self.scale, b)  # noqa: E731
-        return self._joined(x, self._remade(product), change)
+        times = lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)  # noqa: E731
+        change = lambda x, a, b: times(times(x, a) * self.scale, b)  # noqa: E731
+        return self._joined(x, self._by_base(jax.lax.ragged_dot, sizes), change)
 
     def _joined(self, x, base: Callable, change: Callable):
         """base(x) and the change, before which x has dropout; DoRA's lengths as PEFT has them."""
@@ -203,7 +215,9 @@ def adapt(section: ConfigDict, model: Any, quantize: str = "") -> Any:
     names = _matched(section.targets, named) if kind else []
     rules = (*((PRESETS.get(pattern, pattern), n) for pattern, n in section.ranks), (".*", section.rank))
     ranks = params_lib.match_rules(rules, dict.fromkeys(names, 0), "adapter.ranks") if kind else {}
-    fewer = _matched(["all_linear"], named) if quantize else []
+    fewer = [name for name in named if re.fullmatch(PRESETS["all_linear"], name)] if quantize else []
+    if quantize and not fewer:
+        raise ConfigError(f"model.quantize={quantize!r}: the model has no linear layers in a stack; leave it at ''")
     stored = hf.stored_dtypes(model) if getattr(model, "source", None) else {}
 
     def make(name, p):
@@ -220,7 +234,8 @@ def adapt(section: ConfigDict, model: Any, quantize: str = "") -> Any:
         _, ins, outs = map(math.prod, node.split(node.base.shape))
         if (rank := ranks[name]) > min(ins, outs):
             raise ConfigError(
-                f"adapter.rank={rank}: {name} is a matrix of {ins} x {outs}, expected 1 to {min(ins, outs)}; lower it,"
+                f"adapter.{'rank' if rank == section.rank else 'ranks'}={rank}: {name} is a matrix of {ins} x {outs},"
+                f" expected 1 to {min(ins, outs)}; lower it,"
                 " or leave this weight out of adapter.targets"
             )
     return model
@@ -249,8 +264,7 @@ def _matched(targets: Sequence[str], named: dict[str, Param]) -> list[str]:
 
 def nodes_of(tree: Any) -> dict[str, LoRA]:
     """{name of the weight: its adapter} of a tree of parameters or Params."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
-    return {params_lib.path_name(path): w for path, w in leaves if isinstance(w, LoRA)}
+    return {name: w for name, w in params_lib.named_leaves(tree, is_node) if isinstance(w, LoRA)}
 
 
 def table(model: Any) -> str:
@@ -287,8 +301,8 @@ def plain(kinds: Any) -> Any:
 
 def packed(model: Any) -> dict[str, Quantized]:
     """{name: the node of Params} of each weight that is held in fewer bits, an adapter's base among them."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract, is_leaf=is_node)
-    return {params_lib.path_name(path): w for path, leaf in leaves if isinstance(w := _base(leaf), Quantized)}
+    leaves = params_lib.named_leaves(model.abstract, is_node)
+    return {name: w for name, leaf in leaves if isinstance(w := _base(leaf), Quantized)}
 
 
 def without(model: Any) -> Any:

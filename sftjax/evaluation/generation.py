@@ -56,7 +56,8 @@ def _prefill(model, params, tokens, lengths, cache, beside):
 
     In parts, so that one compiled program costs what the longest prompt needs and not its width.
     """
-    inserted = model.inserted(params, {"tokens": tokens, **beside}) if beside else None
+    reads = beside or getattr(model.config, "prefix", False)
+    inserted = model.inserted(params, {"tokens": tokens, **beside}) if reads else None
     # A rotation that depends on a prompt's length has to know it from the first token on.
     kinds = model.config.kinds
     whole = any(kind.rope is not None and kind.rope.kind in rope.BY_LENGTH for kind in kinds)
@@ -69,7 +70,7 @@ def _prefill(model, params, tokens, lengths, cache, beside):
         positions = jnp.broadcast_to(i * part + jnp.arange(part), (len(tokens), part))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part, axis=1)
-        images = [jax.tree.map(cut, inserted)] if beside else []
+        images = [jax.tree.map(cut, inserted)] if reads else []
         own = dict(tokens=cut(tokens), positions=positions, segments=segments)
         hidden, cache = model.decode(params, cache, own, *images)
         at = (lengths - 1 - i * part)[:, None]

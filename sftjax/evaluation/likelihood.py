@@ -19,7 +19,8 @@ from sftjax.parallel import processes
 def _scored(model, params, tokens, weights, lengths):
     """Of int32 [B, S], float32 [B, S], the weight of a token, and [B]: (float32 [B], bool [B])."""
     segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    hidden = model.hidden(params, {"tokens": tokens, "segments": segments})
+    targets = jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))  # what is before the first of them is a prompt
+    hidden = model.hidden(params, {"tokens": tokens, "segments": segments, "weights": targets})
 
     def row(of):  # one at a time: [B, S, V] would not fit
         hidden, tokens, weights = of

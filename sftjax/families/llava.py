@@ -17,8 +17,12 @@ IMAGES = TEXTS = True
 OTHERS = r"(.*\.)?vision_(model|tower)\.head\..*"
 TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 PHI_IMAGE = 100256  # <|dummy_0|>
-# What config.json leaves out of a Llama's fields where they are those of 7B.
+# What config.json leaves out: of a Llama's fields those of 7B, of a Gemma 3's transformers' defaults.
 LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008, vocab_size=32000)
+GEMMA = dict(
+    model_type="gemma3_text", vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256,
+)  # fmt: skip
 
 
 def decoder_of(hf: dict) -> Any:
@@ -70,7 +74,7 @@ def config(hf: dict, preprocessor: dict | None = None) -> Config:
 def _gemma(hf, own, preprocessor) -> Config:
     """Of PaliGemma and Gemma 3: the whole tower is run, and what it gives goes through one matrix."""
     three, text = hf["model_type"] == "gemma3", dict(hf.get("text_config") or {})
-    text.setdefault("model_type", "gemma3_text" if three else "gemma")
+    text = (GEMMA if three else {"model_type": "gemma"}) | text
     text |= {"use_bidirectional_attention": False}  # PaliGemma's files may say so of their prefix
     if text["model_type"] not in (("gemma3_text",) if three else ("gemma", "gemma2")):
         raise ModelError(f"text_config.model_type {text['model_type']!r} is no decoder of a {hf['model_type']}")

@@ -34,13 +34,14 @@ from sftjax.hf.names import ends, family_of, in_files, reads_images, tensors, vi
 from sftjax.hf.safetensors_io import Reader, write
 from sftjax.hf.tokenizer_files import files_of, save_tokenizer, with_code
 from sftjax.models import base, decoder, encoder, encoder_decoder, layer, resnet, vision, vision_language
-from sftjax.ops import rope
+from sftjax.ops import rope, weight
 from sftjax.ops.quantized import Quantized
 from sftjax.parallel import param_shardings, processes
 
 MODELS: dict[type, Any] = {
     kind.Config: kind.Model for kind in (decoder, encoder, encoder_decoder, resnet, vision, vision_language)
 }
+DENSE = jax.jit(weight.dense, static_argnums=1)
 # In some files, but no parameters: what they hold follows from the config.
 IGNORED = re.compile(
     r".*\.(rotary_emb\.inv_freq|num_batches_tracked)|.*\.attn\.(bias|masked_bias)"
@@ -230,9 +231,9 @@ def load_params(
         read = functools.partial(_load_leaf, reader, dtype=dtypes[path], sharding=shardings[path])
         if path not in packed:
             return read(files, layout, p.shape, shape)
-        own = lambda i: {(0, *at[1:]): name for at, name in files.items() if at[0] == i}  # noqa: E731
-        layer = lambda i: read(own(i), layout, (1, *p.shape[1:]), shape)  # noqa: E731
-        return packed[path].pack_by_layer(layer, mesh and param_shardings(mesh, packed[path]))
+        own = [{(0, *at[1:]): name for at, name in files.items() if at[0] == i} for i in range(p.shape[0])]
+        layers = (read(names, layout, (1, *p.shape[1:]), shape) for names in own)
+        return packed[path].pack_by_layer(layers, mesh and param_shardings(mesh, packed[path]))
 
     leaves = {name: leaf(name, *rest) for name, *rest in rows if name not in fresh}
     for name in fresh:
@@ -253,8 +254,7 @@ def _stored_tree(model) -> dict:
 
 def with_dtypes(model: base.Model, path: str | Path) -> base.Model:
     """The model, knowing the dtypes of the files, whose headers must be its own (WeightsError)."""
-    reader = Reader(path)
-    model = _stored(model, reader)
+    model = _stored(model, reader := Reader(path))
     _compare(model, reader, path)
     return model
 
@@ -383,7 +383,7 @@ def save_pretrained(
     """Write a Hugging Face directory that transformers (4 and 5) and vLLM load.
 
     Every tensor keeps the name and dtype it was read with, else the parameter's. stop_ids: token ids that end a turn.
-    Written one at a time, by process 0; all processes must call this.
+    Written one at a time, by process 0; all processes must call this. Nodes are made whole one layer at a time.
     """
     refuse_url("directory", directory, WriteError)
     if model.source is None:
@@ -393,7 +393,7 @@ def save_pretrained(
         directory.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "stores_state") and "stats" not in params:
         raise ModelError("save_pretrained: params need the model's state too, under 'stats'")
-    leaves = params_lib.flatten(params)
+    leaves = params_lib.flatten(params, weight.is_node)
     parts: dict[str, list] = {}  # name in the files -> its parameters
     for path, files, layout in _written(model):
         shape = visible(model, path, leaves[path], len(next(iter(files))))
@@ -457,9 +457,10 @@ def _written(model) -> list[tuple]:
 
 def _tensor(parts, shape) -> np.ndarray:
     """The file's tensor, made of its parameters."""
-    out = np.empty(shape, parts[0][0].dtype)
+    out = np.empty(shape, np.dtype(parts[0][0].dtype))
     for leaf, at, layout, shown in parts:
-        x = processes.to_host(leaf[at] if at else leaf)
+        x = jax.tree.map(lambda x, at=at: x[at], leaf) if at else leaf
+        x = processes.to_host(DENSE(x, out.dtype) if weight.is_node(x) else x)
         layout.write(out, x[: shown[0]])
     return out
 

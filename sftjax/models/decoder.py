@@ -314,7 +314,8 @@ def embed(
     if inserted is not None and inserted.sees is not None:
         where["sees"] = inserted.sees
     if rng is not None and config.embed_noise:
-        x = x + _noise(config, x, segments, rng)
+        drawn = _noise(config, x, segments, rng)
+        x = x + (drawn if inserted is None else jnp.where(inserted.own[..., None], 0, drawn))
     if rng is not None and config.dropout:
         ctx["ids"] = spread(dropout.ids(positions.shape))
         # The embedding's, and one for each layer, whatever the stacks.

@@ -24,7 +24,7 @@ from sftjax.errors import ModelError
 from sftjax.models import base, decoder, flops, layer
 from sftjax.ops import weight
 from sftjax.parallel import spread
-from sftjax.params import flatten, map_named
+from sftjax.params import count, flatten, map_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,17 +115,17 @@ class Model(base.Model):
         on, keys = flatten(trainable), 0  # what makes keys and values reads the source's tokens
         for name, p in flops.matrices(tree["layers"], "layers/"):
             if "/cross/k/" in name or "/cross/v/" in name:
-                keys += math.prod(p.shape) * (4 + 2 * on[name])
+                keys += count(p) * (4 + 2 * on[name])
         per_pair = 24 * c.heads * c.head_dim * c.layers
 
-        def count(tokens, trained, pairs):
+        def step(tokens, trained, pairs):
             source = tokens - trained
             share = trained / max(source, 1)
             target = target_of(trained, trained, lambda window: share**2 * pairs(window))
             across = keys * (source - trained) + per_pair * share * pairs(0)
             return source_of(source, 0, pairs) + target + across
 
-        return count
+        return step
 
     head = decoder.Model.head
     logits = decoder.Model.logits

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 BLOCK = 256
-SMALL = 4096  # numbers; tensors of fewer keep float32 moments
+SMALL = 4096  # numbers; tensors of fewer, or of blocks of fewer than 16, keep float32 moments
 ROOTS = (2, 4)  # of first and second moments
 
 
@@ -38,13 +38,12 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     """
 
     def init(params):
-        code = lambda p: jnp.zeros(p.shape, jnp.float32 if p.size < SMALL else jnp.int8)  # noqa: E731
-        scale = lambda p: () if p.size < SMALL else jnp.zeros((*p.shape[:-1], _blocks(p.shape[-1])))  # noqa: E731
+        code = lambda p: jnp.zeros(p.shape, jnp.float32 if _small(p) else jnp.int8)  # noqa: E731
+        scale = lambda p: () if _small(p) else jnp.zeros((*p.shape[:-1], _blocks(p.shape[-1])))  # noqa: E731
         moments = Moments(jax.tree.map(code, params), jax.tree.map(scale, params))
         return State(jnp.zeros((), jnp.int32), moments, moments)
 
     def update(grads, state, params=None):
-        del params
         count = state.step + 1
 
         def one(g: jax.Array, *old: Any) -> tuple:
@@ -52,7 +51,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
             step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
             new = (
-                _encode(x, root, count) if g.size >= SMALL else (x, ()) for x, root in zip((mu, nu), ROOTS, strict=True)
+                _encode(x, root, count) if not _small(g) else (x, ()) for x, root in zip((mu, nu), ROOTS, strict=True)
             )
             return step, *new
 
@@ -64,6 +63,11 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         return tree.unflatten(steps), State(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _small(p):
+    """Is it a tensor of few numbers, or one whose blocks would have few."""
+    return p.size < SMALL or p.shape[-1] < 16 * _blocks(p.shape[-1])
 
 
 def _blocks(n):

@@ -1,14 +1,14 @@
 """Frozen weights of 4 or 8 bits: codes with scales, made whole where a layer uses them; see docs/adapters.md.
 
-nf4 is QLoRA's (arXiv 2305.14314): blocks of 64 inputs, each number one of 16 quantiles of a normal distribution, and
-the blocks' scales in 8 bits themselves. int4 has 15 even steps in their place. int8 has one scale for each output.
+nf4 is QLoRA's (arXiv 2305.14314): blocks of 64 inputs, each number one of 16 quantiles of a normal distribution, by
+bitsandbytes' table, and the blocks' scales in 8 bits themselves. int4 has 15 even steps; int8 one scale of each output.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from sftjax.errors import ConfigError
 from sftjax.ops import weight
 from sftjax.params import Param
 
-# bitsandbytes' table.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -103,10 +102,10 @@ class Quantized(weight.Node):
         scales = jnp.round(127 * _over(top - mean, span)).astype(jnp.int8)
         return dataclasses.replace(self, codes=codes, absmax=scales, span=span, mean=mean)
 
-    def pack_by_layer(self, read: Callable[[int], jax.Array], places: Any = None) -> "Quantized":
-        """The same of a stack whose layers read(i) gives, [1, ...] each, one after the other. places: shardings."""
+    def pack_by_layer(self, layers: Iterable[jax.Array], places: Any = None) -> "Quantized":
+        """The same of a stack whose layers come one after the other, [1, ...] each. places: shardings."""
         pack = jax.jit(self.pack, out_shardings=places)
-        parts = [jax.block_until_ready(pack(read(i))) for i in range(self.codes.shape[0])]
+        parts = [jax.block_until_ready(pack(w)) for w in layers]
         return jax.jit(lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts), out_shardings=places)(parts)
 
     def dense(self, dtype: DTypeLike) -> jax.Array:
@@ -120,14 +119,12 @@ class Quantized(weight.Node):
         return (values * jnp.expand_dims(top, self._last)).reshape(self.shape).astype(dtype)
 
     def einsum(self, equation: str, x: jax.Array) -> jax.Array:
-        """See Node. The backward pass makes the weight whole again, so that none is kept."""
-        product = jax.checkpoint(lambda x, w: jnp.einsum(equation, x, w.dense(x.dtype)))
-        return product(x, self)
+        """See Node."""
+        return product(functools.partial(jnp.einsum, equation), x, self)
 
     def ragged(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """See Node, and `einsum`."""
-        product = jax.checkpoint(lambda x, w: jax.lax.ragged_dot(x, w.dense(x.dtype), sizes))
-        return product(x, self)
+        """See Node."""
+        return product(jax.lax.ragged_dot, x, self, sizes)
 
     def _blocks(self, x, n):
         """[..., inputs, ...] as [..., n, inputs / n, ...]."""
@@ -139,6 +136,32 @@ class Quantized(weight.Node):
         if self.kind == "int4":
             return (jnp.round(x * 7) + 8).astype(jnp.uint8)
         return sum(((x > (a + b) / 2).astype(jnp.uint8) for a, b in itertools.pairwise(NF4)), jnp.uint8(0))
+
+
+def product(fn: Callable, x: jax.Array, w: Quantized, *more: Any) -> jax.Array:
+    """fn(x, the whole weight, *more), linear in x. The backward pass makes the weight whole again.
+
+    Whatever of a layer is kept for that pass, a whole weight is not among it.
+    """
+    return _product(fn, (x.shape, x.dtype), x, w, more)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(fn, like, x, w, more):
+    return fn(x, w.dense(x.dtype), *more)
+
+
+def _forward(fn, like, x, w, more):
+    return _product(fn, like, x, w, more), (w, more)
+
+
+def _backward(fn, like, saved, dy):
+    w, more = saved
+    turned = jax.linear_transpose(lambda x: fn(x, w.dense(x.dtype), *more), jax.ShapeDtypeStruct(*like))
+    return *turned(dy), None, None
+
+
+_product.defvjp(_forward, _backward)
 
 
 def _over(x, top):

@@ -79,6 +79,8 @@ class ImageText(CausalLM):
     def reads(self, c: Config, field: str = "") -> "ImageText":
         """The same task, for the images of a model."""
         v, self.field, self.image_token = c.vision, field, c.image_token
+        if isinstance(self.tokenizer, Around):  # another task's, as of one source of several
+            self.tokenizer = self.tokenizer.within
         self.patches = Patches(v.image_size, v.patch, v.channels, v.patches, c.pool**2)
         self.layout = ImageTextRows(patches=self.patches)
         if self.tokenizer is not None:
@@ -180,7 +182,8 @@ class ImageText(CausalLM):
 
     def key(self) -> list:
         """Those of the text, and how images become patches."""
-        return [*super().key(), self.field, self.image_token, list(self.patches)]
+        around = self.tokenizer.written if isinstance(self.tokenizer, Around) else []
+        return [*super().key(), self.field, self.image_token, list(self.patches), *around]
 
     def kept(self, example: Any, max_length: int, overlong: str) -> list[np.ndarray]:
         """As of CausalLM, without the tokens of images that would be cut in parts."""
@@ -216,6 +219,7 @@ class ImageText(CausalLM):
 
     # Rules of cleaning read texts.
     prepared: Any = Task.prepared
+    answers_only: Any = Task.answers_only
 
     def summary(self, report: dict) -> str:
         """As of CausalLM, with the number of images."""
@@ -243,7 +247,9 @@ class ImageText(CausalLM):
         return asked
 
     def try_it(self, section: ConfigDict, export: Path) -> str:
-        """A command that asks the export about an image."""
+        """A command that asks the export about an image; "" where no template says how."""
+        if not self.tokenizer.chat_template:
+            return ""
         python, model = os.path.relpath(sys.executable), os.path.relpath(export)
         return f"Ask the trained model:\n  {python} -m sftjax.generate --model={model} --image=FILE --prompt=TEXT"
 

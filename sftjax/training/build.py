@@ -73,6 +73,8 @@ def from_files(model: Any) -> bool:
 def _checked(config, model, tokenizer, platform):
     """The model with a row for every token; raises what it refuses of the config."""
     if hasattr(model.config, "image_size"):
+        if config.model.embed_noise:
+            raise ConfigError("model.embed_noise is of the embeddings of tokens, and images have none; set it to 0")
         return hf.with_dtypes(model, hf.resolve(config.model.path)) if config.model.init == "pretrained" else model
     m, longest = config.model, max(config.data.max_length, config.data.max_target_length)
     features = {"segments"} | model.attention_features
@@ -290,12 +292,12 @@ def export(directory: Path | str, task: tasks.Task, model: Model, state: TrainSt
             adapter_files.save(beside, model, task.exported(params, state.model_state), trainable)
         except ModelError as e:
             say("adapter", f"is in the export only: {e}")
-    model, params = adapters.merged(model, params)
     if hasattr(model, "save"):
-        model.save(directory, params, state.model_state)
+        whole, params = adapters.merged(model, params)
+        whole.save(directory, params, state.model_state)
     elif from_files(model):
         params = task.exported(params, state.model_state)
-        hf.save_pretrained(directory, model, params, task.tokenizer, stop_ids=task.stop_ids)
+        hf.save_pretrained(directory, adapters.without(model), params, task.tokenizer, stop_ids=task.stop_ids)
     else:
         say("export", f"none: {type(model).__name__} has no save(directory, params, model_state)")
 

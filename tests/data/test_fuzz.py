@@ -97,7 +97,7 @@ policies = st.fixed_dictionaries(
 
 def check(example):
     """What holds for every example."""
-    tokens, weights, text, spans, _ = example
+    tokens, weights, text, spans = example[:4]
     assert len(tokens) == len(weights) and (weights >= 0).all()
     assert TOKENIZER.decode(tokens) == text
     assert tokens[:2].tolist() != [TOKENIZER.bos_token_id] * 2

@@ -24,6 +24,17 @@ OWN = {
         relative_attention=True, position_buckets=64, pos_att_type=["c2p", "p2c"],
         share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
     ),
+    # As the published files, which leave out what transformers has as a default.
+    "gemma3": dict(
+        text_config=dict(
+            model_type="gemma3_text", hidden_size=64, intermediate_size=96, num_hidden_layers=7, sliding_window=1024,
+        ),
+        vision_config=dict(model_type="siglip_vision_model", hidden_size=48, num_attention_heads=4, patch_size=14),
+    ),
+    "paligemma": dict(
+        text_config=SIZES | {"model_type": "gemma"}, projection_dim=512,
+        vision_config=dict(model_type="siglip_vision_model", hidden_size=48, num_attention_heads=4),
+    ),
     "llava": dict(text_config=SIZES | {"model_type": "llama"}, vision_config={"model_type": "clip_vision_model"}),
 }  # fmt: skip
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=1024)

@@ -19,8 +19,8 @@ SIGLIP = dict(
 ANY = Patches(12, 4, 3, (4, 9))
 
 
-def make(config, any_size=False) -> ImageText:
-    task = tasks.make(config, load_tokenizer(config))
+def make(config, any_size=False, tokenizer=None) -> ImageText:
+    task = tasks.make(config, tokenizer or load_tokenizer(config))
     if any_size:
         task.patches = ANY
         task.layout = dataclasses.replace(task.layout, patches=ANY)

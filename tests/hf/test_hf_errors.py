@@ -311,7 +311,7 @@ CONFIGS = [
     ),
     ("llama", dict(model_type="lama"), "'lama' is not supported; known: bart, bert, "),
     ("llama", dict(model_type="lama"), "; the nearest is 'llama'"),
-    ("llama", dict(model_type="gemma3"), "; the nearest is 'gemma3_text'"),
+    ("llama", dict(model_type="gemma3n"), "; the nearest is 'gemma3'"),
     ("llama", dict(model_type="qwen2_vl"), "; the nearest is 'qwen2'"),
     (
         "llama",

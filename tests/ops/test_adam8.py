@@ -78,10 +78,10 @@ def test_eight_bits_learn_as_adam_does():
     assert full[-1] < 0.5 * full[0]
     np.testing.assert_allclose(less, full, rtol=0.03)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    large = [x for x in jax.tree.leaves(state.params) if x.size >= adam8.SMALL]
+    large = [x for x in jax.tree.leaves(state.params) if not adam8._small(x)]
     assert {x.dtype.name for x in moments} == {"int8", "float32"}
     assert sum(x.nbytes for x in moments if x.dtype == jnp.int8) == 2 * sum(x.size for x in large)
-    assert params_lib.nbytes(moments) < 2.5 * params_lib.count(state.params)
+    assert params_lib.nbytes(moments) < 3 * params_lib.count(state.params)  # heads of 8 numbers keep float32
 
 
 @pytest.mark.slow

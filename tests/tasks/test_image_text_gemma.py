@@ -1,18 +1,23 @@
 """Gemma 3's and PaliGemma's rows: what their processors write around images, pooled patches, prompts seen whole."""
 
+import copy
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 from image_records import SIGLIP, TOKEN, chat, make, turn, write
 from vision_language import png
 
 from sftjax import config as config_lib
+from sftjax import params as params_lib
 from sftjax import train as train_lib
 from sftjax.data import Rows, build_store, open_source
 from sftjax.data.masking.around import Around
 from sftjax.errors import ConfigError
+from sftjax.evaluation.likelihood import log_likelihoods
 from sftjax.hf.tokenizer_files import open_tokenizer
 
 BEFORE, AFTER = 109, 110
@@ -117,6 +122,26 @@ def test_places_are_those_of_the_text_as_it_was(config, tmp_path):
     [encoding] = around([text], add_special_tokens=False).encodings
     assert [encoding.token_to_chars(i) for i in range(len(encoding.ids))] == out["offset_mapping"]
     assert len(around) == len(own) and around.bos_token == "<bos>"
+
+
+def test_another_task_s_tokenizer_is_taken_as_it_was(config):
+    """Of several sources each has a task of its own, made with the first one's tokenizer."""
+    first = make(config)
+    second = make(config, tokenizer=first.tokenizer)
+    assert isinstance(first.tokenizer, Around) and not isinstance(second.tokenizer.within, Around)
+    assert copy.deepcopy(first.tokenizer).written == second.tokenizer.written
+    assert first.key() == second.key() != make(config).key()[:-3]
+
+
+def test_a_prompt_is_seen_whole_by_what_scores_its_answer(config):
+    """A likelihood's batch says what is asked about, or all of a PaliGemma's text would be a prompt."""
+    model = make(config).load_model(config.model)
+    params = params_lib.init(model.abstract, jax.random.key(0))
+    prompt, answer = [9, 12, 15, 30], [41, 17]
+    [found], _ = log_likelihoods(model, params, [(prompt, answer)])
+    batch = {"tokens": jnp.array([prompt + answer]), "weights": jnp.array([[0, 0, 0, 1, 1, 0.0]])}
+    right = jax.nn.log_softmax(model.apply(params, batch))[0]
+    assert found == pytest.approx(float(right[3, 41] + right[4, 17]), rel=1e-4)
 
 
 def test_tokens_around_an_image_have_to_be_added_ones(config):

@@ -14,25 +14,28 @@ class Around:
 
     def __init__(self, tokenizer: Any, pattern: str, before: str, after: str, whole: bool = False) -> None:
         """pattern: of what `before` and `after` are written around; whole: no other special tokens are added."""
-        self._own, self._pattern, self._before, self._after = tokenizer, re.compile(pattern), before, after
+        self.within, self.written = tokenizer, [pattern, before, after]
+        self._pattern, self._before, self._after = re.compile(pattern), before, after
         self._how = {"add_special_tokens": False} if whole else {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
+        if name.startswith("__") or name == "within":  # as it is copied
+            raise AttributeError(name)
+        return getattr(self.within, name)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self.within)
 
     def __call__(self, text: str | Sequence[str], **how: Any) -> Any:
         """What the tokenizer gives of one text, or of several the `encodings` alone."""
         if isinstance(text, str):
             new, place = self._written(text)
-            out = self._own(new, **how | self._how)
+            out = self.within(new, **how | self._how)
             if "offset_mapping" in out:
                 out["offset_mapping"] = [(place(a), place(b)) for a, b in out["offset_mapping"]]
             return out
         written = [self._written(one) for one in text]
-        found = self._own([new for new, _ in written], **how | self._how).encodings
+        found = self.within([new for new, _ in written], **how | self._how).encodings
         rows = zip(found, written, strict=True)
         return SimpleNamespace(encodings=[_Encoding(encoding, place) for encoding, (_, place) in rows])
 

@@ -114,8 +114,7 @@ def test_the_report_says_what_was_lost(tmp_path):
         f"{p} {n + 50}" for p in ("p95", "p99", "max")
     )
     assert text[1].startswith("≤32 █ 67%  ≤64 · 0%") and text[1].endswith("▄ 33%")
-    assert text[2] == "3 truncated; 1 skipped: empty response; 1 skipped: field 'completion' is m" \
-        "issing"  # fmt: skip
+    assert text[2] == "3 truncated; 1 skipped: empty response; 1 skipped: missing field: 'completion'"
     for overlong, line in {
         "truncate_end": "3 dropped: no_trained_token_left",
         "drop": "3 dropped: too_long",

@@ -29,8 +29,8 @@ def get_config(name="pairs", data="runs/made_sets"):
     if name == "multi_label":
         c.data.labels = ("article", "meeting", "post", "review", "story")
     c.train.batch_size = 4  # rows, of a few texts each
-    c.train.duration = "2 epochs"
-    c.optim.lr = 2e-4
+    c.train.duration = "4 epochs" if name == "pairs" else "2 epochs"
+    c.optim.lr = 5e-5 if name == "pairs" else 2e-4
     c.optim.schedule, c.optim.warmup = "linear", "6%"
     c.optim.weight_decay = 0.01
     return c

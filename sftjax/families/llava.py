@@ -84,9 +84,7 @@ def _gemma(hf, own, preprocessor) -> Config:
         tokens = hf.get("mm_tokens_per_image", 256)
         pool = math.isqrt(patches // tokens) if type(tokens) is int and tokens > 0 else 0
         if patches != pool**2 * tokens or tower.image_size // tower.patch % (pool or 1):
-            raise ModelError(
-                f"mm_tokens_per_image={tokens!r:.99}: {patches} patches are not so many squares of patches"
-            )
+            raise ModelError(f"mm_tokens_per_image={tokens!r:.99}: {patches} patches are not so many squares")
     windows = [k.window for k in decoder.kinds if k.window]
     if windows and patches // pool**2 > min(windows):
         raise ModelError(f"an image has {patches // pool**2} tokens, more than sliding_window={min(windows)}")

@@ -107,15 +107,14 @@ class Model(decoder.Model):
 
     def inserted(self, params: dict[str, Any], batch: dict, rng: jax.Array | None = None) -> base.Inserted | None:
         """Which tokens of a batch are of images, and what stands for them; None of a batch without `patches`."""
-        c, tokens, sees = self.config, batch["tokens"], None
+        c, tokens = self.config, batch["tokens"]
         if "patches" not in batch:
             none = jnp.zeros((*tokens.shape, 1), c.dtype)
             return base.Inserted(tokens != tokens, none, self._prefix(batch)) if c.prefix else None
         own = tokens == c.image_token
         x = self.image_features(params, batch, rng)
         at = jnp.clip(jnp.cumsum(own, 1) - 1, 0, x.shape[1] - 1)
-        if c.whole or c.prefix:
-            sees = self._whole(batch, own, at) if c.whole else self._prefix(batch)
+        sees = self._whole(batch, own, at) if c.whole else self._prefix(batch) if c.prefix else None
         return base.Inserted(own, jnp.take_along_axis(x, at[..., None], 1), sees)
 
     def _prefix(self, batch):

@@ -50,9 +50,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             mu, nu = _decode(old[0], old[1], ROOTS[0]), _decode(old[2], old[3], ROOTS[1])
             mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
             step = mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + eps)
-            new = (
-                _encode(x, root, count) if not _small(g) else (x, ()) for x, root in zip((mu, nu), ROOTS, strict=True)
-            )
+            pairs = zip((mu, nu), ROOTS, strict=True)
+            new = ((x, ()) if _small(g) else _encode(x, root, count) for x, root in pairs)
             return step, *new
 
         leaves, like = jax.tree.flatten(grads)

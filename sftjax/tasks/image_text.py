@@ -57,6 +57,7 @@ class ImageText(CausalLM):
     image_token: int
     patches: Patches
     sized = False  # is the layout's share that of data
+    breaks = False  # does a prompt end with a line break
 
     @classmethod
     def of(cls, config: ConfigDict, tokenizer: Any) -> "ImageText":
@@ -91,7 +92,8 @@ class ImageText(CausalLM):
             self.mark = first + known[self.image_token].content + last
             if c.around:  # as Gemma 3's processor
                 self.tokenizer = Around(self.tokenizer, re.escape(self.mark), "\n\n", "\n\n")
-            if c.prefix and not self.tokenizer.chat_template:  # as PaliGemma's
+            self.breaks = c.prefix and not self.tokenizer.chat_template
+            if self.breaks:  # as PaliGemma's
                 pattern = rf"\A(?:{re.escape(self.mark)})*"
                 self.tokenizer = Around(self.tokenizer, pattern, "", self.tokenizer.bos_token or "", whole=True)
         return self
@@ -172,6 +174,8 @@ class ImageText(CausalLM):
         times, which = self.expanded(text.tokens, images, where)
         weights = np.where(which > 0, np.float32(0), np.repeat(text.weights, times))
         out = Pictured(np.repeat(text.tokens, times), weights, *text[2:])
+        if self.breaks and out.spans and not out.text[: out.spans[0][0]].endswith("\n"):
+            out = out._replace(left_out=[*out.left_out, "the prompt does not end with a line break, as PaliGemma's do"])
         out.images, out.image = images, which
         return out
 

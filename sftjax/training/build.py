@@ -55,10 +55,9 @@ def make_model(config: ConfigDict, task: tasks.Task, platform: str = "") -> tupl
     trainable = params_lib.map_named(lambda name, on: on and not re.fullmatch(unused, name), trainable)
     for name, on in params_lib.flatten(trainable).items():
         if on and quantized.dtype_of(name, m.quantize):
-            name = name.rpartition("/")[0]
             raise ConfigError(
-                f"model.quantize={m.quantize!r}: {name} has no gradient, and optim.trainable says that it is trained;"
-                " take adapters (adapter.kind), freeze it, or leave model.quantize at ''"
+                f"model.quantize={m.quantize!r}: {name.rpartition('/')[0]} has no gradient, and optim.trainable"
+                " trains it; take adapters (adapter.kind), freeze it, or leave model.quantize at ''"
             )
     if hasattr(model, "with_trained"):
         model = model.with_trained(trainable)

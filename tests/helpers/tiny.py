@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sftjax import hf as hf_lib
 from sftjax import params as params_lib
 from sftjax.models import decoder
 
@@ -26,6 +27,13 @@ def directory(path):
     config = json.loads((path / "config.json").read_text())
     config |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
     (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def drawn(path, seed):
+    """The same with weights."""
+    random = hf_lib.load_model(directory(path))
+    hf_lib.save_pretrained(path, random, params_lib.init(random.abstract, jax.random.key(seed)))
     return path
 
 

@@ -172,7 +172,9 @@ def test_generation_reads_images_as_training_does(name, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [dict(fsdp=2, context=2, tensor=2), dict(data=2, fsdp=4)], ids=str)
-@pytest.mark.parametrize("name, whole", [("llava-clip", False), ("phi4-siglip", True)])
+@pytest.mark.parametrize(
+    "name, whole", [("llava-clip", False), ("phi4-siglip", True), ("gemma3", True), ("paligemma", False)]
+)
 def test_eight_devices_give_what_one_gives(name, whole, sizes, tmp_path):
     model, params = loaded(name, tmp_path)
     model, texts = model.replace(whole=whole), docs(model)

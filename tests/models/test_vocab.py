@@ -246,9 +246,7 @@ NEW = ("<think>", "</think>")
 def files(tmp_path_factory):
     """A small model with the quickstart's tokenizer, and chats that use the new tokens."""
     where = tmp_path_factory.mktemp("files")
-    model = tiny.directory(where / "model")
-    random = hf_lib.load_model(model)
-    sftjax.save_pretrained(model, random, params_lib.init(random.abstract, jax.random.key(7)))
+    tiny.drawn(where / "model", 7)
     chats = [{"prompt": f"{i}+1=", "completion": f"<think>{i}</think>{i + 1}"} for i in range(40)]
     (where / "train.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
     return where

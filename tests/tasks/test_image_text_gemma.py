@@ -144,9 +144,21 @@ def test_a_prompt_is_seen_whole_by_what_scores_its_answer(config):
     assert found == pytest.approx(float(right[3, 41] + right[4, 17]), rel=1e-4)
 
 
+@pytest.mark.parametrize("config", ["gemma3"], indirect=True)
 def test_tokens_around_an_image_have_to_be_added_ones(config):
     task = make(config)
     c = task.load_model(config.model).config
-    if c.around:
-        with pytest.raises(ConfigError, match="token 40, the image's of the model's config, is no added token"):
-            make(config).reads(dataclasses.replace(c, around=(40, AFTER)))
+    with pytest.raises(ConfigError, match="token 40, the image's of the model's config, is no added token"):
+        task.reads(dataclasses.replace(c, around=(40, AFTER)))
+
+
+@pytest.mark.parametrize("config", ["paligemma"], indirect=True)
+def test_a_prompt_without_its_line_break_is_said(config, tmp_path):
+    rows = pairs(4)
+    rows[2]["prompt"] = rows[2]["prompt"].strip()
+    store = build_store(
+        open_source(write(tmp_path / "x.jsonl", rows)), make(config), 64, "truncate_end", config.data.cache_dir
+    )
+    assert store.report["left_out"] == {
+        "the prompt does not end with a line break, as PaliGemma's do": [1, f"{tmp_path}/x.jsonl:3"]
+    }

@@ -241,7 +241,8 @@ class Checkpointer:
         not even one checkpoint finds room beside what is there.
         """
         sizes = {n: math.prod(x.shape) * x.dtype.itemsize for n, x in to_table(state).items()}
-        model = sum(n for name, n in sizes.items() if name.startswith(("params/", "frozen/")))
+        known = {n: 4 * size if n.endswith("/codes") else size for n, size in sizes.items()}  # few bits become 16
+        model = sum(size for n, size in known.items() if n.startswith(("params/", "frozen/")))
         sizes = {n: size for n, size in sizes.items() if self.frozen or not n.startswith("frozen/")}
         saves = self.keep + 1 + bool(self.best_metric)  # an old one goes after the new one is there
         save, more = sum(sizes.values()), max(saves - len(disk.steps(self.directory)), 1)
